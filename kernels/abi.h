@@ -1,0 +1,103 @@
+// The one place where a constant or an argument struct that two languages share is written: nvcc,
+// the host compiler of the software device, and bindgen (src/abi.rs) all read this header.
+// Plain C. A section per operation, in the order of a forward pass.
+#ifndef MOE_ABI_H
+#define MOE_ABI_H
+
+// The most experts that one layer may have.
+#define MAX_EXPERTS 4096
+
+// Both maps of the plan hold this where there is nothing: a slot without a row, a row without a token.
+#define INACTIVE (-1)
+
+// ---- route ------------------------------------------------------------------------------------
+
+#define ROUTE_PICK_THREADS 128      // narrow and wide: a warp per token
+#define ROUTE_PICK_MAX_TOP_K 32     // narrow and wide: a lane per choice
+#define ROUTE_NARROW_MAX_EXPERTS 256
+#define ROUTE_WIDE_MAX_EXPERTS 1024
+#define ROUTE_SORT_THREADS 256      // sort: a block per token
+#define ROUTE_SORT_ENTRY_BYTES 8    // sort: shared memory is sort_length of these
+
+typedef struct RouteArgs {
+  int num_tokens;   // T
+  int num_experts;  // E
+  int top_k;        // K
+  int sort_length;  // The power of two from E on; only sort reads it.
+  int sum_all;      // 1: weights are shares of all experts' sum; 0: of the chosen experts' sum.
+  int vector;       // 1: every row of logits starts at a 16-byte boundary.
+} RouteArgs;
+
+// ---- plan -------------------------------------------------------------------------------------
+
+#define PLAN_THREADS 256            // count, place and single, at most
+#define PLAN_SCAN_THREADS 1024
+#define PLAN_MAX_COUNTERS 12000     // A block's counters in shared memory, 4 bytes each.
+#define PLAN_MIN_BLOCK_SLOTS 1024   // Fewer slots than this go to one block.
+#define PLAN_MAX_BLOCKS 128
+
+typedef struct PlanArgs {
+  int slots;        // T * K
+  int num_experts;  // E
+  int top_k;        // K
+  int block_m;      // Rows of a tile.
+  int max_tiles;    // Tiles that the list has room for.
+  int num_blocks;   // Blocks of count and place.
+  int block_slots;  // Slots of a block; the last one may have fewer.
+} PlanArgs;
+
+// ---- permute --------------------------------------------------------------------------------
+
+#define PERMUTE_THREADS 256
+
+typedef struct PermuteArgs {
+  int num_experts;  // E: expert_offsets[E] is the number of rows in use.
+  int hidden;       // H
+  int top_k;        // K
+  int vector;       // 1: every row of x and xp starts at a 16-byte boundary.
+} PermuteArgs;
+
+// ---- grouped_gemm -----------------------------------------------------------------------------
+
+// A tile's rows, the rows of weights beside them, and the stages of 128 bytes of K that both pass
+// through: 96.5 KiB, so that one configuration fits every GPU since sm_80 (99 KiB a block at least).
+#define GEMM_BLOCK_M 128
+#define GEMM_BLOCK_N 128
+#define GEMM_STAGES 3
+#define GROUPED_GEMM_SMEM_BYTES (GEMM_STAGES * (GEMM_BLOCK_M + GEMM_BLOCK_N) * 128 + GEMM_BLOCK_M * 4)
+#define GEMM_THREADS_MMA 128  // f16 and bf16
+#define GEMM_THREADS_FMA 256  // f32
+
+// Tiles whose blocks run next to each other, so that they share weights in L2. The grid is
+// div_ceil(bound on tiles, GEMM_TILE_GROUP) * GEMM_TILE_GROUP * div_ceil(n, columns of a block),
+// where a block has GEMM_BLOCK_N columns, half of that for SwiGLU.
+#define GEMM_TILE_GROUP 8
+
+// A run of rows of one expert, as the plan lists them.
+typedef struct GemmTile {
+  int expert;
+  int first_row;
+  int num_rows;  // 1 to GEMM_BLOCK_M
+  int reserved;
+} GemmTile;
+
+typedef struct GroupedGemmArgs {
+  int rows;          // R, the rows of the output; expert_offsets[E] of them have an expert.
+  int n;             // N, the columns of the output; I for SwiGLU.
+  int k;             // The depth: columns of x and of w.
+  int num_experts;   // E
+  int vector_load;   // 1: every row of x and w starts at a 16-byte boundary.
+  int vector_store;  // 1: every row of the output does.
+} GroupedGemmArgs;
+
+// ---- combine ----------------------------------------------------------------------------------
+
+#define COMBINE_THREADS 256  // at most
+
+typedef struct CombineArgs {
+  int hidden;  // H
+  int top_k;   // K
+  int vector;  // 1: every row of y and yp starts at a 16-byte boundary.
+} CombineArgs;
+
+#endif  // MOE_ABI_H

@@ -1,0 +1,136 @@
+//! Scratch memory of a layer: one arena that the caller owns.
+
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
+
+use crate::device;
+use crate::error::{Error, Result};
+
+/// Sections of an arena start at multiples of this, which is what device allocations start at.
+const SECTION_ALIGNMENT: usize = 256;
+
+/// Scratch memory for [`MoeLayer`](crate::MoeLayer), of at least
+/// [`workspace_bytes`](crate::MoeLayer::workspace_bytes) bytes.
+///
+/// What it holds between calls means nothing; one may serve many layers, one after the other on one
+/// stream. Its address does not change, as a captured graph needs.
+pub struct Workspace<'a> {
+    memory: Memory<'a>,
+}
+
+enum Memory<'a> {
+    Owned(CudaSlice<u8>),
+    Borrowed(CudaViewMut<'a, u8>),
+}
+
+impl Workspace<'static> {
+    /// Allocates `bytes` on `stream`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the driver has no such memory.
+    pub fn alloc(stream: &Arc<CudaStream>, bytes: usize) -> Result<Self> {
+        // SAFETY: every operation writes what a later one reads.
+        let memory = unsafe { device::alloc("Workspace::alloc", stream, bytes) }?;
+        Ok(Self { memory: Memory::Owned(memory) })
+    }
+}
+
+impl<'a> Workspace<'a> {
+    /// Uses memory of the caller's, which starts at a multiple of 256 bytes.
+    pub fn borrow(memory: CudaViewMut<'a, u8>) -> Self {
+        Self { memory: Memory::Borrowed(memory) }
+    }
+
+    /// Its size in bytes.
+    pub fn bytes(&self) -> usize {
+        match &self.memory {
+            Memory::Owned(memory) => memory.len(),
+            Memory::Borrowed(memory) => memory.len(),
+        }
+    }
+
+    /// All of it, if it has `wanted` bytes.
+    pub(crate) fn view_mut(
+        &mut self,
+        op: &'static str,
+        wanted: usize,
+    ) -> Result<CudaViewMut<'_, u8>> {
+        let got = self.bytes();
+        match &mut self.memory {
+            Memory::Owned(memory) => memory.try_slice_mut(..wanted),
+            Memory::Borrowed(memory) => memory.try_slice_mut(..wanted),
+        }
+        .ok_or(Error::Length { op, argument: "workspace", wanted, got })
+    }
+}
+
+/// A section of an arena: where elements of one type lie.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Section {
+    /// Elements.
+    len: usize,
+    /// Bytes, with the padding that lets the next section start at a boundary.
+    bytes: usize,
+}
+
+impl Section {
+    /// Room for `len` elements of `size` bytes, or an error where `usize` ends.
+    pub(crate) fn new(op: &'static str, len: usize, size: usize) -> Result<Self> {
+        len.checked_mul(size)
+            .and_then(|bytes| bytes.checked_next_multiple_of(SECTION_ALIGNMENT))
+            .map(|bytes| Self { len, bytes })
+            .ok_or_else(|| too_large(op))
+    }
+
+    /// The bytes of all of `sections`, or an error where `usize` ends.
+    pub(crate) fn total(op: &'static str, sections: &[Section]) -> Result<usize> {
+        let sum = |total: usize, section: &Section| total.checked_add(section.bytes);
+        sections.iter().try_fold(0, sum).ok_or_else(|| too_large(op))
+    }
+
+    /// Splits an arena into this section and the rest.
+    pub(crate) fn split<'b>(
+        &self,
+        op: &'static str,
+        arena: &'b mut CudaViewMut<'_, u8>,
+    ) -> Result<(CudaViewMut<'b, u8>, CudaViewMut<'b, u8>)> {
+        let got = arena.len();
+        let short = Error::Length { op, argument: "workspace", wanted: self.bytes, got };
+        arena.try_split_at_mut(self.bytes).ok_or(short)
+    }
+
+    /// The elements of this section, which [`split`](Self::split) gave as bytes.
+    pub(crate) fn elements<'b, T: Pod>(
+        &self,
+        op: &'static str,
+        bytes: &'b mut CudaViewMut<'_, u8>,
+    ) -> Result<CudaViewMut<'b, T>> {
+        let got = bytes.len();
+        let short = Error::Length { op, argument: "workspace", wanted: self.bytes, got };
+        // SAFETY: every pattern of bytes is a `Pod` value; operations hold the address against the
+        // alignment of `T` before they launch.
+        unsafe { bytes.transmute_mut::<T>(self.len) }.ok_or(short)
+    }
+}
+
+fn too_large(op: &'static str) -> Error {
+    let wanted = format!("at most {} bytes", usize::MAX);
+    Error::Unsupported { op, argument: "workspace", wanted, got: "more".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sections_add_up() {
+        let sections = [Section::new("t", 0, 4), Section::new("t", 1, 4), Section::new("t", 65, 4)];
+        let sections = sections.map(Result::unwrap);
+        assert_eq!(Section::total("t", &sections), Ok(256 + 512));
+        assert!(Section::new("t", usize::MAX, 2).is_err());
+        let most = Section::new("t", usize::MAX / 2, 1).unwrap();
+        assert!(Section::total("t", &[most, most, most]).is_err());
+    }
+}
