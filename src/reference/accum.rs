@@ -1,0 +1,221 @@
+//! The number types that the reference computes in, and how elements become such numbers.
+
+use std::any::TypeId;
+use std::fmt::{Debug, Display};
+use std::iter::Sum;
+use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+
+use bytemuck::Pod;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::dtype::{DType, Dtype};
+
+mod private {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+}
+
+/// What the reference computes in: `f64`, the truth that tests compare with, or `f32`, the fast CPU
+/// path.
+pub trait Accum:
+    Pod
+    + Send
+    + Sync
+    + PartialOrd
+    + Debug
+    + Display
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+    + Sum
+    + Element<Self>
+    + private::Sealed
+{
+    /// 0
+    const ZERO: Self;
+    /// 1
+    const ONE: Self;
+
+    /// The same number; every [`Dtype`] is contained in both types.
+    fn from_dtype<D: Dtype>(value: D) -> Self;
+
+    /// The nearest element, ties to even.
+    fn round<D: Dtype>(self) -> D;
+
+    /// The same number.
+    fn to_f64(self) -> f64;
+
+    /// `e` to the power of this number.
+    fn exp(self) -> Self;
+
+    /// The number without its sign.
+    fn abs(self) -> Self;
+
+    /// [`from_dtype`](Self::from_dtype) for a whole slice; both have the same length.
+    #[doc(hidden)]
+    fn from_dtypes<D: Dtype>(values: &[D], wide: &mut [Self]);
+}
+
+impl Accum for f32 {
+    const ZERO: f32 = 0.0;
+    const ONE: f32 = 1.0;
+
+    fn from_dtype<D: Dtype>(value: D) -> f32 {
+        value.to_f32()
+    }
+
+    fn round<D: Dtype>(self) -> D {
+        D::from_f32(self)
+    }
+
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+
+    fn exp(self) -> f32 {
+        f32::exp(self)
+    }
+
+    fn abs(self) -> f32 {
+        f32::abs(self)
+    }
+
+    fn from_dtypes<D: Dtype>(values: &[D], wide: &mut [f32]) {
+        // Slices convert with the processor's own instructions, one element after the other does
+        // not.
+        match D::DTYPE {
+            DType::F32 => wide.copy_from_slice(bytemuck::cast_slice(values)),
+            DType::F16 => bytemuck::cast_slice::<D, f16>(values).convert_to_f32_slice(wide),
+            DType::BF16 => {
+                let values = bytemuck::cast_slice::<D, bf16>(values);
+                for (wide, value) in wide.iter_mut().zip(values) {
+                    *wide = f32::from_bits(u32::from(value.to_bits()) << 16);
+                }
+            }
+        }
+    }
+}
+
+impl Accum for f64 {
+    const ZERO: f64 = 0.0;
+    const ONE: f64 = 1.0;
+
+    fn from_dtype<D: Dtype>(value: D) -> f64 {
+        value.to_f64()
+    }
+
+    fn round<D: Dtype>(self) -> D {
+        D::from_f64(self)
+    }
+
+    fn to_f64(self) -> f64 {
+        self
+    }
+
+    fn exp(self) -> f64 {
+        f64::exp(self)
+    }
+
+    fn abs(self) -> f64 {
+        f64::abs(self)
+    }
+
+    fn from_dtypes<D: Dtype>(values: &[D], wide: &mut [f64]) {
+        const STEP: usize = 256;
+        let mut buffer = [0.0f32; STEP];
+        for (values, wide) in values.chunks(STEP).zip(wide.chunks_mut(STEP)) {
+            let buffer = &mut buffer[..values.len()];
+            f32::from_dtypes(values, buffer);
+            for (wide, value) in wide.iter_mut().zip(buffer) {
+                *wide = f64::from(*value);
+            }
+        }
+    }
+}
+
+/// Whatever converts to `A` without rounding: every [`Dtype`], and `A` itself.
+///
+/// It lets an operation read the unrounded result of another one, and rounded tensors just as well.
+pub trait Element<A: Accum>: Pod + Send + Sync {
+    /// The same number.
+    fn widen(self) -> A;
+
+    /// [`widen`](Self::widen) for a whole slice; both have the same length.
+    #[doc(hidden)]
+    fn widen_slice(values: &[Self], wide: &mut [A]);
+}
+
+impl<A: Accum, D: Dtype> Element<A> for D {
+    fn widen(self) -> A {
+        A::from_dtype(self)
+    }
+
+    fn widen_slice(values: &[Self], wide: &mut [A]) {
+        A::from_dtypes(values, wide);
+    }
+}
+
+impl Element<f64> for f64 {
+    fn widen(self) -> f64 {
+        self
+    }
+
+    fn widen_slice(values: &[f64], wide: &mut [f64]) {
+        wide.copy_from_slice(values);
+    }
+}
+
+/// The elements as `A`: themselves where they are `A` already, else their copy in `buffer`.
+pub(super) fn widened<'a, A: Accum, X: Element<A>>(
+    values: &'a [X],
+    buffer: &'a mut Vec<A>,
+) -> &'a [A] {
+    if TypeId::of::<X>() == TypeId::of::<A>() {
+        return bytemuck::cast_slice(values);
+    }
+    if buffer.len() < values.len() {
+        buffer.resize(values.len(), A::ZERO);
+    }
+    let wide = &mut buffer[..values.len()];
+    X::widen_slice(values, wide);
+    wide
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every finite f16 and bf16, widened as a slice and one at a time.
+    #[test]
+    fn slices_widen_as_elements_do() {
+        let halves: Vec<f16> =
+            (0..=u16::MAX).map(f16::from_bits).filter(|v| v.is_finite()).collect();
+        let brains: Vec<bf16> =
+            (0..=u16::MAX).map(bf16::from_bits).filter(|v| v.is_finite()).collect();
+        check(&halves);
+        check(&brains);
+        check(&[0.0f32, -0.0, 1.5, f32::MIN_POSITIVE, f32::MAX, 1e-45]);
+    }
+
+    fn check<D: Dtype>(values: &[D]) {
+        let (mut single, mut double) = (Vec::new(), Vec::new());
+        let single = widened::<f32, D>(values, &mut single);
+        let double = widened::<f64, D>(values, &mut double);
+        for (i, value) in values.iter().enumerate() {
+            assert_eq!(single[i].to_bits(), value.to_f32().to_bits());
+            assert_eq!(double[i].to_bits(), value.to_f64().to_bits());
+        }
+    }
+
+    #[test]
+    fn own_type_is_not_copied() {
+        let values = [1.0f64, 2.0];
+        let mut buffer = Vec::new();
+        assert_eq!(widened::<f64, f64>(&values, &mut buffer).as_ptr(), values.as_ptr());
+    }
+}

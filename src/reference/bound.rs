@@ -1,0 +1,471 @@
+//! How far a correct result may be from the f64 reference, element by element.
+//!
+//! A result is computed from the same inputs in f32, perhaps rounded to 16 bits on the way, and
+//! stored as an element of unit roundoff `u_out`. With `S = sum of |a_i * b_i|`, the magnitude of
+//! the sum of products behind an element, and `u = 2^-24`:
+//!
+//! ```text
+//! |got - ref64| <= u_out * |ref64| + (u_mid + c * sqrt(K) * u) * S + tiny
+//! ```
+//!
+//! - **Storing** costs half a unit in the last place: `u_out * |ref64|`. The *tiny* term stands for
+//!   it below the smallest normal number, where that half is absolute: `u_out * min_positive`.
+//! - **Summing** `K` products in f32 makes `K` rounding errors of at most `u` times a partial sum,
+//!   which `S` bounds. In the worst case they all add up, to `K * u * S`; rounding errors do not
+//!   conspire so, and [`SUM`]` * sqrt(K) * u * S` with `SUM = 4` has room for every order of
+//!   summation, for blocks, and for tensor cores that cut instead of rounding. Up to `K = 16` it is
+//!   the worst case itself. It is still tight: one product of typical size, `S / K`, is more than
+//!   it up to `K = 26000`.
+//! - **SwiGLU**, `silu(g) * u'`: with `|silu'| <= 1.1`, errors `dg` and `du` of the sums make it
+//!   off by at most `1.1 * dg * (|u'| + du) + |silu(g)| * du`. Evaluating `silu` itself costs a few
+//!   units, and as many more as `exp` loses by rounding its argument: `(8 + 2 * |g|) * u`. Where
+//!   `exp(-g)` overflows f32, `silu(g)` comes out as 0, which is off by less than `2^-120`.
+//! - **Weights** of the router: `exp(l - m)` loses `|l - m| * u` by rounding its argument, each sum
+//!   of up to `E` terms its share, each division one unit.
+//! - **Combine** is a sum of `K` products as above.
+//! - **The layer** rounds twice on the way if its element type is narrow: `u_mid` is that of `act`
+//!   and of `yp`. Errors of `act` reach `yp` through `|down|`, so the sum over `I` of
+//!   `|d act| * |down|` is computed, not guessed; errors of `yp` and of the weights reach `y`
+//!   through the combine.
+//!
+//! The bounds know nothing of overflow on the way: a 16-bit `act` that becomes infinite is a
+//! failure.
+
+use super::accum::Element;
+use super::combine::combine_fwd;
+use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_magnitude, silu};
+use super::layer::route_and_plan;
+use super::plan::Plan;
+use super::route::{Routing, route_fwd};
+use crate::config::{MoeConfig, RouterConfig};
+use crate::dtype::{DType, Dtype};
+use crate::error::Result;
+use crate::shape::RoutingShape;
+
+/// The `c` of the bound on a sum; the module says why 4.
+pub const SUM: f64 = 4.0;
+
+/// Unit roundoff of f32, in which everything is summed.
+const U: f64 = DType::F32.unit_roundoff();
+
+/// The reference in f64, and for each element the most that a correct result is off.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bounded {
+    /// What is right.
+    pub value: Vec<f64>,
+    /// How far from it a correct result can be.
+    pub bound: Vec<f64>,
+}
+
+impl Bounded {
+    /// The worst [`excess`] of a result, with the index where it is; nothing for an empty result.
+    ///
+    /// A result of another length is infinitely wrong at the first element that one of them lacks.
+    pub fn worst<D: Dtype>(&self, got: &[D]) -> Option<(usize, f64)> {
+        if got.len() != self.value.len() {
+            return Some((got.len().min(self.value.len()), f64::INFINITY));
+        }
+        let elements = got.iter().zip(&self.value).zip(&self.bound);
+        let excesses = elements.map(|((&got, &value), &bound)| excess(got, value, bound));
+        excesses.enumerate().max_by(|a, b| a.1.total_cmp(&b.1))
+    }
+}
+
+/// The error of an element as a fraction of its bound: at most 1 if it is right, never NaN.
+///
+/// NaN wants NaN. An infinity is right if the bound reaches numbers that round to it.
+pub fn excess<D: Dtype>(got: D, value: f64, bound: f64) -> f64 {
+    let wide = got.to_f64();
+    let right = if value.is_nan() {
+        wide.is_nan()
+    } else if wide.is_infinite() {
+        let furthest = if value.is_infinite() { value } else { value + bound.copysign(wide) };
+        D::from_f64(furthest).to_f64() == wide
+    } else {
+        wide == value
+    };
+    let error = (wide - value).abs();
+    match () {
+        () if right => 0.0,
+        () if error.is_finite() && !bound.is_nan() => error / bound,
+        () => f64::INFINITY,
+    }
+}
+
+/// `|x - y| / |y|` in the Euclidean norm, where `y` is right; 0 for two empty or zero tensors.
+pub fn relative_error(x: &[f64], y: &[f64]) -> f64 {
+    let error: f64 = x.iter().zip(y).map(|(x, y)| (x - y) * (x - y)).sum();
+    let norm: f64 = y.iter().map(|y| y * y).sum();
+    if error == 0.0 { 0.0 } else { (error / norm).sqrt() }
+}
+
+/// Router weights in f32; their order is that of [`route_fwd`], whose ids are exact.
+///
+/// # Errors
+/// Those of [`route_fwd`].
+pub fn route<D: Dtype>(
+    shape: &RoutingShape,
+    router: &RouterConfig,
+    logits: &[D],
+) -> Result<(Routing<f64>, Vec<f64>)> {
+    let routing = route_fwd::<f64, D>(shape, router, logits)?;
+    let bound = weight_errors(shape, &routing, logits);
+    Ok((routing, bound))
+}
+
+/// [`grouped_gemm_fwd`] with its result stored as `out`.
+///
+/// # Errors
+/// Those of [`grouped_gemm_fwd`].
+pub fn grouped_gemm<D: Dtype>(
+    plan: &Plan,
+    n: usize,
+    k: usize,
+    x: &[impl Element<f64>],
+    w: &[D],
+    gather: bool,
+    out: DType,
+) -> Result<Bounded> {
+    let value = grouped_gemm_fwd::<f64, D>(plan, n, k, x, w, gather)?;
+    let magnitude = grouped_gemm_magnitude(plan, n, k, x, w, gather)?;
+    let errors = magnitude.iter().map(|s| sum_error(k, *s)).collect();
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// [`grouped_gemm_swiglu_fwd`](super::grouped_gemm_swiglu_fwd) with its result stored as `out`.
+///
+/// # Errors
+/// Those of [`grouped_gemm_fwd`].
+pub fn grouped_gemm_swiglu<D: Dtype>(
+    plan: &Plan,
+    intermediate: usize,
+    k: usize,
+    x: &[impl Element<f64>],
+    gate_up: &[D],
+    gather: bool,
+    out: DType,
+) -> Result<Bounded> {
+    let n = 2 * intermediate;
+    let sums = grouped_gemm_fwd::<f64, D>(plan, n, k, x, gate_up, gather)?;
+    let magnitudes = grouped_gemm_magnitude(plan, n, k, x, gate_up, gather)?;
+    let (mut value, mut errors) = (Vec::new(), Vec::new());
+    for (sums, magnitudes) in sums.chunks_exact(n).zip(magnitudes.chunks_exact(n)) {
+        for i in 0..intermediate {
+            let (gate, up) = (sums[i], sums[intermediate + i]);
+            let gate_error = sum_error(k, magnitudes[i]);
+            let up_error = sum_error(k, magnitudes[intermediate + i]);
+            value.push(silu(gate) * up);
+            errors.push(swiglu_error(gate, gate_error, up, up_error));
+        }
+    }
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// [`combine_fwd`] with its result stored as `out`.
+///
+/// # Errors
+/// Those of [`combine_fwd`].
+pub fn combine(
+    shape: &RoutingShape,
+    plan: &Plan,
+    hidden: usize,
+    yp: &[impl Element<f64>],
+    weights: &[impl Element<f64>],
+    out: DType,
+) -> Result<Bounded> {
+    let value = combine_fwd::<f64>(shape, plan, hidden, yp, weights)?;
+    let (yp, weights) = (magnitudes(yp), magnitudes(weights));
+    let magnitude = combine_fwd::<f64>(shape, plan, hidden, &yp, &weights)?;
+    let errors = magnitude.iter().map(|s| sum_error(shape.top_k, *s)).collect();
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// [`moe_layer_fwd`](super::moe_layer_fwd) with `act`, `yp` and `y` stored as `D`.
+///
+/// # Errors
+/// Those of [`moe_layer_fwd`](super::moe_layer_fwd).
+pub fn moe_layer<D: Dtype>(
+    config: &MoeConfig,
+    x: &[D],
+    logits: &[D],
+    gate_up: &[D],
+    down: &[D],
+) -> Result<Bounded> {
+    let (routing, plan) = route_and_plan::<f64, D>(config, x, logits)?;
+    let shape = config.routing(x.len() / config.hidden);
+    let (hidden, intermediate) = (config.hidden, config.intermediate);
+    let weights = &routing.weights;
+
+    let act = grouped_gemm_swiglu(&plan, intermediate, hidden, x, gate_up, true, D::DTYPE)?;
+    let yp = grouped_gemm(&plan, hidden, intermediate, &act.value, down, false, D::DTYPE)?;
+    let from_act = grouped_gemm_magnitude(&plan, hidden, intermediate, &act.bound, down, false)?;
+    // What is off in `act` is stored, summed and rounded again; 1 % is ample for those second
+    // orders.
+    let yp_error: Vec<f64> = yp.bound.iter().zip(from_act).map(|(a, b)| a + 1.01 * b).collect();
+
+    let y = combine(&shape, &plan, hidden, &yp.value, weights, D::DTYPE)?;
+    let from_yp = combine_fwd::<f64>(&shape, &plan, hidden, &yp_error, weights)?;
+    let weight_error = weight_errors(&shape, &routing, logits);
+    let yp_most: Vec<f64> = yp.value.iter().zip(&yp_error).map(|(v, e)| v.abs() + e).collect();
+    let from_weights = combine_fwd::<f64>(&shape, &plan, hidden, &yp_most, &weight_error)?;
+    let passed_on = from_yp.iter().zip(from_weights).map(|(a, b)| 1.01 * (a + b));
+    let bound = y.bound.iter().zip(passed_on).map(|(a, b)| a + b).collect();
+    Ok(Bounded { value: y.value, bound })
+}
+
+/// The error of a sum of `k` products with magnitude `s`. A product below the normal numbers of f32
+/// is off by half of the smallest one.
+fn sum_error(k: usize, s: f64) -> f64 {
+    let k = k as f64;
+    SUM * k.sqrt() * U * s + k * U * DType::F32.min_positive()
+}
+
+/// The error of `silu(gate) * up`, given those of `gate` and `up`.
+fn swiglu_error(gate: f64, gate_error: f64, up: f64, up_error: f64) -> f64 {
+    const STEEPEST: f64 = 1.1;
+    let flushed = 2f64.powi(-120);
+    let up_most = up.abs() + up_error;
+    let own = (8.0 + 2.0 * gate.abs()) * U * silu(gate).abs() + flushed;
+    (STEEPEST * gate_error + own) * up_most + silu(gate).abs() * up_error
+}
+
+/// Adds what storing costs: half a unit in the last place of the number that is stored.
+fn stored(value: &[f64], errors: Vec<f64>, out: DType) -> Vec<f64> {
+    let u = out.unit_roundoff();
+    let stored =
+        |(value, error): (&f64, f64)| error + u * (value.abs() + error + out.min_positive());
+    value.iter().zip(errors).map(stored).collect()
+}
+
+/// How far f32 weights may be from these, which have been computed in f64 from the same logits.
+fn weight_errors<D: Dtype>(shape: &RoutingShape, routing: &Routing<f64>, logits: &[D]) -> Vec<f64> {
+    let mut errors = Vec::with_capacity(shape.slots());
+    let slots = routing.expert_ids.iter().zip(&routing.weights);
+    for (slot, (&id, &weight)) in slots.enumerate() {
+        let token = slot / shape.top_k;
+        let at = |e: u32| logits[token * shape.num_experts + e as usize].to_f64();
+        // The first slot of a token is its largest logit; an infinite or undefined difference is
+        // exact.
+        let below = at(routing.expert_ids[token * shape.top_k]) - at(id);
+        let below = if below.is_finite() { below } else { 0.0 };
+        let units = 8.0 + 2.0 * below + SUM * (shape.num_experts as f64).sqrt();
+        errors.push(units * U * weight + DType::F32.min_positive());
+    }
+    errors
+}
+
+fn magnitudes<X: Element<f64>>(values: &[X]) -> Vec<f64> {
+    values.iter().map(|value| value.widen().abs()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::super::grouped_gemm::grouped_gemm_swiglu_fwd;
+    use super::super::layer::{moe_layer_fwd, round};
+    use super::super::plan::plan_fwd;
+    use super::super::sample::Sampler;
+    use super::*;
+    use crate::config::Scoring;
+
+    fn worst<D: Dtype>(bounded: &Bounded, got: &[D]) -> f64 {
+        bounded.worst(got).map_or(0.0, |(_, excess)| excess)
+    }
+
+    /// One expert and one row of `k` numbers of either sign.
+    fn one_row<D: Dtype>(n: usize, k: usize) -> (Plan, Vec<D>, Vec<D>) {
+        let plan =
+            plan_fwd(&RoutingShape { num_tokens: 1, num_experts: 1, top_k: 1 }, 1, &[0]).unwrap();
+        let mut sampler = Sampler::new(k as u64);
+        (plan, sampler.elements(k), sampler.elements(n * k))
+    }
+
+    /// One f32 sum from left to right, the worst order there is.
+    fn sum_in_order<D: Dtype>(x: &[D], w: &[D]) -> f32 {
+        x.iter().zip(w).fold(0.0, |sum, (x, w)| sum + x.to_f32() * w.to_f32())
+    }
+
+    fn check_sum<D: Dtype>(k: usize) {
+        let (plan, x, w) = one_row::<D>(20, k);
+        let bounded = grouped_gemm(&plan, 20, k, &x, &w, true, D::DTYPE).unwrap();
+        let mut got: Vec<D> = w.chunks(k).map(|w| D::from_f32(sum_in_order(&x, w))).collect();
+        assert!(worst(&bounded, &got) <= 1.0);
+        // One product of typical size is left out of one sum.
+        let typical =
+            (0..k).find(|&i| (0.2..0.5).contains(&(x[i].to_f64() * w[7 * k + i].to_f64())));
+        let mut w = w[7 * k..][..k].to_vec();
+        w[typical.unwrap()] = D::from_f32(0.0);
+        got[7] = D::from_f32(sum_in_order(&x, &w));
+        assert_eq!(bounded.worst(&got).map(|(i, excess)| (i, excess > 1.0)), Some((7, true)));
+    }
+
+    #[test]
+    fn sums_hold_and_a_dropped_product_does_not() {
+        for k in [16, 100, 4096] {
+            check_sum::<f32>(k);
+            check_sum::<f16>(k);
+            check_sum::<bf16>(k);
+        }
+    }
+
+    /// All of one sign is the hardest: partial sums grow to the magnitude itself.
+    #[test]
+    fn sums_of_one_sign_hold() {
+        for k in [1, 2, 7, 1000, 20_000] {
+            let (plan, x, w) = one_row::<f32>(50, k);
+            let positive = |values: Vec<f32>| values.into_iter().map(f32::abs).collect::<Vec<_>>();
+            let (x, w) = (positive(x), positive(w));
+            let bounded = grouped_gemm(&plan, 50, k, &x, &w, true, DType::F32).unwrap();
+            let got: Vec<f32> = w.chunks(k).map(|w| sum_in_order(&x, w)).collect();
+            assert!(worst(&bounded, &got) <= 1.0, "K {k}");
+        }
+    }
+
+    fn check_swiglu<D: Dtype>(scale: f64) {
+        let (n, k) = (60, 90);
+        let (plan, x, w) = one_row::<D>(2 * n, k);
+        let x: Vec<D> = x.iter().map(|x| D::from_f64(scale * x.to_f64())).collect();
+        let bounded = grouped_gemm_swiglu(&plan, n, k, &x, &w, true, D::DTYPE).unwrap();
+        let sums: Vec<f32> = w.chunks(k).map(|w| sum_in_order(&x, w)).collect();
+        let swiglu = |gate: f32, up: f32| D::from_f32(gate / (1.0 + (-gate).exp()) * up);
+        let got: Vec<D> = (0..n).map(|i| swiglu(sums[i], sums[n + i])).collect();
+        assert!(worst(&bounded, &got) <= 1.0, "scale {scale}: {}", worst(&bounded, &got));
+        let fast = grouped_gemm_swiglu_fwd::<f32, D>(&plan, n, k, &x, &w, true).unwrap();
+        assert!(worst(&bounded, &round::<f32, D>(&fast)) <= 1.0);
+        // Without the silu.
+        let got: Vec<D> = (0..n).map(|i| D::from_f32(sums[i] * sums[n + i])).collect();
+        assert!(worst(&bounded, &got) > 10.0);
+    }
+
+    #[test]
+    fn swiglu_holds_and_a_missing_silu_does_not() {
+        for scale in [1e-3, 1.0, 5.0, 40.0] {
+            check_swiglu::<f32>(scale);
+            check_swiglu::<bf16>(scale);
+            check_swiglu::<f16>(scale.min(5.0));
+        }
+    }
+
+    #[test]
+    fn silu_is_never_steeper() {
+        let slope = |x: f64| (silu(x + 1e-6) - silu(x - 1e-6)) / 2e-6;
+        let steepest =
+            (-40_000..40_000).map(|i| slope(f64::from(i) * 1e-3).abs()).fold(0.0, f64::max);
+        assert!((1.09..1.1).contains(&steepest), "{steepest}");
+    }
+
+    #[test]
+    fn weights_hold() {
+        let shape = RoutingShape { num_tokens: 50, num_experts: 200, top_k: 8 };
+        for scale in [0.01, 1.0, 30.0, 200.0] {
+            let mut logits: Vec<f32> = Sampler::new(3).elements(shape.logits());
+            logits.iter_mut().for_each(|logit| *logit *= scale);
+            for scoring in [
+                Scoring::SoftmaxThenTopK { renormalize: false },
+                Scoring::SoftmaxThenTopK { renormalize: true },
+                Scoring::TopKThenSoftmax,
+            ] {
+                let router = RouterConfig { scoring };
+                let (right, bound) = route(&shape, &router, &logits).unwrap();
+                let got = route_fwd::<f32, f32>(&shape, &router, &logits).unwrap();
+                let bounded = Bounded { value: right.weights, bound };
+                assert!(worst(&bounded, &got.weights) <= 1.0);
+                let off: Vec<f32> = got.weights.iter().map(|weight| weight * 1.0001).collect();
+                assert!(worst(&bounded, &off) > 1.0);
+            }
+        }
+    }
+
+    #[test]
+    fn combine_holds_and_a_dropped_row_does_not() {
+        let shape = RoutingShape { num_tokens: 30, num_experts: 10, top_k: 6 };
+        let mut sampler = Sampler::new(9);
+        let (plan, hidden) = (sampler.plan(&shape), 8);
+        let yp: Vec<bf16> = sampler.elements(shape.slots() * hidden);
+        let mut weights: Vec<f32> = sampler.elements(shape.slots());
+        let bounded = combine(&shape, &plan, hidden, &yp, &weights, DType::BF16).unwrap();
+        let run = |weights: &[f32]| -> Vec<bf16> {
+            round(&combine_fwd::<f32>(&shape, &plan, hidden, &yp, weights).unwrap())
+        };
+        assert!(worst(&bounded, &run(&weights)) <= 1.0);
+        let active = plan.row_of_slot.iter().position(|&row| row >= 0).unwrap();
+        weights[active] = 0.0;
+        assert!(worst(&bounded, &run(&weights)) > 1.0);
+    }
+
+    /// The layer as a device computes it: in f32, with `act` and `yp` stored as `D`.
+    fn layer_in_steps<D: Dtype>(
+        config: &MoeConfig,
+        inputs: &[Vec<D>; 4],
+        drop_slot: bool,
+    ) -> Vec<D> {
+        let [x, logits, gate_up, down] = inputs;
+        let (routing, plan) = route_and_plan::<f32, D>(config, x, logits).unwrap();
+        let (h, i) = (config.hidden, config.intermediate);
+        let act: Vec<D> =
+            round(&grouped_gemm_swiglu_fwd::<f32, D>(&plan, i, h, x, gate_up, true).unwrap());
+        let yp: Vec<D> =
+            round(&grouped_gemm_fwd::<f32, D>(&plan, h, i, &act, down, false).unwrap());
+        let mut weights = routing.weights;
+        if drop_slot {
+            weights[0] = 0.0;
+        }
+        let shape = config.routing(x.len() / h);
+        round(&combine_fwd::<f32>(&shape, &plan, h, &yp, &weights).unwrap())
+    }
+
+    fn check_layer<D: Dtype>(scoring: Scoring) {
+        let router = RouterConfig { scoring };
+        let config = MoeConfig { hidden: 48, intermediate: 72, num_experts: 6, top_k: 2, router };
+        let mut sampler = Sampler::new(11);
+        let num_tokens = 20;
+        let inputs = [
+            sampler.elements::<D>(num_tokens * config.hidden),
+            sampler.elements::<D>(num_tokens * config.num_experts),
+            sampler.elements::<D>(config.gate_up_len()),
+            sampler.elements::<D>(config.down_len()),
+        ];
+        let [x, logits, gate_up, down] = &inputs;
+        let bounded = moe_layer(&config, x, logits, gate_up, down).unwrap();
+        let exact = moe_layer_fwd::<f64, D>(&config, x, logits, gate_up, down).unwrap();
+        assert_eq!(bounded.value, exact);
+        assert!(worst(&bounded, &layer_in_steps(&config, &inputs, false)) <= 1.0);
+        let cpu = moe_layer_fwd::<f32, D>(&config, x, logits, gate_up, down).unwrap();
+        assert!(worst(&bounded, &round::<f32, D>(&cpu)) <= 1.0);
+        assert!(worst(&bounded, &layer_in_steps(&config, &inputs, true)) > 1.0);
+    }
+
+    #[test]
+    fn layers_hold_and_a_dropped_slot_does_not() {
+        for scoring in [Scoring::SoftmaxThenTopK { renormalize: true }, Scoring::TopKThenSoftmax] {
+            check_layer::<f32>(scoring);
+            check_layer::<f16>(scoring);
+            check_layer::<bf16>(scoring);
+        }
+    }
+
+    #[test]
+    fn excess_of_odd_numbers() {
+        assert_eq!(excess(f32::NAN, f64::NAN, 0.0), 0.0);
+        assert_eq!(excess(f32::NAN, 1.0, 9.0), f64::INFINITY);
+        assert_eq!(excess(1.0f32, f64::NAN, f64::NAN), f64::INFINITY);
+        assert_eq!(excess(f32::INFINITY, f64::INFINITY, f64::NAN), 0.0);
+        assert_eq!(excess(f32::INFINITY, f64::NEG_INFINITY, f64::NAN), f64::INFINITY);
+        assert_eq!(excess(f16::INFINITY, 65519.0, 40.0), 0.0);
+        assert_eq!(excess(f16::INFINITY, 65400.0, 40.0), f64::INFINITY);
+        assert_eq!(excess(f16::NEG_INFINITY, 65519.0, 40.0), f64::INFINITY);
+        assert_eq!(excess(1.5f32, 1.0, 0.25), 2.0);
+        assert_eq!(excess(0.0f32, -0.0, 0.0), 0.0);
+        assert_eq!(excess(1.0f32, 0.0, 0.0), f64::INFINITY);
+        let bounded = Bounded { value: vec![1.0; 2], bound: vec![1.0; 2] };
+        assert_eq!(bounded.worst(&[1.0f32]), Some((1, f64::INFINITY)));
+    }
+
+    #[test]
+    fn relative_errors() {
+        assert_eq!(relative_error(&[], &[]), 0.0);
+        assert_eq!(relative_error(&[3.0, 4.0], &[0.0, 4.0]), 0.75);
+        assert_eq!(relative_error(&[1.0], &[0.0]), f64::INFINITY);
+    }
+}

@@ -1,0 +1,408 @@
+//! Each row times the weights of its expert: `y[r, :] = x_row * transpose(w[e])` for the rows `r`
+//! of expert `e`, and the same followed by SwiGLU.
+//!
+//! The readable form is the triple loop in this file's tests. What stands here computes the same in
+//! blocks: some rows of one expert, times some columns. The weights of one such panel are widened
+//! to `A` where they are narrower, so a whole widened copy never exists; the product is a call of
+//! the GEMM crate. Blocks depend on the shape alone and each output element belongs to one of them,
+//! so results do not depend on the number of threads.
+
+use rayon::prelude::*;
+
+use super::accum::{Accum, Element, widened};
+use super::plan::Plan;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, check_len, product};
+use crate::matmul::matmul_transposed;
+
+/// Rows of `x` times the weights of their expert: `w` `[E, N, K]` to `y` `[R, N]`. With `gather`,
+/// `x` is `[T, K]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, K]`. Rows past those
+/// in use are zero.
+///
+/// # Errors
+/// A length that is not the shape's, a width of 0, or a plan of other tokens.
+pub fn grouped_gemm_fwd<A: Accum, D: Dtype>(
+    plan: &Plan,
+    n: usize,
+    k: usize,
+    x: &[impl Element<A>],
+    w: &[D],
+    gather: bool,
+) -> Result<Vec<A>> {
+    let operands =
+        Operands { op: "grouped_gemm_fwd", plan, k, x, w, gather, values: Values::Signed };
+    operands.multiply(n, |[y]| y)
+}
+
+/// The expert's first half: `act` `[R, I]` = `silu(gate) * up`, where `gate` are the columns `0..I`
+/// of `x` times `gate_up` `[E, 2I, K]` and `up` the columns `I..2I`. See [`grouped_gemm_fwd`] for
+/// `gather`.
+///
+/// # Errors
+/// A length that is not the shape's, a width of 0, or a plan of other tokens.
+pub fn grouped_gemm_swiglu_fwd<A: Accum, D: Dtype>(
+    plan: &Plan,
+    intermediate: usize,
+    k: usize,
+    x: &[impl Element<A>],
+    gate_up: &[D],
+    gather: bool,
+) -> Result<Vec<A>> {
+    let op = "grouped_gemm_swiglu_fwd";
+    let operands = Operands { op, plan, k, x, w: gate_up, gather, values: Values::Signed };
+    operands.multiply(intermediate, |[gate, up]| silu(gate) * up)
+}
+
+/// The magnitude `sum over i of |x_i * w_i|` of each element that [`grouped_gemm_fwd`] computes.
+pub(super) fn grouped_gemm_magnitude<D: Dtype>(
+    plan: &Plan,
+    n: usize,
+    k: usize,
+    x: &[impl Element<f64>],
+    w: &[D],
+    gather: bool,
+) -> Result<Vec<f64>> {
+    let operands =
+        Operands { op: "grouped_gemm_magnitude", plan, k, x, w, gather, values: Values::Absolute };
+    operands.multiply(n, |[y]| y)
+}
+
+/// `x` over `1 + exp(-x)`.
+pub(super) fn silu<A: Accum>(x: A) -> A {
+    x / (A::ONE + (-x).exp())
+}
+
+/// Whether a product is of the numbers or of their magnitudes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Values {
+    Signed,
+    Absolute,
+}
+
+/// What a grouped GEMM reads.
+struct Operands<'a, X, D> {
+    op: &'static str,
+    plan: &'a Plan,
+    k: usize,
+    x: &'a [X],
+    w: &'a [D],
+    gather: bool,
+    values: Values,
+}
+
+/// Rows that one block has at most: enough to make up for widening the weights once per block.
+const BLOCK_ROWS: usize = 512;
+
+/// Some rows of one expert, and their part of the output.
+struct Block<'a, A> {
+    expert: usize,
+    first_row: usize,
+    y: &'a mut [A],
+}
+
+/// Memory that one thread uses again and again.
+struct Scratch<A> {
+    weights: Vec<A>,
+    products: Vec<A>,
+}
+
+impl<X, D: Dtype> Operands<'_, X, D> {
+    /// `y[r, j] = epilogue` of the products of row `r` with the rows `j`, `j + width`, ... of the
+    /// weights `w` `[E, PARTS * width, K]` of its expert.
+    fn multiply<A: Accum, const PARTS: usize>(
+        &self,
+        width: usize,
+        epilogue: impl Fn([A; PARTS]) -> A + Sync,
+    ) -> Result<Vec<A>>
+    where
+        X: Element<A>,
+    {
+        self.check(PARTS, width)?;
+        let mut y = vec![A::ZERO; product(self.op, "rows * width", self.plan.rows(), width)?];
+        self.blocks(width, &mut y)
+            .into_par_iter()
+            .try_for_each(|block| self.multiply_block(block, width, &epilogue))?;
+        Ok(y)
+    }
+
+    fn check(&self, parts: usize, width: usize) -> Result<()> {
+        let Self { op, plan, k, .. } = *self;
+        plan.check(op)?;
+        for (argument, value) in [("width", width), ("k", k)] {
+            if value == 0 {
+                let wanted = "at least 1".to_string();
+                return Err(Error::Unsupported { op, argument, wanted, got: value.to_string() });
+            }
+        }
+        let matrix = product(op, "N * K", product(op, "parts * width", parts, width)?, k)?;
+        check_len(op, "w", self.w.len(), product(op, "E * N * K", plan.num_experts(), matrix)?)?;
+        if !self.gather {
+            return check_len(op, "x", self.x.len(), product(op, "R * K", plan.rows(), k)?);
+        }
+        let tokens = self.x.len() / k;
+        check_len(op, "x", self.x.len(), tokens * k)?;
+        match plan.token_of_row.iter().max() {
+            Some(&last) if i64::from(last) >= tokens as i64 => {
+                let why = format!("the plan has a token {last}, but `x` has {tokens} rows of {k}");
+                Err(Error::Mismatch { op, why })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Cuts the output into the rows of each block. Rows that are not in use belong to none.
+    fn blocks<'y, A>(&self, width: usize, mut y: &'y mut [A]) -> Vec<Block<'y, A>> {
+        let mut blocks = Vec::new();
+        for expert in 0..self.plan.num_experts() {
+            let rows = self.plan.rows_of(expert);
+            for first_row in rows.clone().step_by(BLOCK_ROWS) {
+                let num_rows = BLOCK_ROWS.min(rows.end - first_row);
+                let (block, rest) = y.split_at_mut(num_rows * width);
+                blocks.push(Block { expert, first_row, y: block });
+                y = rest;
+            }
+        }
+        blocks
+    }
+
+    fn multiply_block<A: Accum, const PARTS: usize>(
+        &self,
+        block: Block<'_, A>,
+        width: usize,
+        epilogue: &(impl Fn([A; PARTS]) -> A + Sync),
+    ) -> Result<()>
+    where
+        X: Element<A>,
+    {
+        let k = self.k;
+        let num_rows = block.y.len() / width;
+        let mut buffer = Vec::new();
+        let x = self.rows::<A>(block.first_row, num_rows, &mut buffer);
+        let matrix = &self.w[block.expert * PARTS * width * k..][..PARTS * width * k];
+
+        let columns = panel_columns(num_rows);
+        let new_panel = || Vec::with_capacity(num_rows);
+        let mut panels: Vec<Vec<&mut [A]>> =
+            (0..width.div_ceil(columns)).map(|_| new_panel()).collect();
+        for row in block.y.chunks_mut(width) {
+            for (panel, piece) in panels.iter_mut().zip(row.chunks_mut(columns)) {
+                panel.push(piece);
+            }
+        }
+
+        let scratch = || Scratch { weights: Vec::new(), products: Vec::new() };
+        panels
+            .into_par_iter()
+            .enumerate()
+            .map_init(scratch, |scratch, (panel, pieces)| {
+                let first = panel * columns;
+                let columns = columns.min(width - first);
+                let tile = num_rows * columns;
+                scratch.products.resize(PARTS * tile, A::ZERO);
+                for part in 0..PARTS {
+                    let w = &matrix[(part * width + first) * k..][..columns * k];
+                    let w = self.read(w, &mut scratch.weights);
+                    let products = &mut scratch.products[part * tile..][..tile];
+                    // Weights times `x`, hence [columns, rows]: the crate is faster at it that way
+                    // round.
+                    matmul_transposed([columns, num_rows, k], w, x, products)?;
+                }
+                for (row, piece) in pieces.into_iter().enumerate() {
+                    for (column, y) in piece.iter_mut().enumerate() {
+                        let at = |part| scratch.products[part * tile + column * num_rows + row];
+                        *y = epilogue(std::array::from_fn(at));
+                    }
+                }
+                Ok(())
+            })
+            .collect()
+    }
+
+    /// Rows `first..first + count` of `x`.
+    fn rows<'s, A: Accum>(&'s self, first: usize, count: usize, buffer: &'s mut Vec<A>) -> &'s [A]
+    where
+        X: Element<A>,
+    {
+        let k = self.k;
+        if !self.gather {
+            return self.read(&self.x[first * k..][..count * k], buffer);
+        }
+        buffer.resize(count * k, A::ZERO);
+        let tokens = &self.plan.token_of_row[first..][..count];
+        for (row, &token) in buffer.chunks_exact_mut(k).zip(tokens) {
+            X::widen_slice(&self.x[token as usize * k..][..k], row);
+            self.values.apply(row);
+        }
+        buffer
+    }
+
+    /// The elements, or their magnitudes, as `A`; in `buffer` where they are not so already.
+    fn read<'s, A: Accum, V: Element<A>>(
+        &self,
+        values: &'s [V],
+        buffer: &'s mut Vec<A>,
+    ) -> &'s [A] {
+        match self.values {
+            Values::Signed => widened(values, buffer),
+            Values::Absolute => {
+                buffer.resize(values.len(), A::ZERO);
+                V::widen_slice(values, buffer);
+                self.values.apply(buffer);
+                buffer
+            }
+        }
+    }
+}
+
+impl Values {
+    fn apply<A: Accum>(self, values: &mut [A]) {
+        if self == Values::Absolute {
+            values.iter_mut().for_each(|value| *value = value.abs());
+        }
+    }
+}
+
+/// Columns of the output, which are rows of the weights, that one panel has.
+fn panel_columns(num_rows: usize) -> usize {
+    // Up to 8 rows the GEMM crate reads narrow panels in place; from there on it copies both
+    // operands into its own order, which the rows of `x` go through once per panel.
+    if num_rows <= 8 { 32 } else { 128 }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::super::permute::permute_fwd;
+    use super::super::plan::plan_fwd;
+    use super::super::sample::Sampler;
+    use super::*;
+    use crate::shape::RoutingShape;
+
+    /// The operation as its mathematics reads, in f64.
+    fn triple_loop<D: Dtype>(plan: &Plan, n: usize, k: usize, xp: &[D], w: &[D]) -> Vec<f64> {
+        let mut y = vec![0.0; plan.rows() * n];
+        for expert in 0..plan.num_experts() {
+            for row in plan.rows_of(expert) {
+                for column in 0..n {
+                    for i in 0..k {
+                        let weight = w[(expert * n + column) * k + i].to_f64();
+                        y[row * n + column] += xp[row * k + i].to_f64() * weight;
+                    }
+                }
+            }
+        }
+        y
+    }
+
+    fn assert_close<A: Accum>(got: &[A], want: &[f64], tolerance: f64) {
+        assert_eq!(got.len(), want.len());
+        for (got, want) in got.iter().zip(want) {
+            assert!((got.to_f64() - want).abs() <= tolerance, "{got} instead of {want}");
+        }
+    }
+
+    /// Blocks, panels, gathering and widening against the triple loop.
+    fn check<D: Dtype>(
+        num_tokens: usize,
+        num_experts: usize,
+        top_k: usize,
+        half_n: usize,
+        k: usize,
+    ) {
+        let shape = RoutingShape { num_tokens, num_experts, top_k };
+        let (mut sampler, n) = (Sampler::new(num_tokens as u64), 2 * half_n);
+        let plan = sampler.plan(&shape);
+        let x: Vec<D> = sampler.elements(num_tokens * k);
+        let w: Vec<D> = sampler.elements(num_experts * n * k);
+        let xp = permute_fwd(&shape, &plan, k, &x).unwrap();
+        let want = triple_loop(&plan, n, k, &xp, &w);
+        let (double, single) = (1e-14 * k as f64, 1e-6 * k as f64);
+
+        let gathered = grouped_gemm_fwd::<f64, D>(&plan, n, k, &x, &w, true).unwrap();
+        assert_close(&gathered, &want, double);
+        let permuted = grouped_gemm_fwd::<f64, D>(&plan, n, k, &xp, &w, false).unwrap();
+        assert_eq!(gathered, permuted);
+        let got = grouped_gemm_fwd::<f32, D>(&plan, n, k, &x, &w, true).unwrap();
+        assert_close(&got, &want, single);
+        assert_eq!(grouped_gemm_fwd::<f32, D>(&plan, n, k, &xp, &w, false).unwrap(), got);
+        // Rows of the accumulation type, as the layer's second product has them.
+        let wide: Vec<f64> = xp.iter().map(|x| x.to_f64()).collect();
+        assert_eq!(grouped_gemm_fwd::<f64, D>(&plan, n, k, &wide, &w, false).unwrap(), permuted);
+
+        let swiglu = |y: &[f64]| -> Vec<f64> {
+            let silu = |gate: f64| gate / (1.0 + (-gate).exp());
+            (0..half_n).map(|i| silu(y[i]) * y[half_n + i]).collect()
+        };
+        let act: Vec<f64> = want.chunks(n).flat_map(swiglu).collect();
+        let got = grouped_gemm_swiglu_fwd::<f64, D>(&plan, half_n, k, &x, &w, true).unwrap();
+        assert_close(&got, &act, 10.0 * k as f64 * double);
+        let got = grouped_gemm_swiglu_fwd::<f32, D>(&plan, half_n, k, &xp, &w, false).unwrap();
+        assert_close(&got, &act, 10.0 * k as f64 * single);
+
+        let magnitude = grouped_gemm_magnitude(&plan, n, k, &x, &w, true).unwrap();
+        let positive = |values: &[D]| -> Vec<D> {
+            values.iter().map(|value| D::from_f64(value.to_f64().abs())).collect()
+        };
+        assert_close(&magnitude, &triple_loop(&plan, n, k, &positive(&xp), &positive(&w)), double);
+    }
+
+    #[test]
+    fn blocks_agree_with_the_triple_loop() {
+        check::<bf16>(0, 2, 1, 3, 5);
+        check::<bf16>(1, 1, 1, 1, 1);
+        check::<f16>(5, 4, 2, 17, 33);
+        check::<f32>(40, 3, 2, 70, 65);
+        check::<bf16>(40, 3, 2, 139, 130);
+        check::<f32>(50, 20, 8, 10, 24);
+    }
+
+    #[test]
+    fn more_rows_than_a_block() {
+        check::<f32>(2 * BLOCK_ROWS + 100, 1, 1, 3, 7);
+        check::<bf16>(BLOCK_ROWS + 3, 3, 3, 2, 4);
+    }
+
+    #[test]
+    fn number_of_threads_does_not_show() {
+        let shape = RoutingShape { num_tokens: 90, num_experts: 5, top_k: 2 };
+        let mut sampler = Sampler::new(5);
+        let plan = sampler.plan(&shape);
+        let (n, k) = (300, 200);
+        let x: Vec<bf16> = sampler.elements(shape.num_tokens * k);
+        let w: Vec<bf16> = sampler.elements(shape.num_experts * n * k);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| grouped_gemm_fwd::<f32, bf16>(&plan, n, k, &x, &w, true).unwrap())
+        };
+        let bits = |y: Vec<f32>| -> Vec<u32> { y.into_iter().map(f32::to_bits).collect() };
+        let one = bits(run(1));
+        assert!([2, 3, 7].into_iter().all(|threads| bits(run(threads)) == one));
+    }
+
+    #[test]
+    fn unused_rows_are_not_read() {
+        let shape = RoutingShape { num_tokens: 2, num_experts: 1, top_k: 1 };
+        let plan = plan_fwd(&shape, 64, &[7, 0]).unwrap();
+        let y =
+            grouped_gemm_fwd::<f32, f32>(&plan, 1, 1, &[f32::NAN, 3.0], &[2.0f32], true).unwrap();
+        assert_eq!(y, [6.0, 0.0]);
+        let y = grouped_gemm_fwd::<f32, f32>(&plan, 1, 1, &[3.0f32, f32::NAN], &[2.0f32], false)
+            .unwrap();
+        assert_eq!(y, [6.0, 0.0]);
+    }
+
+    #[test]
+    fn wrong_arguments() {
+        let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
+        let plan = plan_fwd(&shape, 64, &[0, 1]).unwrap();
+        let run = |n, k, x: usize, w: usize, gather| {
+            grouped_gemm_fwd::<f32, f32>(&plan, n, k, &vec![0.0f32; x], &vec![0.0; w], gather)
+                .is_ok()
+        };
+        assert!(run(3, 4, 8, 24, true) && run(3, 4, 8, 24, false));
+        assert!(!run(3, 4, 8, 23, true) && !run(3, 4, 9, 24, true) && !run(3, 4, 4, 24, true));
+        assert!(!run(3, 4, 7, 24, false) && !run(0, 4, 8, 0, true) && !run(3, 0, 0, 0, true));
+        assert!(!run(usize::MAX, 4, 8, 24, true));
+    }
+}

@@ -1,0 +1,28 @@
+//! The CPU reference: what every operation computes, in plain Rust.
+//!
+//! Each function is generic over [`Accum`], the type it computes in. In `f64` it is the
+//! specification that tests compare with; in `f32` it is the CPU path of the program. Kernels are
+//! optimisations of these functions, and [`bound`] says how far a kernel's result may be from
+//! theirs.
+//!
+//! Slices go in and vectors come out; shapes and names are those of the device operations. A wrong
+//! length is an [`Error`](crate::Error), never a panic.
+
+mod accum;
+pub mod bound;
+mod combine;
+mod grouped_gemm;
+mod layer;
+mod permute;
+mod plan;
+mod route;
+#[cfg(test)]
+mod sample;
+
+pub use accum::{Accum, Element};
+pub use combine::combine_fwd;
+pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
+pub use layer::{moe_layer_fwd, moe_layer_with_gate_fwd, round, router_logits};
+pub use permute::permute_fwd;
+pub use plan::{Plan, Tile, plan_fwd};
+pub use route::{Routing, route_fwd, route_token};

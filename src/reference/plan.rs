@@ -1,0 +1,222 @@
+//! The plan: slots grouped by expert.
+//!
+//! A slot `s = t*K + k` whose id is less than `E` is active and gets a row; rows are ordered by
+//! (expert, slot), so those of an expert are contiguous and in slot order. A slot with any other id
+//! belongs to nobody here (another device's expert, or padding): it has no row.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result, check_len};
+use crate::shape::RoutingShape;
+
+/// Some rows of one expert: what one block of a grouped GEMM works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tile {
+    /// The expert.
+    pub expert: i32,
+    /// The first row.
+    pub first_row: i32,
+    /// How many rows, at least 1.
+    pub num_rows: i32,
+}
+
+/// Where each slot's row is, and whose row each is. There are `R = T*K` places for rows, of which
+/// the first `expert_offsets[E]` are in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// `[E + 1]`: the rows of expert `e` are `expert_offsets[e]..expert_offsets[e + 1]`.
+    pub expert_offsets: Vec<i32>,
+    /// `[T * K]`: the row of a slot, -1 for an inactive one.
+    pub row_of_slot: Vec<i32>,
+    /// `[R]`: the token of a row, -1 past the rows in use.
+    pub token_of_row: Vec<i32>,
+    /// The rows of each expert, cut into pieces, in the order of rows. An expert without rows has
+    /// none.
+    pub tiles: Vec<Tile>,
+}
+
+impl Plan {
+    /// `E`
+    pub fn num_experts(&self) -> usize {
+        self.expert_offsets.len().saturating_sub(1)
+    }
+
+    /// `R`, the bound on rows.
+    pub fn rows(&self) -> usize {
+        self.token_of_row.len()
+    }
+
+    /// How many rows are in use, which is the number of active slots.
+    pub fn rows_in_use(&self) -> usize {
+        self.expert_offsets.last().map_or(0, |&end| end as usize)
+    }
+
+    /// The rows of an expert.
+    pub(super) fn rows_of(&self, expert: usize) -> Range<usize> {
+        self.expert_offsets[expert] as usize..self.expert_offsets[expert + 1] as usize
+    }
+
+    /// Whether the parts fit one another; the fields are public, so anybody can have changed them.
+    pub(super) fn check(&self, op: &'static str) -> Result<()> {
+        let fails =
+            |why: &str| Err(Error::Mismatch { op, why: format!("the plan is broken: {why}") });
+        let rows = self.rows() as i64;
+        if self.expert_offsets.len() < 2 || self.expert_offsets[0] != 0 {
+            return fails("`expert_offsets` does not have E + 1 elements that begin with 0");
+        }
+        if self.expert_offsets.windows(2).any(|pair| pair[0] > pair[1]) {
+            return fails("`expert_offsets` decreases");
+        }
+        if self.rows_in_use() as i64 > rows {
+            return fails("`expert_offsets` goes past the end of `token_of_row`");
+        }
+        let in_use = self.rows_in_use() as i64;
+        if self.row_of_slot.iter().any(|&row| row < -1 || i64::from(row) >= in_use) {
+            return fails("`row_of_slot` names a row that is not in use");
+        }
+        if self.token_of_row[..self.rows_in_use()].iter().any(|&token| token < 0) {
+            return fails("`token_of_row` has no token for a row in use");
+        }
+        Ok(())
+    }
+}
+
+/// Groups the slots by expert: `expert_ids` `[T, K]`. Tiles have at most `block_m` rows.
+///
+/// # Errors
+/// A shape out of range, `block_m` of 0 or above `i32`, or a length that is not the shape's.
+pub fn plan_fwd(shape: &RoutingShape, block_m: usize, expert_ids: &[u32]) -> Result<Plan> {
+    const OP: &str = "plan_fwd";
+    shape.check(OP)?;
+    check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
+    if block_m == 0 || block_m > i32::MAX as usize {
+        let wanted = format!("1 to {}", i32::MAX);
+        return Err(Error::Unsupported {
+            op: OP,
+            argument: "block_m",
+            wanted,
+            got: block_m.to_string(),
+        });
+    }
+    let active = |id: u32| (id as usize) < shape.num_experts;
+
+    let mut expert_offsets = vec![0i32; shape.num_experts + 1];
+    for &id in expert_ids.iter().filter(|&&id| active(id)) {
+        expert_offsets[id as usize + 1] += 1;
+    }
+    for expert in 0..shape.num_experts {
+        expert_offsets[expert + 1] += expert_offsets[expert];
+    }
+
+    let mut next_row = expert_offsets.clone();
+    let mut row_of_slot = vec![-1; shape.slots()];
+    let mut token_of_row = vec![-1; shape.slots()];
+    for (slot, &id) in expert_ids.iter().enumerate().filter(|&(_, &id)| active(id)) {
+        let row = next_row[id as usize];
+        next_row[id as usize] += 1;
+        row_of_slot[slot] = row;
+        token_of_row[row as usize] = (slot / shape.top_k) as i32;
+    }
+
+    let block_m = block_m as i32;
+    let mut tiles = Vec::new();
+    for (expert, offsets) in expert_offsets.windows(2).enumerate() {
+        for first_row in (offsets[0]..offsets[1]).step_by(block_m as usize) {
+            let num_rows = block_m.min(offsets[1] - first_row);
+            tiles.push(Tile { expert: expert as i32, first_row, num_rows });
+        }
+    }
+    Ok(Plan { expert_offsets, row_of_slot, token_of_row, tiles })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample::Sampler;
+    use super::*;
+
+    const NONE: u32 = u32::MAX;
+
+    #[test]
+    fn by_hand() {
+        let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
+        // Expert 1 has no slot, and slot 3 belongs to nobody.
+        let plan = plan_fwd(&shape, 2, &[2, 0, 2, NONE, 3, 2]).unwrap();
+        assert_eq!(plan.expert_offsets, [0, 1, 1, 4, 5]);
+        assert_eq!(plan.row_of_slot, [1, 0, 2, -1, 4, 3]);
+        assert_eq!(plan.token_of_row, [0, 0, 1, 2, 2, -1]);
+        let tile = |expert, first_row, num_rows| Tile { expert, first_row, num_rows };
+        assert_eq!(plan.tiles, [tile(0, 0, 1), tile(2, 1, 2), tile(2, 3, 1), tile(3, 4, 1)]);
+        assert_eq!((plan.num_experts(), plan.rows(), plan.rows_in_use()), (4, 6, 5));
+        assert!(plan.check("test").is_ok());
+    }
+
+    #[test]
+    fn corners() {
+        let shape = RoutingShape { num_tokens: 0, num_experts: 2, top_k: 2 };
+        let plan = plan_fwd(&shape, 64, &[]).unwrap();
+        assert_eq!((plan.expert_offsets, plan.tiles), (vec![0, 0, 0], vec![]));
+
+        let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
+        let nobody = plan_fwd(&shape, 64, &[2, NONE]).unwrap();
+        assert_eq!((nobody.rows_in_use(), nobody.row_of_slot), (0, vec![-1, -1]));
+        assert!(plan_fwd(&shape, 0, &[0, 0]).is_err());
+        assert!(plan_fwd(&shape, 64, &[0]).is_err());
+    }
+
+    #[test]
+    fn rows_are_the_active_slots_in_order() {
+        let mut sampler = Sampler::new(1);
+        for _ in 0..200 {
+            let num_experts = 1 + sampler.below(9);
+            let top_k = 1 + sampler.below(num_experts);
+            let shape = RoutingShape { num_tokens: sampler.below(30), num_experts, top_k };
+            let ids = sampler.expert_ids(&shape);
+            let block_m = 1 + sampler.below(5);
+            let plan = plan_fwd(&shape, block_m, &ids).unwrap();
+            plan.check("test").unwrap();
+
+            let mut slots: Vec<usize> = (0..shape.slots()).collect();
+            slots.retain(|&slot| (ids[slot] as usize) < num_experts);
+            slots.sort_by_key(|&slot| ids[slot]); // stable
+            assert_eq!(plan.rows_in_use(), slots.len());
+            for (row, &slot) in slots.iter().enumerate() {
+                assert_eq!(plan.row_of_slot[slot], row as i32);
+                assert_eq!(plan.token_of_row[row], (slot / top_k) as i32);
+                assert!(plan.rows_of(ids[slot] as usize).contains(&row));
+            }
+            assert_eq!(plan.row_of_slot.iter().filter(|&&row| row >= 0).count(), slots.len());
+            assert!(plan.token_of_row[slots.len()..].iter().all(|&token| token == -1));
+
+            let mut covered = 0;
+            for tile in &plan.tiles {
+                assert_eq!(tile.first_row, covered);
+                assert!(tile.num_rows >= 1 && tile.num_rows <= block_m as i32);
+                covered += tile.num_rows;
+                let rows = plan.rows_of(tile.expert as usize);
+                assert!(rows.start <= tile.first_row as usize && covered as usize <= rows.end);
+            }
+            assert_eq!(covered as usize, slots.len());
+            assert!(plan.tiles.len() <= plan.rows().div_ceil(block_m) + num_experts);
+        }
+    }
+
+    #[test]
+    fn broken_plans_are_found() {
+        let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
+        let plan = plan_fwd(&shape, 64, &[1, 0]).unwrap();
+        let breaks: [fn(&mut Plan); 7] = [
+            |plan| plan.expert_offsets.clear(),
+            |plan| plan.expert_offsets[0] = 1,
+            |plan| plan.expert_offsets[1] = 3,
+            |plan| plan.expert_offsets[2] = 3,
+            |plan| plan.row_of_slot[0] = 2,
+            |plan| plan.row_of_slot[0] = -2,
+            |plan| plan.token_of_row[1] = -1,
+        ];
+        for (i, apply) in breaks.iter().enumerate() {
+            let mut broken = plan.clone();
+            apply(&mut broken);
+            assert!(broken.check("test").is_err(), "number {i}");
+        }
+    }
+}
