@@ -1,0 +1,81 @@
+// permute: copies each token's row to its top_k places in expert order.
+//   xp[row_of_slot[t*K + k], :] = x[t, :]
+//   Rows that no slot owns, those from expert_offsets[E] on, become zero, so xp is always written whole.
+// Launch  grid (T), block (PERMUTE_THREADS): one block per token. Block t also zeroes the rows t*K .. t*K + K - 1
+//         as far as nobody owns them: there are T*K rows, so every row has one block that answers for it.
+// Bytes   reads T*H*s + 4*T*K, writes R*H*s: at T4096 H7168 K8 bf16, 59 MB + 470 MB.
+// Why     one block per token, not per row: each row of x leaves memory once and is stored K times from registers.
+// Writers one per element of xp (row_of_slot is injective), so the result is deterministic, and exact as a copy is.
+#include "kernel.cuh"
+
+// The block's threads together clear one row of xp.
+template <typename Elem>
+__device__ __forceinline__ void zero_row(Elem* row, int hidden, bool vector) {
+  if (vector) {
+    Vec<Elem> zero;
+#pragma unroll
+    for (int i = 0; i < Vec<Elem>::LEN; i++) zero.at[i] = from_f32<Elem>(0.0f);
+    for (int h = threadIdx.x * Vec<Elem>::LEN; h < hidden; h += PERMUTE_THREADS * Vec<Elem>::LEN) {
+      store_vec(row + h, zero);
+    }
+  } else {
+    for (int h = threadIdx.x; h < hidden; h += PERMUTE_THREADS) row[h] = from_f32<Elem>(0.0f);
+  }
+}
+
+template <typename Elem>
+__device__ __forceinline__ void permute_fwd(Elem* xp,                   // [R, H] out
+                                            const Elem* x,              // [T, H]
+                                            const int* row_of_slot,     // [T, K], -1: the slot is inactive
+                                            const int* expert_offsets,  // [E + 1]
+                                            const PermuteArgs& args) {
+  const int hidden = args.hidden;
+  const int64_t token = blockIdx.x;
+  const int64_t first_slot = token * args.top_k;
+  const Elem* source = x + token * hidden;
+
+  if (args.vector) {
+    for (int h = threadIdx.x * Vec<Elem>::LEN; h < hidden; h += PERMUTE_THREADS * Vec<Elem>::LEN) {
+      const Vec<Elem> value = load_vec(source + h);
+      for (int k = 0; k < args.top_k; k++) {
+        const int row = row_of_slot[first_slot + k];
+        if (row != INACTIVE) store_vec(xp + (int64_t)row * hidden + h, value);
+      }
+    }
+  } else {
+    for (int h = threadIdx.x; h < hidden; h += PERMUTE_THREADS) {
+      const Elem value = source[h];
+      for (int k = 0; k < args.top_k; k++) {
+        const int row = row_of_slot[first_slot + k];
+        if (row != INACTIVE) xp[(int64_t)row * hidden + h] = value;
+      }
+    }
+  }
+
+  const int rows_in_use = expert_offsets[args.num_experts];
+  for (int k = 0; k < args.top_k; k++) {
+    const int64_t row = first_slot + k;
+    if (row >= rows_in_use) zero_row(xp + row * hidden, hidden, args.vector);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
+moe_permute_fwd_f32(float* xp, const float* x, const int* row_of_slot, const int* expert_offsets,
+                    const PermuteArgs args) {
+  permute_fwd(xp, x, row_of_slot, expert_offsets, args);
+}
+EXPORT_KERNEL(moe_permute_fwd_f32, PERMUTE_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
+moe_permute_fwd_f16(f16* xp, const f16* x, const int* row_of_slot, const int* expert_offsets,
+                    const PermuteArgs args) {
+  permute_fwd(xp, x, row_of_slot, expert_offsets, args);
+}
+EXPORT_KERNEL(moe_permute_fwd_f16, PERMUTE_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
+moe_permute_fwd_bf16(bf16* xp, const bf16* x, const int* row_of_slot, const int* expert_offsets,
+                     const PermuteArgs args) {
+  permute_fwd(xp, x, row_of_slot, expert_offsets, args);
+}
+EXPORT_KERNEL(moe_permute_fwd_bf16, PERMUTE_THREADS)

@@ -1,0 +1,111 @@
+//! Random routings and values, all from one seed.
+
+use moe_kernels::{Dtype, RoutingShape};
+use proptest::prelude::*;
+
+/// SplitMix64: small, and the same on every machine.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `0..n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// Uniform in `-1..1`.
+    pub fn signed(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+}
+
+/// How tokens spread over experts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Skew {
+    /// Every expert alike.
+    Uniform,
+    /// Expert `e` is drawn in proportion to `1 / (e + 1)`.
+    Zipf,
+    /// Expert 0 is everybody's first choice.
+    OneHot,
+    /// Experts with odd numbers get nothing, as far as `K` allows.
+    Empty,
+    /// Uniform, but every third slot belongs to no expert.
+    Inactive,
+}
+
+/// Any skew.
+pub fn skew() -> impl Strategy<Value = Skew> {
+    proptest::sample::select(vec![
+        Skew::Uniform,
+        Skew::Zipf,
+        Skew::OneHot,
+        Skew::Empty,
+        Skew::Inactive,
+    ])
+}
+
+/// Expert ids `[T, K]`, distinct within a token but for inactive slots.
+pub fn routing_ids(shape: RoutingShape, skew: Skew, seed: u64) -> Vec<u32> {
+    let mut rng = Rng::new(seed);
+    let mut ids = Vec::with_capacity(shape.slots());
+    for _ in 0..shape.num_tokens {
+        let mut left: Vec<usize> = (0..shape.num_experts).collect();
+        for k in 0..shape.top_k {
+            let at = match skew {
+                Skew::Uniform | Skew::Inactive => rng.below(left.len()),
+                Skew::Zipf => zipf(&left, &mut rng),
+                Skew::OneHot if k == 0 => 0,
+                Skew::OneHot => rng.below(left.len()),
+                Skew::Empty => {
+                    let even = left.iter().filter(|expert| *expert % 2 == 0).count();
+                    if even == 0 {
+                        rng.below(left.len())
+                    } else {
+                        let nth = rng.below(even);
+                        let mut even =
+                            left.iter().enumerate().filter(|(_, expert)| *expert % 2 == 0);
+                        even.nth(nth).unwrap().0
+                    }
+                }
+            };
+            ids.push(left.remove(at) as u32);
+        }
+    }
+    if skew == Skew::Inactive {
+        let foreign = [shape.num_experts as u32, u32::MAX, i32::MAX as u32];
+        for id in ids.iter_mut().step_by(3) {
+            *id = foreign[rng.below(foreign.len())];
+        }
+    }
+    ids
+}
+
+fn zipf(left: &[usize], rng: &mut Rng) -> usize {
+    let total: f64 = left.iter().map(|expert| 1.0 / (expert + 1) as f64).sum();
+    let mut at = (rng.signed() + 1.0) / 2.0 * total;
+    for (index, expert) in left.iter().enumerate() {
+        at -= 1.0 / (expert + 1) as f64;
+        if at <= 0.0 {
+            return index;
+        }
+    }
+    left.len() - 1
+}
+
+/// Uniform values in `-scale..scale`, rounded to `D` so that both sides see the same numbers.
+pub fn values<D: Dtype>(len: usize, scale: f64, seed: u64) -> Vec<D> {
+    let mut rng = Rng::new(seed);
+    (0..len).map(|_| D::from_f64(rng.signed() * scale)).collect()
+}

@@ -1,0 +1,107 @@
+//! The device that the tests run on, chosen once for the process.
+
+use std::io::Write as _;
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use moe_kernels::Device;
+use proptest::test_runner::Config;
+
+struct Chosen {
+    device: Device,
+    name: String,
+    emulated: bool,
+}
+
+/// The device, and a stream of the test's own.
+pub struct Gpu {
+    pub device: Device,
+    pub stream: Arc<CudaStream>,
+    pub emulated: bool,
+}
+
+/// The device that MOE_DEVICE names; says so for the running test. Never skips: there is always one.
+pub fn gpu() -> Gpu {
+    static CHOSEN: OnceLock<Chosen> = OnceLock::new();
+    let chosen = CHOSEN.get_or_init(|| {
+        let wanted = std::env::var("MOE_DEVICE").unwrap_or_else(|_| "auto".into());
+        let wanted = wanted.parse().unwrap_or_else(|why| panic!("MOE_DEVICE: {why}"));
+        let driver = moe_emulator::choose(wanted).unwrap_or_else(|why| panic!("MOE_DEVICE: {why}"));
+        let context = CudaContext::new(0).unwrap();
+        let device = Device::new(&context).unwrap();
+        let (major, minor) = device.capability();
+        let name = format!("{} ({driver}, {major}.{minor})", context.name().unwrap());
+        Chosen { device, name, emulated: driver == moe_emulator::Driver::Emulator }
+    });
+    let thread = std::thread::current();
+    // Past the capture of the test harness, so that every run shows it.
+    let line = format!("{} runs on {}\n", thread.name().unwrap_or("a test"), chosen.name);
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
+    let stream = chosen.device.context().new_stream().unwrap();
+    Gpu { device: chosen.device.clone(), stream, emulated: chosen.emulated }
+}
+
+impl Gpu {
+    /// Draws another schedule for what this thread launches from now on; a real GPU needs no telling.
+    pub fn reschedule(&self, seed: u64) {
+        if self.emulated {
+            moe_emulator::set_seed(seed);
+        }
+    }
+
+    /// Host data on the device.
+    pub fn upload<T: DeviceRepr + bytemuck::Pod>(&self, data: &[T]) -> Buffer<T> {
+        let padding = [T::zeroed()];
+        let host = if data.is_empty() { &padding[..] } else { data };
+        let slice = self.stream.clone_htod(host).unwrap();
+        Buffer { slice, len: data.len() }
+    }
+
+    /// A buffer of NaNs, or of -1: what an operation must overwrite.
+    pub fn poisoned<T: DeviceRepr + bytemuck::Pod>(&self, len: usize) -> Buffer<T> {
+        let mut host = vec![T::zeroed(); len];
+        bytemuck::cast_slice_mut::<T, u8>(&mut host).fill(0xff);
+        self.upload(&host)
+    }
+
+    /// Device data on the host.
+    pub fn download<T: DeviceRepr + bytemuck::Pod>(&self, data: &CudaView<'_, T>) -> Vec<T> {
+        if data.len() == 0 {
+            return Vec::new();
+        }
+        let host = self.stream.clone_dtoh(data).unwrap();
+        self.stream.synchronize().unwrap();
+        host
+    }
+}
+
+/// Device memory of any length, 0 among them, which the driver would refuse to allocate.
+pub struct Buffer<T> {
+    slice: CudaSlice<T>,
+    len: usize,
+}
+
+impl<T> Buffer<T> {
+    pub fn view(&self) -> CudaView<'_, T> {
+        self.slice.slice(..self.len)
+    }
+
+    pub fn view_mut(&mut self) -> CudaViewMut<'_, T> {
+        self.slice.slice_mut(..self.len)
+    }
+}
+
+/// How many random cases: `cases`, or PROPTEST_CASES.
+fn cases(cases: u32) -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(cases)
+}
+
+/// A proptest configuration with [`cases`].
+pub fn config(count: u32) -> Config {
+    Config {
+        cases: cases(count),
+        failure_persistence: None,
+        max_shrink_iters: 200,
+        ..Config::default()
+    }
+}

@@ -1,0 +1,15 @@
+//! Differential tests: every operation on a device against the CPU reference. One binary, so that
+//! one process has one driver.
+
+#[cfg(feature = "bindgen")]
+mod abi;
+mod combine;
+mod common;
+mod device;
+mod grouped_gemm;
+mod large;
+mod layer;
+mod permute;
+mod plan;
+mod route;
+mod tidy;

@@ -1,0 +1,144 @@
+//! permute: a copy, so device and reference agree bit for bit.
+
+use half::{bf16, f16};
+use moe_kernels::ops::{permute, plan};
+use moe_kernels::{Dtype, Error, RoutingShape, reference};
+use proptest::prelude::*;
+
+use crate::common::{Gpu, Skew, bits, config, gpu, routing_ids, skew, values};
+use cudarc::driver::DeviceRepr;
+
+/// Runs the operation on `x` and holds it against the reference; returns the bits that came out.
+fn check<D: Dtype + DeviceRepr>(
+    gpu: &Gpu,
+    shape: RoutingShape,
+    skew: Skew,
+    hidden: usize,
+    seed: u64,
+) -> Vec<u32> {
+    let ids = routing_ids(shape, skew, seed);
+    let x = values::<D>(shape.num_tokens * hidden, 4.0, seed ^ 1);
+    let want = {
+        let plan = reference::plan_fwd(&shape, 128, &ids).unwrap();
+        reference::permute_fwd(&shape, &plan, hidden, &x).unwrap()
+    };
+    let (ids, x) = (gpu.upload(&ids), gpu.upload(&x));
+    let mut xp = gpu.poisoned::<D>(shape.slots() * hidden);
+    let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
+    permute::permute_fwd_into(
+        &gpu.device,
+        &gpu.stream,
+        &plan,
+        hidden,
+        &x.view(),
+        &mut xp.view_mut(),
+    )
+    .unwrap();
+    let got = bits(&gpu.download(&xp.view()));
+    assert_eq!(got, bits(&want), "{shape} H{hidden} {skew:?} {} seed {seed}", D::DTYPE);
+    got
+}
+
+proptest! {
+    #![proptest_config(config(48))]
+
+    #[test]
+    fn matches_reference(
+        tokens in 0usize..40, experts in 1usize..20, k in 1usize..5, hidden in 1usize..300,
+        skew in skew(), seed in any::<u64>(),
+    ) {
+        let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
+        let gpu = gpu();
+        gpu.reschedule(seed);
+        check::<f32>(&gpu, shape, skew, hidden, seed);
+        check::<f16>(&gpu, shape, skew, hidden, seed);
+        check::<bf16>(&gpu, shape, skew, hidden, seed);
+    }
+}
+
+#[test]
+fn edges() {
+    let gpu = gpu();
+    for (t, e, k, hidden) in [
+        (0, 4, 2, 16),
+        (1, 1, 1, 1),
+        (1, 8, 8, 8),
+        (5, 1, 1, 2048),
+        (3, 3, 3, 2049),
+        (7, 64, 6, 4104),
+    ] {
+        let shape = RoutingShape::new(t, e, k).unwrap();
+        for skew in [Skew::Uniform, Skew::OneHot, Skew::Inactive] {
+            check::<bf16>(&gpu, shape, skew, hidden, 9);
+        }
+    }
+}
+
+#[test]
+fn schedules_do_not_change_bits() {
+    let gpu = gpu();
+    let shape = RoutingShape::new(33, 9, 3).unwrap();
+    let runs: Vec<_> = (0..12)
+        .map(|seed| {
+            gpu.reschedule(seed);
+            check::<f16>(&gpu, shape, Skew::Zipf, 72, 5)
+        })
+        .collect();
+    assert!(runs.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn a_view_may_start_anywhere() {
+    let gpu = gpu();
+    let (shape, hidden) = (RoutingShape::new(11, 5, 2).unwrap(), 64);
+    let ids = routing_ids(shape, Skew::Uniform, 3);
+    let x = values::<bf16>(shape.num_tokens * hidden + 1, 1.0, 4);
+    let reference = reference::plan_fwd(&shape, 128, &ids).unwrap();
+    let want = reference::permute_fwd(&shape, &reference, hidden, &x[1..]).unwrap();
+    let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &gpu.upload(&ids).view()).unwrap();
+    let x = gpu.upload(&x);
+    let mut xp = gpu.poisoned::<bf16>(shape.slots() * hidden + 3);
+
+    permute::permute_fwd_into(
+        &gpu.device,
+        &gpu.stream,
+        &plan,
+        hidden,
+        &x.view().slice(1..),
+        &mut xp.view_mut().slice_mut(3..),
+    )
+    .unwrap();
+    let got = gpu.download(&xp.view());
+    assert_eq!(bits(&got[3..]), bits(&want));
+    assert!(got[..3].iter().all(|value| value.is_nan()), "what lies before the view is left alone");
+}
+
+#[test]
+fn errors_come_before_any_launch() {
+    let gpu = gpu();
+    let shape = RoutingShape::new(4, 4, 2).unwrap();
+    let ids = gpu.upload(&routing_ids(shape, Skew::Uniform, 0));
+    let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
+    let x = gpu.upload(&values::<f32>(4 * 8, 1.0, 0));
+    let mut xp = gpu.poisoned::<f32>(8 * 8);
+    let mut call = |hidden: usize, x_len: usize, xp_len: usize| {
+        permute::permute_fwd_into(
+            &gpu.device,
+            &gpu.stream,
+            &plan,
+            hidden,
+            &x.view().slice(..x_len),
+            &mut xp.view_mut().slice_mut(..xp_len),
+        )
+    };
+    assert_eq!(
+        call(8, 31, 64),
+        Err(Error::Length { op: "permute_fwd", argument: "x", wanted: 32, got: 31 })
+    );
+    assert_eq!(
+        call(8, 32, 63),
+        Err(Error::Length { op: "permute_fwd", argument: "xp", wanted: 64, got: 63 })
+    );
+    assert!(matches!(call(usize::MAX, 32, 64), Err(Error::Unsupported { op: "permute_fwd", .. })));
+    assert!(call(8, 32, 64).is_ok());
+}

@@ -1,0 +1,195 @@
+//! The rules of the house, as far as a program can hold them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Files under `folder` whose name ends in one of `endings`, with their text.
+fn files(folder: &str, endings: &[&str]) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut left: Vec<PathBuf> = vec![root().join(folder)];
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            left.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        } else if endings.iter().any(|ending| path.to_string_lossy().ends_with(ending)) {
+            let name = path.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
+            found.push((name, fs::read_to_string(&path).unwrap()));
+        }
+    }
+    found.sort();
+    assert!(!found.is_empty(), "no {endings:?} in {folder}");
+    found
+}
+
+/// The stems of operations: kernels, less second implementations.
+fn stems() -> Vec<String> {
+    let kernels = files("kernels", &[".cu"]);
+    let stems =
+        kernels.iter().map(|(name, _)| name["kernels/".len()..name.len() - ".cu".len()].to_owned());
+    stems.filter(|stem| !stem.ends_with("_sm90")).collect()
+}
+
+/// The lines of a Rust file without comments and unit tests.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+    text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"))
+}
+
+#[test]
+fn an_operation_has_one_stem_in_every_folder() {
+    for stem in stems() {
+        for folder in ["src/ops", "src/reference", "tests/it", "benches"] {
+            let file = format!("{folder}/{stem}.rs");
+            assert!(root().join(&file).is_file(), "kernels/{stem}.cu has no {file}");
+        }
+    }
+}
+
+#[test]
+fn a_kernel_file_includes_one_header() {
+    for (name, text) in files("kernels", &[".cu"]) {
+        let includes: Vec<_> =
+            text.lines().filter(|line| line.trim_start().starts_with("#include")).collect();
+        assert_eq!(includes, ["#include \"kernel.cuh\""], "{name}");
+        assert!(
+            !text.contains("__shared__"),
+            "{name}: SHARED_ARRAY and SHARED_DYNAMIC declare shared memory"
+        );
+        assert!(!text.contains("atomicAdd(float") && !text.contains("__activemask"), "{name}");
+    }
+}
+
+#[test]
+fn assembly_is_in_one_file() {
+    for (name, text) in files("kernels", &[".cu", ".cuh", ".h"]) {
+        assert!(name == "kernels/ptx.cuh" || !text.contains("asm volatile"), "{name}");
+        let conditional = text.contains("#ifdef") || text.contains("__CUDACC__");
+        assert!(
+            name == "kernels/kernel.cuh" || !conditional,
+            "{name}: only kernel.cuh asks who compiles"
+        );
+    }
+}
+
+/// `__launch_bounds__(X)` of an entry and `EXPORT_KERNEL(entry, X)` agree, and every entry is exported.
+#[test]
+fn launch_bounds_are_exported() {
+    for (name, text) in files("kernels", &[".cu"]) {
+        let mut bounds = BTreeSet::new();
+        for part in text.split("extern \"C\" __global__ void __launch_bounds__(").skip(1) {
+            let (bound, rest) = part.split_once(')').unwrap();
+            let bound = bound.split(',').next().unwrap().trim();
+            let symbol = rest.trim_start().split('(').next().unwrap().trim();
+            bounds.insert(format!("EXPORT_KERNEL({symbol}, {bound})"));
+        }
+        let exports: BTreeSet<_> = text
+            .lines()
+            .filter(|line| line.starts_with("EXPORT_KERNEL("))
+            .map(str::to_owned)
+            .collect();
+        assert_eq!(bounds, exports, "{name}");
+        assert_eq!(
+            text.matches("__global__").count(),
+            exports.len(),
+            "{name}: an entry without bounds"
+        );
+    }
+}
+
+#[test]
+fn primitives_have_twins() {
+    let names = |text: &str| -> BTreeSet<String> {
+        let inside = text.split_once("namespace ptx {").expect("a namespace ptx").1;
+        let mut names = BTreeSet::new();
+        for line in inside.lines().filter(|line| !line.trim_start().starts_with("//")) {
+            for (marker, _) in line.match_indices("inline") {
+                let rest = &line[marker..];
+                if let Some((head, _)) = rest.split_once('(') {
+                    names.extend(head.split_whitespace().last().map(str::to_owned));
+                }
+            }
+        }
+        names
+    };
+    let device = names(&fs::read_to_string(root().join("kernels/ptx.cuh")).unwrap());
+    let twin = names(&fs::read_to_string(root().join("emulator/simt/simt_ptx.h")).unwrap());
+    assert!(device.len() > 10, "{device:?}");
+    assert_eq!(device, twin);
+}
+
+#[test]
+fn floors_are_kept() {
+    let forbid = |folder: &str, words: &[&str], but: &[&str]| {
+        for (name, text) in files(folder, &[".rs"]) {
+            if but.iter().any(|file| name.ends_with(file)) {
+                continue;
+            }
+            for (number, line) in code(&text) {
+                for word in words {
+                    assert!(
+                        !line.contains(word),
+                        "{name}:{}: {word} does not belong here",
+                        number + 1
+                    );
+                }
+            }
+        }
+    };
+    forbid("src/reference", &["cudarc", "unsafe", "device::"], &[]);
+    forbid("src/ops", &["driver::sys", "driver::result", "reference::", "layer::", "super::"], &[]);
+    forbid(
+        "src",
+        &["driver::sys", "driver::{sys", "driver::result"],
+        &["device.rs", "tensor_map.rs"],
+    );
+    let no_driver = ["dtype.rs", "shape.rs", "config.rs", "error.rs"];
+    for file in no_driver {
+        forbid(&format!("src/{file}"), &["cudarc", "unsafe", "device::", "ops::", "layer::"], &[]);
+    }
+    forbid("src/layer.rs", &["unsafe", "Launch", ".launch("], &[]);
+}
+
+#[test]
+fn the_library_does_not_panic() {
+    for (name, text) in files("src", &[".rs"]) {
+        if name == "src/reference/sample.rs" {
+            continue; // Inputs of unit tests; no part of the library.
+        }
+        for (number, line) in code(&text) {
+            for word in [".unwrap()", ".expect(", "panic!(", "todo!(", "unimplemented!("] {
+                assert!(!line.contains(word), "{name}:{}: {word}", number + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn files_stay_readable() {
+    let folders = ["kernels", "src", "tests", "benches", "examples", "emulator", "cli"];
+    for folder in folders {
+        for (name, text) in files(folder, &[".rs", ".cu", ".cuh", ".h", ".cpp"]) {
+            let lines = text.lines().count();
+            assert!(
+                lines <= 550 || name == "src/abi.rs",
+                "{name} has {lines} lines: split it by idea"
+            );
+            let long = text.lines().position(|line| line.chars().count() > 130);
+            assert!(
+                long.is_none() || name == "src/abi.rs",
+                "{name}:{} is too long to read",
+                long.unwrap() + 1
+            );
+        }
+    }
+}
+
+#[test]
+fn examples_are_short() {
+    for (name, text) in files("examples", &[".rs"]) {
+        assert!(text.lines().count() <= 60, "{name}");
+    }
+}
