@@ -1,0 +1,181 @@
+//! Groups slots by expert: `expert_ids` `[T, K]` to a [`RoutingPlan`].
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+
+use crate::abi::{GEMM_BLOCK_M, PLAN_MAX_COUNTERS, PLAN_SCAN_THREADS, PLAN_THREADS, PlanArgs};
+use crate::device::{
+    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
+};
+use crate::dtype::DType;
+use crate::error::{Error, Result, check_len, int};
+use crate::routing_plan::{PlanLayout, PlanMemory, RoutingPlan};
+use crate::shape::RoutingShape;
+
+const OP: &str = "plan_fwd";
+
+/// Kernels read four counts at once, and parts of a plan are aligned to more than that.
+const PLAN_ALIGNMENT: usize = 16;
+
+/// Device addresses for [`plan_fwd_raw`].
+#[derive(Debug, Clone, Copy)]
+pub struct PlanBuffers {
+    /// [`PlanLayout::bytes`], starting at a multiple of 16; every part is written whole.
+    pub plan: CUdeviceptr,
+    /// `[T, K]` `u32`, or 0 (null): all ids are 0.
+    pub expert_ids: CUdeviceptr,
+}
+
+/// Groups the slots by expert into `memory`, which must have [`PlanLayout::bytes`] bytes.
+///
+/// An id of `E` or more, any bits, makes its slot inactive: it gets no row. Without ids every id is 0,
+/// so that a dense product is a grouped one with `E = 1`. Rows of an expert are in the order of their
+/// slots. Tiles have at most 128 rows. Asynchronous, ordered on `stream`; exact.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a shape out of range, [`Error::Length`] for a buffer that does not fit it,
+/// [`Error::Alignment`], [`Error::Mismatch`] for a stream of another context, and what a launch can meet.
+pub fn plan_fwd_into<'a>(
+    device: &Device,
+    stream: &CudaStream,
+    shape: RoutingShape,
+    expert_ids: Option<&CudaView<'_, u32>>,
+    mut memory: CudaViewMut<'a, u8>,
+) -> Result<RoutingPlan<'a>> {
+    let layout = enqueue(device, stream, shape, expert_ids, &mut memory)?;
+    // SAFETY: the kernels were launched on this memory; views of it carry the order.
+    Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Borrowed(memory.into_view())) })
+}
+
+/// [`plan_fwd_into`] new memory, from ids.
+///
+/// # Errors
+/// Those of [`plan_fwd_into`], and [`Error::Driver`] if the allocation fails.
+pub fn plan_fwd(
+    device: &Device,
+    stream: &Arc<CudaStream>,
+    shape: RoutingShape,
+    expert_ids: &CudaView<'_, u32>,
+) -> Result<RoutingPlan<'static>> {
+    let bytes = PlanLayout::new(shape)?.bytes();
+    // SAFETY: the operation writes every part.
+    let mut memory = unsafe { alloc::<u8>(OP, stream, bytes) }?;
+    let layout = enqueue(device, stream, shape, Some(expert_ids), &mut memory.as_view_mut())?;
+    // SAFETY: the kernels were launched on this memory; views of it carry the order.
+    Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Owned(memory)) })
+}
+
+fn enqueue(
+    device: &Device,
+    stream: &CudaStream,
+    shape: RoutingShape,
+    expert_ids: Option<&CudaView<'_, u32>>,
+    memory: &mut CudaViewMut<'_, u8>,
+) -> Result<PlanLayout> {
+    let layout = PlanLayout::new(shape)?;
+    check_stream(OP, device, stream)?;
+    if let Some(expert_ids) = expert_ids {
+        check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
+    }
+    if memory.len() < layout.bytes() {
+        let (wanted, got) = (layout.bytes(), memory.len());
+        return Err(Error::Length { op: OP, argument: "memory", wanted, got });
+    }
+    let (plan, _plan_guard) = memory.device_ptr_mut(stream);
+    let ids = expert_ids.map(|expert_ids| expert_ids.device_ptr(stream));
+    let buffers =
+        PlanBuffers { plan, expert_ids: ids.as_ref().map_or(0, |(address, _guard)| *address) };
+    // SAFETY: the lengths were checked above. The guards order the launches after earlier uses of the
+    // buffers and outlive them.
+    unsafe { plan_fwd_raw(device, stream.cu_stream(), &layout, buffers) }?;
+    Ok(layout)
+}
+
+/// [`plan_fwd_into`] on addresses; the layout says where to find the parts.
+///
+/// # Safety
+/// Each buffer has the size that [`PlanBuffers`] and `layout` give it, in memory of `device`'s context
+/// that stays valid until the kernels have run; they do not overlap; `stream` is a stream of that
+/// context.
+///
+/// # Errors
+/// [`Error::Alignment`], and what a launch can meet.
+pub unsafe fn plan_fwd_raw(
+    device: &Device,
+    stream: CUstream,
+    layout: &PlanLayout,
+    buffers: PlanBuffers,
+) -> Result<()> {
+    let PlanBuffers { plan, expert_ids } = buffers;
+    check_aligned(OP, "plan", plan, PLAN_ALIGNMENT)?;
+    check_aligned(OP, "expert_ids", expert_ids, 4)?;
+    let shape = layout.shape();
+    let args = PlanArgs {
+        slots: int(OP, "slots", shape.slots())?,
+        num_experts: int(OP, "num_experts", shape.num_experts)?,
+        top_k: int(OP, "top_k", shape.top_k)?,
+        block_m: GEMM_BLOCK_M,
+        max_tiles: int(OP, "max_tiles", layout.max_tiles())?,
+        num_blocks: int(OP, "num_blocks", layout.num_blocks())?,
+        block_slots: int(OP, "block_slots", layout.block_slots())?,
+    };
+    let at = |part: Range<usize>| plan + part.start as CUdeviceptr;
+    let (expert_offsets, tile_offsets) = (at(layout.expert_offsets()), at(layout.tile_offsets()));
+    let (row_of_slot, token_of_row) = (at(layout.row_of_slot()), at(layout.token_of_row()));
+    let (tiles, counts) = (at(layout.tiles()), at(layout.counts()));
+
+    // Each warp of a block that places slots has counters for all experts.
+    let warps = (PLAN_MAX_COUNTERS / args.num_experts).min(PLAN_THREADS / 32);
+    let place = Launch {
+        grid: [args.num_blocks as u32, 1, 1],
+        threads: 32 * warps as u32,
+        shared_bytes: 4 * (warps * args.num_experts) as u32,
+    };
+    let count =
+        Launch { threads: PLAN_THREADS as u32, shared_bytes: 4 * args.num_experts as u32, ..place };
+    let scan = Launch { grid: [1, 1, 1], threads: PLAN_SCAN_THREADS as u32, shared_bytes: 0 };
+
+    let run = |kernel: Kernel, launch: Launch, arguments: &[Argument]| {
+        // SAFETY: the arguments below follow the entries of kernels/plan.cu; the parts of the plan
+        // have the sizes that the layout gives them; the caller vouches for the buffers.
+        unsafe { device.launch(stream, kernel, DType::F32, launch, arguments) }
+    };
+    if args.num_blocks == 1 {
+        let arguments = [
+            Argument::of(&expert_offsets),
+            Argument::of(&row_of_slot),
+            Argument::of(&token_of_row),
+            Argument::of(&tiles),
+            Argument::of(&tile_offsets),
+            Argument::of(&counts),
+            Argument::of(&expert_ids),
+            Argument::of(&args),
+        ];
+        return run(Kernel::PlanFwdSingle, place, &arguments);
+    }
+    run(
+        Kernel::PlanFwdCount,
+        count,
+        &[Argument::of(&counts), Argument::of(&expert_ids), Argument::of(&args)],
+    )?;
+    let arguments = [
+        Argument::of(&expert_offsets),
+        Argument::of(&tile_offsets),
+        Argument::of(&counts),
+        Argument::of(&args),
+    ];
+    run(Kernel::PlanFwdScan, scan, &arguments)?;
+    let arguments = [
+        Argument::of(&row_of_slot),
+        Argument::of(&token_of_row),
+        Argument::of(&tiles),
+        Argument::of(&expert_ids),
+        Argument::of(&expert_offsets),
+        Argument::of(&tile_offsets),
+        Argument::of(&counts),
+        Argument::of(&args),
+    ];
+    run(Kernel::PlanFwdPlace, place, &arguments)
+}
