@@ -1,0 +1,62 @@
+//! A captured graph, replayed with another routing: `cargo run --example graph`.
+
+use cudarc::driver::CudaContext;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::Auto)?);
+    let context = CudaContext::new(0)?;
+    // SAFETY: everything below runs on one stream. A capture must not wait for earlier events.
+    unsafe { context.disable_event_tracking() };
+    let stream = context.new_stream()?;
+    let device = Device::new(&context)?;
+
+    let router = RouterConfig { scoring: Scoring::TopKThenSoftmax };
+    let config = MoeConfig { hidden: 32, intermediate: 48, num_experts: 4, top_k: 1, router };
+    let layer = MoeLayer::new(&device, config)?;
+    let num_tokens = 3;
+
+    // Expert e multiplies by about e + 1, so that the output tells who was chosen.
+    let gate_up = vec![0.2f32; config.gate_up_len()];
+    let per_expert = config.hidden * config.intermediate;
+    let down: Vec<f32> =
+        (0..config.down_len()).map(|i| (i / per_expert + 1) as f32 * 0.01).collect();
+    let x = stream.clone_htod(&vec![0.5f32; num_tokens * config.hidden])?;
+    let (gate_up, down) = (stream.clone_htod(&gate_up)?, stream.clone_htod(&down)?);
+    let mut logits = stream.clone_htod(&[1f32, 0., 0., 0., 1., 0., 0., 0., 1., 0., 0., 0.])?;
+    let mut y = stream.alloc_zeros::<f32>(num_tokens * config.hidden)?;
+    let bytes = MoeLayer::workspace_bytes(&config, DType::F32, num_tokens)?;
+    let mut workspace = Workspace::alloc(&stream, bytes)?;
+    let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
+
+    device.warm_up(DType::F32)?; // A capture must not load images.
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+    layer.forward(
+        &stream,
+        &x.as_view(),
+        &logits.as_view(),
+        &experts,
+        &mut workspace,
+        &mut y.as_view_mut(),
+    )?;
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
+
+    graph.launch()?;
+    println!(
+        "all to expert 0:      y[:, 0] = {:?}",
+        column(&stream.clone_dtoh(&y)?, config.hidden)
+    );
+    stream.memcpy_htod(&[0f32, 0., 0., 1., 0., 0., 1., 0., 0., 1., 0., 0.], &mut logits)?;
+    graph.launch()?;
+    println!(
+        "experts 3, 2 and 1:   y[:, 0] = {:?}",
+        column(&stream.clone_dtoh(&y)?, config.hidden)
+    );
+    Ok(())
+}
+
+fn column(y: &[f32], hidden: usize) -> Vec<f32> {
+    y.iter().step_by(hidden).copied().collect()
+}

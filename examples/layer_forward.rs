@@ -1,0 +1,50 @@
+//! A layer forward on plain cudarc buffers and a stream: `cargo run --example layer_forward`.
+
+use cudarc::driver::CudaContext;
+use half::bf16;
+use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // The GPU if there is one, else the software device. An application with a GPU needs no such line.
+    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::Auto)?);
+    let context = CudaContext::new(0)?;
+    let stream = context.new_stream()?;
+    let device = Device::new(&context)?;
+
+    let scoring = Scoring::SoftmaxThenTopK { renormalize: true };
+    let config = MoeConfig {
+        hidden: 64,
+        intermediate: 96,
+        num_experts: 8,
+        top_k: 2,
+        router: RouterConfig { scoring },
+    };
+    let layer = MoeLayer::new(&device, config)?;
+    let num_tokens = 5;
+
+    let ramp = |len: usize, scale: f32| -> Vec<bf16> {
+        (0..len).map(|i| bf16::from_f32(scale * ((i * 37 % 101) as f32 / 50.0 - 1.0))).collect()
+    };
+    let x = stream.clone_htod(&ramp(num_tokens * config.hidden, 1.0))?;
+    let logits = stream.clone_htod(&ramp(num_tokens * config.num_experts, 2.0))?;
+    let gate_up = stream.clone_htod(&ramp(config.gate_up_len(), 0.1))?;
+    let down = stream.clone_htod(&ramp(config.down_len(), 0.1))?;
+    let mut y = stream.alloc_zeros::<bf16>(num_tokens * config.hidden)?;
+
+    // The size is known before there is a device, so a server can reserve for its largest batch.
+    let bytes = MoeLayer::workspace_bytes(&config, DType::BF16, num_tokens)?;
+    let mut workspace = Workspace::alloc(&stream, bytes)?;
+    let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
+    layer.forward(
+        &stream,
+        &x.as_view(),
+        &logits.as_view(),
+        &experts,
+        &mut workspace,
+        &mut y.as_view_mut(),
+    )?;
+
+    let y = stream.clone_dtoh(&y)?;
+    println!("{config}: {bytes} bytes of workspace, y[0, 0..4] = {:?}", &y[..4]);
+    Ok(())
+}

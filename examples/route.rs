@@ -1,0 +1,30 @@
+//! Routing alone, for an engine that brings its own experts: `cargo run --example route`.
+
+use cudarc::driver::CudaContext;
+use moe_kernels::ops::{plan, route};
+use moe_kernels::{Device, RouterConfig, RoutingShape, Scoring};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::Auto)?);
+    let context = CudaContext::new(0)?;
+    let stream = context.new_stream()?;
+    let device = Device::new(&context)?;
+
+    // Three tokens, four experts. The second token has a tie: the lower expert wins.
+    let logits = [0.1f32, 2.0, -1.0, 0.5, 1.0, 1.0, 1.0, 0.0, f32::NAN, -3.0, 0.0, 4.0];
+    let shape = RoutingShape::new(3, 4, 2)?;
+    let router = RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } };
+
+    let logits = stream.clone_htod(&logits)?;
+    let (expert_ids, weights) =
+        route::route_fwd(&device, &stream, shape, &router, &logits.as_view())?;
+    let plan = plan::plan_fwd(&device, &stream, shape, &expert_ids.as_view())?;
+
+    let (expert_ids, weights) = (stream.clone_dtoh(&expert_ids)?, stream.clone_dtoh(&weights)?);
+    for (token, (ids, weights)) in expert_ids.chunks(2).zip(weights.chunks(2)).enumerate() {
+        println!("token {token}: experts {ids:?}, weights {weights:?}");
+    }
+    println!("rows of expert e start at {:?}", stream.clone_dtoh(&plan.expert_offsets())?);
+    println!("slot s has row {:?}", stream.clone_dtoh(&plan.row_of_slot())?);
+    Ok(())
+}
