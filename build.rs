@@ -158,14 +158,18 @@ fn path() -> OsString {
 /// Runs nvcc for all images, as many at a time as cargo allows jobs. Fails the build with nvcc's own words.
 fn compile(nvcc: &Path, images: &[Image]) {
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
-    let queue: Mutex<VecDeque<&Image>> = Mutex::new(images.iter().collect());
+    // The longest first: it decides when the build is over. Its architectures compile side by side.
+    let mut longest_first: Vec<&Image> = images.iter().collect();
+    longest_first
+        .sort_by_key(|image| fs::metadata(&image.source).map_or(0, |file| u64::MAX - file.len()));
+    let queue: Mutex<VecDeque<&Image>> = Mutex::new(longest_first.into());
     let failures = Mutex::new(Vec::new());
     let next = || queue.lock().expect("no job panics").pop_front();
     std::thread::scope(|scope| {
         for _ in 0..jobs.clamp(1, images.len().max(1)) {
             scope.spawn(|| {
                 while let Some(image) = next() {
-                    if let Err(why) = compile_one(nvcc, image) {
+                    if let Err(why) = compile_one(nvcc, image, jobs) {
                         failures.lock().expect("no job panics").push(why);
                     }
                 }
@@ -176,13 +180,14 @@ fn compile(nvcc: &Path, images: &[Image]) {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-fn compile_one(nvcc: &Path, image: &Image) -> Result<(), String> {
+fn compile_one(nvcc: &Path, image: &Image, threads: usize) -> Result<(), String> {
     if image.targets.is_empty() {
         return fs::write(&image.output, PLACEHOLDER).map_err(|why| why.to_string());
     }
     let mut command = Command::new(nvcc);
     command.arg("-fatbin").arg(&image.source).arg("-o").arg(&image.output);
     command.args(["-std=c++17", "-O3", "-Ikernels", "-Xptxas=-v"]);
+    command.arg(format!("--threads={threads}"));
     command.args(image.targets.iter().map(|target| format!("-gencode={target}")));
     if let Some(compiler) = host_compiler() {
         command.arg("-ccbin").arg(compiler);

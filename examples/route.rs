@@ -16,11 +16,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let router = RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } };
 
     let logits = stream.clone_htod(&logits)?;
-    let (expert_ids, weights) =
-        route::route_fwd(&device, &stream, shape, &router, &logits.as_view())?;
-    let plan = plan::plan_fwd(&device, &stream, shape, &expert_ids.as_view())?;
+    let routing = route::route_fwd(&device, &stream, shape, &router, &logits.as_view())?;
+    let plan = plan::plan_fwd(&device, &stream, shape, &routing.expert_ids.as_view())?;
 
-    let (expert_ids, weights) = (stream.clone_dtoh(&expert_ids)?, stream.clone_dtoh(&weights)?);
+    let expert_ids = stream.clone_dtoh(&routing.expert_ids)?;
+    let weights = stream.clone_dtoh(&routing.weights)?;
     for (token, (ids, weights)) in expert_ids.chunks(2).zip(weights.chunks(2)).enumerate() {
         println!("token {token}: experts {ids:?}, weights {weights:?}");
     }

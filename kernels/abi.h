@@ -33,7 +33,7 @@ typedef struct RouteArgs {
 #define PLAN_THREADS 256            // count, place and single, at most
 #define PLAN_SCAN_THREADS 1024
 #define PLAN_MAX_COUNTERS 12000     // A block's counters in shared memory, 4 bytes each.
-#define PLAN_MIN_BLOCK_SLOTS 1024   // Fewer slots than this go to one block.
+#define PLAN_MIN_BLOCK_SLOTS 1024   // Up to this many slots go to one block.
 #define PLAN_MAX_BLOCKS 128
 
 typedef struct PlanArgs {

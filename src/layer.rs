@@ -124,7 +124,7 @@ impl MoeLayer {
         let num_tokens = self.num_tokens(x, experts, y)?;
         let sections = Sections::new(&self.config, D::DTYPE, num_tokens)?;
         let mut arena = workspace.view_mut(OP, sections.bytes()?)?;
-        self.from_logits(stream, x, logits, experts, &sections, &mut arena, y)
+        self.enqueue(stream, x, logits, experts, &sections, &mut arena, y)
     }
 
     /// From tokens alone: the router projection `gate` `[E, H]` gives the logits, rounded to `D` as the
@@ -169,11 +169,11 @@ impl MoeLayer {
             gate,
             &mut logits,
         )?;
-        self.from_logits(stream, x, &logits.as_view(), experts, &sections, &mut arena, y)
+        self.enqueue(stream, x, &logits.as_view(), experts, &sections, &mut arena, y)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn from_logits<D: Dtype>(
+    #[allow(clippy::too_many_arguments, reason = "each is a part of a layer")]
+    fn enqueue<D: Dtype>(
         &self,
         stream: &CudaStream,
         x: &CudaView<'_, D>,

@@ -9,6 +9,9 @@ use crate::common::{Gpu, Rng, Skew, config, gpu, routing_ids, skew};
 /// Rows of a tile, which the plan's list is made for.
 const BLOCK_M: usize = 128;
 
+/// What memory holds before. Not 0xff, for four of those are the -1 that a plan writes itself.
+const POISON: u8 = 0x55;
+
 /// Everything that a plan holds.
 #[derive(Debug, Clone, PartialEq)]
 struct Parts {
@@ -48,7 +51,7 @@ impl Parts {
 
 /// Plans in poisoned memory and holds the result against the reference.
 fn check(gpu: &Gpu, shape: RoutingShape, ids: &[u32], what: &str) -> Parts {
-    let mut memory = gpu.poisoned::<u8>(PlanLayout::new(shape).unwrap().bytes());
+    let mut memory = gpu.upload(&vec![POISON; PlanLayout::new(shape).unwrap().bytes()]);
     let uploaded = gpu.upload(ids);
     let plan = plan::plan_fwd_into(
         &gpu.device,
@@ -145,7 +148,7 @@ fn no_ids_are_zeros() {
     let gpu = gpu();
     for tokens in [0, 1, 200, 3000] {
         let shape = RoutingShape::new(tokens, 1, 1).unwrap();
-        let mut memory = gpu.poisoned::<u8>(PlanLayout::new(shape).unwrap().bytes());
+        let mut memory = gpu.upload(&vec![POISON; PlanLayout::new(shape).unwrap().bytes()]);
         let plan =
             plan::plan_fwd_into(&gpu.device, &gpu.stream, shape, None, memory.view_mut()).unwrap();
         assert_eq!(
@@ -176,7 +179,7 @@ fn memory_and_ids_may_start_inside_a_buffer() {
     let ids = routing_ids(shape, Skew::Inactive, 8);
     let uploaded = gpu.upload(&[&[9u32; 3], &ids[..]].concat());
     let bytes = PlanLayout::new(shape).unwrap().bytes();
-    let mut memory = gpu.poisoned::<u8>(bytes + 32);
+    let mut memory = gpu.upload(&vec![POISON; bytes + 32]);
     {
         let mut whole = memory.view_mut();
         let (mut before, after) = whole.split_at_mut(16);
@@ -185,10 +188,10 @@ fn memory_and_ids_may_start_inside_a_buffer() {
             plan::plan_fwd_into(&gpu.device, &gpu.stream, shape, Some(&view.slice(3..)), after)
                 .unwrap();
         assert_eq!(Parts::download(&gpu, &plan), Parts::reference(shape, &ids));
-        assert!(gpu.download(&before.slice_mut(..).as_view()).iter().all(|&byte| byte == 0xff));
+        assert!(gpu.download(&before.slice_mut(..).as_view()).iter().all(|&byte| byte == POISON));
     }
     let end = gpu.download(&memory.view().slice(16 + bytes..));
-    assert_eq!(end, [0xff; 16], "what lies behind the plan is left alone");
+    assert_eq!(end, [POISON; 16], "what lies behind the plan is left alone");
 }
 
 #[test]
@@ -206,7 +209,7 @@ fn errors_come_before_any_launch() {
     let shape = RoutingShape { num_tokens: 4, num_experts: 8, top_k: 2 };
     let bytes = PlanLayout::new(shape).unwrap().bytes();
     let ids = gpu.upload(&routing_ids(shape, Skew::Uniform, 0));
-    let mut memory = gpu.poisoned::<u8>(bytes);
+    let mut memory = gpu.upload(&vec![POISON; bytes]);
     let mut call = |shape: RoutingShape, ids_len: usize, start: usize, end: usize| {
         let (ids, mut memory) = (ids.view(), memory.view_mut());
         let (_, mut memory) = memory.split_at_mut(start);

@@ -66,7 +66,7 @@ impl Gpu {
 
     /// Device data on the host.
     pub fn download<T: DeviceRepr + bytemuck::Pod>(&self, data: &CudaView<'_, T>) -> Vec<T> {
-        if data.len() == 0 {
+        if data.is_empty() {
             return Vec::new();
         }
         let host = self.stream.clone_dtoh(data).unwrap();
