@@ -1,0 +1,77 @@
+//! Compiles the SIMT runtime, the driver API and every kernel as C++ and links them into the shared
+//! library that src/lib.rs embeds.
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The files of a directory with one of these endings, in a fixed order. A directory that does not
+/// exist has none.
+fn files(directory: &Path, endings: &[&str]) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    let mut found: Vec<PathBuf> = entries
+        .map(|entry| entry.expect("a readable directory entry").path())
+        .filter(|path| {
+            let ending = path.extension().and_then(OsStr::to_str);
+            ending.is_some_and(|ending| endings.contains(&ending))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+fn main() {
+    let emulator = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let kernels = emulator.join("../kernels");
+    let simt = emulator.join("simt");
+    let driver = emulator.join("driver");
+    let own_kernels = emulator.join("kernels");
+    for directory in [&kernels, &simt, &driver, &own_kernels] {
+        // The directory itself stands for files that come and go.
+        println!("cargo::rerun-if-changed={}", directory.display());
+        for file in files(directory, &["cpp", "cu", "cuh", "h"]) {
+            println!("cargo::rerun-if-changed={}", file.display());
+        }
+    }
+
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .debug(false)
+        .flag("-g1")
+        .flag("-fvisibility=hidden")
+        .flag("-Wno-unknown-pragmas")
+        .flag("-Wno-psabi")
+        // Reports name a kernel's line as it stands in the repository. The last match counts.
+        .flag(format!("-fmacro-prefix-map={}/=emulator/", emulator.display()))
+        .flag(format!("-fmacro-prefix-map={}/../=", emulator.display()))
+        .include(&kernels)
+        .include(&simt)
+        .cargo_warnings(true);
+    let mut sources = build.clone();
+    sources.files(files(&simt, &["cpp"])).files(files(&driver, &["cpp"]));
+    let mut device_sources = build.clone();
+    // The compiler does not know the ending.
+    device_sources.flag("-xc++");
+    // A kernel includes one header for everything, and leaves most of it alone.
+    device_sources.flag("-Wno-unused-parameter");
+    device_sources.files(files(&kernels, &["cu"])).files(files(&own_kernels, &["cu"]));
+
+    let mut objects = sources.compile_intermediates();
+    objects.extend(device_sources.compile_intermediates());
+
+    // Objects, not archives: nothing refers to a kernel by name, so an archive would lose them all.
+    // The SONAME is what makes a later dlopen("libcuda.so") find this library.
+    let library = out.join("libcuda.so");
+    let mut link = build.get_compiler().to_command();
+    link.args(["-shared", "-Wl,-soname,libcuda.so", "-Wl,-z,defs", "-pthread", "-o"])
+        .arg(&library)
+        .args(&objects)
+        .arg("-ldl");
+    let status = link.status().expect("the C++ compiler starts");
+    assert!(status.success(), "linking {} failed: {link:?}", library.display());
+}

@@ -1,0 +1,328 @@
+//! A CUDA device in software.
+//!
+//! The crate carries a shared library that exports the CUDA driver API and executes the kernels of
+//! `moe-kernels`, compiled from the same `.cu` sources, on the CPU. [`install`] loads it under the
+//! name `libcuda.so`; cudarc, and everything above it, then runs as it does on a GPU:
+//!
+//! ```
+//! moe_emulator::install()?;
+//! // From here on, cudarc::driver::CudaContext::new(0) is the software device.
+//! # Ok::<(), moe_emulator::InstallError>(())
+//! ```
+//!
+//! # What it is for
+//!
+//! It finds mistakes. Launches, copies and allocations fail as the driver fails; streams do their
+//! work late, and in an order that a seed draws ([`set_seed`]); device memory lies between guard
+//! pages and starts as NaN; a kernel that breaks a rule of the machine is stopped with a report
+//! ([`last_error`]), and so is one that wrote just past an allocation that it got a pointer to. It
+//! says nothing about speed.
+//!
+//! Streams that tests create share nothing, and their work runs on the thread that waits for it, in
+//! parallel with other threads'. The default stream is one queue for the whole process: tests that
+//! use it wait for each other, and run each other's work.
+//!
+//! # Environment
+//!
+//! | variable | values | meaning |
+//! |---|---|---|
+//! | `MOE_EMULATOR_CC` | `8.0`, `9.0` (default), `12.0` | compute capability and the limits that go with it |
+//! | `MOE_EMULATOR_SEED` | a number (default 0) | the seed that threads start with |
+//! | `MOE_EMULATOR_THREADS` | a number (default 1) | OS threads for the blocks of one launch |
+//!
+//! # Where it differs from a GPU's driver
+//!
+//! - A failed kernel spoils its stream, not the whole context; of the default streams, which all
+//!   threads of a process share, it spoils the failing thread's part. A context-wide
+//!   synchronisation reports a failure only to the thread that submitted the work.
+//!   [`clear_errors`] makes the streams usable again.
+//! - A capture in thread-local or relaxed mode is not disturbed by another thread that synchronises
+//!   the whole context. (On a GPU it is; tests that share a process could not capture then.)
+//! - `cuMemAllocAsync` and `cuMemFreeAsync` are refused on a stream that is capturing, where the
+//!   driver would make nodes of them.
+//! - Clusters have at most 8 blocks; the attribute that allows 16 is refused.
+//! - Not there at all: graphs built node by node or updated, cooperative launches, managed memory,
+//!   memory pools other than the default one, several devices. Such a call returns
+//!   `CUDA_ERROR_NOT_SUPPORTED`, and says so once on the standard error, or its symbol is missing.
+//! - A module's image is checked for being one and otherwise ignored: kernels are found by name
+//!   among those that were compiled in.
+//! - Kernels use 32 registers each, as far as occupancy is concerned, and no static shared memory.
+
+mod choice;
+
+use std::ffi::{CStr, c_char, c_void};
+use std::fmt;
+use std::sync::{Mutex, OnceLock};
+
+pub use choice::{Choice, ChooseError, Driver, choose};
+
+static LIBRARY_FILE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcuda.so"));
+
+/// Why the software device could not be installed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum InstallError {
+    /// Another CUDA driver, of this name, was opened in this process before.
+    DriverAlreadyLoaded(&'static str),
+    /// The library could not be written to memory.
+    Memory(String),
+    /// The library could not be loaded.
+    Load(String),
+}
+
+impl fmt::Display for InstallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DriverAlreadyLoaded(name) => write!(
+                f,
+                "the software CUDA device must be installed before a driver is used, but {name} is loaded already"
+            ),
+            Self::Memory(why) => {
+                write!(f, "the software CUDA device could not be written to memory: {why}")
+            }
+            Self::Load(why) => write!(f, "the software CUDA device could not be loaded: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for InstallError {}
+
+/// What a kernel looks like from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelInfo {
+    /// Its exported name.
+    pub symbol: String,
+    /// The most threads that one block may have: its launch bound.
+    pub max_threads: u32,
+    /// Its parameters, in order.
+    pub parameters: Vec<Parameter>,
+}
+
+/// Where an argument lies in a kernel's parameter buffer, in bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parameter {
+    /// From the start of the buffer.
+    pub offset: usize,
+    /// Of the argument.
+    pub size: usize,
+}
+
+/// What the software device has done so far and what it holds, over all threads.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Allocations of device memory that have not been freed. A stream-ordered free counts when the
+    /// stream has come that far.
+    pub live_allocations: u64,
+    /// Their bytes.
+    pub live_bytes: u64,
+    /// Kernel launches, those of graphs included.
+    pub launches: u64,
+    /// Copies submitted.
+    pub copies: u64,
+    /// Fills submitted.
+    pub memsets: u64,
+    /// Operations that failed when they ran.
+    pub failures: u64,
+    /// Operations of this thread's current context that are queued and have not run.
+    pub unfinished: u64,
+}
+
+/// The C struct of emulator/simt/runtime.h, up to what is read here.
+#[repr(C)]
+struct Kernel {
+    symbol: *const c_char,
+    max_threads: u32,
+    num_parameters: u32,
+    parameters: *const Parameter,
+}
+
+/// The functions of emulator/driver/control.cpp.
+struct Control {
+    set_seed: unsafe extern "C" fn(u64),
+    set_os_threads: unsafe extern "C" fn(u32),
+    last_error: unsafe extern "C" fn() -> *const c_char,
+    clear_errors: unsafe extern "C" fn(),
+    kernel_count: unsafe extern "C" fn() -> usize,
+    kernel: unsafe extern "C" fn(usize) -> *const Kernel,
+    counters: unsafe extern "C" fn(*mut Counters),
+}
+
+static CONTROL: OnceLock<Control> = OnceLock::new();
+
+/// Makes the software device this process's CUDA driver. Call it before cudarc's first call; a
+/// second call does nothing.
+///
+/// # Errors
+///
+/// Fails if a CUDA driver is loaded already, or if the library cannot be loaded.
+pub fn install() -> Result<(), InstallError> {
+    static INSTALLING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = INSTALLING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if CONTROL.get().is_some() {
+        return Ok(());
+    }
+    for (name, path) in [("libcuda.so", c"libcuda.so"), ("libcuda.so.1", c"libcuda.so.1")] {
+        if is_loaded(path) {
+            return Err(InstallError::DriverAlreadyLoaded(name));
+        }
+    }
+    let control = load()?;
+    CONTROL.get_or_init(|| control);
+    Ok(())
+}
+
+/// Whether [`install`] has succeeded in this process.
+pub fn is_installed() -> bool {
+    CONTROL.get().is_some()
+}
+
+fn is_loaded(name: &CStr) -> bool {
+    // SAFETY: the name is a C string, and RTLD_NOLOAD runs no code of a library.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+    if handle.is_null() {
+        return false;
+    }
+    // SAFETY: the handle is the one that dlopen has just given; the library stays loaded by who
+    // loaded it.
+    unsafe { libc::dlclose(handle) };
+    true
+}
+
+/// Writes the library to a file in memory and loads it from there, for good.
+fn load() -> Result<Control, InstallError> {
+    use std::io::Write;
+    use std::os::fd::{AsRawFd, FromRawFd};
+
+    // SAFETY: the name is a C string.
+    let descriptor = unsafe { libc::memfd_create(c"libcuda.so".as_ptr(), libc::MFD_CLOEXEC) };
+    if descriptor < 0 {
+        return Err(InstallError::Memory(std::io::Error::last_os_error().to_string()));
+    }
+    // SAFETY: the descriptor is new and belongs to nobody else.
+    let mut file = unsafe { std::fs::File::from_raw_fd(descriptor) };
+    file.write_all(LIBRARY_FILE).map_err(|error| InstallError::Memory(error.to_string()))?;
+    let path = std::ffi::CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .map_err(|error| InstallError::Memory(error.to_string()))?;
+    // SAFETY: the path is a C string; the library's initialisers only register its kernels.
+    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if handle.is_null() {
+        return Err(InstallError::Load(load_error()));
+    }
+    // SAFETY: the types are those of the functions in emulator/driver/control.cpp.
+    unsafe {
+        Ok(Control {
+            set_seed: symbol(handle, c"moe_emulator_set_seed")?,
+            set_os_threads: symbol(handle, c"moe_emulator_set_os_threads")?,
+            last_error: symbol(handle, c"moe_emulator_last_error")?,
+            clear_errors: symbol(handle, c"moe_emulator_clear_errors")?,
+            kernel_count: symbol(handle, c"moe_emulator_kernel_count")?,
+            kernel: symbol(handle, c"moe_emulator_kernel")?,
+            counters: symbol(handle, c"moe_emulator_counters")?,
+        })
+    }
+}
+
+fn load_error() -> String {
+    // SAFETY: dlerror gives null or a C string that is valid until the thread's next dl call.
+    unsafe {
+        let text = libc::dlerror();
+        if text.is_null() {
+            "unknown reason".to_owned()
+        } else {
+            CStr::from_ptr(text).to_string_lossy().into_owned()
+        }
+    }
+}
+
+/// A function of the loaded library.
+///
+/// # Safety
+///
+/// `F` must be the type of the function of that name.
+unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F, InstallError> {
+    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+    // SAFETY: the handle is a library's and the name is a C string.
+    let address = unsafe { libc::dlsym(handle, name.as_ptr()) };
+    if address.is_null() {
+        return Err(InstallError::Load(load_error()));
+    }
+    // SAFETY: the caller says that F is the function's type, and it is as large as a pointer.
+    Ok(unsafe { std::mem::transmute_copy(&address) })
+}
+
+fn control() -> &'static Control {
+    CONTROL.get().expect("moe_emulator::install() comes first")
+}
+
+/// Seeds the schedule of what this OS thread submits from now on: the order of threads, blocks and
+/// asynchronous copies within its kernels, and the order in which streams do their work. Seed 0 is
+/// the plain schedule: everything in order, and as late as possible. The same seed gives the same
+/// run, as long as the thread shares no stream with others and a launch runs on one OS thread.
+///
+/// # Panics
+///
+/// Panics if the software device is not installed, as all functions below do.
+pub fn set_seed(seed: u64) {
+    // SAFETY: the function takes a number and touches only its thread's state.
+    unsafe { (control().set_seed)(seed) }
+}
+
+/// Sets how many OS threads run the blocks of a launch that this OS thread submits from now on.
+pub fn set_os_threads(count: u32) {
+    // SAFETY: the function takes a number and touches only its thread's state.
+    unsafe { (control().set_os_threads)(count) }
+}
+
+/// The full report of the last failure among what this OS thread has submitted, if there was one.
+pub fn last_error() -> Option<String> {
+    // SAFETY: the result is null or a C string that is valid until this thread asks again.
+    unsafe {
+        let text = (control().last_error)();
+        (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+    }
+}
+
+/// Forgets the failures that stick to the streams this OS thread has used, and their report.
+pub fn clear_errors() {
+    // SAFETY: the function has no preconditions.
+    unsafe { (control().clear_errors)() }
+}
+
+/// All kernels that were compiled in, sorted by name.
+pub fn kernels() -> Vec<KernelInfo> {
+    // SAFETY: the function has no preconditions.
+    let count = unsafe { (control().kernel_count)() };
+    let mut kernels: Vec<KernelInfo> = (0..count)
+        .map(|index| {
+            // SAFETY: the index is below the count, so the result is a registered kernel, which
+            // lives as long as the library, and the library is never closed.
+            let kernel = unsafe { &*(control().kernel)(index) };
+            let num_parameters = kernel.num_parameters as usize;
+            let parameters = if num_parameters == 0 {
+                Vec::new()
+            } else {
+                // SAFETY: a kernel's parameters are an array of that length.
+                unsafe { std::slice::from_raw_parts(kernel.parameters, num_parameters) }.to_vec()
+            };
+            // SAFETY: the symbol is a C string that lives as long as the kernel.
+            let symbol = unsafe { CStr::from_ptr(kernel.symbol) };
+            KernelInfo {
+                symbol: symbol.to_string_lossy().into_owned(),
+                max_threads: kernel.max_threads,
+                parameters,
+            }
+        })
+        .collect();
+    kernels.sort_by(|a, b| a.symbol.cmp(&b.symbol));
+    kernels
+}
+
+/// What the device has done and what it holds.
+pub fn counters() -> Counters {
+    let mut counters = Counters::default();
+    // SAFETY: the struct is the one that the function fills.
+    unsafe { (control().counters)(&mut counters) };
+    counters
+}

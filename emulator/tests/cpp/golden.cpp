@@ -1,0 +1,113 @@
+#include "golden.h"
+
+#include <cstdio>
+
+#include "testing.h"
+
+namespace golden {
+
+static std::vector<Case> all_cases() {
+  std::vector<Case> cases = portable_cases();
+  for (const auto& more : {tma_cases(), wgmma_cases()})
+    cases.insert(cases.end(), more.begin(), more.end());
+  return cases;
+}
+
+// What the emulator makes of a case. Outputs start as zeros.
+static std::vector<uint32_t> emulate(const Case& c, uint64_t seed) {
+  testing::Buffer<uint32_t> in(c.in), out(std::vector<uint32_t>(c.want.size(), 0));
+  const testing::Shape shape = {dim3(c.cluster), dim3(c.threads), c.shared_bytes, seed,
+                                dim3(c.cluster)};
+  uint32_t* const out_address = out.get();
+  const uint32_t* const in_address = in.get();
+  if (!c.map.used) {
+    testing::run_ok(c.symbol, shape, out_address, in_address);
+    return out.copy();
+  }
+  CUtensorMap map;
+  void* const base = c.map.over_out ? out.get() : in.get() + HEADER;
+  const std::vector<uint32_t> ones(c.map.dim.size(), 1);
+  CHECK(simt::tensor_map_encode_tiled(
+            &map, c.map.data_type, static_cast<unsigned>(c.map.dim.size()), base, c.map.dim.data(),
+            c.map.stride_bytes.data(), c.map.box.data(), ones.data(), 0, c.map.swizzle, 0, 0) == 0,
+        "the tensor map of %s was refused", (c.symbol + c.name).c_str());
+  testing::run_ok(c.symbol, shape, out_address, in_address, map);
+  return out.copy();
+}
+
+static void check_all(const std::vector<Case>& cases) {
+  for (const Case& c : cases) {
+    for (uint64_t seed = 0; seed < testing::seeds(20); seed++) {
+      const std::vector<uint32_t> got = emulate(c, seed);
+      for (size_t i = 0; i < got.size(); i++) {
+        CHECK(got[i] == c.want[i], "%s seed %llu: word %zu of %zu is %08x and not %08x",
+              (c.symbol + c.name).c_str(), static_cast<unsigned long long>(seed), i, got.size(),
+              got[i], c.want[i]);
+      }
+    }
+  }
+}
+
+TEST(golden_portable) {
+  check_all(portable_cases());
+}
+TEST(golden_tma) {
+  check_all(tma_cases());
+}
+TEST(golden_wgmma) {
+  check_all(wgmma_cases());
+}
+
+// Every golden entry has a case.
+TEST(golden_complete) {
+  size_t count;
+  const simt::Kernel* const* kernels = simt::all_kernels(&count);
+  const std::vector<Case> cases = all_cases();
+  for (size_t i = 0; i < count; i++) {
+    const std::string symbol = kernels[i]->symbol;
+    if (symbol.rfind("emu_golden_", 0) != 0) continue;
+    bool found = false;
+    for (const Case& c : cases) found |= c.symbol == symbol;
+    CHECK(found, "no case for %s", symbol.c_str());
+  }
+}
+
+// ---- Files ----
+
+static bool write_words(const std::string& path, const std::vector<uint32_t>& words) {
+  std::FILE* const file = std::fopen(path.c_str(), "wb");
+  if (file == nullptr) return false;
+  const bool written = std::fwrite(words.data(), 4, words.size(), file) == words.size();
+  return std::fclose(file) == 0 && written;
+}
+
+template <class T>
+static std::string list(const std::vector<T>& values) {
+  std::string text;
+  for (const T& value : values) text += (text.empty() ? "" : ",") + std::to_string(value);
+  return text.empty() ? "-" : text;
+}
+
+bool write_all(const char* directory) {
+  const std::string prefix = std::string(directory) + "/";
+  std::FILE* const index = std::fopen((prefix + "cases.txt").c_str(), "w");
+  if (index == nullptr) return false;
+  bool good = true;
+  for (const Case& c : all_cases()) {
+    const std::string name = c.symbol + c.name;
+    good &= write_words(prefix + name + ".in", c.in);
+    good &= write_words(prefix + name + ".out", emulate(c, 0));
+    std::fprintf(index, "%s %s threads=%u cluster=%u shared=%zu out_words=%zu", name.c_str(),
+                 c.symbol.c_str(), c.threads, c.cluster, c.shared_bytes, c.want.size());
+    if (c.map.used) {
+      std::fprintf(index, " map=%s type=%d swizzle=%d dim=%s stride=%s box=%s",
+                   c.map.over_out ? "out" : "in+256", c.map.data_type, c.map.swizzle,
+                   list(c.map.dim).c_str(), list(c.map.stride_bytes).c_str(),
+                   list(c.map.box).c_str());
+    }
+    std::fprintf(index, "\n");
+  }
+  return std::fclose(index) == 0 && good;
+}
+
+}  // namespace golden

@@ -1,0 +1,194 @@
+//! Kernels that break the rules: the codes, the reports, and what stays usable.
+
+use std::ptr;
+
+use cudarc::driver::sys::CUresult;
+
+use crate::common::{
+    Event, ONE_THREAD, Shape, Stream, address, append, entries, function, launch, new_log,
+    own_context, pointer_to,
+};
+
+fn write_at(stream: &Stream, to: u64, index: i64) -> CUresult {
+    let mut parameters = [pointer_to(&to), pointer_to(&index), pointer_to(&1i32)];
+    launch(function("emu_bug_write_at"), stream.0, ONE_THREAD, &mut parameters)
+}
+
+#[test]
+fn a_write_far_out_of_bounds_is_an_illegal_address() {
+    let context = own_context();
+    let memory = context.default_stream().alloc_zeros::<i32>(1024).expect("memory");
+    context.synchronize().expect("nothing failed");
+    let stream = Stream::non_blocking();
+    let at = address(&memory, &context.default_stream());
+    assert_eq!(write_at(&stream, at, 1023), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_SUCCESS);
+    assert_eq!(moe_emulator::last_error(), None);
+    assert_eq!(write_at(&stream, at, 1024), CUresult::CUDA_SUCCESS, "a launch finds nothing yet");
+    assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    let report = moe_emulator::last_error().expect("a report");
+    assert!(report.contains("emu_bug_write_at"), "{report}");
+}
+
+#[test]
+fn a_write_just_past_an_allocation_is_found_after_the_launch() {
+    let context = own_context();
+    let memory = context.default_stream().alloc_zeros::<i32>(10).expect("memory");
+    context.synchronize().expect("nothing failed");
+    let stream = Stream::non_blocking();
+    let at = address(&memory, &context.default_stream());
+    assert_eq!(write_at(&stream, at, 9), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_SUCCESS);
+    assert_eq!(write_at(&stream, at, 10), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    let report = moe_emulator::last_error().expect("a report");
+    let expected = "kernel 'emu_bug_write_at' wrote byte 0 past the end of an allocation of 40 \
+        bytes, which its parameter 0 points into";
+    assert!(report.starts_with(expected), "{report}");
+    moe_emulator::clear_errors();
+}
+
+#[test]
+fn an_instruction_that_the_device_lacks_is_illegal() {
+    crate::process::alone("failure::child_without_clusters", &[("MOE_EMULATOR_CC", "8.0")]);
+}
+
+#[test]
+#[ignore = "run by an_instruction_that_the_device_lacks_is_illegal"]
+fn child_without_clusters() {
+    let context = own_context();
+    let memory = context.default_stream().alloc_zeros::<i32>(64).expect("memory");
+    context.synchronize().expect("nothing failed");
+    let stream = Stream::non_blocking();
+    let at = address(&memory, &context.default_stream());
+    let shape = Shape([1, 1, 1], [32, 1, 1], 1024);
+    let kernel = function("emu_bug_mbar_lost_bytes");
+    let launched = launch(kernel, stream.0, shape, &mut [pointer_to(&at)]);
+    assert_eq!(launched, CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION);
+}
+
+#[test]
+fn a_misaligned_access_is_told_from_others() {
+    let context = own_context();
+    let memory = context.default_stream().alloc_zeros::<i32>(64).expect("memory");
+    context.synchronize().expect("nothing failed");
+    let stream = Stream::non_blocking();
+    let at = address(&memory, &context.default_stream());
+    let shape = Shape([1, 1, 1], [32, 1, 1], 1024);
+    let kernel = function("emu_bug_misaligned_ldmatrix");
+    let launched = launch(kernel, stream.0, shape, &mut [pointer_to(&at)]);
+    assert_eq!(launched, CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_MISALIGNED_ADDRESS);
+}
+
+#[test]
+fn a_divergent_barrier_fails_the_launch() {
+    let context = own_context();
+    let memory = context.default_stream().alloc_zeros::<i32>(64).expect("memory");
+    context.synchronize().expect("nothing failed");
+    let stream = Stream::non_blocking();
+    let at = address(&memory, &context.default_stream());
+    let shape = Shape([1, 1, 1], [64, 1, 1], 0);
+    let divergent = function("emu_bug_divergent_barrier");
+    let launched = launch(divergent, stream.0, shape, &mut [pointer_to(&at)]);
+    assert_eq!(launched, CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_LAUNCH_FAILED);
+    let report = moe_emulator::last_error().expect("a report");
+    assert!(
+        report.contains("emu_bug_divergent_barrier") && report.contains("divergent barrier:"),
+        "{report}"
+    );
+    assert!(report.contains("bugs.cu:"), "{report}");
+}
+
+#[test]
+fn a_failure_sticks_to_its_stream() {
+    let context = own_context();
+    let log = new_log(&context);
+    let at = address(&log, &context.default_stream());
+    let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
+    let error = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
+    assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
+    assert_eq!(append(stream.0, at, 1), CUresult::CUDA_SUCCESS, "nobody knows yet");
+    let event = Event::recorded(&stream);
+    assert_eq!(stream.synchronize(), error);
+    assert_eq!(stream.synchronize(), error, "it stays");
+    assert_eq!(stream.query(), error);
+    assert_eq!(event.query(), error);
+    assert_eq!(event.synchronize(), error);
+    assert_eq!(append(stream.0, at, 2), error);
+    assert_eq!(context.synchronize().expect_err("the context knows").0, error);
+    assert_eq!(append(other.0, at, 3), CUresult::CUDA_SUCCESS);
+    assert_eq!(other.synchronize(), CUresult::CUDA_SUCCESS, "another stream is usable");
+    let elsewhere = std::thread::scope(|scope| {
+        scope.spawn(|| context.synchronize().is_ok()).join().expect("no panic")
+    });
+    assert!(elsewhere, "another thread is told nothing");
+    moe_emulator::clear_errors();
+    assert_eq!(moe_emulator::last_error(), None);
+    assert_eq!(append(stream.0, at, 4), CUresult::CUDA_SUCCESS);
+    assert_eq!(entries(&context, &log), [3, 4], "what came after the failure was not run");
+}
+
+#[test]
+fn a_failure_goes_with_an_event() {
+    let context = own_context();
+    let log = new_log(&context);
+    let at = address(&log, &context.default_stream());
+    for seed in 0..10 {
+        moe_emulator::set_seed(seed);
+        let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
+        assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
+        let event = Event::new();
+        // With a seed the failure may show as early as here.
+        if event.record(stream.0) == CUresult::CUDA_SUCCESS
+            && other.wait(&event) == CUresult::CUDA_SUCCESS
+        {
+            let _ = append(other.0, at, 1);
+            assert_eq!(other.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, "seed {seed}");
+        }
+    }
+    moe_emulator::set_seed(0);
+    moe_emulator::clear_errors();
+    assert_eq!(entries(&context, &log), []);
+}
+
+#[test]
+fn the_default_stream_fails_for_one_thread() {
+    let context = own_context();
+    let log = new_log(&context);
+    let at = address(&log, &context.default_stream());
+    let legacy = std::mem::ManuallyDrop::new(Stream(ptr::null_mut()));
+    assert_eq!(write_at(&legacy, at, 1 << 40), CUresult::CUDA_SUCCESS);
+    assert_eq!(legacy.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            context.bind_to_thread().expect("the context lives");
+            assert_eq!(append(ptr::null_mut(), at, 1), CUresult::CUDA_SUCCESS);
+            assert_eq!(entries(&context, &log), [1]);
+            assert_eq!(moe_emulator::last_error(), None, "the report is the other thread's");
+        });
+    });
+    moe_emulator::clear_errors();
+    assert_eq!(legacy.synchronize(), CUresult::CUDA_SUCCESS);
+}
+
+#[test]
+fn a_copy_of_memory_that_was_freed_meanwhile_fails() {
+    let context = own_context();
+    let (a, b) = (Stream::non_blocking(), Stream::non_blocking());
+    let mut pointer = 0;
+    // SAFETY: the copy is wrong on purpose; the driver notices when it runs.
+    unsafe {
+        use cudarc::driver::sys;
+        assert_eq!(sys::cuMemAllocAsync(&mut pointer, 64, a.0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuMemsetD8Async(pointer, 0, 64, b.0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuMemFreeAsync(pointer, a.0), CUresult::CUDA_SUCCESS);
+    }
+    assert_eq!(a.synchronize(), CUresult::CUDA_SUCCESS);
+    assert_eq!(b.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    assert!(moe_emulator::last_error().expect("a report").contains("has been freed"));
+    moe_emulator::clear_errors();
+    context.synchronize().expect("nothing else failed");
+}

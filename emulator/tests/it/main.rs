@@ -1,0 +1,16 @@
+//! The driver API of the software device, as cudarc and callers of the raw API see it.
+
+mod capture;
+mod common;
+mod constants;
+mod context;
+mod event;
+mod failure;
+mod graph;
+mod launch;
+mod memory;
+mod module;
+mod process;
+mod stream;
+mod tensor_map;
+mod threads;

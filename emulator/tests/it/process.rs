@@ -1,0 +1,105 @@
+//! What needs a process of its own: the environment, and the time before cuInit.
+
+use std::process::Command;
+use std::ptr;
+
+use cudarc::driver::sys::{self, CUresult};
+
+use crate::common::{install, shared_context};
+
+/// Runs one ignored test of this binary in a new process with these variables.
+pub fn alone(test: &str, environment: &[(&str, &str)]) {
+    let output = Command::new(std::env::current_exe().expect("this binary has a path"))
+        .args(["--exact", test, "--ignored", "--test-threads=1"])
+        .envs(environment.iter().copied())
+        .output()
+        .expect("this binary starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{environment:?}\n{said}");
+}
+
+#[test]
+fn nothing_works_before_initialisation() {
+    alone("process::child_before_initialisation", &[]);
+}
+
+#[test]
+#[ignore = "run by nothing_works_before_initialisation"]
+fn child_before_initialisation() {
+    install();
+    let (mut count, mut context, mut pointer) = (0, ptr::null_mut(), 0);
+    let refused = CUresult::CUDA_ERROR_NOT_INITIALIZED;
+    // SAFETY: the pointers are valid for the calls.
+    unsafe {
+        assert_eq!(sys::cuDeviceGetCount(&mut count), refused);
+        assert_eq!(sys::cuDevicePrimaryCtxRetain(&mut context, 0), refused);
+        assert_eq!(sys::cuMemAlloc_v2(&mut pointer, 4), refused);
+        assert_eq!(sys::cuInit(1), CUresult::CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(sys::cuInit(0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuDeviceGetCount(&mut count), CUresult::CUDA_SUCCESS);
+    }
+}
+
+#[test]
+fn each_compute_capability_can_be_chosen() {
+    for capability in ["8.0", "9.0", "12.0"] {
+        let test = "process::child_of_a_capability";
+        alone(test, &[("MOE_EMULATOR_CC", capability)]);
+        let test = "context::the_device_is_what_the_environment_says";
+        let status = Command::new(std::env::current_exe().expect("this binary has a path"))
+            .args(["--exact", test])
+            .env("MOE_EMULATOR_CC", capability)
+            .output()
+            .expect("this binary starts")
+            .status;
+        assert!(status.success(), "{capability}");
+    }
+}
+
+#[test]
+#[ignore = "run by each_compute_capability_can_be_chosen"]
+fn child_of_a_capability() {
+    let context = shared_context();
+    let has_tensor_maps = context
+        .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED)
+        .expect("a known attribute");
+    let (major, _) = context.compute_capability().expect("attributes");
+    assert_eq!(has_tensor_maps == 1, major >= 9);
+}
+
+#[test]
+fn an_unknown_compute_capability_is_no_device() {
+    alone("process::child_without_device", &[("MOE_EMULATOR_CC", "7.5")]);
+}
+
+#[test]
+#[ignore = "run by an_unknown_compute_capability_is_no_device"]
+fn child_without_device() {
+    install();
+    // SAFETY: the function has no preconditions.
+    assert_eq!(unsafe { sys::cuInit(0) }, CUresult::CUDA_ERROR_NO_DEVICE);
+}
+
+#[test]
+fn the_last_release_of_the_primary_context_ends_it() {
+    alone("process::child_releases_the_primary_context", &[]);
+}
+
+#[test]
+#[ignore = "run by the_last_release_of_the_primary_context_ends_it"]
+fn child_releases_the_primary_context() {
+    let context = shared_context();
+    let raw = context.cu_ctx();
+    let leaked = context.default_stream().alloc_zeros::<u8>(10).expect("memory").leak();
+    assert_ne!(leaked, 0);
+    drop(context);
+    assert_eq!(moe_emulator::counters().live_allocations, 0);
+    let mut pointer = 0;
+    // SAFETY: the handle is known, if inactive; the pointer is valid for the call.
+    unsafe {
+        let gone = CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED;
+        assert_eq!(sys::cuMemAlloc_v2(&mut pointer, 4), gone);
+        assert_eq!(sys::cuCtxSetCurrent(raw), gone);
+    }
+    assert_eq!(shared_context().cu_ctx(), raw);
+}
