@@ -1,0 +1,142 @@
+//! A layer on the device of this process: the CPU reference, or the kernels.
+
+use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
+use moe_kernels::{Dtype, reference};
+
+use crate::checkpoint::Layer;
+use crate::device::{Gpu, Place};
+use crate::error::Result;
+use crate::progress::{Progress, Steps};
+
+/// An element type that the CPU and the device know.
+pub trait Element: Dtype + DeviceRepr + ValidAsZeroBits {}
+impl<D: Dtype + DeviceRepr + ValidAsZeroBits> Element for D {}
+
+/// Evaluates an expression with a type name that stands for the element type.
+macro_rules! dispatch {
+    ($dtype:expr, $D:ident => $body:expr) => {
+        match $dtype {
+            moe_kernels::DType::F32 => {
+                type $D = f32;
+                $body
+            }
+            moe_kernels::DType::F16 => {
+                type $D = half::f16;
+                $body
+            }
+            moe_kernels::DType::BF16 => {
+                type $D = half::bf16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use dispatch;
+
+/// The device of this process.
+pub enum Backend {
+    Cpu,
+    Gpu(Gpu),
+}
+
+/// What a run makes.
+pub struct Output<D> {
+    /// [T, H]
+    pub y: Vec<D>,
+    pub rows_per_expert: Vec<usize>,
+}
+
+/// The name of the step that is the layer itself.
+pub const FORWARD: &str = "layer forward";
+
+impl Backend {
+    /// A choice for the whole process: a driver that was opened stays.
+    pub fn open(place: Place) -> Result<Self> {
+        match place {
+            Place::Cpu => Ok(Backend::Cpu),
+            Place::Cuda | Place::Emulator => {
+                let gpu = Gpu::open(place)?;
+                gpu.use_all_cores();
+                Ok(Backend::Gpu(gpu))
+            }
+        }
+    }
+
+    pub fn place(&self) -> Place {
+        match self {
+            Backend::Cpu => Place::Cpu,
+            Backend::Gpu(gpu) => gpu.place,
+        }
+    }
+
+    /// The device in words.
+    pub fn describe(&self) -> String {
+        match self {
+            Backend::Cpu => {
+                format!("cpu: the reference in f32, {} threads", rayon::current_num_threads())
+            }
+            Backend::Gpu(gpu) => gpu.describe(),
+        }
+    }
+
+    /// One forward pass of `x` [T, H].
+    pub fn forward<D: Element>(
+        &self,
+        layer: &Layer<'_>,
+        x: &[D],
+        num_tokens: usize,
+        steps: &mut Steps,
+    ) -> Result<Output<D>> {
+        match self {
+            Backend::Cpu => forward_cpu(layer, x, num_tokens, steps),
+            Backend::Gpu(gpu) => gpu.forward(layer, x, num_tokens, steps),
+        }
+    }
+}
+
+/// The reference, computing in f32; what lies between two operations is not rounded to `D`.
+fn forward_cpu<D: Element>(
+    layer: &Layer<'_>,
+    x: &[D],
+    num_tokens: usize,
+    steps: &mut Steps,
+) -> Result<Output<D>> {
+    let config = &layer.config;
+    let (gate, gate_up, down) = steps.measure("read the weights", || -> Result<_> {
+        let mut gate_up = vec![D::from_f32(0.0); config.gate_up_len()];
+        let mut down = vec![D::from_f32(0.0); config.down_len()];
+        let progress = Progress::parts("read the weights", config.num_experts);
+        let gate_up_experts = gate_up.chunks_mut(2 * config.intermediate * config.hidden);
+        let down_experts = down.chunks_mut(config.hidden * config.intermediate);
+        for (expert, (gate_up, down)) in gate_up_experts.zip(down_experts).enumerate() {
+            layer.gate_up_into(expert, gate_up)?;
+            layer.down_into(expert, down)?;
+            progress.advance();
+        }
+        Ok((layer.router::<D>()?, gate_up, down))
+    })?;
+    let logits: Vec<D> = steps.time("router projection", || {
+        reference::router_logits::<f32, D>(config, x, &gate).map(|logits| reference::round(&logits))
+    })?;
+    let shape = config.routing(num_tokens);
+    let routing =
+        steps.time("route", || reference::route_fwd::<f32, D>(&shape, &config.router, &logits))?;
+    let y = steps.time(FORWARD, || {
+        reference::moe_layer_fwd::<f32, D>(config, x, &logits, &gate_up, &down)
+    })?;
+    Ok(Output {
+        y: reference::round(&y),
+        rows_per_expert: rows_per_expert(&routing.expert_ids, config.num_experts),
+    })
+}
+
+/// Counts the slots of each expert.
+pub fn rows_per_expert(expert_ids: &[u32], num_experts: usize) -> Vec<usize> {
+    let mut rows = vec![0; num_experts];
+    for &id in expert_ids {
+        if let Some(rows) = rows.get_mut(id as usize) {
+            *rows += 1;
+        }
+    }
+    rows
+}

@@ -1,0 +1,384 @@
+//! Each operation on the device, held against the reference.
+//!
+//! Outputs are filled with NaN before, so that an element which is not written shows.
+
+use std::fmt;
+
+use clap::ValueEnum;
+use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
+use moe_kernels::ops::combine::combine_fwd_into;
+use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
+use moe_kernels::ops::permute::permute_fwd_into;
+use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
+use moe_kernels::ops::route::route_fwd_into;
+use moe_kernels::reference::bound::{self, Bounded};
+use moe_kernels::reference::{self, Tile};
+use moe_kernels::{
+    Dtype, Experts, MoeConfig, MoeLayer, PlanLayout, RouterConfig, RoutingPlan, Workspace,
+};
+
+use super::case::{Case, SCORINGS};
+use crate::backend::Element;
+use crate::device::Gpu;
+use crate::error::Result;
+
+/// What can be checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Op {
+    Route,
+    Plan,
+    Permute,
+    /// Both with the gather and without
+    GroupedGemm,
+    /// The same, with SwiGLU
+    Swiglu,
+    Combine,
+    Layer,
+}
+
+impl Op {
+    pub const NAMES: [&'static str; 7] =
+        ["route", "plan", "permute", "grouped-gemm", "swiglu", "combine", "layer"];
+
+    /// One case on the device.
+    pub fn run<D: Element>(self, gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+        match self {
+            Op::Route => route(gpu, case),
+            Op::Plan => plan(gpu, case),
+            Op::Permute => permute(gpu, case),
+            Op::GroupedGemm => grouped_gemm(gpu, case),
+            Op::Swiglu => swiglu(gpu, case),
+            Op::Combine => combine(gpu, case),
+            Op::Layer => layer(gpu, case),
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let index = Op::value_variants().iter().position(|op| op == self).unwrap_or(0);
+        f.write_str(Self::NAMES[index])
+    }
+}
+
+/// The element of an output that is furthest from right.
+#[derive(Debug, Clone)]
+pub struct Worst {
+    /// The error as a fraction of the bound; at most 1 is right.
+    pub of_bound: f64,
+    pub error: f64,
+    pub bound: f64,
+    /// Whether nothing but the same bits is right.
+    pub exact: bool,
+    what: String,
+}
+
+impl Worst {
+    pub fn is_good(&self) -> bool {
+        self.of_bound <= 1.0
+    }
+
+    /// Nothing was compared yet.
+    fn nothing() -> Self {
+        Self { of_bound: 0.0, error: 0.0, bound: 0.0, exact: true, what: String::new() }
+    }
+
+    /// Keeps the worse of the two.
+    pub fn take(&mut self, other: Worst) {
+        // Once there is something with a bound the row shows that bound.
+        if other.of_bound > self.of_bound || (self.exact && !other.exact && self.is_good()) {
+            *self = other;
+        }
+    }
+
+    /// Integers and copies.
+    fn of_bits<T: PartialEq + fmt::Debug>(name: &str, got: &[T], wanted: &[T]) -> Self {
+        let differs = (0..got.len().max(wanted.len())).find(|&i| got.get(i) != wanted.get(i));
+        let what = differs.map_or_else(String::new, |i| {
+            let show =
+                |value: Option<&T>| value.map_or("nothing".into(), |value| format!("{value:?}"));
+            format!("{name}[{i}] is {}, wanted {}", show(got.get(i)), show(wanted.get(i)))
+        });
+        let error = if differs.is_some() { f64::INFINITY } else { 0.0 };
+        Self { of_bound: error, error, bound: 0.0, exact: true, what }
+    }
+
+    fn of_bounded<D: Dtype>(name: &str, got: &[D], wanted: &Bounded) -> Self {
+        let Some((index, of_bound)) = wanted.worst(got) else {
+            return Self { exact: false, ..Self::nothing() };
+        };
+        let at = |values: &[f64]| values.get(index).copied().unwrap_or(f64::NAN);
+        let (value, bound) = (at(&wanted.value), at(&wanted.bound));
+        let got = got.get(index).map_or(f64::NAN, |got| got.to_f64());
+        let what = format!("{name}[{index}] is {got:e}, wanted {value:e} within {bound:.1e}");
+        Self { of_bound, error: (got - value).abs(), bound, exact: false, what }
+    }
+}
+
+impl fmt::Display for Worst {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+/// All scorings, ids bit for bit and weights within their bound.
+fn route<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let slots = case.shape.slots();
+    let logits = gpu.upload(&case.logits)?;
+    let mut worst = Worst::nothing();
+    for scoring in SCORINGS {
+        let router = RouterConfig { scoring };
+        let (mut ids, mut weights) = (gpu.poisoned::<u32>(slots)?, gpu.poisoned::<f32>(slots)?);
+        let (ids_view, weights_view) = (&mut ids.as_view_mut(), &mut weights.as_view_mut());
+        let logits = logits.as_view();
+        route_fwd_into(
+            &gpu.device,
+            &gpu.stream,
+            case.shape,
+            &router,
+            &logits,
+            ids_view,
+            weights_view,
+        )?;
+        let (wanted, bound) = bound::route(&case.shape, &router, &case.logits)?;
+        let wanted_weights = Bounded { value: wanted.weights, bound };
+        let ids = Worst::of_bits("expert_ids", &gpu.download(&ids.as_view())?, &wanted.expert_ids);
+        let weights =
+            Worst::of_bounded("weights", &gpu.download(&weights.as_view())?, &wanted_weights);
+        for one in [ids, weights] {
+            worst.take(one);
+        }
+    }
+    Ok(worst)
+}
+
+fn plan<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let ids = gpu.upload(&case.expert_ids)?;
+    let mut memory = gpu.poisoned::<u8>(PlanLayout::new(case.shape)?.bytes())?;
+    let ids = ids.as_view();
+    let plan =
+        plan_fwd_into(&gpu.device, &gpu.stream, case.shape, Some(&ids), memory.as_view_mut())?;
+    let wanted = &case.plan;
+    let mut worst = Worst::of_bits(
+        "expert_offsets",
+        &gpu.download(&plan.expert_offsets())?,
+        &wanted.expert_offsets,
+    );
+    worst.take(Worst::of_bits(
+        "row_of_slot",
+        &gpu.download(&plan.row_of_slot())?,
+        &wanted.row_of_slot,
+    ));
+    worst.take(Worst::of_bits(
+        "token_of_row",
+        &gpu.download(&plan.token_of_row())?,
+        &wanted.token_of_row,
+    ));
+    let num_tiles = i32::try_from(wanted.tiles.len()).unwrap_or(i32::MAX);
+    worst.take(Worst::of_bits("num_tiles", &gpu.download(&plan.num_tiles())?, &[num_tiles]));
+    let mut tiles: Vec<i32> = wanted
+        .tiles
+        .iter()
+        .flat_map(|&Tile { expert, first_row, num_rows }| [expert, first_row, num_rows, 0])
+        .collect();
+    tiles.resize(4 * plan.max_tiles(), 0);
+    worst.take(Worst::of_bits("tiles", &gpu.download(&plan.tiles())?, &tiles));
+    Ok(worst)
+}
+
+/// The plan of the case on the device, for the operations that read one.
+fn device_plan<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<RoutingPlan<'static>> {
+    let ids = gpu.upload(&case.expert_ids)?;
+    Ok(plan_fwd(&gpu.device, &gpu.stream, case.shape, &ids.as_view())?)
+}
+
+fn permute<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let hidden = case.config.hidden;
+    let plan = device_plan(gpu, case)?;
+    let x = gpu.upload(&case.x)?;
+    let mut xp = gpu.poisoned::<D>(case.shape.slots() * hidden)?;
+    permute_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &x.as_view(), &mut xp.as_view_mut())?;
+    let wanted = reference::permute_fwd(&case.shape, &case.plan, hidden, &case.x)?;
+    Ok(Worst::of_bits("xp", bytes(&gpu.download(&xp.as_view())?), bytes(&wanted)))
+}
+
+fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let MoeConfig { hidden, intermediate, .. } = case.config;
+    let plan = device_plan(gpu, case)?;
+    let down = gpu.upload(&case.down)?;
+    let act = gpu.upload(&case.act)?;
+    let mut y = gpu.poisoned::<D>(case.shape.slots() * hidden)?;
+    grouped_gemm_fwd_into(
+        &gpu.device,
+        &gpu.stream,
+        &plan,
+        hidden,
+        intermediate,
+        Rows::Grouped,
+        &act.as_view(),
+        &down.as_view(),
+        &mut y.as_view_mut(),
+    )?;
+    let wanted = bound::grouped_gemm(
+        &case.plan,
+        hidden,
+        intermediate,
+        &case.act,
+        &case.down,
+        false,
+        D::DTYPE,
+    )?;
+    let mut worst = Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted);
+
+    let gate_up = gpu.upload(&case.gate_up)?;
+    let x = gpu.upload(&case.x)?;
+    let n = 2 * intermediate;
+    let mut y = gpu.poisoned::<D>(case.shape.slots() * n)?;
+    grouped_gemm_fwd_into(
+        &gpu.device,
+        &gpu.stream,
+        &plan,
+        n,
+        hidden,
+        Rows::Gathered,
+        &x.as_view(),
+        &gate_up.as_view(),
+        &mut y.as_view_mut(),
+    )?;
+    let wanted =
+        bound::grouped_gemm(&case.plan, n, hidden, &case.x, &case.gate_up, true, D::DTYPE)?;
+    worst.take(Worst::of_bounded("y (gathered)", &gpu.download(&y.as_view())?, &wanted));
+    Ok(worst)
+}
+
+fn swiglu<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let MoeConfig { hidden, intermediate, .. } = case.config;
+    let plan = device_plan(gpu, case)?;
+    let gate_up = gpu.upload(&case.gate_up)?;
+    let xp = reference::permute_fwd(&case.shape, &case.plan, hidden, &case.x)?;
+    let mut worst = Worst::nothing();
+    for (rows, x) in [(Rows::Gathered, &case.x), (Rows::Grouped, &xp)] {
+        let device_x = gpu.upload(x)?;
+        let mut act = gpu.poisoned::<D>(case.shape.slots() * intermediate)?;
+        grouped_gemm_swiglu_fwd_into(
+            &gpu.device,
+            &gpu.stream,
+            &plan,
+            intermediate,
+            hidden,
+            rows,
+            &device_x.as_view(),
+            &gate_up.as_view(),
+            &mut act.as_view_mut(),
+        )?;
+        let gather = matches!(rows, Rows::Gathered);
+        let wanted = bound::grouped_gemm_swiglu(
+            &case.plan,
+            intermediate,
+            hidden,
+            x,
+            &case.gate_up,
+            gather,
+            D::DTYPE,
+        )?;
+        let one = Worst::of_bounded("act", &gpu.download(&act.as_view())?, &wanted);
+        worst.take(one);
+    }
+    Ok(worst)
+}
+
+fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let hidden = case.config.hidden;
+    let plan = device_plan(gpu, case)?;
+    let (yp, weights) = (gpu.upload(&case.yp)?, gpu.upload(&case.weights)?);
+    let mut y = gpu.poisoned::<D>(case.shape.num_tokens * hidden)?;
+    combine_fwd_into(
+        &gpu.device,
+        &gpu.stream,
+        &plan,
+        hidden,
+        &yp.as_view(),
+        &weights.as_view(),
+        &mut y.as_view_mut(),
+    )?;
+    let wanted =
+        bound::combine(&case.shape, &case.plan, hidden, &case.yp, &case.weights, D::DTYPE)?;
+    Ok(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted))
+}
+
+fn layer<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let (config, num_tokens) = (case.config, case.shape.num_tokens);
+    let (x, logits) = (gpu.upload(&case.x)?, gpu.upload(&case.logits)?);
+    let (gate_up, down) = (gpu.upload(&case.gate_up)?, gpu.upload(&case.down)?);
+    let mut arena =
+        gpu.poisoned::<u8>(MoeLayer::workspace_bytes(&config, D::DTYPE, num_tokens)?)?;
+    let mut workspace = Workspace::borrow(arena.as_view_mut());
+    let mut y = gpu.poisoned::<D>(num_tokens * config.hidden)?;
+    let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
+    MoeLayer::new(&gpu.device, config)?.forward(
+        &gpu.stream,
+        &x.as_view(),
+        &logits.as_view(),
+        &experts,
+        &mut workspace,
+        &mut y.as_view_mut(),
+    )?;
+    let wanted = bound::moe_layer(&config, &case.x, &case.logits, &case.gate_up, &case.down)?;
+    Ok(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted))
+}
+
+fn bytes<D: Dtype>(values: &[D]) -> &[u8] {
+    bytemuck::cast_slice(values)
+}
+
+impl Gpu {
+    fn upload<T: DeviceRepr>(&self, values: &[T]) -> Result<CudaSlice<T>> {
+        self.stream.clone_htod(values).map_err(self.failed("upload"))
+    }
+
+    /// Memory full of NaN, or of -1: what an operation must overwrite.
+    fn poisoned<T: DeviceRepr + bytemuck::Pod>(&self, len: usize) -> Result<CudaSlice<T>> {
+        let mut values = vec![T::zeroed(); len];
+        bytemuck::cast_slice_mut::<T, u8>(&mut values).fill(0xff);
+        self.upload(&values)
+    }
+
+    fn download<T: DeviceRepr>(&self, values: &CudaView<'_, T>) -> Result<Vec<T>> {
+        self.stream.clone_dtoh(values).map_err(self.failed("download"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_is_kept() {
+        let mut worst = Worst::nothing();
+        worst.take(Worst::of_bits("ids", &[1, 2], &[1, 2]));
+        assert!(worst.is_good() && worst.exact);
+        let wanted = Bounded { value: vec![1.0, 2.0], bound: vec![0.5, 0.25] };
+        worst.take(Worst::of_bounded("y", &[1.25f32, 2.0], &wanted));
+        assert!(worst.is_good() && !worst.exact);
+        assert_eq!((worst.of_bound, worst.error, worst.bound), (0.5, 0.25, 0.5));
+        worst.take(Worst::of_bounded("y", &[1.0f32, f32::NAN], &wanted));
+        assert!(!worst.is_good());
+        assert_eq!(worst.to_string(), "y[1] is NaN, wanted 2e0 within 2.5e-1");
+    }
+
+    #[test]
+    fn other_bits_are_wrong() {
+        let worst = Worst::of_bits("ids", &[1, 2], &[1, 3]);
+        assert!(!worst.is_good());
+        assert_eq!(worst.to_string(), "ids[1] is 2, wanted 3");
+        assert_eq!(Worst::of_bits("ids", &[1], &[1, 3]).to_string(), "ids[1] is nothing, wanted 3");
+    }
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        for (name, op) in Op::NAMES.iter().zip(Op::value_variants()) {
+            assert_eq!(Op::from_str(name, false).as_ref(), Ok(op));
+            assert_eq!(*name, op.to_string());
+        }
+    }
+}

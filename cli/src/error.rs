@@ -1,0 +1,45 @@
+//! The one error type of the program. Every message is a sentence that names the file, the tensor or
+//! the option, what was wanted and what was there.
+
+use std::path::PathBuf;
+
+/// What can go wrong. All of these end the program with exit status 2.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused something.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+
+    /// A file is not what its name says.
+    #[error("{file}: {why}")]
+    File { file: String, why: String },
+
+    /// A tensor is there, and is another one than the layer needs.
+    #[error("{file}: tensor `{tensor}` is {got}, wanted {wanted}")]
+    Tensor { file: String, tensor: String, got: String, wanted: String },
+
+    /// A key of config.json.
+    #[error("{file}: `{key}` is {got}, wanted {wanted}")]
+    Config { file: String, key: &'static str, got: String, wanted: String },
+
+    /// The device that was asked for cannot be had.
+    #[error("device {device}: {why}")]
+    Device { device: &'static str, why: String },
+
+    /// An option on the command line.
+    #[error("{option}: {why}")]
+    Option { option: &'static str, why: String },
+
+    /// The library refused a call; its message names operation and argument.
+    #[error(transparent)]
+    Library(#[from] moe_kernels::Error),
+}
+
+/// `Result` with this program's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// For `map_err`: what was being done to which path.
+pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.into();
+    move |source| Error::Io { action, path, source }
+}

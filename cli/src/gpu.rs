@@ -1,0 +1,118 @@
+//! A layer on a CUDA device: weights go up expert by expert, the library does the rest.
+
+use cudarc::driver::CudaSlice;
+use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
+use moe_kernels::ops::plan::plan_fwd_into;
+use moe_kernels::ops::route::route_fwd;
+use moe_kernels::{Experts, MoeLayer, PlanLayout, RoutingShape, Workspace};
+
+use crate::backend::{Element, FORWARD, Output, rows_per_expert};
+use crate::checkpoint::Layer;
+use crate::device::Gpu;
+use crate::error::Result;
+use crate::progress::{Progress, Steps};
+
+/// The weights of a layer on the device.
+struct Weights<D> {
+    /// [E, H]
+    gate: CudaSlice<D>,
+    /// [E, 2I, H]
+    gate_up: CudaSlice<D>,
+    /// [E, H, I]
+    down: CudaSlice<D>,
+}
+
+impl Gpu {
+    /// One forward pass of `x` [T, H]. Each step waits for the device, so that its time is its own.
+    pub fn forward<D: Element>(
+        &self,
+        layer: &Layer<'_>,
+        x: &[D],
+        num_tokens: usize,
+        steps: &mut Steps,
+    ) -> Result<Output<D>> {
+        let (device, stream, config) = (&self.device, &self.stream, layer.config);
+        steps.time("load the kernels", || device.warm_up(D::DTYPE))?;
+        let weights = steps.measure("upload the weights", || self.upload_weights::<D>(layer))?;
+        let x = steps.time("upload the input", || {
+            stream.clone_htod(x).map_err(self.failed("upload the input"))
+        })?;
+
+        let logits = steps.time("router projection", || -> Result<_> {
+            // A dense product is a grouped one with a single expert that every token goes to.
+            let dense = RoutingShape::new(num_tokens, 1, 1)?;
+            let bytes = PlanLayout::new(dense)?.bytes();
+            let mut memory =
+                stream.alloc_zeros::<u8>(bytes).map_err(self.failed("allocate a plan"))?;
+            let plan = plan_fwd_into(device, stream, dense, None, memory.as_view_mut())?;
+            let (n, k) = (config.num_experts, config.hidden);
+            let (x, gate) = (x.as_view(), weights.gate.as_view());
+            let logits = grouped_gemm_fwd(device, stream, &plan, n, k, Rows::Grouped, &x, &gate)?;
+            self.wait()?;
+            Ok(logits)
+        })?;
+        // The layer routes on its own; this is for the numbers that are printed.
+        let expert_ids = steps.time("route", || -> Result<Vec<u32>> {
+            let shape = config.routing(num_tokens);
+            let routing = route_fwd(device, stream, shape, &config.router, &logits.as_view())?;
+            stream.clone_dtoh(&routing.expert_ids).map_err(self.failed("read the expert ids"))
+        })?;
+
+        let moe = MoeLayer::new(device, config)?;
+        let bytes = MoeLayer::workspace_bytes(&config, D::DTYPE, num_tokens)?;
+        let mut workspace = Workspace::alloc(stream, bytes)?;
+        let mut y = stream
+            .alloc_zeros::<D>(num_tokens * config.hidden)
+            .map_err(self.failed("allocate the output"))?;
+        let experts = Experts { gate_up: weights.gate_up.as_view(), down: weights.down.as_view() };
+        steps.time(FORWARD, || -> Result<()> {
+            let (x, logits) = (x.as_view(), logits.as_view());
+            moe.forward(stream, &x, &logits, &experts, &mut workspace, &mut y.as_view_mut())?;
+            self.wait()
+        })?;
+        let y = steps.time("download the output", || {
+            stream.clone_dtoh(&y).map_err(self.failed("download the output"))
+        })?;
+        Ok(Output { y, rows_per_expert: rows_per_expert(&expert_ids, config.num_experts) })
+    }
+
+    /// Converts one expert at a time: the host never holds a second copy of the layer.
+    fn upload_weights<D: Element>(&self, layer: &Layer<'_>) -> Result<Weights<D>> {
+        const WHAT: &str = "upload the weights";
+        let (stream, config) = (&self.stream, &layer.config);
+        let zero = D::from_f32(0.0);
+        let gate = stream.clone_htod(&layer.router::<D>()?).map_err(self.failed(WHAT))?;
+        let mut gate_up =
+            stream.alloc_zeros::<D>(config.gate_up_len()).map_err(self.failed(WHAT))?;
+        let mut down = stream.alloc_zeros::<D>(config.down_len()).map_err(self.failed(WHAT))?;
+        let mut host_gate_up = vec![zero; 2 * config.intermediate * config.hidden];
+        let mut host_down = vec![zero; config.hidden * config.intermediate];
+        let progress = Progress::parts(WHAT, config.num_experts);
+        for expert in 0..config.num_experts {
+            layer.gate_up_into(expert, &mut host_gate_up)?;
+            layer.down_into(expert, &mut host_down)?;
+            let (len, first) = (host_gate_up.len(), expert * host_gate_up.len());
+            let mut place = gate_up.slice_mut(first..first + len);
+            stream.memcpy_htod(&host_gate_up, &mut place).map_err(self.failed(WHAT))?;
+            let (len, first) = (host_down.len(), expert * host_down.len());
+            let mut place = down.slice_mut(first..first + len);
+            stream.memcpy_htod(&host_down, &mut place).map_err(self.failed(WHAT))?;
+            // The buffers are used again.
+            self.wait()?;
+            progress.advance();
+        }
+        Ok(Weights { gate, gate_up, down })
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.stream.synchronize().map_err(self.failed("wait for the device"))
+    }
+
+    /// The device in words.
+    pub fn describe(&self) -> String {
+        let name =
+            self.device.context().name().unwrap_or_else(|_| "a device without a name".into());
+        let (major, minor) = self.device.capability();
+        format!("{}: {name}, compute capability {major}.{minor}", self.place.name())
+    }
+}

@@ -1,0 +1,55 @@
+//! `moe-kernels`: runs a Mixture-of-Experts layer of a checkpoint, holds devices against the reference,
+//! and says what is in the binary.
+//!
+//! Exit status: 0 for success, 1 if a result is further from the truth than it may be, 2 if something
+//! could not be done.
+
+mod backend;
+mod bundled;
+mod check;
+mod checkpoint;
+mod device;
+mod error;
+mod family;
+mod gpu;
+mod info;
+mod load;
+mod progress;
+mod run;
+mod tensor_file;
+mod text;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Mixture-of-Experts layers on a GPU, on the software CUDA device, and on the CPU.
+#[derive(Parser)]
+#[command(name = "moe-kernels", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Arguments),
+    Check(check::Arguments),
+    Info(info::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Check(arguments) => check::check(&arguments),
+        Command::Info(arguments) => info::info(&arguments),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

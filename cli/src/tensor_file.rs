@@ -1,0 +1,266 @@
+//! One safetensors file: mapped into memory or part of this binary, its tensors converted on reading.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use moe_kernels::{DType, Dtype};
+use rayon::prelude::*;
+use safetensors::tensor::{Metadata, TensorView};
+use safetensors::{Dtype as DiskDtype, SafeTensors};
+
+use crate::error::{Error, Result, io};
+
+/// The bytes of a file.
+pub enum Bytes {
+    Mapped(Mmap),
+    Bundled(&'static [u8]),
+}
+
+impl Bytes {
+    /// Maps a file; an empty one, which cannot be mapped, becomes no bytes.
+    pub fn map(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(io("open", path))?;
+        if file.metadata().map_err(io("read", path))?.len() == 0 {
+            return Ok(Bytes::Bundled(&[]));
+        }
+        // SAFETY: the mapping is read-only and private to this process. Another process that shortens
+        // the file while it is being read ends this one with SIGBUS, which no program that maps
+        // checkpoints can rule out; nothing here writes to a file in place.
+        let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
+        Ok(Bytes::Mapped(map))
+    }
+
+    pub fn as_slice(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map,
+            Bytes::Bundled(bytes) => bytes,
+        }
+    }
+}
+
+/// A safetensors file whose header has been read and held against the file's length.
+pub struct TensorFile {
+    name: String,
+    bytes: Bytes,
+    data: usize,
+    metadata: Metadata,
+}
+
+impl TensorFile {
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::new(path.display().to_string(), Bytes::map(path)?)
+    }
+
+    /// `name` is what messages call the file.
+    pub fn new(name: String, bytes: Bytes) -> Result<Self> {
+        let length = bytes.as_slice().len();
+        let (header, metadata) = SafeTensors::read_metadata(bytes.as_slice()).map_err(|error| {
+            let why = format!(
+                "not a whole safetensors file ({error}); it has {length} bytes, \
+                 perhaps it was cut short or is a Git LFS pointer"
+            );
+            Error::File { file: name.clone(), why }
+        })?;
+        // The header follows its own length, which takes 8 bytes; the tensors follow the header.
+        Ok(Self { name, bytes, data: 8 + header, metadata })
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
+    /// A value of the header's free-form table.
+    pub fn note(&self, key: &str) -> Option<&str> {
+        self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
+    pub fn find(&self, name: &str) -> Option<Tensor<'_>> {
+        let info = self.metadata.info(name)?;
+        let (begin, end) = info.data_offsets;
+        let data = self.bytes.as_slice().get(self.data + begin..self.data + end)?;
+        Some(Tensor {
+            file: &self.name,
+            name: name.into(),
+            dtype: info.dtype,
+            shape: &info.shape,
+            data,
+        })
+    }
+
+    /// A tensor that has to be there.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        self.find(name).ok_or_else(|| {
+            let names = self.names();
+            let list = match names.len() {
+                0 => "no tensor at all".into(),
+                1..=8 => format!("`{}`", names.join("`, `")),
+                many => format!("`{}` and {} more", names[..8].join("`, `"), many - 8),
+            };
+            Error::File {
+                file: self.name.clone(),
+                why: format!("no tensor `{name}`; it has {list}"),
+            }
+        })
+    }
+}
+
+/// One tensor of a file.
+pub struct Tensor<'a> {
+    file: &'a str,
+    name: String,
+    dtype: DiskDtype,
+    shape: &'a [usize],
+    data: &'a [u8],
+}
+
+impl Tensor<'_> {
+    /// The type on disk, as this program writes types.
+    pub fn dtype_name(&self) -> String {
+        format!("{:?}", self.dtype).to_lowercase()
+    }
+
+    fn error(&self, got: String, wanted: String) -> Error {
+        Error::Tensor { file: self.file.into(), tensor: self.name.clone(), got, wanted }
+    }
+
+    /// Fails unless the tensor holds floating-point numbers of this shape.
+    pub fn check(&self, wanted: &[usize]) -> Result<()> {
+        self.check_float()?;
+        if self.shape == wanted {
+            return Ok(());
+        }
+        Err(self.error(format!("{:?}", self.shape), format!("{wanted:?}")))
+    }
+
+    /// Fails unless the tensor holds floating-point numbers in rows of `width`; gives their number.
+    pub fn rows_of(&self, width: usize) -> Result<usize> {
+        self.check_float()?;
+        match *self.shape {
+            [rows @ (1..), columns] if columns == width => Ok(rows),
+            _ => {
+                let wanted = format!("[T, {width}] with at least one token");
+                Err(self.error(format!("{:?}", self.shape), wanted))
+            }
+        }
+    }
+
+    fn check_float(&self) -> Result<()> {
+        match self.dtype {
+            DiskDtype::F64 | DiskDtype::F32 | DiskDtype::F16 | DiskDtype::BF16 => Ok(()),
+            _ => Err(self.error(self.dtype_name(), "f32, bf16 or f16".into())),
+        }
+    }
+
+    /// The whole tensor as `D`.
+    pub fn read<D: Dtype>(&self) -> Result<Vec<D>> {
+        let mut out = vec![D::from_f32(0.0); self.shape.iter().product()];
+        self.read_into(0, &mut out)?;
+        Ok(out)
+    }
+
+    /// Elements `first..first + out.len()` as `D`, rounded to nearest where `D` is the narrower type.
+    pub fn read_into<D: Dtype>(&self, first: usize, out: &mut [D]) -> Result<()> {
+        self.check_float()?;
+        let size = self.dtype.bitsize() / 8;
+        let range = first * size..(first + out.len()) * size;
+        let Some(data) = self.data.get(range) else {
+            let wanted = format!("at least {} elements", first + out.len());
+            return Err(self.error(format!("{:?}", self.shape), wanted));
+        };
+        match self.dtype {
+            DiskDtype::F32 => convert(data, out, DType::F32, f32::from_le_bytes, D::from_f32),
+            DiskDtype::F16 => {
+                convert(data, out, DType::F16, |b| f16::from_le_bytes(b).to_f32(), D::from_f32)
+            }
+            DiskDtype::BF16 => {
+                convert(data, out, DType::BF16, |b| bf16::from_le_bytes(b).to_f32(), D::from_f32)
+            }
+            _ => convert_parallel(data, out, f64::from_le_bytes, D::from_f64),
+        }
+        Ok(())
+    }
+
+    /// The whole tensor as f64, which is exact for every type that is read.
+    pub fn read_f64(&self) -> Result<Vec<f64>> {
+        if self.dtype == DiskDtype::F64 {
+            let (values, _) = self.data.as_chunks::<8>();
+            return Ok(values.iter().map(|b| f64::from_le_bytes(*b)).collect());
+        }
+        Ok(self.read::<f32>()?.into_iter().map(f64::from).collect())
+    }
+}
+
+/// Converts, or copies where the file holds the very type that is wanted.
+fn convert<D: Dtype, const SIZE: usize>(
+    data: &[u8],
+    out: &mut [D],
+    on_disk: DType,
+    widen: impl Fn([u8; SIZE]) -> f32 + Sync,
+    narrow: impl Fn(f32) -> D + Sync,
+) {
+    if on_disk == D::DTYPE && cfg!(target_endian = "little") {
+        bytemuck::cast_slice_mut::<D, u8>(out).copy_from_slice(data);
+    } else {
+        convert_parallel(data, out, widen, narrow);
+    }
+}
+
+fn convert_parallel<D: Dtype, F: Copy, const SIZE: usize>(
+    data: &[u8],
+    out: &mut [D],
+    widen: impl Fn([u8; SIZE]) -> F + Sync,
+    narrow: impl Fn(F) -> D + Sync,
+) {
+    // Large enough to hide the cost of handing a piece to another thread.
+    const PIECE: usize = 1 << 16;
+    out.par_chunks_mut(PIECE).zip(data.par_chunks(PIECE * SIZE)).for_each(|(out, data)| {
+        let (values, _) = data.as_chunks::<SIZE>();
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = narrow(widen(*value));
+        }
+    });
+}
+
+/// Writes one tensor `[rows, columns]`. The file appears whole or not at all: the bytes go to a
+/// neighbour, which then takes the name.
+pub fn write<D: Dtype>(
+    path: &Path,
+    name: &str,
+    rows: usize,
+    columns: usize,
+    values: &[D],
+) -> Result<()> {
+    let dtype = match D::DTYPE {
+        DType::F32 => DiskDtype::F32,
+        DType::F16 => DiskDtype::F16,
+        DType::BF16 => DiskDtype::BF16,
+    };
+    let refused = |error| Error::File { file: path.display().to_string(), why: format!("{error}") };
+    let view = TensorView::new(dtype, vec![rows, columns], bytemuck::cast_slice(values))
+        .map_err(refused)?;
+    let bytes = safetensors::serialize([(name, view)], None).map_err(refused)?;
+
+    let neighbour = neighbour(path);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create_new(&neighbour)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&neighbour, path)
+    };
+    write().map_err(|error| {
+        // The first error is the one to tell; the neighbour may not even be there.
+        let _ = std::fs::remove_file(&neighbour);
+        io("write", path)(error)
+    })
+}
+
+/// A name in the same folder, so that taking the final name is one step, and of this process alone.
+fn neighbour(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{}.part", std::process::id()));
+    path.with_file_name(name)
+}

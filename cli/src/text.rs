@@ -1,0 +1,97 @@
+//! Plain text for people: tables, times, and the one way to stdout.
+
+use std::io::Write;
+
+/// Prints to stdout. Whoever closed the other end does not want the rest, which is no error.
+pub fn say(text: impl std::fmt::Display) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = write!(stdout, "{text}").and_then(|()| stdout.flush());
+}
+
+/// Rows of cells under a heading, columns as wide as their widest cell. Columns whose cells are numbers stand to the right.
+pub struct Table {
+    heading: Vec<String>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub fn new(heading: &[&str]) -> Self {
+        Self { heading: heading.iter().map(|&cell| cell.into()).collect(), rows: Vec::new() }
+    }
+
+    pub fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let width = |column: usize| {
+            let cells =
+                self.rows.iter().filter_map(|row| row.get(column)).chain(self.heading.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        // A column of numbers may have words in it where there is no number.
+        let number = |cell: &String| cell.starts_with(|c: char| c.is_ascii_digit() || c == '-');
+        let right = |column: usize| {
+            self.rows.iter().filter_map(|row| row.get(column)).any(number)
+                && self
+                    .rows
+                    .iter()
+                    .filter_map(|row| row.get(column))
+                    .all(|cell| number(cell) || !cell.chars().any(|c| c.is_ascii_digit()))
+        };
+        let layout: Vec<(usize, bool)> =
+            (0..self.heading.len()).map(|c| (width(c), right(c))).collect();
+        for row in std::iter::once(&self.heading).chain(&self.rows) {
+            let mut line = String::new();
+            for (cell, (width, right)) in row.iter().zip(&layout) {
+                let padded =
+                    if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") };
+                line.push_str(&padded);
+                line.push_str("  ");
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// A duration with three digits and a unit.
+pub fn time(duration: std::time::Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    let (value, unit) = match seconds {
+        s if s >= 1.0 => (s, "s"),
+        s if s >= 1e-3 => (s * 1e3, "ms"),
+        s => (s * 1e6, "us"),
+    };
+    let decimals = if value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.decimals$} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn columns_line_up() {
+        let mut table = Table::new(&["op", "error"]);
+        table.row(vec!["permute".into(), "0".into()]);
+        table.row(vec!["route".into(), "1.2e-7".into()]);
+        assert_eq!(table.to_string(), "op        error\npermute       0\nroute    1.2e-7\n");
+    }
+
+    #[test]
+    fn times_have_three_digits() {
+        assert_eq!(time(Duration::from_micros(1500)), "1.50 ms");
+        assert_eq!(time(Duration::from_millis(12_340)), "12.3 s");
+        assert_eq!(time(Duration::from_nanos(950)), "0.95 us");
+    }
+}

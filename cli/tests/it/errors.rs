@@ -1,0 +1,236 @@
+//! What does not work, and says so: exit status 2, a sentence with the words that help, and no output.
+
+use safetensors::Dtype;
+
+use crate::common::{Done, Folder, Stored, program, run, write};
+
+const EXPERT: &str = "model.layers.1.block_sparse_moe.experts.3.w2.weight";
+
+/// Runs layer 1 of the folder and holds the failure against what it should say.
+#[track_caller]
+fn fails(folder: &Folder, words: &[&str]) {
+    let before = folder.names();
+    check_failure(&run(folder, 1, &["--device", "cpu"]), words);
+    assert_eq!(folder.names(), before, "something was written");
+}
+
+#[track_caller]
+fn check_failure(done: &Done, words: &[&str]) {
+    assert_eq!(done.status, Some(2), "{done:?}");
+    assert!(done.stderr.starts_with("error: "), "{}", done.stderr);
+    for word in words {
+        assert!(done.stderr.contains(word), "no '{word}' in: {}", done.stderr);
+    }
+}
+
+#[test]
+fn config() {
+    let cases: [(&str, &str, &[&str]); 10] = [
+        (
+            "\"mixtral\"",
+            "\"llama\"",
+            &["config.json", "`model_type` is \"llama\"", "mixtral, qwen3_moe"],
+        ),
+        ("\"hidden_size\": 72", "\"hidden_size\": NaN", &["config.json", "not JSON", "line"]),
+        (
+            "\"hidden_size\": 72",
+            "\"hidden_size\": 0",
+            &["`hidden_size` is 0", "a whole number of at least 1"],
+        ),
+        ("\"hidden_size\": 72", "\"hidden_size\": -72", &["`hidden_size` is -72"]),
+        ("\"hidden_size\": 72", "\"hidden_size\": 72.5", &["`hidden_size` is 72.5"]),
+        ("\"hidden_size\"", "\"other_size\"", &["`hidden_size` is missing"]),
+        (
+            "\"intermediate_size\": 56",
+            "\"intermediate_size\": \"56\"",
+            &["`intermediate_size` is \"56\""],
+        ),
+        (
+            "\"num_experts_per_tok\": 2",
+            "\"num_experts_per_tok\": 6",
+            &["config.json", "`top_k` is 6", "5"],
+        ),
+        (
+            "\"num_local_experts\": 5",
+            "\"num_local_experts\": 5000",
+            &["`num_experts` is 5000", "4096"],
+        ),
+        ("\"silu\"", "\"gelu\"", &["`hidden_act` is \"gelu\"", "silu"]),
+    ];
+    for (from, to, words) in cases {
+        let folder = Folder::of("mixtral-tiny");
+        folder.edit("config.json", from, to);
+        fails(&folder, words);
+    }
+    let folder = Folder::of("qwen3-moe-tiny");
+    folder.edit("config.json", "\"norm_topk_prob\": true", "\"norm_topk_prob\": \"yes\"");
+    fails(&folder, &["`norm_topk_prob` is \"yes\", wanted true or false"]);
+}
+
+#[test]
+fn files_that_are_not_there() {
+    let folder = Folder::of("mixtral-tiny");
+    std::fs::remove_file(folder.path("model.safetensors")).unwrap();
+    fails(&folder, &["model.safetensors: no such file", "model.safetensors.index.json"]);
+    std::fs::remove_file(folder.path("config.json")).unwrap();
+    fails(&folder, &["config.json: no such file"]);
+
+    let folder = Folder::of("qwen3-moe-tiny");
+    std::fs::remove_file(folder.path("model-00003-of-00004.safetensors")).unwrap();
+    fails(&folder, &["model-00003-of-00004.safetensors: no such file"]);
+
+    let folder = Folder::of("mixtral-tiny");
+    std::fs::remove_file(folder.path("recorded.safetensors")).unwrap();
+    fails(&folder, &["cannot open", "recorded.safetensors"]);
+
+    let nowhere = folder.path("nowhere").display().to_string();
+    check_failure(
+        &program(&[
+            "run",
+            "--checkpoint",
+            &nowhere,
+            "--layer",
+            "0",
+            "--input",
+            "x",
+            "--output",
+            "y",
+        ]),
+        &[&nowhere, "no such folder"],
+    );
+}
+
+#[test]
+fn files_that_are_cut_short() {
+    for (file, bytes) in
+        [("model.safetensors", 500_000), ("model.safetensors", 100), ("model.safetensors", 3)]
+    {
+        let folder = Folder::of("mixtral-tiny");
+        folder.cut(file, bytes);
+        fails(&folder, &[file, "not a whole safetensors file", &format!("{bytes} bytes")]);
+    }
+    let folder = Folder::of("mixtral-tiny");
+    folder.cut("recorded.safetensors", 0);
+    fails(&folder, &["recorded.safetensors", "0 bytes"]);
+    let folder = Folder::of("qwen3-moe-tiny");
+    folder.cut("model-00002-of-00004.safetensors", 80_000);
+    fails(&folder, &["model-00002-of-00004.safetensors", "80000 bytes"]);
+}
+
+#[test]
+fn layers_that_are_not_there() {
+    let folder = Folder::of("qwen3-moe-tiny");
+    for layer in [0, 2] {
+        let done = run(&folder, layer, &["--device", "cpu"]);
+        check_failure(
+            &done,
+            &[&format!("layer {layer} has no qwen3_moe block"), "layers that have one: 1"],
+        );
+    }
+    let folder = Folder::of("mixtral-tiny");
+    check_failure(&run(&folder, 9, &["--device", "cpu"]), &["layers that have one: 0-1"]);
+}
+
+/// Writes the Mixtral checkpoint with one tensor changed.
+fn with_tensor(change: impl Fn(&mut Stored)) -> Folder {
+    let folder = Folder::of("mixtral-tiny");
+    let mut tensors = folder.tensors("model.safetensors");
+    let tensor = tensors.iter_mut().find(|tensor| tensor.name == EXPERT).unwrap();
+    change(tensor);
+    write(&folder.path("model.safetensors"), &tensors);
+    folder
+}
+
+#[test]
+fn weights_that_do_not_fit() {
+    let folder = with_tensor(|tensor| tensor.shape.reverse());
+    fails(&folder, &["model.safetensors", EXPERT, "is [56, 72], wanted [72, 56]"]);
+    let folder = with_tensor(|tensor| tensor.dtype = Dtype::I32);
+    fails(&folder, &["model.safetensors", EXPERT, "is i32, wanted f32, bf16 or f16"]);
+    let folder = with_tensor(|tensor| tensor.name = "model.lost".into());
+    fails(&folder, &["model.safetensors", &format!("no tensor `{EXPERT}`, wanted [72, 56]")]);
+}
+
+#[test]
+fn an_index_that_lies() {
+    let name = "model.layers.1.mlp.experts.0.up_proj.weight";
+    let line = |file: &str| format!("\"{name}\": \"{file}\"");
+    let index = "model.safetensors.index.json";
+    let right = line("model-00004-of-00004.safetensors");
+
+    let folder = Folder::of("qwen3-moe-tiny");
+    folder.edit(index, &right, &line("model-00001-of-00004.safetensors"));
+    fails(&folder, &["model-00001-of-00004.safetensors", &format!("no tensor `{name}`")]);
+
+    let folder = Folder::of("qwen3-moe-tiny");
+    folder.edit(index, &right, &line("../model-00004-of-00004.safetensors"));
+    fails(&folder, &[index, name, "wanted the name of a file beside it"]);
+
+    let folder = Folder::of("qwen3-moe-tiny");
+    folder.edit(index, "\"weight_map\"", "\"weights\"");
+    fails(&folder, &[index, "weight_map"]);
+}
+
+#[test]
+fn inputs_that_do_not_fit() {
+    let x = |shape: &[usize]| Stored::f32("x", shape, &vec![0.5; shape.iter().product()]);
+    let integers = Stored { dtype: Dtype::I32, ..x(&[4, 72]) };
+    let renamed = Stored { name: "hidden_states".into(), ..x(&[4, 72]) };
+    let cases: [(Stored, &[&str]); 5] = [
+        (x(&[4, 71]), &["recorded.safetensors", "`x` is [4, 71]", "72"]),
+        (x(&[1, 4, 72]), &["`x` is [1, 4, 72]"]),
+        (x(&[0, 72]), &["`x` is [0, 72]", "at least one token"]),
+        (integers, &["`x` is i32, wanted f32, bf16 or f16"]),
+        (renamed, &["no tensor `x`", "`hidden_states`"]),
+    ];
+    for (tensor, words) in cases {
+        let folder = Folder::of("mixtral-tiny");
+        write(&folder.path("recorded.safetensors"), &[tensor]);
+        fails(&folder, words);
+    }
+}
+
+#[test]
+fn outputs_that_cannot_be() {
+    let folder = Folder::of("mixtral-tiny");
+    let output = folder.path("no/such/y.safetensors").display().to_string();
+    check_failure(
+        &run(&folder, 1, &["--device", "cpu", "--output", &output]),
+        &["cannot be used multiple times"],
+    );
+    let input = folder.path("recorded.safetensors").display().to_string();
+    let dir = folder.dir().display().to_string();
+    let arguments = ["run", "--checkpoint", &dir, "--layer", "1", "--input", &input, "--output"];
+    check_failure(
+        &program(&[&arguments[..], &[&output, "--device", "cpu"]].concat()),
+        &["--output", "no/such"],
+    );
+    // A folder stands where the file should be.
+    check_failure(
+        &program(&[&arguments[..], &[&dir, "--device", "cpu"]].concat()),
+        &["--output", &dir],
+    );
+}
+
+#[test]
+fn a_gpu_that_is_not_there() {
+    let done = program(&["run", "--device", "cuda"]);
+    // Where there is one, it runs.
+    if done.status != Some(0) {
+        check_failure(&done, &["device cuda: "]);
+    }
+}
+
+#[test]
+fn options_that_do_not_fit() {
+    for arguments in [
+        &["run", "--layer", "0"][..],
+        &["run", "--checkpoint", "."],
+        &["run", "--dtype", "f64"],
+        &["run", "--device", "tpu"],
+        &["walk"],
+        &[],
+    ] {
+        assert_eq!(program(arguments).status, Some(2), "{arguments:?}");
+    }
+}

@@ -1,0 +1,8 @@
+//! The program, from outside: what it prints, what it writes, and its exit status.
+
+#![allow(missing_docs)]
+
+mod check;
+mod common;
+mod errors;
+mod run;

@@ -1,0 +1,169 @@
+//! What works.
+
+use safetensors::Dtype;
+
+use crate::common::{Done, Folder, Stored, distance, find, program, read, run, write};
+
+#[test]
+fn without_arguments_every_device_is_compared() {
+    let Done { status, stdout, stderr } = program(&["run"]);
+    assert_eq!(status, Some(0), "{stdout}{stderr}");
+    let mut devices = vec!["cpu"];
+    if cfg!(feature = "emulator") {
+        devices.push("emulator");
+    }
+    for device in devices {
+        for checkpoint in ["mixtral-tiny", "qwen3-moe-tiny"] {
+            for dtype in ["f32", "bf16"] {
+                let start = [device, checkpoint, dtype];
+                let row = stdout.lines().find(|line| line.split_whitespace().take(3).eq(start));
+                assert!(
+                    row.is_some_and(|row| row.ends_with(" ok")),
+                    "{start:?} in\n{stdout}{stderr}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn one_device_and_one_type() {
+    let Done { status, stdout, .. } = program(&["run", "--device", "cpu", "--dtype", "f16"]);
+    assert_eq!(status, Some(0), "{stdout}");
+    assert_eq!(stdout.lines().filter(|line| line.starts_with("cpu ")).count(), 2, "{stdout}");
+    assert!(
+        stdout.lines().filter(|line| line.starts_with("cpu ")).all(|line| line.contains(" f16 "))
+    );
+}
+
+/// Both checkpoints, one file and shards, f32 and bf16 on disk.
+#[test]
+fn a_folder_is_run() {
+    for (fixture, tokens, hidden, experts) in
+        [("mixtral-tiny", 37, 72, 5), ("qwen3-moe-tiny", 53, 64, 16)]
+    {
+        for (dtype, stored, limit) in
+            [("f32", Dtype::F32, 1e-6), ("bf16", Dtype::BF16, 1e-2), ("f16", Dtype::F16, 2e-3)]
+        {
+            let folder = Folder::of(fixture);
+            let done = run(&folder, 1, &["--device", "cpu", "--dtype", dtype]);
+            assert_eq!(done.status, Some(0), "{done:?}");
+            let output = folder.tensors("y.safetensors");
+            let y = find(&output, "y");
+            assert_eq!((output.len(), y.dtype, &y.shape), (1, stored, &vec![tokens, hidden]));
+            let recorded = folder.tensors("recorded.safetensors");
+            let far = distance(&y.values(), &find(&recorded, "y").values());
+            assert!(far < limit, "{fixture} {dtype}: {far}");
+            assert!(
+                !folder.names().iter().any(|name| name.ends_with(".part")),
+                "{:?}",
+                folder.names()
+            );
+
+            assert!(done.stdout.contains("device  cpu: the reference in f32"), "{}", done.stdout);
+            assert!(done.stdout.contains(&format!(" over {experts}, min ")), "{}", done.stdout);
+            for step in
+                ["open the checkpoint", "read the weights", "layer forward", "write the output"]
+            {
+                assert!(done.stdout.contains(step), "no step '{step}' in\n{}", done.stdout);
+            }
+        }
+    }
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn a_folder_is_run_on_the_emulator() {
+    let folder = Folder::of("qwen3-moe-tiny");
+    let done = run(&folder, 1, &["--device", "emulator"]);
+    assert_eq!(done.status, Some(0), "{done:?}");
+    assert!(done.stdout.contains("device  emulator: "), "{}", done.stdout);
+    let y = find(&folder.tensors("y.safetensors"), "y").values();
+    let far = distance(&y, &find(&folder.tensors("recorded.safetensors"), "y").values());
+    assert!(far < 1e-5, "{far}");
+}
+
+/// The layer in the names that transformers' own modules have: the same numbers, so the same bits.
+#[test]
+fn fused_experts_are_the_same_layer() {
+    for (fixture, layout) in [
+        ("mixtral-tiny", ("block_sparse_moe", ["w1", "w3", "w2"])),
+        ("qwen3-moe-tiny", ("mlp", ["gate_proj", "up_proj", "down_proj"])),
+    ] {
+        let folder = Folder::of(fixture);
+        let done = run(&folder, 1, &["--device", "cpu"]);
+        assert_eq!(done.status, Some(0), "{done:?}");
+        let separate = folder.tensors("y.safetensors");
+
+        let shards: Vec<String> = folder
+            .names()
+            .into_iter()
+            .filter(|name| name.starts_with("model") && name.ends_with("safetensors"))
+            .collect();
+        let tensors: Vec<Stored> = shards.iter().flat_map(|shard| folder.tensors(shard)).collect();
+        for name in folder.names().iter().filter(|name| name.starts_with("model")) {
+            std::fs::remove_file(folder.path(name)).unwrap();
+        }
+        write(&folder.path("model.safetensors"), &fuse(&tensors, layout));
+        let done = run(&folder, 1, &["--device", "cpu"]);
+        assert_eq!(done.status, Some(0), "{done:?}");
+        assert_eq!(folder.tensors("y.safetensors"), separate);
+    }
+}
+
+/// Layer 1 of a checkpoint with two tensors for all experts, and without the prefix of a whole model.
+fn fuse(tensors: &[Stored], (block, names): (&str, [&str; 3])) -> Vec<Stored> {
+    let expert = |e: usize, name: &str| {
+        find(tensors, &format!("model.layers.1.{block}.experts.{e}.{name}.weight")).clone()
+    };
+    let router = find(tensors, &format!("model.layers.1.{block}.gate.weight"));
+    let experts = router.shape[0];
+    let [intermediate, hidden] = expert(0, names[0]).shape[..] else { panic!("a matrix") };
+    let gate_up: Vec<u8> = (0..experts)
+        .flat_map(|e| [expert(e, names[0]).data, expert(e, names[1]).data].concat())
+        .collect();
+    let down: Vec<u8> = (0..experts).flat_map(|e| expert(e, names[2]).data).collect();
+    let stored = |name: &str, shape: Vec<usize>, data| Stored {
+        name: format!("layers.1.mlp.{name}"),
+        dtype: router.dtype,
+        shape,
+        data,
+    };
+    vec![
+        stored("gate.weight", router.shape.clone(), router.data.clone()),
+        stored("experts.gate_up_proj", vec![experts, 2 * intermediate, hidden], gate_up),
+        stored("experts.down_proj", vec![experts, hidden, intermediate], down),
+    ]
+}
+
+/// Qwen3-MoE divides by the sum of the chosen weights only if its config says so.
+#[test]
+fn the_config_decides_about_renormalisation() {
+    let folder = Folder::of("qwen3-moe-tiny");
+    folder.edit("config.json", "\"norm_topk_prob\": true", "\"norm_topk_prob\": false");
+    let done = run(&folder, 1, &["--device", "cpu"]);
+    assert_eq!(done.status, Some(0), "{done:?}");
+    assert!(done.stdout.contains("softmax, top-k\n"), "{}", done.stdout);
+    let y = find(&folder.tensors("y.safetensors"), "y").values();
+    let recorded = folder.tensors("recorded.safetensors");
+    let wanted = find(&recorded, "y").values();
+    // Row by row it is the recording times the share of the chosen experts.
+    let logits = find(&recorded, "logits").values();
+    for (token, logits) in logits.chunks(16).enumerate() {
+        let mut p: Vec<f64> = logits.iter().map(|logit| logit.exp()).collect();
+        p.sort_by(f64::total_cmp);
+        let share = p[12..].iter().sum::<f64>() / p.iter().sum::<f64>();
+        let row = token * 64..(token + 1) * 64;
+        let wanted: Vec<f64> = wanted[row.clone()].iter().map(|value| value * share).collect();
+        assert!(distance(&y[row], &wanted) < 1e-5, "token {token}");
+    }
+}
+
+#[test]
+fn an_output_that_is_there_is_replaced() {
+    let folder = Folder::of("mixtral-tiny");
+    std::fs::write(folder.path("y.safetensors"), "something else").unwrap();
+    let done = run(&folder, 0, &["--device", "cpu"]);
+    assert_eq!(done.status, Some(0), "{done:?}");
+    assert_eq!(read(&folder.path("y.safetensors"))[0].shape, [37, 72]);
+}
