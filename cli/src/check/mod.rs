@@ -83,7 +83,8 @@ pub fn check(arguments: &Arguments) -> Result<bool> {
                     dispatch!(dtype, D => check_case::<D>(&gpu, shape, skew, seed, ops, &mut rows));
                 let reproduce = |op: Op| {
                     format!(
-                        "{emulated}moe-kernels check --device {} --ops {op} --shapes {shape} --dtypes {dtype} --skews {skew} --seeds {seed}",
+                        "{emulated}moe-kernels check --device {} --ops {op} --shapes {shape} \
+                         --dtypes {dtype} --skews {skew} --seeds {seed}",
                         place.name()
                     )
                 };
