@@ -49,6 +49,10 @@ pub struct Output<D> {
 /// The name of the step that is the layer itself.
 pub const FORWARD: &str = "layer forward";
 
+/// The names of its operations.
+pub const OPERATIONS: [&str; 5] =
+    ["  route", "  plan", "  gate, up and SwiGLU", "  down", "  combine"];
+
 impl Backend {
     /// A choice for the whole process: a driver that was opened stays.
     pub fn open(place: Place) -> Result<Self> {
@@ -118,12 +122,25 @@ fn forward_cpu<D: Element>(
     let logits: Vec<D> = steps.time("router projection", || {
         reference::router_logits::<f32, D>(config, x, &gate).map(|logits| reference::round(&logits))
     })?;
+    // What reference::moe_layer_fwd does, one operation at a time.
     let shape = config.routing(num_tokens);
-    let routing =
-        steps.time("route", || reference::route_fwd::<f32, D>(&shape, &config.router, &logits))?;
-    let y = steps.time(FORWARD, || {
-        reference::moe_layer_fwd::<f32, D>(config, x, &logits, &gate_up, &down)
+    let (hidden, intermediate) = (config.hidden, config.intermediate);
+    let routing = steps
+        .time("  route", || reference::route_fwd::<f32, D>(&shape, &config.router, &logits))?;
+    let plan = steps.time(OPERATIONS[1], || {
+        reference::plan_fwd(&shape, shape.slots().max(1), &routing.expert_ids)
     })?;
+    let act = steps.time(OPERATIONS[2], || {
+        let (n, k) = (intermediate, hidden);
+        reference::grouped_gemm_swiglu_fwd::<f32, D>(&plan, n, k, x, &gate_up, true)
+    })?;
+    let yp = steps.time(OPERATIONS[3], || {
+        reference::grouped_gemm_fwd::<f32, D>(&plan, hidden, intermediate, &act, &down, false)
+    })?;
+    let y = steps.time(OPERATIONS[4], || {
+        reference::combine_fwd::<f32>(&shape, &plan, hidden, &yp, &routing.weights)
+    })?;
+    steps.add(FORWARD, OPERATIONS.iter().map(|operation| steps.of(operation)).sum());
     Ok(Output {
         y: reference::round(&y),
         rows_per_expert: rows_per_expert(&routing.expert_ids, config.num_experts),

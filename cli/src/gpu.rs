@@ -1,12 +1,13 @@
 //! A layer on a CUDA device: weights go up expert by expert, the library does the rest.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
-use moe_kernels::ops::plan::plan_fwd_into;
+use moe_kernels::ops::combine::combine_fwd;
+use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
+use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
 use moe_kernels::ops::route::route_fwd;
-use moe_kernels::{Experts, MoeLayer, PlanLayout, RoutingShape, Workspace};
+use moe_kernels::{Experts, MoeConfig, MoeLayer, PlanLayout, RoutingShape, Workspace};
 
-use crate::backend::{Element, FORWARD, Output, rows_per_expert};
+use crate::backend::{Element, FORWARD, OPERATIONS, Output, rows_per_expert};
 use crate::checkpoint::Layer;
 use crate::device::Gpu;
 use crate::error::Result;
@@ -51,19 +52,11 @@ impl Gpu {
             self.wait()?;
             Ok(logits)
         })?;
-        // The layer routes on its own; this is for the numbers that are printed.
-        let expert_ids = steps.time("route", || -> Result<Vec<u32>> {
-            let shape = config.routing(num_tokens);
-            let routing = route_fwd(device, stream, shape, &config.router, &logits.as_view())?;
-            stream.clone_dtoh(&routing.expert_ids).map_err(self.failed("read the expert ids"))
-        })?;
-
+        let (expert_ids, mut y) = self.time_operations(layer, &weights, &x, &logits, steps)?;
+        // The same once more as a user of the library runs it: no waiting between operations.
         let moe = MoeLayer::new(device, config)?;
         let bytes = MoeLayer::workspace_bytes(&config, D::DTYPE, num_tokens)?;
         let mut workspace = Workspace::alloc(stream, bytes)?;
-        let mut y = stream
-            .alloc_zeros::<D>(num_tokens * config.hidden)
-            .map_err(self.failed("allocate the output"))?;
         let experts = Experts { gate_up: weights.gate_up.as_view(), down: weights.down.as_view() };
         steps.time(FORWARD, || -> Result<()> {
             let (x, logits) = (x.as_view(), logits.as_view());
@@ -74,6 +67,43 @@ impl Gpu {
             stream.clone_dtoh(&y).map_err(self.failed("download the output"))
         })?;
         Ok(Output { y, rows_per_expert: rows_per_expert(&expert_ids, config.num_experts) })
+    }
+
+    /// The operations of the layer one by one. Returns the expert ids, and the output.
+    fn time_operations<D: Element>(
+        &self,
+        layer: &Layer<'_>,
+        weights: &Weights<D>,
+        x: &CudaSlice<D>,
+        logits: &CudaSlice<D>,
+        steps: &mut Steps,
+    ) -> Result<(Vec<u32>, CudaSlice<D>)> {
+        let (device, stream, config) = (&self.device, &self.stream, layer.config);
+        let MoeConfig { hidden, intermediate, .. } = config;
+        let shape = config.routing(logits.len() / config.num_experts);
+        let routing = steps.time(OPERATIONS[0], || {
+            self.done(route_fwd(device, stream, shape, &config.router, &logits.as_view())?)
+        })?;
+        let plan = steps.time(OPERATIONS[1], || {
+            self.done(plan_fwd(device, stream, shape, &routing.expert_ids.as_view())?)
+        })?;
+        let act = steps.time(OPERATIONS[2], || {
+            let (x, w) = (x.as_view(), weights.gate_up.as_view());
+            let (n, k, rows) = (intermediate, hidden, Rows::Gathered);
+            self.done(grouped_gemm_swiglu_fwd(device, stream, &plan, n, k, rows, &x, &w)?)
+        })?;
+        let yp = steps.time(OPERATIONS[3], || {
+            let (act, w) = (act.as_view(), weights.down.as_view());
+            let (n, k, rows) = (hidden, intermediate, Rows::Grouped);
+            self.done(grouped_gemm_fwd(device, stream, &plan, n, k, rows, &act, &w)?)
+        })?;
+        let y = steps.time(OPERATIONS[4], || {
+            let (yp, weights) = (yp.as_view(), routing.weights.as_view());
+            self.done(combine_fwd(device, stream, &plan, hidden, &yp, &weights)?)
+        })?;
+        let expert_ids =
+            stream.clone_dtoh(&routing.expert_ids).map_err(self.failed("read the expert ids"))?;
+        Ok((expert_ids, y))
     }
 
     /// Converts one expert at a time: the host never holds a second copy of the layer.
@@ -106,6 +136,11 @@ impl Gpu {
 
     fn wait(&self) -> Result<()> {
         self.stream.synchronize().map_err(self.failed("wait for the device"))
+    }
+
+    /// A result of the device's, once it is there.
+    fn done<T>(&self, result: T) -> Result<T> {
+        self.wait().map(|()| result)
     }
 
     /// The device in words.

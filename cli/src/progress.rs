@@ -90,7 +90,12 @@ impl Steps {
     pub fn measure<T>(&mut self, what: &str, step: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = step();
-        self.0.push((what.into(), start.elapsed()));
+        self.add(what, start.elapsed());
         result
+    }
+
+    /// Notes a step that was measured elsewhere.
+    pub fn add(&mut self, what: &str, duration: Duration) {
+        self.0.push((what.into(), duration));
     }
 }
