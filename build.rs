@@ -122,7 +122,7 @@ fn targets(stem: &str) -> Vec<String> {
     all
 }
 
-/// NVCC, then PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda, and last `.cuda/` in this package, where
+/// NVCC, then CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, and last `.cuda/` in this package, where
 /// scripts/cuda-toolchain puts one. An NVCC that does not exist is an error, not a reason to go on.
 fn find_nvcc() -> Result<PathBuf, String> {
     if env::var_os("DOCS_RS").is_some() {
@@ -138,10 +138,9 @@ fn find_nvcc() -> Result<PathBuf, String> {
         assert!(found, "NVCC is {}, which does not exist", nvcc.display());
         return Ok(nvcc);
     }
-    let mut folders: Vec<PathBuf> = env::split_paths(&path()).collect();
-    for variable in ["CUDA_HOME", "CUDA_PATH"] {
-        folders.extend(env::var_os(variable).map(|root| PathBuf::from(root).join("bin")));
-    }
+    let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let mut folders: Vec<PathBuf> = roots.map(|root| PathBuf::from(root).join("bin")).collect();
+    folders.extend(env::split_paths(&path()));
     folders.push("/usr/local/cuda/bin".into());
     folders.push(Path::new(env!("CARGO_MANIFEST_DIR")).join(".cuda/nvidia/cu13/bin"));
     folders
@@ -197,7 +196,7 @@ fn compile_one(nvcc: &Path, image: &Image, threads: usize) -> Result<(), String>
     if !output.status.success() {
         return Err(format!("{} failed on {}:\n{report}", nvcc.display(), image.source.display()));
     }
-    // Registers, spills and warnings of ptxas, ; scripts/ptxas reads them.
+    // Registers, spills and warnings of ptxas, which a test in src/images.rs reads.
     fs::write(image.output.with_extension("ptxas"), report.as_bytes())
         .map_err(|why| why.to_string())
 }

@@ -57,6 +57,8 @@ fn main() {
     let mut device_sources = build.clone();
     // The compiler does not know the ending.
     device_sources.flag("-xc++");
+    // A frame larger than a guard page must not jump over it.
+    device_sources.flag("-fstack-clash-protection");
     // A kernel includes one header for everything, and leaves most of it alone.
     device_sources.flag("-Wno-unused-parameter");
     device_sources.files(files(&kernels, &["cu"])).files(files(&own_kernels, &["cu"]));

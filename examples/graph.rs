@@ -5,7 +5,7 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::Auto)?);
+    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
     let context = CudaContext::new(0)?;
     // SAFETY: everything below runs on one stream. A capture must not wait for earlier events.
     unsafe { context.disable_event_tracking() };

@@ -6,7 +6,7 @@ use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Sco
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The GPU if there is one, else the software device. An application with a GPU needs no such line.
-    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::Auto)?);
+    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
     let context = CudaContext::new(0)?;
     let stream = context.new_stream()?;
     let device = Device::new(&context)?;

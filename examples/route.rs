@@ -5,7 +5,7 @@ use moe_kernels::ops::{plan, route};
 use moe_kernels::{Device, RouterConfig, RoutingShape, Scoring};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::Auto)?);
+    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
     let context = CudaContext::new(0)?;
     let stream = context.new_stream()?;
     let device = Device::new(&context)?;

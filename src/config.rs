@@ -8,6 +8,7 @@ use crate::shape::RoutingShape;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
 pub enum Scoring {
     /// Softmax over all experts, then the `K` largest.
     SoftmaxThenTopK {
@@ -68,12 +69,12 @@ impl MoeConfig {
 
     /// Elements of `gate_up` `[E, 2I, H]`.
     pub fn gate_up_len(&self) -> usize {
-        self.num_experts * 2 * self.intermediate * self.hidden
+        2usize.saturating_mul(self.down_len())
     }
 
     /// Elements of `down` `[E, H, I]`.
     pub fn down_len(&self) -> usize {
-        self.num_experts * self.hidden * self.intermediate
+        self.num_experts.saturating_mul(self.hidden).saturating_mul(self.intermediate)
     }
 }
 

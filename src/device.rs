@@ -1,11 +1,11 @@
 //! A CUDA device: its context, the images loaded into it, and the one launch function.
 //!
-//! This file and `tensor_map` alone call the driver; everything above works with views.
+//! This file alone calls the driver; everything above works with views.
 
 use std::ffi::{CStr, CString, c_void};
 use std::mem::{size_of_val, transmute};
 use std::ptr::{from_ref, null_mut};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError, result, sys};
 
@@ -55,6 +55,9 @@ static KERNELS: [Entry; 11] = [
     Entry { kernel: Kernel::CombineFwd, image: "combine", symbol: "moe_combine_fwd", typed: true },
 ];
 
+/// More than any kernel takes.
+const MAX_ARGUMENTS: usize = 12;
+
 /// The shape of a launch: blocks, threads of a block, bytes of dynamic shared memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Launch {
@@ -102,6 +105,7 @@ struct Inner {
     /// Bytes of shared memory that a block may have when its kernel opts in.
     max_shared_bytes: u32,
     modules: Vec<OnceLock<Module>>,
+    loading: Mutex<()>,
     functions: [[OnceLock<Function>; DType::ALL.len()]; KERNELS.len()],
 }
 
@@ -136,6 +140,7 @@ impl Device {
                 capability: (major, minor),
                 max_shared_bytes,
                 modules: IMAGES.iter().map(|_| OnceLock::new()).collect(),
+                loading: Mutex::new(()),
                 functions: Default::default(),
             }),
         })
@@ -174,13 +179,16 @@ impl Device {
         launch: Launch,
         arguments: &[Argument],
     ) -> Result<()> {
-        let function = self.function(kernel, dtype)?;
         let symbol = || symbol(kernel, dtype);
-        if let Some(parameters) = &function.parameters {
-            check_arguments(&symbol, parameters, arguments)?;
+        // Any thread may call, with any context current. This also reports what cudarc has noted of
+        // failed waits on this stream.
+        self.inner.context.bind_to_thread().map_err(|error| driver_error(&symbol())(error))?;
+        let function = self.function(kernel, dtype)?;
+        check_arguments(&symbol, function.parameters.as_deref(), arguments)?;
+        let mut values = [null_mut(); MAX_ARGUMENTS];
+        for (value, argument) in values.iter_mut().zip(arguments) {
+            *value = argument.value.cast_mut();
         }
-        let mut values: Vec<*mut c_void> =
-            arguments.iter().map(|argument| argument.value.cast_mut()).collect();
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid[0],
             gridDimY: launch.grid[1],
@@ -197,7 +205,7 @@ impl Device {
         // parameter, which the driver copies before it returns; the rest is the caller's promise.
         unsafe { sys::cuLaunchKernelEx(&config, function.handle, values.as_mut_ptr(), null_mut()) }
             .result()
-            .map_err(driver_error(&symbol()))
+            .map_err(|error| driver_error(&symbol())(error))
     }
 
     /// The driver's function for a kernel, loaded on first use.
@@ -234,23 +242,14 @@ impl Device {
     fn module(&self, index: usize) -> Result<sys::CUmodule> {
         let image: &Image = &IMAGES[index];
         let slot = &self.inner.modules[index];
+        // One thread at a time, so that an image is loaded once.
+        let _loading = self.inner.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = slot.get() {
             return Ok(module.0);
         }
         // SAFETY: the image is a fat binary or zero-terminated PTX, aligned and static.
-        let module =
-            unsafe { result::module::load_data(image.bytes.as_ptr().cast()) }.map_err(|error| {
-                let (major, minor) = self.inner.capability;
-                match error.0 {
-                    sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => Error::UnsupportedDevice {
-                        image: image.name,
-                        major,
-                        minor,
-                        built: image.architectures,
-                    },
-                    _ => driver_error(image.name)(error),
-                }
-            })?;
+        let module = unsafe { result::module::load_data(image.bytes.as_ptr().cast()) }
+            .map_err(|error| load_error(image, self.inner.capability, error))?;
         Ok(slot.get_or_init(|| Module(module)).0)
     }
 
@@ -325,11 +324,13 @@ pub fn kernel_symbols() -> impl Iterator<Item = String> {
 }
 
 /// Holds the stream of a call against the device of the call.
+///
+/// Two `CudaContext`s of one GPU are two as well: cudarc orders work within each of them alone.
 pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStream) -> Result<()> {
-    if stream.context().cu_ctx() == device.context().cu_ctx() {
+    if Arc::ptr_eq(stream.context(), device.context()) {
         Ok(())
     } else {
-        let why = "the stream belongs to another context than the device".into();
+        let why = "the stream belongs to another CudaContext than the device".into();
         Err(Error::Mismatch { op, why })
     }
 }
@@ -370,6 +371,20 @@ pub(crate) unsafe fn alloc<T: DeviceRepr>(
     }
     // SAFETY: the address was allocated on this stream, and no element of it is ever reached.
     Ok(unsafe { stream.upgrade_device_ptr(slice.leak(), 0) })
+}
+
+/// Why an image did not load. A placeholder has nothing to load, whatever the driver makes of it.
+fn load_error(image: &Image, (major, minor): (u32, u32), error: DriverError) -> Error {
+    if image.architectures.is_empty() {
+        return Error::KernelsNotBuilt { kernel: format!("{}.cu", image.name) };
+    }
+    match error.0 {
+        sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+        | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+            Error::UnsupportedDevice { image: image.name, major, minor, built: image.architectures }
+        }
+        _ => driver_error(image.name)(error),
+    }
 }
 
 /// Turns the driver's error into this crate's.
@@ -419,14 +434,20 @@ fn parameter_sizes(function: sys::CUfunction) -> Option<Vec<usize>> {
     }
 }
 
+/// Holds arguments against what the driver says of the kernel, if it says anything.
 fn check_arguments(
     symbol: &dyn Fn() -> String,
-    parameters: &[usize],
+    parameters: Option<&[usize]>,
     arguments: &[Argument],
 ) -> Result<()> {
+    let got = |index: usize| arguments.get(index).map_or(0, |argument| argument.size);
+    if arguments.len() > MAX_ARGUMENTS {
+        let (index, got) = (MAX_ARGUMENTS, got(MAX_ARGUMENTS));
+        return Err(Error::ArgumentSize { kernel: symbol(), index, wanted: 0, got });
+    }
+    let Some(parameters) = parameters else { return Ok(()) };
     for index in 0..parameters.len().max(arguments.len()) {
-        let wanted = parameters.get(index).copied().unwrap_or(0);
-        let got = arguments.get(index).map_or(0, |argument| argument.size);
+        let (wanted, got) = (parameters.get(index).copied().unwrap_or(0), got(index));
         if wanted != got {
             return Err(Error::ArgumentSize { kernel: symbol(), index, wanted, got });
         }
@@ -447,10 +468,24 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_does_not_load() {
+        let image = |architectures| Image { name: "route", architectures, bytes: &[] };
+        let error =
+            |architectures, code| load_error(&image(architectures), (7, 5), DriverError(code));
+        let no_binary = sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU;
+        assert!(matches!(error("", no_binary), Error::KernelsNotBuilt { .. }));
+        let old = error("sm_80 sm_90", no_binary);
+        let told = old.to_string();
+        assert!(matches!(old, Error::UnsupportedDevice { major: 7, minor: 5, .. }));
+        assert!(told.contains("7.5") && told.contains("sm_80 sm_90"), "{told}");
+    }
+
+    #[test]
     fn arguments_are_held_against_parameters() {
         let (pointer, number) = (0u64, 0i32);
         let arguments = [Argument::of(&pointer), Argument::of(&number)];
-        let check = |parameters: &[usize]| check_arguments(&|| "k".into(), parameters, &arguments);
+        let check =
+            |parameters: &[usize]| check_arguments(&|| "k".into(), Some(parameters), &arguments);
         assert!(check(&[8, 4]).is_ok());
         assert!(matches!(
             check(&[8, 8]),

@@ -1,6 +1,6 @@
 //! The one error type of the crate.
 
-/// What can go wrong, found before anything is launched unless the variant says otherwise.
+/// What can go wrong. Shapes and buffers are checked before anything is launched.
 ///
 /// Every message names the operation, the argument, what was wanted and what came.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -128,6 +128,18 @@ pub(crate) fn int(op: &'static str, argument: &'static str, value: usize) -> Res
         wanted: format!("at most {}", i32::MAX),
         got: value.to_string(),
     })
+}
+
+/// The most that a width may be: what is past the last tile of it still has to fit an `int`.
+const MAX_WIDTH: usize = 1 << 30;
+
+/// A width, of which there has to be some, as the `int` that kernels take.
+pub(crate) fn width(op: &'static str, argument: &'static str, value: usize) -> Result<i32> {
+    if (1..=MAX_WIDTH).contains(&value) {
+        return int(op, argument, value);
+    }
+    let wanted = format!("1 to {MAX_WIDTH}");
+    Err(Error::Unsupported { op, argument, wanted, got: value.to_string() })
 }
 
 /// The product of two dimensions, or an error where `usize` ends.

@@ -30,8 +30,9 @@ pub struct Experts<'a, D> {
 /// applies SwiGLU) and `combine`. Nothing is allocated, nothing is read back, and the launches depend
 /// on the number of tokens alone, so a captured graph replays with any routing.
 ///
-/// While a stream captures, cudarc must not wait for events from before the capture: call
-/// `CudaContext::disable_event_tracking` before the buffers are allocated, or pass one stream only.
+/// To capture a pass on a stream of `CudaContext::new_stream`, call
+/// `CudaContext::disable_event_tracking` before the buffers are allocated: otherwise cudarc waits for
+/// events from before the capture, which CUDA refuses. [`Device::warm_up`] comes before as well.
 #[derive(Debug, Clone)]
 pub struct MoeLayer {
     device: Device,

@@ -64,7 +64,7 @@
 //!
 //! Every call enqueues on the given stream and returns. Nothing synchronises, reads the device, or
 //! (but for the forms that return new buffers) allocates. Images load on first use;
-//! [`Device::warm_up`] loads them all, before a stream capture for example.
+//! [`Device::warm_up`] loads all that an element type needs, before a stream capture for example.
 
 #[cfg(not(feature = "bindgen"))]
 #[allow(dead_code, reason = "some constants are for the kernels alone")]

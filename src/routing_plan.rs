@@ -1,8 +1,9 @@
 //! The plan's data type: where each slot's row is, and whose row each is, on a device.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaView};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceSlice};
 
 use crate::abi::{GEMM_BLOCK_M, GemmTile, PLAN_MAX_BLOCKS, PLAN_MIN_BLOCK_SLOTS};
 use crate::error::{Error, Result};
@@ -139,6 +140,9 @@ impl PlanLayout {
 /// its shape, whatever ids they were made from, which is what makes the kernels that read them safe.
 /// Reading it is ordered after the operation on the same stream, and on other streams as cudarc
 /// orders views.
+///
+/// A plan that was made while its stream captured holds nothing until the graph has run: use it within
+/// that capture, or after a replay, and drop it with a capture that is given up.
 pub struct RoutingPlan<'a> {
     layout: PlanLayout,
     memory: PlanMemory<'a>,
@@ -158,6 +162,20 @@ impl<'a> RoutingPlan<'a> {
     /// reader of its views keeps, and `memory` has `layout.bytes()` bytes.
     pub(crate) unsafe fn new(layout: PlanLayout, memory: PlanMemory<'a>) -> Self {
         Self { layout, memory }
+    }
+
+    /// Holds the plan against the stream of an operation that reads it.
+    pub(crate) fn check_stream(&self, op: &'static str, stream: &CudaStream) -> Result<()> {
+        let own = match &self.memory {
+            PlanMemory::Owned(memory) => memory.stream(),
+            PlanMemory::Borrowed(memory) => memory.stream(),
+        };
+        if Arc::ptr_eq(own.context(), stream.context()) {
+            Ok(())
+        } else {
+            let why = "the plan belongs to another CudaContext than the stream".into();
+            Err(Error::Mismatch { op, why })
+        }
     }
 
     /// The shape of the routing.

@@ -35,12 +35,12 @@ impl RoutingShape {
 
     /// `T * K`: the number of slots, and the bound on the number of rows.
     pub fn slots(&self) -> usize {
-        self.num_tokens * self.top_k
+        self.num_tokens.saturating_mul(self.top_k)
     }
 
     /// `T * E`: elements of the logits.
     pub fn logits(&self) -> usize {
-        self.num_tokens * self.num_experts
+        self.num_tokens.saturating_mul(self.num_experts)
     }
 
     /// What [`RoutingShape::new`] checks; operations repeat it, since the fields are public.

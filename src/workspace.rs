@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
+use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtr, DeviceSlice};
 
-use crate::device;
+use crate::device::{self, check_aligned};
 use crate::error::{Error, Result};
 
 /// Sections of an arena start at multiples of this, which is what device allocations start at.
@@ -58,11 +58,15 @@ impl<'a> Workspace<'a> {
         wanted: usize,
     ) -> Result<CudaViewMut<'_, u8>> {
         let got = self.bytes();
-        match &mut self.memory {
+        let view = match &mut self.memory {
             Memory::Owned(memory) => memory.try_slice_mut(..wanted),
             Memory::Borrowed(memory) => memory.try_slice_mut(..wanted),
-        }
-        .ok_or(Error::Length { op, argument: "workspace", wanted, got })
+        };
+        let view = view.ok_or(Error::Length { op, argument: "workspace", wanted, got })?;
+        let (address, guard) = view.device_ptr(view.stream());
+        check_aligned(op, "workspace", address, SECTION_ALIGNMENT)?;
+        drop(guard);
+        Ok(view)
     }
 }
 

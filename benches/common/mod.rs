@@ -29,9 +29,8 @@ pub struct Case {
 pub fn bench_device() -> Bench {
     static DRIVER: OnceLock<moe_emulator::Driver> = OnceLock::new();
     let driver = *DRIVER.get_or_init(|| {
-        let wanted = std::env::var("MOE_DEVICE").unwrap_or_else(|_| "auto".into());
-        let wanted = wanted.parse().unwrap_or_else(|why| panic!("MOE_DEVICE: {why}"));
-        moe_emulator::choose(wanted).unwrap_or_else(|why| panic!("MOE_DEVICE: {why}"))
+        let wanted = moe_emulator::Choice::from_env().unwrap_or_else(|why| panic!("{why}"));
+        moe_emulator::choose(wanted).unwrap_or_else(|why| panic!("{why}"))
     });
     let context = CudaContext::new(0).unwrap();
     let stream = context.new_stream().unwrap();

@@ -126,7 +126,7 @@ fn forward_cpu<D: Element>(
     let shape = config.routing(num_tokens);
     let (hidden, intermediate) = (config.hidden, config.intermediate);
     let routing = steps
-        .time("  route", || reference::route_fwd::<f32, D>(&shape, &config.router, &logits))?;
+        .time(OPERATIONS[0], || reference::route_fwd::<f32, D>(&shape, &config.router, &logits))?;
     let plan = steps.time(OPERATIONS[1], || {
         reference::plan_fwd(&shape, shape.slots().max(1), &routing.expert_ids)
     })?;

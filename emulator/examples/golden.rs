@@ -15,7 +15,7 @@ use std::ptr::null_mut;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, result, sys};
-use moe_emulator::Driver;
+use moe_emulator::{Choice, Driver};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -62,8 +62,7 @@ fn main() -> Result<()> {
     let [cases, images, record] = &arguments[..] else {
         return Err("usage: golden CASES IMAGES RECORD".into());
     };
-    let wanted = std::env::var("MOE_DEVICE").unwrap_or_else(|_| "auto".into());
-    let driver = moe_emulator::choose(wanted.parse()?)?;
+    let driver = moe_emulator::choose(Choice::from_env()?)?;
     let context = CudaContext::new(0)?;
     let stream = context.new_stream()?;
     let capability = context.compute_capability()?;

@@ -1,11 +1,11 @@
 //! Which driver a process uses: the GPU's, or the software device.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::fmt;
 use std::str::FromStr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
-use crate::{InstallError, install};
+use crate::{InstallError, install, is_installed};
 
 /// What is asked for: `cuda`, `emulator`, or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +16,19 @@ pub enum Choice {
     Emulator,
     /// A GPU if there is one, else the software device.
     Auto,
+}
+
+impl Choice {
+    /// What the environment variable MOE_DEVICE asks for; [`Choice::Auto`] where it is not set.
+    ///
+    /// # Errors
+    /// A value that is none of the three, in words.
+    pub fn from_env() -> Result<Self, String> {
+        match std::env::var("MOE_DEVICE") {
+            Ok(name) => name.parse().map_err(|why| format!("MOE_DEVICE: {why}")),
+            Err(_) => Ok(Self::Auto),
+        }
+    }
 }
 
 impl FromStr for Choice {
@@ -83,17 +96,20 @@ impl std::error::Error for ChooseError {}
 /// # Errors
 /// [`ChooseError`] if there is no such driver, or if it was chosen differently before.
 pub fn choose(choice: Choice) -> Result<Driver, ChooseError> {
-    static CHOSEN: OnceLock<Result<Driver, ChooseError>> = OnceLock::new();
-    let driver = CHOSEN
-        .get_or_init(|| {
-            let emulator = || install().map(|()| Driver::Emulator).map_err(ChooseError::Install);
-            match choice {
-                Choice::Emulator => emulator(),
-                Choice::Cuda => probe_gpu().map(|()| Driver::Cuda).map_err(ChooseError::NoGpu),
-                Choice::Auto => probe_gpu().map_or_else(|_| emulator(), |()| Ok(Driver::Cuda)),
-            }
-        })
-        .clone()?;
+    static CHOSEN: Mutex<Option<Driver>> = Mutex::new(None);
+    let mut chosen = CHOSEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if is_installed() {
+        *chosen = Some(Driver::Emulator);
+    }
+    let emulator = || install().map(|()| Driver::Emulator).map_err(ChooseError::Install);
+    let driver = match (*chosen, choice) {
+        (Some(driver), _) => driver,
+        (None, Choice::Emulator) => emulator()?,
+        (None, Choice::Cuda) => probe_gpu().map(|()| Driver::Cuda).map_err(ChooseError::NoGpu)?,
+        (None, Choice::Auto) if probe_gpu().is_ok() => Driver::Cuda,
+        (None, Choice::Auto) => emulator()?,
+    };
+    *chosen = Some(driver);
     match (choice, driver) {
         (Choice::Cuda, Driver::Emulator) | (Choice::Emulator, Driver::Cuda) => {
             Err(ChooseError::AlreadyChosen(driver))
@@ -105,41 +121,51 @@ pub fn choose(choice: Choice) -> Result<Driver, ChooseError> {
 /// Whether the real driver initialises and has a device. It is asked as `libcuda.so.1`, for
 /// `libcuda.so` is the software device's name.
 fn probe_gpu() -> Result<(), String> {
-    // SAFETY: the library's initialisers are the driver's own; the name is a C string.
-    let library =
-        unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-    if library.is_null() {
-        return Err("the driver's library libcuda.so.1 cannot be loaded".into());
+    type Init = unsafe extern "C" fn(c_uint) -> c_int;
+    let library = Library::open(c"libcuda.so.1")?;
+    let init = library.find(c"cuInit")?;
+    // SAFETY: this is the signature of cuInit in every version of the driver; it takes 0.
+    match unsafe { std::mem::transmute::<*mut c_void, Init>(init)(0) } {
+        0 => count_devices(c"libcuda.so.1"),
+        code => Err(format!("the driver does not initialise (error {code})")),
     }
-    let answer = count_devices(library);
-    if answer.is_err() {
-        // SAFETY: the handle is open, and nothing of the library is used any more. The software
-        // device wants to be the only driver of the process.
-        unsafe { libc::dlclose(library) };
-    }
-    answer
 }
 
-fn count_devices(library: *mut c_void) -> Result<(), String> {
-    let find = |name: &std::ffi::CStr| -> Result<*mut c_void, String> {
+/// Whether a driver that has been initialised has a device.
+pub(crate) fn count_devices(name: &CStr) -> Result<(), String> {
+    type GetCount = unsafe extern "C" fn(*mut c_int) -> c_int;
+    let library = Library::open(name)?;
+    let get_count = library.find(c"cuDeviceGetCount")?;
+    let mut count = 0;
+    // SAFETY: this is the signature of cuDeviceGetCount in every version of the driver; the count has
+    // a place to go.
+    match unsafe { std::mem::transmute::<*mut c_void, GetCount>(get_count)(&mut count) } {
+        0 if count > 0 => Ok(()),
+        0 => Err("the driver has no device".into()),
+        code => Err(format!("the driver does not count its devices (error {code})")),
+    }
+}
+
+/// A shared library, closed when it is dropped.
+struct Library(*mut c_void);
+
+impl Library {
+    fn open(name: &CStr) -> Result<Self, String> {
+        // SAFETY: the library's initialisers are the driver's own; the name is a C string.
+        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        if handle.is_null() { Err(format!("{name:?} cannot be loaded")) } else { Ok(Self(handle)) }
+    }
+
+    fn find(&self, name: &CStr) -> Result<*mut c_void, String> {
         // SAFETY: the handle is open and the name is a C string.
-        let symbol = unsafe { libc::dlsym(library, name.as_ptr()) };
-        if symbol.is_null() { Err(format!("libcuda.so.1 has no {name:?}")) } else { Ok(symbol) }
-    };
-    let (init, count) = (find(c"cuInit")?, find(c"cuDeviceGetCount")?);
-    // SAFETY: this is the signature of cuInit in every version of the driver.
-    let init =
-        unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_uint) -> c_int>(init) };
-    // SAFETY: this is the signature of cuDeviceGetCount in every version of the driver.
-    let count = unsafe {
-        std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut c_int) -> c_int>(count)
-    };
-    let mut devices = 0;
-    // SAFETY: cuInit takes 0, and the count has a place to go.
-    let answers = unsafe { (init(0), count(&mut devices)) };
-    match (answers, devices) {
-        ((0, 0), 1..) => Ok(()),
-        ((0, 0), _) => Err("the driver has no device".into()),
-        ((0, code), _) | ((code, _), _) => Err(format!("the driver answers with error {code}")),
+        let symbol = unsafe { libc::dlsym(self.0, name.as_ptr()) };
+        if symbol.is_null() { Err(format!("the driver has no {name:?}")) } else { Ok(symbol) }
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        // SAFETY: the handle is open. Whoever else has the library open keeps it.
+        unsafe { libc::dlclose(self.0) };
     }
 }

@@ -163,10 +163,12 @@ pub fn install() -> Result<(), InstallError> {
     if CONTROL.get().is_some() {
         return Ok(());
     }
-    for (name, path) in [("libcuda.so", c"libcuda.so"), ("libcuda.so.1", c"libcuda.so.1")] {
-        if is_loaded(path) {
-            return Err(InstallError::DriverAlreadyLoaded(name));
-        }
+    if is_loaded(c"libcuda.so") {
+        return Err(InstallError::DriverAlreadyLoaded("libcuda.so"));
+    }
+    // A driver that was only asked whether there is a GPU, and that found none, is in nobody's way.
+    if is_loaded(c"libcuda.so.1") && choice::count_devices(c"libcuda.so.1").is_ok() {
+        return Err(InstallError::DriverAlreadyLoaded("libcuda.so.1"));
     }
     let control = load()?;
     CONTROL.get_or_init(|| control);

@@ -12,7 +12,7 @@ use crate::device::{
     vector_rows,
 };
 use crate::dtype::{DType, Dtype};
-use crate::error::{Error, Result, check_len, int, product};
+use crate::error::{Error, Result, check_len, int, product, width};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
 
@@ -57,6 +57,7 @@ pub fn combine_fwd_into<D: Dtype>(
 ) -> Result<()> {
     let shape = plan.shape();
     check_stream(OP, device, stream)?;
+    plan.check_stream(OP, stream)?;
     check_len(OP, "yp", yp.len(), product(OP, "rows * hidden", shape.slots(), hidden)?)?;
     check_len(OP, "weights", weights.len(), shape.slots())?;
     check_len(OP, "y", y.len(), product(OP, "num_tokens * hidden", shape.num_tokens, hidden)?)?;
@@ -129,11 +130,11 @@ pub unsafe fn combine_fwd_raw(
         });
     }
     let args = CombineArgs {
-        hidden: int(OP, "hidden", hidden)?,
+        hidden: width(OP, "hidden", hidden)?,
         top_k: int(OP, "top_k", shape.top_k)?,
         vector: vector_rows(hidden * dtype.size(), &[y, yp]).into(),
     };
-    if shape.num_tokens == 0 || hidden == 0 {
+    if shape.num_tokens == 0 {
         return Ok(());
     }
     let launch = Launch {

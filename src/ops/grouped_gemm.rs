@@ -14,7 +14,7 @@ use crate::device::{
     vector_rows,
 };
 use crate::dtype::{DType, Dtype};
-use crate::error::{Error, Result, check_len, int, product};
+use crate::error::{Result, check_len, int, product, width};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
 
@@ -220,6 +220,7 @@ impl Variant {
         let Self { op, parts, .. } = self;
         let shape = plan.shape();
         check_stream(op, device, stream)?;
+        plan.check_stream(op, stream)?;
         let x_rows = match rows {
             Rows::Gathered => shape.num_tokens,
             Rows::Grouped => shape.slots(),
@@ -340,15 +341,4 @@ impl Variant {
         let blocks = tiles.next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
         Ok(int(self.op, "number of blocks", blocks)? as u32)
     }
-}
-
-/// The most that a width may be: what is past the last tile of it still has to fit an `int`.
-const MAX_WIDTH: usize = 1 << 30;
-
-fn width(op: &'static str, argument: &'static str, value: usize) -> Result<i32> {
-    if (1..=MAX_WIDTH).contains(&value) {
-        return int(op, argument, value);
-    }
-    let wanted = format!("1 to {MAX_WIDTH}");
-    Err(Error::Unsupported { op, argument, wanted, got: value.to_string() })
 }

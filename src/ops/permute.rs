@@ -11,7 +11,7 @@ use crate::device::{
     vector_rows,
 };
 use crate::dtype::{DType, Dtype};
-use crate::error::{Result, check_len, int, product};
+use crate::error::{Result, check_len, int, product, width};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
 
@@ -32,7 +32,7 @@ pub struct PermuteBuffers {
 
 /// `xp[row_of_slot[s], :] = x[s / K, :]` for every slot `s`; rows that no slot owns become zero.
 ///
-/// `x` is `[T, H]` and `xp` is `[T * K, H]`, any `H`. Rows of 16-byte multiples that start at
+/// `x` is `[T, H]` and `xp` is `[T * K, H]`, `H` from 1 to 2^30. Rows of 16-byte multiples that start at
 /// 16-byte boundaries move fastest. Asynchronous, ordered on `stream`. Exact.
 ///
 /// # Errors
@@ -48,6 +48,7 @@ pub fn permute_fwd_into<D: Dtype>(
 ) -> Result<()> {
     let shape = plan.shape();
     check_stream(OP, device, stream)?;
+    plan.check_stream(OP, stream)?;
     check_len(OP, "x", x.len(), product(OP, "num_tokens * hidden", shape.num_tokens, hidden)?)?;
     check_len(OP, "xp", xp.len(), product(OP, "rows * hidden", shape.slots(), hidden)?)?;
     let (row_of_slot, expert_offsets) = (plan.row_of_slot(), plan.expert_offsets());
@@ -110,11 +111,11 @@ pub unsafe fn permute_fwd_raw(
     }
     let args = PermuteArgs {
         num_experts: int(OP, "num_experts", shape.num_experts)?,
-        hidden: int(OP, "hidden", hidden)?,
+        hidden: width(OP, "hidden", hidden)?,
         top_k: int(OP, "top_k", shape.top_k)?,
         vector: vector_rows(hidden * dtype.size(), &[xp, x]).into(),
     };
-    if shape.num_tokens == 0 || hidden == 0 {
+    if shape.num_tokens == 0 {
         return Ok(());
     }
     let launch = Launch {

@@ -217,7 +217,7 @@ fn errors_come_before_any_launch() {
         Err(Error::Unsupported { op: "combine_fwd", .. })
     ));
     assert!(call(8, [64, 8, 32]).is_ok());
-    assert!(call(0, [0, 8, 0]).is_ok());
+    assert!(matches!(call(0, [0, 8, 0]), Err(Error::Unsupported { argument: "hidden", .. })));
 }
 
 #[test]

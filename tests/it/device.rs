@@ -1,6 +1,9 @@
 //! The device: images, argument sizes, and errors that do not belong to one operation.
 
-use moe_kernels::{DType, kernel_files, kernel_symbols};
+use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
+use moe_kernels::ops::permute::{self, PermuteBuffers};
+use moe_kernels::ops::plan;
+use moe_kernels::{DType, Device, Error, RoutingShape, Workspace, kernel_files, kernel_symbols};
 
 use crate::common::gpu;
 
@@ -18,16 +21,71 @@ fn every_kernel_file_is_in_the_binary() {
     assert_eq!(names, ["combine", "grouped_gemm", "permute", "plan", "route"]);
 }
 
-/// The software device knows every kernel of the table, and no other of ours.
+/// The software device knows every kernel of the table, and no other of ours; a GPU has them all.
 #[test]
 fn the_kernel_table_is_complete() {
+    if !gpu().emulated {
+        return warm_up_loads_every_kernel();
+    }
     let mut ours: Vec<String> = kernel_symbols().collect();
     ours.sort();
-    let mut exported: Vec<String> = moe_emulator::kernels()
-        .into_iter()
-        .map(|kernel| kernel.symbol)
-        .filter(|s| s.starts_with("moe_"))
-        .collect();
+    let exported = moe_emulator::kernels().into_iter().map(|kernel| kernel.symbol);
+    let mut exported: Vec<String> = exported.filter(|symbol| symbol.starts_with("moe_")).collect();
     exported.sort();
     assert_eq!(ours, exported);
+}
+
+/// A kernel runs from a thread that has never seen the context.
+#[test]
+fn any_thread_may_launch() {
+    let gpu = gpu();
+    let shape = RoutingShape::new(2, 2, 1).unwrap();
+    let ids = gpu.upload(&[1u32, 0]);
+    let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
+    let x = gpu.upload(&[1f32, 2.0]);
+    let mut xp = gpu.poisoned::<f32>(2);
+    let buffers = PermuteBuffers {
+        xp: xp.view_mut().device_ptr_mut(&gpu.stream).0,
+        x: x.view().device_ptr(&gpu.stream).0,
+        row_of_slot: plan.row_of_slot().device_ptr(&gpu.stream).0,
+        expert_offsets: plan.expert_offsets().device_ptr(&gpu.stream).0,
+    };
+    std::thread::scope(|scope| {
+        let launch = || {
+            // SAFETY: the buffers have the shape's sizes and outlive the kernel, which the download
+            // below waits for.
+            unsafe {
+                let stream = gpu.stream.cu_stream();
+                permute::permute_fwd_raw(&gpu.device, stream, DType::F32, shape, 1, buffers)
+            }
+        };
+        scope.spawn(launch).join().unwrap().unwrap();
+    });
+    assert_eq!(gpu.download(&xp.view()), [2.0, 1.0]);
+}
+
+/// cudarc orders work within one CudaContext, so buffers of two must not meet.
+#[test]
+fn contexts_do_not_mix() {
+    let gpu = gpu();
+    let other = CudaContext::new(0).unwrap();
+    let (device, stream) = (Device::new(&other).unwrap(), other.new_stream().unwrap());
+    let shape = RoutingShape::new(2, 2, 1).unwrap();
+    let ids = gpu.upload(&[1u32, 0]);
+    let foreign_stream = plan::plan_fwd(&device, &gpu.stream, shape, &ids.view());
+    assert!(matches!(foreign_stream, Err(Error::Mismatch { op: "plan_fwd", .. })));
+
+    let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
+    let x = stream.clone_htod(&[1f32, 2.0]).unwrap();
+    let foreign_plan = permute::permute_fwd(&device, &stream, &plan, 1, &x.as_view());
+    assert!(matches!(foreign_plan, Err(Error::Mismatch { op: "permute_fwd", .. })));
+}
+
+/// What the driver refuses comes back with the driver's name for it.
+#[test]
+fn the_driver_has_the_last_word() {
+    let gpu = gpu();
+    let error = Workspace::alloc(&gpu.stream, 1 << 50).err().unwrap();
+    let Error::Driver { name, .. } = &error else { panic!("{error}") };
+    assert_eq!(name, "CUDA_ERROR_OUT_OF_MEMORY");
 }

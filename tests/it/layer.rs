@@ -304,4 +304,11 @@ fn errors_come_before_any_launch() {
         matches!(error, Error::Length { argument: "gate", wanted: 64, got: 63, .. }),
         "{error}"
     );
+    let mut memory = gpu.poisoned::<u8>(bytes + 1);
+    let (x, logits, y) = (x.view(), logits.view(), &mut y.view_mut());
+    let experts = Experts { gate_up: gate_up.view(), down: down.view() };
+    let mut memory = memory.view_mut();
+    let mut misaligned = Workspace::borrow(memory.slice_mut(1..));
+    let error = layer.forward(&gpu.stream, &x, &logits, &experts, &mut misaligned, y).unwrap_err();
+    assert!(matches!(error, Error::Alignment { argument: "workspace", .. }), "{error}");
 }

@@ -24,9 +24,8 @@ pub struct Gpu {
 pub fn gpu() -> Gpu {
     static CHOSEN: OnceLock<Chosen> = OnceLock::new();
     let chosen = CHOSEN.get_or_init(|| {
-        let wanted = std::env::var("MOE_DEVICE").unwrap_or_else(|_| "auto".into());
-        let wanted = wanted.parse().unwrap_or_else(|why| panic!("MOE_DEVICE: {why}"));
-        let driver = moe_emulator::choose(wanted).unwrap_or_else(|why| panic!("MOE_DEVICE: {why}"));
+        let wanted = moe_emulator::Choice::from_env().unwrap_or_else(|why| panic!("{why}"));
+        let driver = moe_emulator::choose(wanted).unwrap_or_else(|why| panic!("{why}"));
         let context = CudaContext::new(0).unwrap();
         let device = Device::new(&context).unwrap();
         let (major, minor) = device.capability();
