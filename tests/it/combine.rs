@@ -37,8 +37,13 @@ impl<D: Dtype + DeviceRepr> Case<D> {
 
     /// Combines with `yp` and `y` starting `offset` elements into their buffers; checks what lies before.
     fn run(&self, gpu: &Gpu, offset: usize) -> Vec<D> {
+        self.run_apart(gpu, offset, offset)
+    }
+
+    /// The same, with an offset for each.
+    fn run_apart(&self, gpu: &Gpu, yp_offset: usize, offset: usize) -> Vec<D> {
         let ids = gpu.upload(&self.ids);
-        let yp = gpu.upload(&[&vec![D::from_f32(f32::NAN); offset], &self.yp[..]].concat());
+        let yp = gpu.upload(&[&vec![D::from_f32(f32::NAN); yp_offset], &self.yp[..]].concat());
         let weights = gpu.upload(&self.weights);
         let mut y = gpu.poisoned::<D>(offset + self.shape.num_tokens * self.hidden);
         let plan = plan::plan_fwd(&gpu.device, &gpu.stream, self.shape, &ids.view()).unwrap();
@@ -47,7 +52,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
             &gpu.stream,
             &plan,
             self.hidden,
-            &yp.view().slice(offset..),
+            &yp.view().slice(yp_offset..),
             &weights.view(),
             &mut y.view_mut().slice_mut(offset..),
         )
@@ -132,6 +137,16 @@ fn edges() {
     }
     check::<f16>(&gpu, RoutingShape::new(0, 4, 2).unwrap(), Skew::Uniform, 16, 0);
     check::<f16>(&gpu, RoutingShape::new(1, 1, 1).unwrap(), Skew::Uniform, 16, 0);
+}
+
+/// Rows of whole vectors, of which one buffer's alone do not start at a 16-byte boundary.
+#[test]
+fn either_view_may_start_anywhere() {
+    let gpu = gpu();
+    let case = Case::<bf16>::new(RoutingShape::new(4, 5, 3).unwrap(), Skew::Uniform, 64, 4);
+    for (yp_offset, y_offset) in [(1, 0), (0, 1)] {
+        assert_eq!(bits(&case.run_apart(&gpu, yp_offset, y_offset)), bits(&case.exact()));
+    }
 }
 
 #[test]
@@ -250,6 +265,12 @@ fn raw_arguments_are_checked() {
             "{result:?}"
         );
     }
-    let too_wide = call(1 << 40, good);
-    assert!(matches!(too_wide, Err(Error::Unsupported { argument: "hidden", .. })), "{too_wide:?}");
+    // More than a grid has blocks for, and more than an int holds.
+    for hidden in [1 << 30, 1 << 40] {
+        let too_wide = call(hidden, good);
+        assert!(
+            matches!(too_wide, Err(Error::Unsupported { argument: "hidden", .. })),
+            "{too_wide:?}"
+        );
+    }
 }

@@ -1,9 +1,13 @@
 //! The device: images, argument sizes, and errors that do not belong to one operation.
 
 use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
+use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
 use moe_kernels::ops::permute::{self, PermuteBuffers};
-use moe_kernels::ops::plan;
-use moe_kernels::{DType, Device, Error, RoutingShape, Workspace, kernel_files, kernel_symbols};
+use moe_kernels::ops::{combine, plan, route};
+use moe_kernels::{
+    DType, Device, Error, RouterConfig, RoutingShape, Scoring, Workspace, kernel_files,
+    kernel_symbols,
+};
 
 use crate::common::gpu;
 
@@ -79,6 +83,35 @@ fn contexts_do_not_mix() {
     let x = stream.clone_htod(&[1f32, 2.0]).unwrap();
     let foreign_plan = permute::permute_fwd(&device, &stream, &plan, 1, &x.as_view());
     assert!(matches!(foreign_plan, Err(Error::Mismatch { op: "permute_fwd", .. })));
+}
+
+#[test]
+fn every_operation_holds_device_stream_and_plan_together() {
+    let gpu = gpu();
+    let other = CudaContext::new(0).unwrap();
+    let (device, stream) = (&Device::new(&other).unwrap(), other.new_stream().unwrap());
+    let shape = RoutingShape::new(2, 2, 1).unwrap();
+    let ids = gpu.upload(&[0u32, 1]);
+    let values = gpu.upload(&[1f32; 8]);
+    let (four, eight) = (values.view().slice(..4), values.view());
+    let (weights, rows) = (four.slice(..2), Rows::Grouped);
+    let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
+    let router = RouterConfig { scoring: Scoring::TopKThenSoftmax };
+    let mut errors = vec![
+        route::route_fwd(device, &gpu.stream, shape, &router, &four).err(),
+        plan::plan_fwd(device, &gpu.stream, shape, &ids.view()).err(),
+    ];
+    // The device is another's, then the plan is.
+    for stream in [&gpu.stream, &stream] {
+        errors.extend([
+            permute::permute_fwd(device, stream, &plan, 2, &four).err(),
+            grouped_gemm_fwd(device, stream, &plan, 2, 2, rows, &four, &eight).err(),
+            combine::combine_fwd(device, stream, &plan, 2, &four, &weights).err(),
+        ]);
+    }
+    for error in errors {
+        assert!(matches!(error, Some(Error::Mismatch { .. })), "{error:?}");
+    }
 }
 
 /// What the driver refuses comes back with the driver's name for it.

@@ -44,17 +44,29 @@ impl<D: Dtype + DeviceRepr> Inputs<D> {
 
     /// The device's result. Buffers start `offset` elements after a 16-byte boundary.
     fn run(&self, gpu: &Gpu, shape: RoutingShape, product: Product, offset: usize) -> Vec<D> {
+        self.run_apart(gpu, shape, product, [offset; 3])
+    }
+
+    /// The same, with an offset for each of `x`, `w` and `y`.
+    fn run_apart(
+        &self,
+        gpu: &Gpu,
+        shape: RoutingShape,
+        product: Product,
+        [x_offset, w_offset, offset]: [usize; 3],
+    ) -> Vec<D> {
         let Product { swiglu, n, k, rows } = product;
-        let shifted =
-            |data: &[D]| gpu.upload(&[&vec![D::from_f32(f32::NAN); offset], data].concat());
-        let (x, w) = (shifted(&self.x), shifted(&self.w));
+        let shifted = |data: &[D], offset: usize| {
+            gpu.upload(&[&vec![D::from_f32(f32::NAN); offset], data].concat())
+        };
+        let (x, w) = (shifted(&self.x, x_offset), shifted(&self.w, w_offset));
         let mut y = gpu.poisoned::<D>(offset + shape.slots() * n);
         let plan =
             plan::plan_fwd(&gpu.device, &gpu.stream, shape, &gpu.upload(&self.ids).view()).unwrap();
         let call =
             if swiglu { grouped_gemm_swiglu_fwd_into::<D> } else { grouped_gemm_fwd_into::<D> };
         let (x, w) = (x.view(), w.view());
-        let (x, w) = (x.slice(offset..), w.slice(offset..));
+        let (x, w) = (x.slice(x_offset..), w.slice(w_offset..));
         call(
             &gpu.device,
             &gpu.stream,
@@ -175,7 +187,10 @@ fn tails_of_depth() {
 #[test]
 fn extreme_routings() {
     let gpu = gpu();
-    for (tokens, experts, top_k) in [(0, 4, 2), (1, 64, 1), (3, 3, 3), (150, 5, 1), (40, 12, 4)] {
+    // With 8 slots of 8 experts the list and the grid are full.
+    for (tokens, experts, top_k) in
+        [(0, 4, 2), (1, 64, 1), (1, 8, 8), (3, 3, 3), (150, 5, 1), (40, 12, 4)]
+    {
         let shape = RoutingShape::new(tokens, experts, top_k).unwrap();
         for skew in [Skew::Uniform, Skew::OneHot, Skew::Empty, Skew::Inactive] {
             for swiglu in [false, true] {
@@ -285,11 +300,12 @@ fn a_view_may_start_anywhere() {
             let product = Product { swiglu, n: 72, k: 136, rows: Rows::Gathered };
             let inputs = Inputs::<D>::new(shape, Skew::Zipf, product, 12);
             let want = bits(&inputs.run(gpu, shape, product, 0));
-            for offset in [1, 2, 3] {
+            // All of x, w and y together, and each alone.
+            for offsets in [[1; 3], [2; 3], [3; 3], [1, 0, 0], [0, 1, 0], [0, 0, 1]] {
                 assert_eq!(
-                    bits(&inputs.run(gpu, shape, product, offset)),
+                    bits(&inputs.run_apart(gpu, shape, product, offsets)),
                     want,
-                    "{} offset {offset}",
+                    "{} offsets {offsets:?}",
                     D::DTYPE
                 );
             }
@@ -364,6 +380,21 @@ fn swiglu_follows_ieee() {
     check::<f32>(&gpu);
     check::<f16>(&gpu);
     check::<bf16>(&gpu);
+}
+
+/// Products are exact, and every sum rounds: another order of K gives other bits.
+#[test]
+fn f32_adds_in_the_order_of_k() {
+    let gpu = gpu();
+    let shape = RoutingShape::new(3, 1, 1).unwrap();
+    for k in [70, 72] {
+        let product = Product { swiglu: false, n: 40, k, rows: Rows::Grouped };
+        let mut inputs = Inputs::<f32>::new(shape, Skew::Uniform, product, 15);
+        inputs.x.fill(1.0);
+        let fold = |w: &[f32]| w.iter().fold(0.0f32, |sum, w| sum + w).to_bits();
+        let row: Vec<u32> = inputs.w.chunks_exact(k).map(fold).collect();
+        assert_eq!(bits(&inputs.run(&gpu, shape, product, 0)), row.repeat(3), "k {k}");
+    }
 }
 
 #[test]

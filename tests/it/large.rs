@@ -1,12 +1,17 @@
 //! Tensors of more than 2^31 elements: every address is 64-bit.
 
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 use half::{bf16, f16};
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into};
+use moe_kernels::ops::combine::{CombineBuffers, combine_fwd_raw};
+use moe_kernels::ops::grouped_gemm::{
+    GroupedGemmBuffers, Rows, grouped_gemm_fwd_into, grouped_gemm_fwd_raw,
+};
+use moe_kernels::ops::permute::{PermuteBuffers, permute_fwd_raw};
 use moe_kernels::ops::{combine, permute, plan};
 use moe_kernels::reference::{self, bound};
 use moe_kernels::{DType, RoutingShape};
 
-use crate::common::{assert_within, gpu, values};
+use crate::common::{assert_within, bits, gpu, values};
 
 const LIMIT: usize = 1 << 31;
 
@@ -95,4 +100,93 @@ fn weights_past_2_31_elements() {
     let one = reference::plan_fwd(&RoutingShape::new(3, 1, 1).unwrap(), 128, &[0; 3]).unwrap();
     let want = bound::grouped_gemm(&one, n, k, &x, &last, false, DType::F16).unwrap();
     assert_within(&gpu.download(&y.view()), &want, "the last expert");
+}
+
+/// Rows of odd width go element by element. Maps of the test's own have but one active slot, so that
+/// this is quick; its row is the last one but one, and the last one has no owner.
+#[test]
+fn unaligned_rows_past_2_31_elements() {
+    let gpu = gpu();
+    let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
+    let (shape, hidden) = (RoutingShape::new(128, 4096, 4096).unwrap(), 4099);
+    let (slots, active) = (shape.slots(), 127 * 4096 + 5);
+    let mut rows = vec![-1i32; slots];
+    rows[active] = slots as i32 - 2;
+    let mut offsets = vec![0i32; 4097];
+    offsets[4096] = slots as i32 - 1;
+    let (rows, offsets) = (gpu.upload(&rows), gpu.upload(&offsets));
+    let x = gpu.upload(&values::<f16>(128 * hidden, 1.0, 3));
+    let weights = gpu.upload(&vec![2f32; slots]);
+    let mut y = gpu.poisoned::<f16>(128 * hidden);
+    assert!((slots - 2) * hidden > LIMIT);
+    // SAFETY: the rows that are read are written by permute.
+    let mut xp = unsafe { gpu.stream.alloc::<f16>(slots * hidden) }.unwrap();
+    {
+        let (x, rows, offsets, weights) = (x.view(), rows.view(), offsets.view(), weights.view());
+        let mut y = y.view_mut();
+        let (x, _x) = x.device_ptr(&gpu.stream);
+        let (row_of_slot, _rows) = rows.device_ptr(&gpu.stream);
+        let (expert_offsets, _offsets) = offsets.device_ptr(&gpu.stream);
+        let (weights, _weights) = weights.device_ptr(&gpu.stream);
+        let (xp, _xp) = xp.device_ptr_mut(&gpu.stream);
+        let (y, _y) = y.device_ptr_mut(&gpu.stream);
+        let permuted = PermuteBuffers { xp, x, row_of_slot, expert_offsets };
+        let combined = CombineBuffers { y, yp: xp, weights, row_of_slot };
+        // SAFETY: the buffers are as long as the shape says, and live on.
+        unsafe {
+            permute_fwd_raw(device, stream, DType::F16, shape, hidden, permuted).unwrap();
+            combine_fwd_raw(device, stream, DType::F16, shape, hidden, combined).unwrap();
+        }
+    }
+    let x = gpu.download(&x.view().slice(127 * hidden..));
+    let end = gpu.download(&xp.slice((slots - 2) * hidden..));
+    assert!(end[..hidden] == x && bits(&end[hidden..]) == vec![0; hidden]);
+    let y = gpu.download(&y.view().slice(126 * hidden..));
+    assert_eq!(bits(&y[..hidden]), vec![0; hidden]);
+    assert!(y[hidden..].iter().zip(&x).all(|(y, x)| y.to_f32() == 2.0 * x.to_f32()));
+}
+
+/// One tile of one row, the last but one of x and of y; the last row of y has no owner.
+#[test]
+fn rows_of_products_past_2_31_elements() {
+    let gpu = gpu();
+    let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
+    let tokens = 1 << 20;
+    let shape = RoutingShape::new(tokens, 1, 1).unwrap();
+    for (n, k) in [(8, 2056), (2056, 8), (2057, 8)] {
+        assert!((tokens - 2) * n.max(k) > LIMIT);
+        let last: Vec<f16> = values(k, 1.0, 4);
+        let w: Vec<f16> = values(n * k, 1.0, 5);
+        let one = reference::plan_fwd(&RoutingShape::new(1, 1, 1).unwrap(), 128, &[0]).unwrap();
+        let want = bound::grouped_gemm(&one, n, k, &last, &w, false, DType::F16).unwrap();
+        // SAFETY: the rows that are read are written below.
+        let mut x = unsafe { gpu.stream.alloc::<f16>(tokens * k) }.unwrap();
+        // SAFETY: as above.
+        let mut y = unsafe { gpu.stream.alloc::<f16>(tokens * n) }.unwrap();
+        gpu.stream
+            .memcpy_htod(&last, &mut x.slice_mut((tokens - 2) * k..(tokens - 1) * k))
+            .unwrap();
+        let row = tokens as i32 - 2;
+        let (w, offsets) = (gpu.upload(&w), gpu.upload(&[0, row + 1]));
+        let (tiles, num_tiles) = (gpu.upload(&[0, row, 1, 0]), gpu.upload(&[1i32]));
+        {
+            let (w, offsets, tiles, num_tiles) =
+                (w.view(), offsets.view(), tiles.view(), num_tiles.view());
+            let (x, _x) = x.device_ptr(&gpu.stream);
+            let (w, _w) = w.device_ptr(&gpu.stream);
+            let (expert_offsets, _offsets) = offsets.device_ptr(&gpu.stream);
+            let (tiles, _tiles) = tiles.device_ptr(&gpu.stream);
+            let (num_tiles, _num_tiles) = num_tiles.device_ptr(&gpu.stream);
+            let (y, _y) = y.device_ptr_mut(&gpu.stream);
+            let token_of_row = 0;
+            let buffers =
+                GroupedGemmBuffers { y, x, w, token_of_row, expert_offsets, tiles, num_tiles };
+            // SAFETY: the buffers are as long as the shape says, and live on.
+            unsafe { grouped_gemm_fwd_raw(device, stream, DType::F16, shape, n, k, buffers) }
+                .unwrap();
+        }
+        let end = gpu.download(&y.slice((tokens - 2) * n..));
+        assert_within(&end[..n], &want, "the last tile");
+        assert_eq!(bits(&end[n..]), vec![0; n]);
+    }
 }

@@ -1,8 +1,9 @@
 //! permute: a copy, so device and reference agree bit for bit.
 
 use half::{bf16, f16};
+use moe_kernels::ops::permute::PermuteBuffers;
 use moe_kernels::ops::{permute, plan};
-use moe_kernels::{Dtype, Error, RoutingShape, reference};
+use moe_kernels::{DType, Dtype, Error, RoutingShape, reference};
 use proptest::prelude::*;
 
 use crate::common::{Gpu, Skew, bits, config, gpu, routing_ids, skew, values};
@@ -92,25 +93,59 @@ fn a_view_may_start_anywhere() {
     let gpu = gpu();
     let (shape, hidden) = (RoutingShape::new(11, 5, 2).unwrap(), 64);
     let ids = routing_ids(shape, Skew::Uniform, 3);
-    let x = values::<bf16>(shape.num_tokens * hidden + 1, 1.0, 4);
     let reference = reference::plan_fwd(&shape, 128, &ids).unwrap();
-    let want = reference::permute_fwd(&shape, &reference, hidden, &x[1..]).unwrap();
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &gpu.upload(&ids).view()).unwrap();
-    let x = gpu.upload(&x);
-    let mut xp = gpu.poisoned::<bf16>(shape.slots() * hidden + 3);
+    for (x_offset, xp_offset) in [(1, 3), (1, 0), (0, 3)] {
+        let x = values::<bf16>(shape.num_tokens * hidden + x_offset, 1.0, 4);
+        let want = reference::permute_fwd(&shape, &reference, hidden, &x[x_offset..]).unwrap();
+        let x = gpu.upload(&x);
+        let mut xp = gpu.poisoned::<bf16>(shape.slots() * hidden + xp_offset);
 
-    permute::permute_fwd_into(
-        &gpu.device,
-        &gpu.stream,
-        &plan,
-        hidden,
-        &x.view().slice(1..),
-        &mut xp.view_mut().slice_mut(3..),
-    )
-    .unwrap();
-    let got = gpu.download(&xp.view());
-    assert_eq!(bits(&got[3..]), bits(&want));
-    assert!(got[..3].iter().all(|value| value.is_nan()), "what lies before the view is left alone");
+        permute::permute_fwd_into(
+            &gpu.device,
+            &gpu.stream,
+            &plan,
+            hidden,
+            &x.view().slice(x_offset..),
+            &mut xp.view_mut().slice_mut(xp_offset..),
+        )
+        .unwrap();
+        let got = gpu.download(&xp.view());
+        assert_eq!(bits(&got[xp_offset..]), bits(&want));
+        assert!(
+            got[..xp_offset].iter().all(|value| value.is_nan()),
+            "what lies before the view is left alone"
+        );
+    }
+}
+
+#[test]
+fn raw_addresses_must_be_aligned() {
+    let gpu = gpu();
+    let shape = RoutingShape::new(1, 4, 2).unwrap();
+    let good = PermuteBuffers { xp: 256, x: 256, row_of_slot: 256, expert_offsets: 256 };
+    for (argument, buffers) in [
+        ("xp", PermuteBuffers { xp: 257, ..good }),
+        ("x", PermuteBuffers { x: 257, ..good }),
+        ("row_of_slot", PermuteBuffers { row_of_slot: 258, ..good }),
+        ("expert_offsets", PermuteBuffers { expert_offsets: 258, ..good }),
+    ] {
+        // SAFETY: the call fails before it launches anything.
+        let result = unsafe {
+            permute::permute_fwd_raw(
+                &gpu.device,
+                gpu.stream.cu_stream(),
+                DType::F16,
+                shape,
+                8,
+                buffers,
+            )
+        };
+        assert!(
+            matches!(result, Err(Error::Alignment { argument: got, .. }) if got == argument),
+            "{result:?}"
+        );
+    }
 }
 
 #[test]

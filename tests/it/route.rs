@@ -217,6 +217,22 @@ fn near_ties_are_decided() {
     one::<bf16>(&gpu);
 }
 
+/// Below a largest logit of 0 nothing is rounded before exp, so that its own error shows: 1.6 units
+/// of 2^-24, and half a unit for the division and for the sum.
+#[test]
+fn exponentials_are_sharp() {
+    let gpu = gpu();
+    let distances: Vec<f32> = (0..349).map(|step| -0.25 * step as f32).collect();
+    let logits: Vec<f32> = distances.iter().flat_map(|&x| [0.0, x]).collect();
+    let shape = RoutingShape::new(distances.len(), 2, 2).unwrap();
+    let (_, weights) = run(&gpu, shape, Scoring::TopKThenSoftmax, &logits, 0);
+    for (x, weights) in distances.iter().zip(weights.chunks_exact(2)) {
+        let p = f64::from(*x).exp();
+        let error = (f64::from(weights[1]) / (p / (1.0 + p)) - 1.0).abs() * f64::from(1 << 24);
+        assert!(error <= 3.0, "exp({x}) is off by {error} units");
+    }
+}
+
 /// Weights do not depend on alignment or schedule, only on the numbers.
 #[test]
 fn schedules_and_alignment_do_not_change_bits() {
