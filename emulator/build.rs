@@ -42,7 +42,6 @@ fn main() {
         .std("c++17")
         .opt_level(2)
         .debug(false)
-        .flag("-g1")
         .flag("-fvisibility=hidden")
         .flag("-Wno-unknown-pragmas")
         .flag("-Wno-psabi")
@@ -52,6 +51,9 @@ fn main() {
         .include(&kernels)
         .include(&simt)
         .cargo_warnings(true);
+    if env::var("PROFILE").is_ok_and(|profile| profile == "debug") {
+        build.flag("-g1"); // Four times the size: for debuggers, not for what is carried elsewhere.
+    }
     let mut sources = build.clone();
     sources.files(files(&simt, &["cpp"])).files(files(&driver, &["cpp"]));
     let mut device_sources = build.clone();

@@ -58,14 +58,6 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, offset));
-  }
-  return value;
-}
-
 // Inclusive prefix sum over the lanes of a warp.
 __device__ __forceinline__ int warp_inclusive_sum(int value) {
   const int lane = threadIdx.x % WARP_SIZE;
