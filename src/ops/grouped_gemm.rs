@@ -84,8 +84,8 @@ const SWIGLU: Variant = Variant {
 /// start at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
-/// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for a
-/// width out of range, [`Error::Mismatch`] for a stream of another context, and what a launch can meet.
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape, [`Error::Unsupported`](crate::Error::Unsupported) for a
+/// width out of range, [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd_into<D: Dtype>(
     device: &Device,
@@ -104,7 +104,7 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
 /// [`grouped_gemm_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`grouped_gemm_fwd_into`], and [`Error::Driver`] if the allocation fails.
+/// Those of [`grouped_gemm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
     device: &Device,
@@ -128,7 +128,7 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
 /// the others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape or a width out of range, [`Error::Alignment`], and what a launch can meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a width out of range, [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
 pub unsafe fn grouped_gemm_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -168,7 +168,7 @@ pub fn grouped_gemm_swiglu_fwd_into<D: Dtype>(
 /// [`grouped_gemm_swiglu_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`grouped_gemm_fwd_into`], and [`Error::Driver`] if the allocation fails.
+/// Those of [`grouped_gemm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_swiglu_fwd<D: Dtype + DeviceRepr>(
     device: &Device,
