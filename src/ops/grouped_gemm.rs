@@ -84,8 +84,10 @@ const SWIGLU: Variant = Variant {
 /// start at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
-/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape, [`Error::Unsupported`](crate::Error::Unsupported) for a
-/// width out of range, [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a width out of range,
+/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream or plan of another context, and what a
+/// launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd_into<D: Dtype>(
     device: &Device,
@@ -128,7 +130,8 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
 /// the others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a width out of range, [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a width out of range,
+/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
 pub unsafe fn grouped_gemm_fwd_raw(
     device: &Device,
     stream: CUstream,
