@@ -113,7 +113,8 @@ struct Inner {
 ///
 /// Made from the caller's context; cheap to clone. Images load on first use of an operation, once
 /// per `Device` and kernel file, and stay loaded as long as the context lives, so that a captured
-/// graph stays good whatever is dropped. Make one `Device` per context and keep it.
+/// graph stays good whatever is dropped. Make one `Device` per context and keep it. Streams and
+/// buffers of a call belong to that same `CudaContext`: cudarc orders work within one alone.
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
