@@ -1,5 +1,7 @@
 //! Tensors of more than 2^31 elements: every address is 64-bit.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 use half::{bf16, f16};
 use moe_kernels::ops::combine::{CombineBuffers, combine_fwd_raw};
@@ -15,6 +17,12 @@ use crate::common::{assert_within, bits, gpu, values};
 
 const LIMIT: usize = 1 << 31;
 
+/// One of these tests at a time: together they ask for more memory than a small device has.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Bytes that the host has free, on Linux; without a limit elsewhere.
 fn free_memory() -> usize {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -26,6 +34,7 @@ fn free_memory() -> usize {
 /// 4.3 GB of rows: one token goes to 33 experts, and comes back as the sum of 33 equal rows.
 #[test]
 fn rows_past_2_31_elements() {
+    let _alone = alone();
     let gpu = gpu();
     // Below 8 GiB of free memory the same on rows of 2^22: then this is not the test it is named after.
     let hidden = if free_memory() > 8 << 30 { 1 << 26 } else { 1 << 22 };
@@ -70,6 +79,7 @@ fn rows_past_2_31_elements() {
 /// Weights of 4096 experts, of which the last one alone has been written and is read.
 #[test]
 fn weights_past_2_31_elements() {
+    let _alone = alone();
     let gpu = gpu();
     let (experts, n, k) = (4096, 728, 728);
     assert!((experts - 1) * n * k > LIMIT);
@@ -106,6 +116,7 @@ fn weights_past_2_31_elements() {
 /// this is quick; its row is the last one but one, and the last one has no owner.
 #[test]
 fn unaligned_rows_past_2_31_elements() {
+    let _alone = alone();
     let gpu = gpu();
     let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
     let (shape, hidden) = (RoutingShape::new(128, 4096, 4096).unwrap(), 4099);
@@ -149,6 +160,7 @@ fn unaligned_rows_past_2_31_elements() {
 /// One tile of one row, the last but one of x and of y; the last row of y has no owner.
 #[test]
 fn rows_of_products_past_2_31_elements() {
+    let _alone = alone();
     let gpu = gpu();
     let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
     let tokens = 1 << 20;
