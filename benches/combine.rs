@@ -1,27 +1,40 @@
-//! combine: bytes moved.
+//! combine: the weighted sum of each token's rows.
 
-use criterion::{Criterion, Throughput};
-use half::bf16;
-use moe_kernels::ops::{combine, plan};
+use moe_kernels::{ops, reference};
 
-use crate::common::bench_device;
+use crate::common::error::Result;
+use crate::common::target::{Element, Gpu};
+use crate::common::values::normal;
+use crate::plan::{planned, planned_on_cpu};
+use crate::{Draw, Model, Workload};
 
-pub fn bench(criterion: &mut Criterion) {
-    let bench = bench_device();
-    let (device, stream) = (&bench.device, &bench.stream);
-    for case in bench.cases() {
-        let shape = case.routing;
-        let ids: Vec<u32> =
-            (0..shape.slots()).map(|slot| (slot * 7 % shape.num_experts) as u32).collect();
-        let ids = stream.clone_htod(&ids).unwrap();
-        let plan = plan::plan_fwd(device, stream, shape, &ids.as_view()).unwrap();
-        let yp = stream.alloc_zeros::<bf16>(shape.slots() * case.hidden).unwrap();
-        let weights = stream.clone_htod(&vec![0.5f32; shape.slots()]).unwrap();
-        let mut y = stream.alloc_zeros::<bf16>(shape.num_tokens * case.hidden).unwrap();
-        let bytes = 2 * case.hidden * (shape.num_tokens + shape.slots()) + 8 * shape.slots();
-        bench.time(criterion, "combine", &case, Throughput::Bytes(bytes as u64), || {
-            let (yp, weights, y) = (&yp.as_view(), &weights.as_view(), &mut y.as_view_mut());
-            combine::combine_fwd_into(device, stream, &plan, case.hidden, yp, weights, y).unwrap();
-        });
-    }
+/// The seed of yp.
+const YP: u64 = 101;
+
+pub(crate) fn on_gpu<'a, D: Element>(
+    gpu: &'a Gpu,
+    model: &Model,
+    draw: &Draw,
+) -> Result<Workload<'a>> {
+    let hidden = model.config.hidden;
+    let plan = planned(gpu, draw)?;
+    let yp = gpu.normal::<D>(draw.shape.slots() * hidden, 1.0, YP)?;
+    let weights = gpu.upload(&draw.weights)?;
+    let mut y = gpu.zeros::<D>(draw.shape.num_tokens * hidden)?;
+    Ok(Workload::new(move |_| {
+        let (yp, weights, y) = (yp.as_view(), weights.as_view(), &mut y.as_view_mut());
+        ops::combine::combine_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &yp, &weights, y)?;
+        Ok(())
+    }))
+}
+
+pub(crate) fn on_cpu<D: Element>(model: &Model, draw: &Draw) -> Result<Workload<'static>> {
+    let (shape, hidden) = (draw.shape, model.config.hidden);
+    let plan = planned_on_cpu(draw)?;
+    let yp = normal::<D>(shape.slots() * hidden, 1.0, YP);
+    let weights = draw.weights.clone();
+    Ok(Workload::new(move |_| {
+        std::hint::black_box(reference::combine_fwd::<f32>(&shape, &plan, hidden, &yp, &weights)?);
+        Ok(())
+    }))
 }

@@ -1,62 +1,97 @@
-//! grouped_gemm: floating-point operations.
+//! grouped_gemm: the experts' products, each alone and both in a row.
 
-use criterion::{Criterion, Throughput};
-use half::bf16;
+use cudarc::driver::CudaSlice;
 use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
-use moe_kernels::ops::plan;
+use moe_kernels::reference;
 
-use crate::common::bench_device;
+use crate::common::error::Result;
+use crate::common::stage::{Weights, x};
+use crate::common::target::{Element, Gpu};
+use crate::common::values::normal;
+use crate::plan::{planned, planned_on_cpu};
+use crate::{Draw, Model, Op, Workload};
 
-/// Numbers without a pattern: a GPU multiplies zeros faster than it multiplies anything else, since it
-/// draws less power. They repeat after a prime number of elements, so that filling 2 GB is quick.
-fn noise(len: usize) -> Vec<bf16> {
-    let mut state = 1u64;
-    let mut next = || {
-        state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        bf16::from_f64((state >> 40) as f64 / f64::from(1 << 23) - 1.0)
-    };
-    let period: Vec<bf16> = (0..len.min(1_048_573)).map(|_| next()).collect();
-    period.iter().copied().cycle().take(len).collect()
-}
+/// The seed of what the second product reads where the first one does not run.
+const ACT: u64 = 102;
 
-pub fn bench(criterion: &mut Criterion) {
-    let bench = bench_device();
-    let (device, stream) = (&bench.device, &bench.stream);
-    for case in bench.cases() {
-        let (shape, h, i) = (case.routing, case.hidden, case.intermediate);
-        let ids: Vec<u32> =
-            (0..shape.slots()).map(|slot| (slot * 7 % shape.num_experts) as u32).collect();
-        let ids = stream.clone_htod(&ids).unwrap();
-        let plan = plan::plan_fwd(device, stream, shape, &ids.as_view()).unwrap();
-        let upload = |len| stream.clone_htod(&noise(len)).unwrap();
-        let x = upload(shape.num_tokens * h);
-        let gate_up = upload(shape.num_experts * 2 * i * h);
-        let down = upload(shape.num_experts * h * i);
-        let mut act = stream.alloc_zeros::<bf16>(shape.slots() * i).unwrap();
-        let mut yp = stream.alloc_zeros::<bf16>(shape.slots() * h).unwrap();
-        let (x, gate_up, down) = (x.as_view(), gate_up.as_view(), down.as_view());
-
-        let flops = |parts: usize| Throughput::Elements((2 * parts * shape.slots() * h * i) as u64);
-        bench.time(criterion, "grouped_gemm/swiglu", &case, flops(2), || {
-            let act = &mut act.as_view_mut();
+pub(crate) fn on_gpu<'a, D: Element>(
+    op: Op,
+    gpu: &'a Gpu,
+    model: &Model,
+    weights: &'a [Weights<CudaSlice<D>>],
+    draw: &Draw,
+) -> Result<Workload<'a>> {
+    let (hidden, intermediate) = (model.config.hidden, model.config.intermediate);
+    let (device, stream) = (&gpu.device, &gpu.stream);
+    let plan = planned(gpu, draw)?;
+    let x = gpu.upload(&x::<D>(model, draw.shape.num_tokens))?;
+    let mut act = gpu.normal::<D>(draw.shape.slots() * intermediate, 1.0, ACT)?;
+    let mut yp = gpu.zeros::<D>(draw.shape.slots() * hidden)?;
+    Ok(Workload::new(move |set| {
+        let Weights { gate_up, down, .. } = &weights[set];
+        if op != Op::Down {
             grouped_gemm_swiglu_fwd_into(
                 device,
                 stream,
                 &plan,
-                i,
-                h,
+                intermediate,
+                hidden,
                 Rows::Gathered,
+                &x.as_view(),
+                &gate_up.as_view(),
+                &mut act.as_view_mut(),
+            )?;
+        }
+        if op != Op::GateUp {
+            grouped_gemm_fwd_into(
+                device,
+                stream,
+                &plan,
+                hidden,
+                intermediate,
+                Rows::Grouped,
+                &act.as_view(),
+                &down.as_view(),
+                &mut yp.as_view_mut(),
+            )?;
+        }
+        Ok(())
+    }))
+}
+
+pub(crate) fn on_cpu<'a, D: Element>(
+    op: Op,
+    model: &Model,
+    weights: &'a Weights<Vec<D>>,
+    draw: &Draw,
+) -> Result<Workload<'a>> {
+    let (hidden, intermediate) = (model.config.hidden, model.config.intermediate);
+    let plan = planned_on_cpu(draw)?;
+    let x = x::<D>(model, draw.shape.num_tokens);
+    let mut act = normal::<f32>(draw.shape.slots() * intermediate, 1.0, ACT);
+    Ok(Workload::new(move |_| {
+        let Weights { gate_up, down, .. } = weights;
+        if op != Op::Down {
+            act = reference::grouped_gemm_swiglu_fwd::<f32, D>(
+                &plan,
+                intermediate,
+                hidden,
                 &x,
-                &gate_up,
-                act,
-            )
-            .unwrap();
-        });
-        bench.time(criterion, "grouped_gemm/down", &case, flops(1), || {
-            let (act, yp) = (act.as_view(), &mut yp.as_view_mut());
-            grouped_gemm_fwd_into(device, stream, &plan, h, i, Rows::Grouped, &act, &down, yp)
-                .unwrap();
-        });
-    }
+                gate_up,
+                true,
+            )?;
+        }
+        if op != Op::GateUp {
+            let yp = reference::grouped_gemm_fwd::<f32, D>(
+                &plan,
+                hidden,
+                intermediate,
+                &act,
+                down,
+                false,
+            )?;
+            std::hint::black_box(yp);
+        }
+        Ok(())
+    }))
 }

@@ -1,44 +1,100 @@
-//! The layer from its logits: operations of the experts' products.
+//! The layer, from its logits and from its tokens.
 
-use criterion::{Criterion, Throughput};
-use half::bf16;
-use moe_kernels::{DType, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace};
+use cudarc::driver::CudaSlice;
+use moe_kernels::{Experts, MoeLayer, Workspace, reference};
 
-use crate::common::{bench_device, ramp};
+use crate::common::error::{Result, driver};
+use crate::common::stage::{Weights, x};
+use crate::common::target::{Element, Gpu};
+use crate::route::logits;
+use crate::{Draw, Model, Op, Workload};
 
-pub fn bench(criterion: &mut Criterion) {
-    let bench = bench_device();
-    let (device, stream) = (&bench.device, &bench.stream);
-    for case in bench.cases() {
-        let shape = case.routing;
-        let config = MoeConfig {
-            hidden: case.hidden,
-            intermediate: case.intermediate,
-            num_experts: shape.num_experts,
-            top_k: shape.top_k,
-            router: RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } },
-        };
-        let layer = MoeLayer::new(device, config).unwrap();
-        let x = stream.clone_htod(&ramp::<bf16>(shape.num_tokens * case.hidden, 1.0)).unwrap();
-        let logits = stream.clone_htod(&ramp::<bf16>(shape.logits(), 2.0)).unwrap();
-        let gate_up = stream.clone_htod(&ramp::<bf16>(config.gate_up_len(), 0.02)).unwrap();
-        let down = stream.clone_htod(&ramp::<bf16>(config.down_len(), 0.02)).unwrap();
-        let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
-        let bytes = MoeLayer::workspace_bytes(&config, DType::BF16, shape.num_tokens).unwrap();
-        let mut workspace = Workspace::alloc(stream, bytes).unwrap();
-        let mut y = stream.alloc_zeros::<bf16>(shape.num_tokens * case.hidden).unwrap();
-        let flops = 6 * shape.slots() * case.hidden * case.intermediate;
-        bench.time(criterion, "layer", &case, Throughput::Elements(flops as u64), || {
-            layer
-                .forward(
-                    stream,
-                    &x.as_view(),
-                    &logits.as_view(),
-                    &experts,
-                    &mut workspace,
-                    &mut y.as_view_mut(),
-                )
-                .unwrap();
-        });
+/// A layer with all that a forward pass needs.
+struct Prepared<'a, D> {
+    gpu: &'a Gpu,
+    layer: MoeLayer,
+    x: CudaSlice<D>,
+    logits: CudaSlice<D>,
+    workspace: Workspace<'static>,
+    y: CudaSlice<D>,
+}
+
+impl<'a, D: Element> Prepared<'a, D> {
+    fn new(gpu: &'a Gpu, model: &Model, draw: &Draw) -> Result<Self> {
+        let (config, num_tokens) = (model.config, draw.shape.num_tokens);
+        let bytes = MoeLayer::workspace_bytes(&config, D::DTYPE, num_tokens)?;
+        Ok(Self {
+            gpu,
+            layer: MoeLayer::new(&gpu.device, config)?,
+            x: gpu.upload(&x::<D>(model, num_tokens))?,
+            logits: gpu.upload(&logits::<D>(draw))?,
+            workspace: Workspace::alloc(&gpu.stream, bytes)?,
+            y: gpu.zeros::<D>(num_tokens * config.hidden)?,
+        })
     }
+
+    fn forward(&mut self, op: Op, weights: &Weights<CudaSlice<D>>) -> Result<()> {
+        let Self { gpu, layer, x, logits, workspace, y } = self;
+        let (stream, x, y) = (&gpu.stream, &x.as_view(), &mut y.as_view_mut());
+        let Weights { gate, gate_up, down } = weights;
+        let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
+        if op == Op::LayerFromX {
+            layer.forward_from_x(stream, x, &gate.as_view(), &experts, workspace, y)?;
+        } else {
+            layer.forward(stream, x, &logits.as_view(), &experts, workspace, y)?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn on_gpu<'a, D: Element>(
+    op: Op,
+    gpu: &'a Gpu,
+    model: &Model,
+    weights: &'a [Weights<CudaSlice<D>>],
+    draw: &Draw,
+) -> Result<Workload<'a>> {
+    let mut prepared = Prepared::new(gpu, model, draw)?;
+    Ok(Workload::new(move |set| prepared.forward(op, &weights[set])))
+}
+
+pub(crate) fn output_on_gpu<D: Element>(
+    gpu: &Gpu,
+    model: &Model,
+    weights: &Weights<CudaSlice<D>>,
+    draw: &Draw,
+) -> Result<Vec<D>> {
+    let mut prepared = Prepared::new(gpu, model, draw)?;
+    prepared.forward(Op::Layer, weights)?;
+    gpu.stream.clone_dtoh(&prepared.y).map_err(driver("download the output"))
+}
+
+pub(crate) fn on_cpu<'a, D: Element>(
+    op: Op,
+    model: &Model,
+    weights: &'a Weights<Vec<D>>,
+    draw: &Draw,
+) -> Result<Workload<'a>> {
+    let config = model.config;
+    let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
+    Ok(Workload::new(move |_| {
+        let Weights { gate, gate_up, down } = weights;
+        std::hint::black_box(if op == Op::LayerFromX {
+            reference::moe_layer_with_gate_fwd::<f32, D>(&config, &x, gate, gate_up, down)?
+        } else {
+            reference::moe_layer_fwd::<f32, D>(&config, &x, &logits, gate_up, down)?
+        });
+        Ok(())
+    }))
+}
+
+pub(crate) fn output_on_cpu<D: Element>(
+    model: &Model,
+    weights: &Weights<Vec<D>>,
+    draw: &Draw,
+) -> Result<Vec<D>> {
+    let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
+    let Weights { gate_up, down, .. } = weights;
+    let y = reference::moe_layer_fwd::<f32, D>(&model.config, &x, &logits, gate_up, down)?;
+    Ok(reference::round(&y))
 }

@@ -1,23 +1,227 @@
-//! Microbenchmarks, one module per operation, on the device that MOE_DEVICE names.
+//! Microbenchmarks of every operation and of the layer under criterion, on what MOE_DEVICE names: a
+//! GPU if there is one, else the CPU reference.
 //!
-//! `cargo bench -- permute` runs one operation. On the software device the times say how fast the
-//! emulation is and nothing about a GPU.
+//! `cargo bench -- permute` runs one operation, `cargo bench -- mixtral-8x7b` one model. On a GPU the
+//! shapes are those of real models, on the CPU their widths are a quarter. On the software device
+//! (MOE_DEVICE=emulator) they are smaller still, and the times say how fast the emulation is and
+//! nothing about a GPU.
 
-mod combine;
-mod common;
-mod grouped_gemm;
-mod layer;
-mod permute;
-mod plan;
-mod route;
+use std::cell::LazyCell;
+use std::time::{Duration, Instant};
 
-criterion::criterion_group!(
-    benches,
-    route::bench,
-    plan::bench,
-    permute::bench,
-    grouped_gemm::bench,
-    combine::bench,
-    layer::bench,
-);
-criterion::criterion_main!(benches);
+use criterion::measurement::{Measurement, ValueFormatter};
+use criterion::{Criterion, Throughput};
+use half::bf16;
+use moe_bench::{
+    Ceilings, Dense, Draw, Gpu, Model, Op, Repeater, Result, Routing, Samples, Stage, Target,
+    Workload, models, work,
+};
+use moe_kernels::DType;
+
+/// Seconds as the repeater measures them, between events or by the clock, in numbers that people read.
+struct Seconds;
+
+impl Measurement for Seconds {
+    type Intermediate = Instant;
+    type Value = f64;
+
+    fn start(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn end(&self, start: Instant) -> f64 {
+        start.elapsed().as_secs_f64()
+    }
+
+    fn add(&self, a: &f64, b: &f64) -> f64 {
+        a + b
+    }
+
+    fn zero(&self) -> f64 {
+        0.0
+    }
+
+    fn to_f64(&self, seconds: &f64) -> f64 {
+        *seconds
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        &SecondsFormatter
+    }
+}
+
+struct SecondsFormatter;
+
+/// The first unit that leaves a number of one at least.
+fn unit(typical: f64, units: &[(f64, &'static str)]) -> (f64, &'static str) {
+    let fits = units.iter().find(|(size, _)| typical >= *size);
+    *fits.unwrap_or(&units[units.len() - 1])
+}
+
+impl ValueFormatter for SecondsFormatter {
+    fn scale_values(&self, typical: f64, values: &mut [f64]) -> &'static str {
+        let (size, name) = unit(typical, &[(1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")]);
+        values.iter_mut().for_each(|value| *value /= size);
+        name
+    }
+
+    fn scale_throughputs(
+        &self,
+        typical: f64,
+        work: &Throughput,
+        values: &mut [f64],
+    ) -> &'static str {
+        const BYTES: [(f64, &str); 3] = [(1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")];
+        const FLOPS: [(f64, &str); 3] = [(1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")];
+        let (amount, units) = match *work {
+            Throughput::Bytes(bytes) => (bytes as f64, BYTES),
+            Throughput::Elements(flops) => (flops as f64, FLOPS),
+            _ => (f64::NAN, BYTES),
+        };
+        let (size, name) = unit(amount / typical, &units);
+        values.iter_mut().for_each(|value| *value = amount / *value / size);
+        name
+    }
+
+    fn scale_for_machines(&self, _: &mut [f64]) -> &'static str {
+        "s"
+    }
+}
+
+/// What MOE_DEVICE names; `auto` is the CPU reference where there is no GPU.
+enum Place {
+    Cpu,
+    Gpu(Gpu),
+    Emulator(Gpu),
+}
+
+impl Place {
+    fn open() -> std::result::Result<Self, Box<dyn std::error::Error>> {
+        use moe_emulator::{Choice, ChooseError, Driver, choose};
+        if std::env::var("MOE_DEVICE").is_ok_and(|name| name == "cpu") {
+            return Ok(Self::Cpu);
+        }
+        let driver = match Choice::from_env()? {
+            Choice::Auto => match choose(Choice::Cuda) {
+                Err(ChooseError::NoGpu(_)) => return Ok(Self::Cpu),
+                driver => driver?,
+            },
+            choice => choose(choice)?,
+        };
+        let gpu = Gpu::open()?;
+        Ok(if driver == Driver::Cuda { Self::Gpu(gpu) } else { Self::Emulator(gpu) })
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Gpu(_) => "cuda",
+            Self::Emulator(_) => "emulator",
+        }
+    }
+
+    fn target(&self) -> Target<'_> {
+        match self {
+            Self::Cpu => Target::Cpu,
+            Self::Gpu(gpu) | Self::Emulator(gpu) => Target::Gpu(gpu),
+        }
+    }
+
+    /// Real layers on a GPU; elsewhere two that are small enough to wait for.
+    fn shapes(&self) -> Vec<(Model, &'static [usize])> {
+        let two = |by, tokens: &'static [usize]| {
+            let two = ["olmoe-1b-7b", "qwen3-30b-a3b"].iter().filter_map(|name| Model::find(name));
+            two.map(|model| (model.shrunk(by), tokens)).collect()
+        };
+        match self {
+            Self::Cpu => two(4, &[1, 64]),
+            Self::Emulator(_) => two(32, &[16]),
+            Self::Gpu(_) => {
+                models().into_iter().map(|model| (model.clone(), model.tokens)).collect()
+            }
+        }
+    }
+}
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .with_measurement(Seconds)
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+        .configure_from_args();
+    match Place::open() {
+        Ok(place) => bench(&mut criterion, &place),
+        Err(why) => {
+            eprintln!("error: {why}");
+            std::process::exit(1);
+        }
+    }
+    criterion.final_summary();
+}
+
+/// All operations of all shapes, in bf16 with uniform routing. What a filter leaves out is not even
+/// prepared.
+fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
+    let target = place.target();
+    let ceilings = LazyCell::new(|| must(Ceilings::measure(&target, DType::BF16)));
+    for (model, tokens) in place.shapes() {
+        let draw = |&tokens| must(Draw::new(&model, tokens, Routing::Uniform, DType::BF16));
+        let draws: Vec<Draw> = tokens.iter().map(draw).collect();
+        let stage = LazyCell::new(|| must(Stage::<bf16>::new(&target, &model, &draws[0])));
+        for draw in &draws {
+            for op in Op::ALL {
+                let tokens = draw.shape.num_tokens;
+                let work = work(op, &model.config, tokens, 2, draw.distinct as f64);
+                let mut group = criterion.benchmark_group(op.name());
+                group.throughput(if work.flops > work.bytes {
+                    Throughput::Elements(work.flops as u64)
+                } else {
+                    Throughput::Bytes(work.bytes as u64)
+                });
+                let mut taken = Vec::new();
+                group.bench_function(
+                    format!("{}/T{tokens} on {}", model.name, place.name()),
+                    |bencher| {
+                        let workload = must(stage.workload(op, draw));
+                        let mut repeater = must(Repeater::new(&target, workload, tokens));
+                        bencher.iter_custom(|calls| {
+                            let seconds = must(repeater.seconds(calls as usize));
+                            taken.push(seconds / calls as f64);
+                            seconds
+                        });
+                    },
+                );
+                group.finish();
+                if taken.is_empty() || matches!(place, Place::Emulator(_)) {
+                    continue;
+                }
+                let seconds = Samples::new(taken).median();
+                let floor = work.floor(ceilings.bandwidth(), ceilings.dense);
+                if let Some(floor) = floor {
+                    let percent = 100.0 * floor.seconds / seconds;
+                    let bound = floor.bound.name();
+                    let floor = SecondsFormatter.format_value(floor.seconds);
+                    println!("{:24}floor: {floor} ({bound}), {percent:.1} % of it reached", "");
+                }
+                if let Some(dense) = dense(&target, op, &model, draw) {
+                    println!("{:24}cuBLAS: {:.1} % of its speed", "", 100.0 * dense / seconds);
+                }
+            }
+        }
+    }
+}
+
+/// Seconds of cuBLAS on as many rows, columns and products.
+fn dense(target: &Target<'_>, op: Op, model: &Model, draw: &Draw) -> Option<f64> {
+    let Target::Gpu(gpu) = target else { return None };
+    let dense = must(Dense::new(gpu))?;
+    let workload: Workload<'_> = must(dense.matching::<bf16>(op, model, draw))?;
+    let mut repeater = must(Repeater::new(target, workload, draw.shape.num_tokens));
+    Some(must(repeater.samples(9, Duration::from_secs(1))).median())
+}
+
+/// A bench has nobody to hand an error to.
+fn must<T>(result: Result<T>) -> T {
+    result.unwrap_or_else(|why| panic!("{why}"))
+}

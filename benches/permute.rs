@@ -1,33 +1,35 @@
-//! permute: bytes moved.
+//! permute: each token's row to its places in expert order.
 
-use criterion::{Criterion, Throughput};
-use half::bf16;
-use moe_kernels::ops::{permute, plan};
+use moe_kernels::{ops, reference};
 
-use crate::common::{bench_device, ramp};
+use crate::common::error::Result;
+use crate::common::stage::x;
+use crate::common::target::{Element, Gpu};
+use crate::plan::{planned, planned_on_cpu};
+use crate::{Draw, Model, Workload};
 
-pub fn bench(criterion: &mut Criterion) {
-    let bench = bench_device();
-    let (device, stream) = (&bench.device, &bench.stream);
-    for case in bench.cases() {
-        let shape = case.routing;
-        let ids: Vec<u32> =
-            (0..shape.slots()).map(|slot| (slot * 7 % shape.num_experts) as u32).collect();
-        let ids = stream.clone_htod(&ids).unwrap();
-        let plan = plan::plan_fwd(device, stream, shape, &ids.as_view()).unwrap();
-        let x = stream.clone_htod(&ramp::<bf16>(shape.num_tokens * case.hidden, 1.0)).unwrap();
-        let mut xp = stream.alloc_zeros::<bf16>(shape.slots() * case.hidden).unwrap();
-        let bytes = 2 * case.hidden * (shape.num_tokens + shape.slots()) + 4 * shape.slots();
-        bench.time(criterion, "permute", &case, Throughput::Bytes(bytes as u64), || {
-            permute::permute_fwd_into(
-                device,
-                stream,
-                &plan,
-                case.hidden,
-                &x.as_view(),
-                &mut xp.as_view_mut(),
-            )
-            .unwrap();
-        });
-    }
+pub(crate) fn on_gpu<'a, D: Element>(
+    gpu: &'a Gpu,
+    model: &Model,
+    draw: &Draw,
+) -> Result<Workload<'a>> {
+    let hidden = model.config.hidden;
+    let plan = planned(gpu, draw)?;
+    let x = gpu.upload(&x::<D>(model, draw.shape.num_tokens))?;
+    let mut xp = gpu.zeros::<D>(draw.shape.slots() * hidden)?;
+    Ok(Workload::new(move |_| {
+        let (x, xp) = (x.as_view(), &mut xp.as_view_mut());
+        ops::permute::permute_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &x, xp)?;
+        Ok(())
+    }))
+}
+
+pub(crate) fn on_cpu<D: Element>(model: &Model, draw: &Draw) -> Result<Workload<'static>> {
+    let (shape, hidden) = (draw.shape, model.config.hidden);
+    let plan = planned_on_cpu(draw)?;
+    let x = x::<D>(model, shape.num_tokens);
+    Ok(Workload::new(move |_| {
+        std::hint::black_box(reference::permute_fwd(&shape, &plan, hidden, &x)?);
+        Ok(())
+    }))
 }

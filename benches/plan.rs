@@ -1,23 +1,37 @@
-//! plan: slots grouped.
+//! plan: from expert ids to the maps between slots and rows.
 
-use criterion::{Criterion, Throughput};
-use moe_kernels::PlanLayout;
-use moe_kernels::ops::plan;
+use moe_kernels::{PlanLayout, RoutingPlan, ops, reference};
 
-use crate::common::bench_device;
+use crate::common::error::Result;
+use crate::common::target::Gpu;
+use crate::{Draw, Workload};
 
-pub fn bench(criterion: &mut Criterion) {
-    let bench = bench_device();
-    let (device, stream) = (&bench.device, &bench.stream);
-    for case in bench.cases() {
-        let shape = case.routing;
-        let ids: Vec<u32> =
-            (0..shape.slots()).map(|slot| (slot * 7 % shape.num_experts) as u32).collect();
-        let ids = stream.clone_htod(&ids).unwrap();
-        let mut memory = stream.alloc_zeros::<u8>(PlanLayout::new(shape).unwrap().bytes()).unwrap();
-        bench.time(criterion, "plan", &case, Throughput::Elements(shape.slots() as u64), || {
-            plan::plan_fwd_into(device, stream, shape, Some(&ids.as_view()), memory.as_view_mut())
-                .unwrap();
-        });
-    }
+/// The plan of a draw, for what comes after it.
+pub(crate) fn planned<'a>(gpu: &Gpu, draw: &Draw) -> Result<RoutingPlan<'a>> {
+    let ids = gpu.upload(&draw.expert_ids)?;
+    Ok(ops::plan::plan_fwd(&gpu.device, &gpu.stream, draw.shape, &ids.as_view())?)
+}
+
+/// The same of the reference, whose tiles nothing reads.
+pub(crate) fn planned_on_cpu(draw: &Draw) -> Result<reference::Plan> {
+    Ok(reference::plan_fwd(&draw.shape, draw.shape.slots().max(1), &draw.expert_ids)?)
+}
+
+pub(crate) fn on_gpu<'a>(gpu: &'a Gpu, draw: &Draw) -> Result<Workload<'a>> {
+    let shape = draw.shape;
+    let ids = gpu.upload(&draw.expert_ids)?;
+    let mut memory = gpu.zeros::<u8>(PlanLayout::new(shape)?.bytes())?;
+    Ok(Workload::new(move |_| {
+        let (ids, memory) = (ids.as_view(), memory.as_view_mut());
+        ops::plan::plan_fwd_into(&gpu.device, &gpu.stream, shape, Some(&ids), memory)?;
+        Ok(())
+    }))
+}
+
+pub(crate) fn on_cpu(draw: &Draw) -> Result<Workload<'static>> {
+    let draw = draw.clone();
+    Ok(Workload::new(move |_| {
+        std::hint::black_box(planned_on_cpu(&draw)?);
+        Ok(())
+    }))
 }

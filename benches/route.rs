@@ -1,28 +1,45 @@
-//! route: bytes of logits, ids and weights.
+//! route: from logits to expert ids and weights.
 
-use criterion::{Criterion, Throughput};
-use moe_kernels::ops::route;
-use moe_kernels::{RouterConfig, Scoring};
+use moe_kernels::{Dtype, ops, reference};
 
-use crate::common::bench_device;
+use crate::common::error::Result;
+use crate::common::target::{Element, Gpu};
+use crate::{Draw, Model, Workload};
 
-pub fn bench(criterion: &mut Criterion) {
-    let bench = bench_device();
-    let (device, stream) = (&bench.device, &bench.stream);
-    let router = RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } };
-    for case in bench.cases() {
-        let shape = case.routing;
-        // A multiplicative hash: which lane holds the winners must not be always the same.
-        let logit = |i: usize| (i as u32).wrapping_mul(2_654_435_761) as f32 / u32::MAX as f32;
-        let logits: Vec<f32> = (0..shape.logits()).map(logit).collect();
-        let logits = stream.clone_htod(&logits).unwrap();
-        let mut ids = stream.alloc_zeros::<u32>(shape.slots()).unwrap();
-        let mut weights = stream.alloc_zeros::<f32>(shape.slots()).unwrap();
-        let bytes = 4 * shape.logits() + 8 * shape.slots();
-        bench.time(criterion, "route", &case, Throughput::Bytes(bytes as u64), || {
-            let (ids, weights) = (&mut ids.as_view_mut(), &mut weights.as_view_mut());
-            route::route_fwd_into(device, stream, shape, &router, &logits.as_view(), ids, weights)
-                .unwrap();
-        });
-    }
+/// The draw's logits as elements.
+pub(crate) fn logits<D: Dtype>(draw: &Draw) -> Vec<D> {
+    draw.logits.iter().map(|&logit| D::from_f32(logit)).collect()
+}
+
+pub(crate) fn on_gpu<'a, D: Element>(
+    gpu: &'a Gpu,
+    model: &Model,
+    draw: &Draw,
+) -> Result<Workload<'a>> {
+    let (shape, router) = (draw.shape, model.config.router);
+    let logits = gpu.upload(&logits::<D>(draw))?;
+    let mut ids = gpu.zeros::<u32>(shape.slots())?;
+    let mut weights = gpu.zeros::<f32>(shape.slots())?;
+    Ok(Workload::new(move |_| {
+        let (ids, weights) = (&mut ids.as_view_mut(), &mut weights.as_view_mut());
+        let logits = logits.as_view();
+        ops::route::route_fwd_into(
+            &gpu.device,
+            &gpu.stream,
+            shape,
+            &router,
+            &logits,
+            ids,
+            weights,
+        )?;
+        Ok(())
+    }))
+}
+
+pub(crate) fn on_cpu<D: Dtype>(model: &Model, draw: &Draw) -> Result<Workload<'static>> {
+    let (shape, router, logits) = (draw.shape, model.config.router, logits::<D>(draw));
+    Ok(Workload::new(move |_| {
+        std::hint::black_box(reference::route_fwd::<f32, D>(&shape, &router, &logits)?);
+        Ok(())
+    }))
 }

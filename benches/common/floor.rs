@@ -1,0 +1,197 @@
+//! The physical floor: what no kernel can be faster than.
+//!
+//! An operation has to read each of its inputs once, write each of its outputs once, and do its
+//! arithmetic. The first two take `bytes / bandwidth`, the last `flops / rate`, and they can overlap:
+//! the floor is the longer of the two. Bandwidth and rate are measured, in the same run, by
+//! [`crate::ceiling`].
+//!
+//! What is between two products is free: a perfect layer keeps it on the chip. Weights of experts
+//! without a row are free too.
+
+use moe_kernels::MoeConfig;
+
+use crate::Op;
+
+/// The least that one call has to do.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Work {
+    /// Bytes of device memory, read and written.
+    pub bytes: f64,
+    /// Floating-point operations: a multiplication and an addition are two.
+    pub flops: f64,
+}
+
+/// What limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bound {
+    /// Bytes.
+    Memory,
+    /// Floating-point operations.
+    Compute,
+}
+
+impl Bound {
+    /// In one word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Compute => "compute",
+        }
+    }
+}
+
+/// The shortest time there can be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Floor {
+    /// Seconds of one call.
+    pub seconds: f64,
+    /// What takes that long.
+    pub bound: Bound,
+}
+
+/// The least work of `op` on `tokens` tokens, with elements of `size` bytes.
+///
+/// `distinct` experts have a row; its expectation under uniform routing is [`expected_distinct`].
+/// Logits and the gate have the element type, ids and maps 4 bytes, weights of the choice 4.
+pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f64) -> Work {
+    let [t, h, i, e, k] =
+        [tokens, config.hidden, config.intermediate, config.num_experts, config.top_k]
+            .map(|dimension| dimension as f64);
+    let size = size as f64;
+    let rows = t * k;
+    // A list of T*K ids, weights or rows.
+    let list = 4.0 * rows;
+    let (x, y) = (t * h * size, t * h * size);
+    let act = rows * i * size;
+    let yp = rows * h * size;
+    let matrix = distinct * h * i * size;
+    let product = 2.0 * rows * h * i;
+    let (bytes, flops) = match op {
+        Op::Route => (t * e * size + 2.0 * list, 0.0),
+        Op::Plan => (list + 2.0 * list + 4.0 * (e + 1.0), 0.0),
+        Op::Permute => (x + list + yp, 0.0),
+        Op::GateUp => (x + 2.0 * matrix + act, 2.0 * product),
+        Op::Down => (act + matrix + yp, product),
+        Op::Experts => (x + 3.0 * matrix + yp, 3.0 * product),
+        Op::Combine => (yp + 2.0 * list + y, 2.0 * rows * h),
+        Op::Layer => (x + t * e * size + 3.0 * matrix + y, 3.0 * product),
+        Op::LayerFromX => (x + e * h * size + 3.0 * matrix + y, 3.0 * product + 2.0 * t * h * e),
+    };
+    Work { bytes, flops }
+}
+
+impl Work {
+    /// The floor at a bandwidth in bytes per second and a rate in operations per second. `None` where
+    /// a ceiling that counts was not measured.
+    pub fn floor(&self, bandwidth: Option<f64>, rate: Option<f64>) -> Option<Floor> {
+        let memory = Floor { seconds: self.bytes / bandwidth?, bound: Bound::Memory };
+        // What a copy does beside its bytes is nothing that a matrix product's rate says anything about.
+        if self.flops < self.bytes {
+            return Some(memory);
+        }
+        let compute = Floor { seconds: self.flops / rate?, bound: Bound::Compute };
+        Some(if compute.seconds > memory.seconds { compute } else { memory })
+    }
+}
+
+/// The expected number of experts with a row under uniform, independent choices:
+/// `E * (1 - (1 - K/E)^T)`.
+pub fn expected_distinct(config: &MoeConfig, tokens: usize) -> f64 {
+    let (e, k) = (config.num_experts as f64, config.top_k as f64);
+    e * (1.0 - (1.0 - k / e).powf(tokens as f64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Model, TOKENS};
+
+    /// Copy bandwidth and dense bf16 rate that were measured on an H200; the tables below follow.
+    const BANDWIDTH: f64 = 4.3e12;
+    const RATE: f64 = 790e12;
+
+    fn layer(name: &str, tokens: usize) -> Work {
+        let config = Model::find(name).unwrap().config;
+        work(Op::LayerFromX, &config, tokens, 2, expected_distinct(&config, tokens))
+    }
+
+    /// Floors of whole layers in bf16, in microseconds; M is bound by memory, C by arithmetic.
+    const FLOORS: [(&str, [&str; 6]); 12] = [
+        ("mixtral-8x7b", ["164 M", "590 M", "656 M", "657 M", "3654 C", "14615 C"]),
+        ("mixtral-8x22b", ["281 M", "1011 M", "1124 M", "1127 M", "6264 C", "25054 C"]),
+        ("qwen3-30b-a3b", ["17.7 M", "113 M", "277 M", "282 M", "394 C", "1577 C"]),
+        ("qwen3-235b-a22b", ["70.5 M", "453 M", "1106 M", "1126 M", "1571 C", "6285 C"]),
+        ("deepseek-v3", ["165 M", "1177 M", "4558 M", "5248 M", "5272 M", "14690 C"]),
+        ("deepseek-v2-lite", ["24.2 M", "140 M", "257 M", "259 M", "540 C", "2158 C"]),
+        ("gpt-oss-20b", ["46.3 M", "243 M", "370 M", "372 M", "1033 C", "4132 C"]),
+        ("gpt-oss-120b", ["46.5 M", "332 M", "1288 M", "1483 M", "1493 M", "4144 C"]),
+        ("olmoe-1b-7b", ["23.5 M", "123 M", "187 M", "188 M", "523 C", "2093 C"]),
+        ("llama-4-scout", ["58.6 M", "378 M", "922 M", "939 M", "1306 C", "5223 C"]),
+        ("kimi-k2", ["165 M", "1221 M", "5823 M", "7870 M", "7894 M", "14728 C"]),
+        ("glm-4.5-air", ["64.6 M", "416 M", "1014 M", "1032 M", "1441 C", "5763 C"]),
+    ];
+
+    #[test]
+    fn floors_of_whole_layers() {
+        for (name, cells) in FLOORS {
+            for (tokens, cell) in TOKENS.into_iter().zip(cells) {
+                let floor = layer(name, tokens).floor(Some(BANDWIDTH), Some(RATE)).unwrap();
+                let micros = floor.seconds * 1e6;
+                let bound = if floor.bound == Bound::Memory { "M" } else { "C" };
+                let got = if micros < 100.0 {
+                    format!("{micros:.1} {bound}")
+                } else {
+                    format!("{micros:.0} {bound}")
+                };
+                assert_eq!(got, cell, "{name}, T={tokens}");
+            }
+        }
+    }
+
+    /// Distinct experts, GFLOP and megabytes of three layers.
+    #[test]
+    fn work_of_whole_layers() {
+        let table = [
+            ("mixtral-8x7b", 8, 7.2, 5.6, 2537.0),
+            ("qwen3-30b-a3b", 64, 125.9, 4.9, 1190.0),
+            ("deepseek-v3", 64, 222.4, 45.0, 19600.0),
+            ("kimi-k2", 16384, 384.0, 11600.0, 34300.0),
+        ];
+        for (name, tokens, distinct, gflop, megabytes) in table {
+            let config = Model::find(name).unwrap().config;
+            let close = |got: f64, want: f64| (got / want - 1.0).abs() < 0.01;
+            assert!(close(expected_distinct(&config, tokens), distinct), "{name}");
+            let work = layer(name, tokens);
+            assert!(close(work.flops / 1e9, gflop), "{name}: {} GFLOP", work.flops / 1e9);
+            assert!(close(work.bytes / 1e6, megabytes), "{name}: {} MB", work.bytes / 1e6);
+        }
+    }
+
+    #[test]
+    fn operations_move_what_the_kernels_say() {
+        let config = Model::find("deepseek-v3").unwrap().config;
+        // The figures of the kernels' header comments, at T4096 H7168 K8 bf16.
+        let permute = work(Op::Permute, &config, 4096, 2, 256.0);
+        assert_eq!((permute.bytes / 1e6).round(), 59.0 + 470.0);
+        let combine = work(Op::Combine, &config, 4096, 2, 256.0);
+        assert_eq!((combine.bytes / 1e6).round(), 529.0);
+        // Gate, up and down are 6 operations for each weight of a row.
+        let experts = work(Op::Experts, &config, 4096, 2, 256.0);
+        let parts = [Op::GateUp, Op::Down].map(|op| work(op, &config, 4096, 2, 256.0).flops);
+        assert_eq!(experts.flops, parts.iter().sum::<f64>());
+        assert_eq!(experts.flops, 6.0 * 4096.0 * 8.0 * 7168.0 * 2048.0);
+    }
+
+    #[test]
+    fn a_floor_needs_the_ceilings_that_count() {
+        let work = Work { bytes: 100.0, flops: 1000.0 };
+        assert_eq!(work.floor(None, Some(1.0)), None);
+        assert_eq!(work.floor(Some(1.0), None), None);
+        let floor = work.floor(Some(1.0), Some(100.0)).unwrap();
+        assert_eq!((floor.seconds, floor.bound), (100.0, Bound::Memory));
+        let floor = work.floor(Some(100.0), Some(1.0)).unwrap();
+        assert_eq!((floor.seconds, floor.bound), (1000.0, Bound::Compute));
+        // No arithmetic to speak of: the rate does not matter.
+        assert!(Work { bytes: 100.0, flops: 0.0 }.floor(Some(1.0), None).is_some());
+    }
+}

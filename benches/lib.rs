@@ -1,0 +1,95 @@
+//! Microbenchmarks of `moe-kernels`: named layers, random routings, the floor below which no time can
+//! be, and each operation as a [`Workload`] on the CPU reference or on a CUDA device.
+//!
+//! `main.rs` runs them under criterion, the program's `bench` for tables, files and pictures. A
+//! module per operation says how it is called; `common/` has what they share.
+
+mod combine;
+mod common;
+mod grouped_gemm;
+mod layer;
+mod permute;
+mod plan;
+mod route;
+
+pub use common::ceiling::{Ceilings, Dense};
+pub use common::error::{Error, Result};
+pub use common::floor::{Bound, Floor, Work, expected_distinct, work};
+pub use common::model::{Model, TOKENS, models};
+pub use common::routing::{Draw, Routing};
+pub use common::stage::{Stage, Tensors, Workload};
+pub use common::target::{Element, Gpu, Target};
+pub use common::timing::{Repeater, Samples};
+pub use common::values::normal;
+
+/// What is measured. Each is forward; a backward pass will be an operation of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Op {
+    /// From logits to ids and weights.
+    Route,
+    /// From ids to maps.
+    Plan,
+    /// Rows in expert order.
+    Permute,
+    /// The first product, with the gather and SwiGLU.
+    GateUp,
+    /// The second product.
+    Down,
+    /// Both products.
+    Experts,
+    /// The weighted sum of a token's rows.
+    Combine,
+    /// The layer from its logits.
+    Layer,
+    /// The layer with its router projection.
+    LayerFromX,
+}
+
+impl Op {
+    /// All of them, in the order of a forward pass.
+    pub const ALL: [Self; 9] = [
+        Self::Route,
+        Self::Plan,
+        Self::Permute,
+        Self::GateUp,
+        Self::Down,
+        Self::Experts,
+        Self::Combine,
+        Self::Layer,
+        Self::LayerFromX,
+    ];
+
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Route => "route",
+            Self::Plan => "plan",
+            Self::Permute => "permute",
+            Self::GateUp => "gate_up",
+            Self::Down => "down",
+            Self::Experts => "experts",
+            Self::Combine => "combine",
+            Self::Layer => "layer",
+            Self::LayerFromX => "layer_from_x",
+        }
+    }
+
+    /// From what to what: a time without it cannot be compared.
+    pub fn boundary(self) -> &'static str {
+        match self {
+            Self::Route => "router alone",
+            Self::Plan => "plan alone",
+            Self::Permute => "permute alone",
+            Self::GateUp | Self::Down | Self::Experts => "GEMM alone",
+            Self::Combine => "combine alone",
+            Self::Layer => "layer from logits",
+            Self::LayerFromX => "layer from x with the gate",
+        }
+    }
+
+    /// Whether it reads the experts' weights, which are then most of its bytes.
+    pub fn has_weights(self) -> bool {
+        matches!(self, Self::GateUp | Self::Down | Self::Experts | Self::Layer | Self::LayerFromX)
+    }
+}
