@@ -65,6 +65,14 @@ DRIVER_API void moe_emulator_counters(EmulatorCounters* counters) {
   counters->unfinished = this_thread()->contexts.back()->unfinished.size();
 }
 
+// The traffic of a kernel since the last reset. False if it was not launched, or if this is not the
+// library that counts.
+DRIVER_API bool moe_emulator_traffic(const char* symbol, simt::Traffic* traffic) {
+  return simt::kernel_traffic(symbol, traffic);
+}
+
+DRIVER_API void moe_emulator_reset_traffic() { simt::reset_traffic(); }
+
 DRIVER_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, int, uint64_t,
                                         int* status) {
   constexpr int FOUND = 0, SYMBOL_NOT_FOUND = 1;

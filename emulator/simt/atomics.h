@@ -13,6 +13,7 @@ inline T atomic_update(T* p, F f) {
                                   std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   static_assert(sizeof(T) == sizeof(Word), "2, 4 or 8 bytes");
   Word* const word = reinterpret_cast<Word*>(p);
+  // One atomic load, and then attempts: counting/accesses.cpp takes the load for the whole.
   Word before = __atomic_load_n(word, __ATOMIC_RELAXED);
   for (;;) {
     const Word after = bit_cast<Word>(f(bit_cast<T>(before)));

@@ -7,8 +7,18 @@ static int expected_threads(const Block* block, const Barrier& barrier) {
   return barrier.expected != 0 ? barrier.expected : block->live;
 }
 
+// The last thread to arrive does not wait, and counts all the same.
+static void tell_counter(Block* block, int id) {
+  const Fiber* const last = current_fiber();
+  for (Warp* warp : block->warps) {
+    const uint32_t lanes = warp->at_barrier[id] | (warp == last->warp ? 1u << last->lane : 0);
+    counter->warp_waits(warp, lanes, block->barrier[id].expected == 0);
+  }
+}
+
 static void release(Block* block, int id) {
   Barrier& barrier = block->barrier[id];
+  if (counter != nullptr) tell_counter(block, id);
   barrier.arrived = 0;
   barrier.expected = 0;
   barrier.phase++;
@@ -53,6 +63,7 @@ static int arrive(int id, int threads, bool wait, int vote, const char* kind, Si
          id, threads, barrier.expected, barrier.site.file, barrier.site.line);
   }
   check_aligned(fiber, id, kind, site);
+  if (counter != nullptr) counter->lane(Deed::BlockBarrier, nullptr, 0, site);
   tsan_release(&barrier.tag[side]);
   barrier.votes[side] += vote;
   barrier.arrived++;

@@ -40,6 +40,10 @@ void cp_async(uint32_t dst, const void* src, uint32_t bytes, uint32_t src_bytes,
     TsanQuiet quiet;
     copies.ops.push_back({to, static_cast<const unsigned char*>(src), bytes, src_bytes, false});
   }
+  if (counter != nullptr) {
+    counter->lane(Deed::GlobalRead, src, src_bytes, site);
+    counter->lane(Deed::SharedWrite, to, bytes, site);
+  }
   // A fault would otherwise be reported where the copy happens instead of where it was issued.
   current_fiber()->kind = "cp.async";
   current_fiber()->site = site;

@@ -171,6 +171,14 @@ bool device_contains(const void* p, size_t n) {
   return offset <= allocation.bytes && n <= allocation.bytes - offset;
 }
 
+std::vector<DeviceRange> device_ranges() {
+  Heap& h = heap();
+  const std::lock_guard<std::mutex> lock(h.mutex);
+  std::vector<DeviceRange> ranges;
+  for (const auto& [start, a] : h.live) ranges.push_back({start, start + a.bytes});
+  return ranges;
+}
+
 // The allocation whose pages, guards included, hold the address.
 static std::string describe_in(const std::map<uintptr_t, Allocation>& allocations,
                                uintptr_t address, const char* what) {

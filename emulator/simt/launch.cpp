@@ -206,6 +206,7 @@ static bool run_cluster(Worker& worker, const Kernel& kernel, const LaunchConfig
                              static_cast<unsigned>(number / across / down) * config.cluster.z};
   for (uint32_t rank = 0; rank < c.blocks.size(); rank++) prepare_block(c, rank, first_block);
   draw_schedule(c, number);
+  if (counter != nullptr) counter->cluster_begins();
 
   find_own_stack(c.main);
   tsan_release(&c.start_tag);
@@ -219,6 +220,7 @@ static bool run_cluster(Worker& worker, const Kernel& kernel, const LaunchConfig
     for (WarpGroup& group : block->groups) tsan_acquire(&group.unit.done);
   }
   thread_vars = nullptr;
+  if (counter != nullptr) counter->cluster_ends();
 
   for (Block* block : c.blocks) {
     const std::string overrun = shared_overrun(block);
@@ -308,8 +310,10 @@ int launch(const Kernel& kernel, const LaunchConfig& given, Entry entry, void* a
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::string error;
+  LaunchTraffic* const traffic = counter != nullptr ? counter->launch_begins() : nullptr;
   const auto run = [&] {
     Lease worker;
+    (*worker).cluster.traffic = traffic;
     uint64_t number;
     std::string own_error;
     while (!stop && tickets.next(number)) {
@@ -327,6 +331,7 @@ int launch(const Kernel& kernel, const LaunchConfig& given, Entry entry, void* a
     for (uint64_t i = 0; i < threads; i++) others.emplace_back(run);
     for (std::thread& other : others) other.join();
   }
+  if (counter != nullptr) counter->launch_ends(traffic, kernel, config, stop);
   if (!stop) return 0;
   t_error = error;
   return -1;

@@ -54,6 +54,7 @@ void ldmatrix(uint32_t* r, int matrices, bool transposed, uint32_t row, Site sit
   op.matrices = matrices;
   op.transposed = transposed;
   if (const unsigned char* from = row_of_lane(row, matrices, "ldmatrix", site)) {
+    if (counter != nullptr) counter->lane(Deed::SharedRead, from, 16, site);
     tsan_read(from, 16);
     TsanQuiet quiet;
     std::memcpy(op.row, from, 16);
@@ -72,6 +73,7 @@ void stmatrix(uint32_t row, const uint32_t* r, int matrices, bool transposed, Si
   op.transposed = transposed;
   for (int i = 0; i < matrices; i++) op.r[i] = r[i];
   unsigned char* const to = row_of_lane(row, matrices, "stmatrix", site);
+  if (counter != nullptr && to != nullptr) counter->lane(Deed::SharedWrite, to, 16, site);
   warp_op(
       WHOLE_WARP, &op,
       [](void** ops, uint32_t mask) { Matrices::store(reinterpret_cast<Matrices**>(ops), mask); },

@@ -51,6 +51,30 @@ bool device_contains(const void* p, size_t n);
 // page. nullptr if nothing was found since the last call; the text is the caller's until its next.
 const char* take_memory_error();
 
+// What the launches of a kernel have moved, where the library counts it. src/traffic.rs has the
+// same structs and says what each number means.
+struct GlobalTraffic {
+  uint64_t bytes, requests, sectors, unique_sectors;
+};
+struct SharedTraffic {
+  uint64_t requests, wavefronts, ideal_wavefronts;
+};
+struct WarpOperations {
+  uint64_t shuffles, votes, reductions, matches, matrix_multiplications, matrix_loads,
+      matrix_stores, warp_barriers, block_barriers, global_atomics, shared_atomics;
+};
+struct Traffic {
+  uint64_t launches, blocks, warps;
+  GlobalTraffic global_read, global_write;
+  SharedTraffic shared_read, shared_write;
+  WarpOperations operations;
+};
+
+// The traffic of a kernel since the last reset; false if it was not launched, or if this library
+// does not count.
+bool kernel_traffic(const char* symbol, Traffic*);
+void reset_traffic();
+
 // What the emulated device can do. A kernel that goes beyond it is stopped with a report.
 struct DeviceLimits {
   int major, minor;

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "counter.h"
 #include "export.h"
 #include "sanitize.h"
 #include "simt_ptx.h"
@@ -20,6 +21,7 @@ struct Block;
 struct Cluster;
 struct Fiber;
 struct Warp;
+struct WarpTraffic;
 
 enum class State : uint8_t { Running, Warp, Barrier, Mbarrier, ClusterBarrier, Wgmma, Exited };
 
@@ -103,6 +105,7 @@ struct Warp {
   std::vector<uint64_t> wgmma_groups;
   uint32_t sync_phase;
   char sync_tag[2];
+  WarpTraffic* traffic;  // of a library that counts
 };
 
 // ---- One block ----
@@ -199,6 +202,7 @@ struct Cluster {
   std::vector<Block*> blocks;
   std::vector<Async> async;
   AsyncUnit tma;
+  LaunchTraffic* traffic;  // of a library that counts
 
   int cluster_arrived;
   uint32_t cluster_phase;
@@ -278,6 +282,11 @@ void run_guarded(void (*f)());
 
 // Says what lies at or near an address of device memory; empty if it is something else.
 std::string describe_device_address(uintptr_t address);
+// The live allocations, in the order of their addresses.
+struct DeviceRange {
+  uintptr_t begin, end;
+};
+std::vector<DeviceRange> device_ranges();
 
 // ---- launch.cpp ----
 

@@ -1,6 +1,8 @@
 // TMA: tile loads and stores by tensor map. A load acts somewhere between its issue and the wait
 // for its mbarrier; a store reads its tile before wait_group.read returns and writes it before
 // wait_group does.
+#include <algorithm>
+
 #include "state.h"
 
 namespace simt {
@@ -50,6 +52,22 @@ static void columns_in_tensor(const TensorMap& map, int64_t x, int& first, int& 
   first = static_cast<int>(x < 0 ? (-x < count ? -x : count) : 0);
   last = static_cast<int>(x + count > dim ? (dim > x ? dim - x : 0) : count);
   if (last < first) last = first;
+}
+
+// A box that is loaded or stored is one request, as wide as what of it lies inside of the tensor.
+static void count_box(Deed deed, const TensorMap& map, const int* at) {
+  if (counter == nullptr) return;
+  std::vector<Run> runs;
+  const int64_t dim = static_cast<int64_t>(map.dim[0]);
+  const int64_t first = std::max<int64_t>(at[0], 0);
+  const int64_t last = std::min<int64_t>(int64_t{at[0]} + map.box[0], dim);
+  for (uint32_t row = 0; row < map.rows() && first < last; row++) {
+    unsigned char* start;
+    if (!row_in_tensor(map, at, row, start)) continue;
+    runs.push_back({start + first * map.element_bytes,
+                    static_cast<size_t>(last - first) * map.element_bytes});
+  }
+  counter->bulk(deed, runs);
 }
 
 // Where the chunk at `offset` of a box lies in shared memory.
@@ -174,6 +192,7 @@ void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, const int* at,
          site.line);
   }
   valid_mbarrier(block, bar_offset, "TMA load", site);
+  count_box(Deed::GlobalRead, decoded, at);
   issue_load(decoded, at, block, dst_offset, bar_offset);
   maybe_preempt();
 }
@@ -186,6 +205,7 @@ void tma_load_multicast(uint32_t dst, const CUtensorMap* map, uint32_t bar, cons
     fail("TMA multicast at %s:%d: blocks %04x of a cluster of %zu", site.file, site.line, blocks,
          cluster->blocks.size());
   }
+  count_box(Deed::GlobalRead, decoded, at);  // Once, however many blocks receive it.
   for (uint32_t rank_of_block = 0; rank_of_block < cluster->blocks.size(); rank_of_block++) {
     if ((blocks >> rank_of_block & 1) == 0) continue;
     uint32_t address = (dst & 0xffffffu) | (rank_of_block + 1) << 24;
@@ -200,6 +220,7 @@ void tma_store(const CUtensorMap* map, uint32_t src, const int* at, int rank, Si
   store.map = decode(map, rank, "TMA store", site);
   shared_at(src, store.map.box_bytes(), swizzle_align(store.map.swizzle), "TMA store", site);
   for (int i = 0; i < rank; i++) store.at[i] = at[i];
+  count_box(Deed::GlobalWrite, store.map, at);
   store.block = current_block();
   store.source = src;
   current_fiber()->kind = "TMA store";

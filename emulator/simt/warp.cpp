@@ -17,6 +17,7 @@ static void complete(Warp* warp, uint32_t leader, uint32_t lanes) {
     }
   }
   a.apply(warp->operands, lanes);
+  if (counter != nullptr) counter->warp_operation(warp, a.kind, a.mask);
   warp->sync_phase++;
   warp->pending &= ~lanes;
   warp->runnable |= lanes;

@@ -62,17 +62,22 @@ static void gather(Block* block, uint64_t descriptor, int n, bool mn_major, bool
     tsan_read(block->shared + at, 16);
     TsanQuiet quiet;
     std::memcpy(to, block->shared + at, 16);
+    return block->shared + at;
   };
   uint16_t eight[8];
+  std::vector<const unsigned char*> chunks;
   for (int major = 0; major < (mn_major ? n : 16); major += 8) {
     for (int minor = 0; minor < (mn_major ? 16 : n); minor++) {
-      chunk(mn_major ? major : minor, mn_major ? minor : major, eight);
+      const unsigned char* const at =
+          chunk(mn_major ? major : minor, mn_major ? minor : major, eight);
+      if (counter != nullptr) chunks.push_back(at);
       for (int i = 0; i < 8; i++) {
         const int mn = mn_major ? major + i : minor, k = mn_major ? minor : major + i;
         out[rows ? mn * 16 + k : k * n + mn] = eight[i];
       }
     }
   }
+  if (counter != nullptr) counter->operand(chunks);
 }
 
 // ---- Execution ----
