@@ -1,5 +1,6 @@
-//! Compiles the SIMT runtime, the driver API and every kernel as C++ and links them into the shared
-//! library that src/lib.rs embeds.
+//! Compiles the SIMT runtime, the driver API and every kernel as C++ and links them into the two
+//! shared libraries that src/lib.rs embeds: the plain one, and one whose kernels count what they
+//! access.
 
 use std::env;
 use std::ffi::OsStr;
@@ -27,8 +28,9 @@ fn main() {
     let kernels = emulator.join("../kernels");
     let simt = emulator.join("simt");
     let driver = emulator.join("driver");
+    let counting = emulator.join("counting");
     let own_kernels = emulator.join("kernels");
-    for directory in [&kernels, &simt, &driver, &own_kernels] {
+    for directory in [&kernels, &simt, &driver, &counting, &own_kernels] {
         // The directory itself stands for files that come and go.
         println!("cargo::rerun-if-changed={}", directory.display());
         for file in files(directory, &["cpp", "cu", "cuh", "h"]) {
@@ -65,16 +67,34 @@ fn main() {
     device_sources.flag("-Wno-unused-parameter");
     device_sources.files(files(&kernels, &["cu"])).files(files(&own_kernels, &["cu"]));
 
-    let mut objects = sources.compile_intermediates();
-    objects.extend(device_sources.compile_intermediates());
+    let runtime = sources.compile_intermediates();
+    let plain = [&runtime[..], &device_sources.compile_intermediates()].concat();
+    link(&build, &plain, &[], &out.join("libcuda.so"));
 
-    // Objects, not archives: nothing refers to a kernel by name, so an archive would lose them all.
-    // The SONAME is what makes a later dlopen("libcuda.so") find this library.
-    let library = out.join("libcuda.so");
+    // The compiler announces each access of a kernel to what counting/accesses.cpp has in the place
+    // of ThreadSanitizer. The passes that would split, join or invent accesses stay out.
+    device_sources.opt_level(1).flag("-fsanitize=thread").flag("-Wno-tsan");
+    for pass in ["tree-sra", "ipa-sra", "tree-vectorize", "store-merging"] {
+        device_sources.flag(format!("-fno-{pass}"));
+    }
+    device_sources.flag("-fno-tree-loop-distribute-patterns");
+    device_sources.out_dir(out.join("counting"));
+    build.include(&counting).files(files(&counting, &["cpp"]));
+    let counters = build.compile_intermediates();
+    let counting = [&runtime[..], &counters, &device_sources.compile_intermediates()].concat();
+    // Without symbols: debuggers have the plain library.
+    link(&build, &counting, &["-s"], &out.join("libcuda_counting.so"));
+}
+
+/// Links objects, not archives: nothing names a kernel, so an archive would lose them all.
+fn link(build: &cc::Build, objects: &[PathBuf], flags: &[&str], library: &Path) {
     let mut link = build.get_compiler().to_command();
-    link.args(["-shared", "-Wl,-soname,libcuda.so", "-Wl,-z,defs", "-pthread", "-o"])
-        .arg(&library)
-        .args(&objects)
+    // The SONAME is what makes a later dlopen("libcuda.so") find this library.
+    link.args(["-shared", "-Wl,-soname,libcuda.so", "-Wl,-z,defs", "-pthread"])
+        .args(flags)
+        .arg("-o")
+        .arg(library)
+        .args(objects)
         .arg("-ldl");
     let status = link.status().expect("the C++ compiler starts");
     assert!(status.success(), "linking {} failed: {link:?}", library.display());

@@ -5,15 +5,17 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
-use crate::{InstallError, install, is_installed};
+use crate::{InstallError, install, install_counting, is_installed};
 
-/// What is asked for: `cuda`, `emulator`, or `auto`.
+/// What is asked for: `cuda`, `emulator`, `counting`, or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
     /// A GPU; without one it is an error.
     Cuda,
     /// The software device, GPU or not.
     Emulator,
+    /// The software device that [counts](crate::Traffic).
+    Counting,
     /// A GPU if there is one, else the software device.
     Auto,
 }
@@ -22,7 +24,7 @@ impl Choice {
     /// What the environment variable MOE_DEVICE asks for; [`Choice::Auto`] where it is not set.
     ///
     /// # Errors
-    /// A value that is none of the three, in words.
+    /// A value that is none of these, in words.
     pub fn from_env() -> Result<Self, String> {
         match std::env::var("MOE_DEVICE") {
             Ok(name) => name.parse().map_err(|why| format!("MOE_DEVICE: {why}")),
@@ -38,8 +40,9 @@ impl FromStr for Choice {
         match name {
             "cuda" => Ok(Self::Cuda),
             "emulator" => Ok(Self::Emulator),
+            "counting" => Ok(Self::Counting),
             "auto" => Ok(Self::Auto),
-            _ => Err(format!("'{name}' is no device; cuda, emulator and auto are")),
+            _ => Err(format!("'{name}' is no device; cuda, emulator, counting and auto are")),
         }
     }
 }
@@ -102,7 +105,10 @@ pub fn choose(choice: Choice) -> Result<Driver, ChooseError> {
         *chosen = Some(Driver::Emulator);
     }
     let emulator = || install().map(|()| Driver::Emulator).map_err(ChooseError::Install);
+    let counting = || install_counting().map(|()| Driver::Emulator).map_err(ChooseError::Install);
     let driver = match (*chosen, choice) {
+        // There are two of them, and the other one would be in the way.
+        (None | Some(Driver::Emulator), Choice::Counting) => counting()?,
         (Some(driver), _) => driver,
         (None, Choice::Emulator) => emulator()?,
         (None, Choice::Cuda) => probe_gpu().map(|()| Driver::Cuda).map_err(ChooseError::NoGpu)?,
@@ -111,7 +117,7 @@ pub fn choose(choice: Choice) -> Result<Driver, ChooseError> {
     };
     *chosen = Some(driver);
     match (choice, driver) {
-        (Choice::Cuda, Driver::Emulator) | (Choice::Emulator, Driver::Cuda) => {
+        (Choice::Cuda, Driver::Emulator) | (Choice::Emulator | Choice::Counting, Driver::Cuda) => {
             Err(ChooseError::AlreadyChosen(driver))
         }
         _ => Ok(driver),

@@ -18,6 +18,9 @@
 //! ([`last_error`]), and so is one that wrote just past an allocation that it got a pointer to. It
 //! says nothing about speed.
 //!
+//! A second variant of it, [`install_counting`], runs the same kernels more slowly and counts what
+//! they read and write: see [`Traffic`].
+//!
 //! Streams that tests create share nothing, and their work runs on the thread that waits for it, in
 //! parallel with other threads'. The default stream is one queue for the whole process: tests that
 //! use it wait for each other, and run each other's work.
@@ -49,20 +52,26 @@
 //! - Kernels use 32 registers each, as far as occupancy is concerned, and no static shared memory.
 
 mod choice;
+mod traffic;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
 use std::sync::{Mutex, OnceLock};
 
 pub use choice::{Choice, ChooseError, Driver, choose};
+pub use traffic::{
+    GlobalTraffic, SharedTraffic, Traffic, WarpOperations, install_counting, reset_traffic, traffic,
+};
 
-static LIBRARY_FILE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcuda.so"));
+static PLAIN_LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcuda.so"));
+static COUNTING_LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcuda_counting.so"));
 
 /// Why the software device could not be installed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InstallError {
-    /// Another CUDA driver, of this name, was opened in this process before.
+    /// Another CUDA driver was opened in this process before: of this name, or the other variant of
+    /// the software device.
     DriverAlreadyLoaded(&'static str),
     /// The library could not be written to memory.
     Memory(String),
@@ -147,21 +156,42 @@ struct Control {
     kernel_count: unsafe extern "C" fn() -> usize,
     kernel: unsafe extern "C" fn(usize) -> *const Kernel,
     counters: unsafe extern "C" fn(*mut Counters),
+    traffic: unsafe extern "C" fn(*const c_char, *mut traffic::Counts) -> bool,
+    reset_traffic: unsafe extern "C" fn(),
 }
 
-static CONTROL: OnceLock<Control> = OnceLock::new();
+static CONTROL: OnceLock<(Variant, Control)> = OnceLock::new();
+
+/// The two libraries, of which a process has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Variant {
+    Plain,
+    Counting,
+}
 
 /// Makes the software device this process's CUDA driver. Call it before cudarc's first call; a
 /// second call does nothing.
 ///
 /// # Errors
 ///
-/// Fails if a CUDA driver is loaded already, or if the library cannot be loaded.
+/// Fails if a CUDA driver is loaded already, [the one that counts](install_counting) among them, or
+/// if the library cannot be loaded.
 pub fn install() -> Result<(), InstallError> {
+    install_variant(Variant::Plain)
+}
+
+fn install_variant(variant: Variant) -> Result<(), InstallError> {
     static INSTALLING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = INSTALLING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if CONTROL.get().is_some() {
-        return Ok(());
+    match CONTROL.get() {
+        Some((installed, _)) if *installed == variant => return Ok(()),
+        Some((Variant::Plain, _)) => {
+            return Err(InstallError::DriverAlreadyLoaded("the one that does not count"));
+        }
+        Some((Variant::Counting, _)) => {
+            return Err(InstallError::DriverAlreadyLoaded("the one that counts"));
+        }
+        None => {}
     }
     if is_loaded(c"libcuda.so") {
         return Err(InstallError::DriverAlreadyLoaded("libcuda.so"));
@@ -170,12 +200,12 @@ pub fn install() -> Result<(), InstallError> {
     if is_loaded(c"libcuda.so.1") && choice::count_devices(c"libcuda.so.1").is_ok() {
         return Err(InstallError::DriverAlreadyLoaded("libcuda.so.1"));
     }
-    let control = load()?;
-    CONTROL.get_or_init(|| control);
+    let control = load(variant)?;
+    CONTROL.get_or_init(|| (variant, control));
     Ok(())
 }
 
-/// Whether [`install`] has succeeded in this process.
+/// Whether [`install`] or [`install_counting`] has succeeded in this process.
 pub fn is_installed() -> bool {
     CONTROL.get().is_some()
 }
@@ -193,7 +223,7 @@ fn is_loaded(name: &CStr) -> bool {
 }
 
 /// Writes the library to a file in memory and loads it from there, for good.
-fn load() -> Result<Control, InstallError> {
+fn load(variant: Variant) -> Result<Control, InstallError> {
     use std::io::Write;
     use std::os::fd::{AsRawFd, FromRawFd};
 
@@ -204,7 +234,11 @@ fn load() -> Result<Control, InstallError> {
     }
     // SAFETY: the descriptor is new and belongs to nobody else.
     let mut file = unsafe { std::fs::File::from_raw_fd(descriptor) };
-    file.write_all(LIBRARY_FILE).map_err(|error| InstallError::Memory(error.to_string()))?;
+    let library = match variant {
+        Variant::Plain => PLAIN_LIBRARY,
+        Variant::Counting => COUNTING_LIBRARY,
+    };
+    file.write_all(library).map_err(|error| InstallError::Memory(error.to_string()))?;
     let path = std::ffi::CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .map_err(|error| InstallError::Memory(error.to_string()))?;
     // SAFETY: the path is a C string; the library's initialisers only register its kernels.
@@ -222,6 +256,8 @@ fn load() -> Result<Control, InstallError> {
             kernel_count: symbol(handle, c"moe_emulator_kernel_count")?,
             kernel: symbol(handle, c"moe_emulator_kernel")?,
             counters: symbol(handle, c"moe_emulator_counters")?,
+            traffic: symbol(handle, c"moe_emulator_traffic")?,
+            reset_traffic: symbol(handle, c"moe_emulator_reset_traffic")?,
         })
     }
 }
@@ -255,7 +291,7 @@ unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F, Install
 }
 
 fn control() -> &'static Control {
-    CONTROL.get().expect("moe_emulator::install() comes first")
+    &CONTROL.get().expect("moe_emulator::install() comes first").1
 }
 
 /// Seeds the schedule of what this OS thread submits from now on: the order of threads, blocks and
