@@ -4,8 +4,9 @@ use std::ptr;
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use moe_emulator::{Choice, ChooseError, Driver, InstallError};
 
-use crate::common::{install, own_context, shared_context};
+use crate::common::{address, append, entries, install, new_log, own_context, shared_context};
 
 fn attribute(attribute: Attribute) -> i32 {
     shared_context().attribute(attribute).expect("a known attribute")
@@ -126,6 +127,22 @@ fn a_second_installation_is_the_first() {
     install();
     assert_eq!(moe_emulator::install(), Ok(()));
     assert!(moe_emulator::is_installed());
+}
+
+#[test]
+fn the_plain_device_counts_no_traffic() {
+    let context = own_context();
+    let log = new_log(&context);
+    let at = address(&log, &context.default_stream());
+    assert_eq!(append(ptr::null_mut(), at, 7), CUresult::CUDA_SUCCESS);
+    assert_eq!(entries(&context, &log), [7]);
+    assert_eq!(moe_emulator::traffic(), []);
+    moe_emulator::reset_traffic();
+    let refused = InstallError::DriverAlreadyLoaded("the one that does not count");
+    assert_eq!(moe_emulator::install_counting(), Err(refused.clone()));
+    let refused = Err(ChooseError::Install(refused));
+    assert_eq!(moe_emulator::choose(Choice::Counting), refused);
+    assert_eq!(moe_emulator::choose(Choice::Emulator), Ok(Driver::Emulator));
 }
 
 #[test]

@@ -1,0 +1,251 @@
+//! The kernels of moe-kernels: what they move against what their shapes ask for. A kernel that
+//! begins to read twice, to scatter or to meet bank conflicts fails here, whatever its results.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
+use half::bf16;
+use moe_emulator::Traffic;
+use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
+use moe_kernels::ops::{combine, permute, plan, route};
+use moe_kernels::{Device, Dtype, RouterConfig, RoutingPlan, RoutingShape, Scoring};
+
+use crate::measure::{Counting, Schedule};
+
+/// Where the operations run, and a plan for them.
+struct Case {
+    device: Device,
+    stream: Arc<CudaStream>,
+    shape: RoutingShape,
+    ids: CudaSlice<u32>,
+    plan: RoutingPlan<'static>,
+    counting: Counting,
+}
+
+impl Case {
+    fn new(num_tokens: usize, num_experts: usize, top_k: usize) -> Self {
+        let counting = Counting::new();
+        let stream = counting.stream.clone();
+        let device = Device::new(stream.context()).expect("a device");
+        let shape = RoutingShape::new(num_tokens, num_experts, top_k).expect("a shape");
+        // The experts of a token are distinct, for no number of experts here is a multiple of 3,
+        // and all experts have as many rows.
+        let ids: Vec<u32> = (0..num_tokens)
+            .flat_map(|token| (0..top_k).map(move |k| ((5 * token + 3 * k) % num_experts) as u32))
+            .collect();
+        let ids = stream.clone_htod(&ids).expect("memory");
+        let plan = plan::plan_fwd(&device, &stream, shape, &ids.as_view()).expect("a plan");
+        Self { device, stream, shape, ids, plan, counting }
+    }
+
+    fn zeros<D: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> CudaSlice<D> {
+        self.stream.alloc_zeros(len).expect("memory")
+    }
+
+    fn permute(&self, hidden: usize) -> Traffic {
+        let x = self.zeros::<bf16>(self.shape.num_tokens * hidden);
+        self.counting.traffic_of_one(|| {
+            permute::permute_fwd(&self.device, &self.stream, &self.plan, hidden, &x.as_view())
+                .expect("permute runs");
+        })
+    }
+
+    fn combine(&self, hidden: usize) -> Traffic {
+        let yp = self.zeros::<bf16>(self.shape.slots() * hidden);
+        let weights = self.zeros::<f32>(self.shape.slots());
+        self.counting.traffic_of_one(|| {
+            let (yp, weights) = (yp.as_view(), weights.as_view());
+            combine::combine_fwd(&self.device, &self.stream, &self.plan, hidden, &yp, &weights)
+                .expect("combine runs");
+        })
+    }
+
+    fn route<D: Dtype + DeviceRepr + ValidAsZeroBits>(&self) -> Traffic {
+        let logits = self.zeros::<D>(self.shape.logits());
+        let router = RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } };
+        self.counting.traffic_of_one(|| {
+            let logits = logits.as_view();
+            route::route_fwd(&self.device, &self.stream, self.shape, &router, &logits)
+                .expect("route runs");
+        })
+    }
+
+    fn plan(&self) -> Vec<Traffic> {
+        self.counting.traffic_of(|| {
+            plan::plan_fwd(&self.device, &self.stream, self.shape, &self.ids.as_view())
+                .expect("plan runs");
+        })
+    }
+
+    fn gate_up<D: Dtype + DeviceRepr + ValidAsZeroBits>(&self, n: usize, k: usize) -> Traffic {
+        let x = self.zeros::<D>(self.shape.num_tokens * k);
+        let w = self.zeros::<D>(self.shape.num_experts * 2 * n * k);
+        self.counting.traffic_of_one(|| {
+            let (x, w) = (x.as_view(), w.as_view());
+            let (device, stream) = (&self.device, &self.stream);
+            grouped_gemm_swiglu_fwd(device, stream, &self.plan, n, k, Rows::Gathered, &x, &w)
+                .expect("the product runs");
+        })
+    }
+
+    fn down<D: Dtype + DeviceRepr + ValidAsZeroBits>(&self, n: usize, k: usize) -> Traffic {
+        let x = self.zeros::<D>(self.shape.slots() * k);
+        let w = self.zeros::<D>(self.shape.num_experts * n * k);
+        self.counting.traffic_of_one(|| {
+            let (x, w) = (x.as_view(), w.as_view());
+            let (device, stream) = (&self.device, &self.stream);
+            grouped_gemm_fwd(device, stream, &self.plan, n, k, Rows::Grouped, &x, &w)
+                .expect("the product runs");
+        })
+    }
+}
+
+/// `got` is at least `ideal`, and at most `times` as much.
+#[track_caller]
+fn assert_near(what: &str, got: u64, ideal: usize, times: f64) {
+    let ratio = got as f64 / ideal as f64;
+    assert!((1.0..=times).contains(&ratio), "{what}: {got} of {ideal}, {ratio:.4} times the ideal");
+}
+
+#[test]
+fn permute_and_combine_move_the_ideal_bytes() {
+    let hidden = 2048;
+    for top_k in [2, 8] {
+        let case = Case::new(32, 8, top_k);
+        let (tokens, slots) = (32 * hidden * 2, 32 * top_k);
+        let rows = slots * hidden * 2;
+
+        let permute = case.permute(hidden);
+        let ideal = tokens + 4 * slots + rows;
+        assert_near("permute, DRAM", permute.dram_bytes(), ideal, 1.05);
+        // Each warp of a block reads the block's part of the map for itself.
+        assert_near("permute, L2", permute.sector_bytes(), ideal, 1.07);
+        assert_eq!(permute.global_write.sectors_per_request(), 16.0);
+
+        let combine = case.combine(hidden);
+        let ideal = rows + 8 * slots + tokens;
+        assert_near("combine, DRAM", combine.dram_bytes(), ideal, 1.05);
+        // As above, the weights too.
+        assert_near("combine, L2", combine.sector_bytes(), ideal, 1.12);
+        assert_eq!(combine.global_write.sectors_per_request(), 16.0);
+    }
+}
+
+#[test]
+fn route_reads_the_logits_once_in_wide_requests() {
+    let case = Case::new(64, 128, 8);
+    for (traffic, size, sectors_per_request) in
+        [(case.route::<f32>(), 4, 16.0), (case.route::<bf16>(), 2, 8.0)]
+    {
+        let sectors = (case.shape.logits() * size / 32) as u64;
+        assert_eq!(traffic.global_read.sectors, sectors);
+        assert_eq!(traffic.global_read.unique_sectors, sectors);
+        assert_eq!(traffic.global_read.sectors_per_request(), sectors_per_request);
+        // Ids and weights, a token's at a time.
+        assert_eq!(traffic.global_write.bytes, 8 * case.shape.slots() as u64);
+        assert_eq!(traffic.global_write.requests, 2 * 64);
+        // Two maxima of the warp for each choice and one before them; one sum.
+        assert_eq!(traffic.operations.reductions, 64 * (2 * 8 + 1));
+        assert_eq!(traffic.operations.shuffles, 64 * 5);
+    }
+}
+
+#[test]
+fn plan_counts_and_places_without_conflicts() {
+    let case = Case::new(600, 32, 8);
+    let traffic = case.plan();
+    let symbols: Vec<_> = traffic.iter().map(|kernel| kernel.symbol.as_str()).collect();
+    assert_eq!(symbols, ["moe_plan_fwd_count", "moe_plan_fwd_place", "moe_plan_fwd_scan"]);
+    let ids = 4 * case.shape.slots();
+    assert_near("count", traffic[0].global_read.bytes, ids, 1.0);
+    // The ids twice and an offset for each slot; the ends of the lists for each thread.
+    assert_near("place", traffic[1].global_read.bytes, 3 * ids, 1.25);
+    assert_near("place", traffic[1].global_write.unique_bytes(), 2 * ids, 1.05);
+    assert_eq!(traffic.iter().map(Traffic::bank_conflicts).sum::<u64>(), 0);
+    // One match, one shuffle and one barrier for 32 slots.
+    let steps = case.shape.slots() as u64 / 32;
+    let operations = traffic[1].operations;
+    let counted = [operations.matches, operations.shuffles, operations.warp_barriers];
+    assert_eq!(counted, [steps; 3]);
+}
+
+/// Rows of `k` elements and weights for a grouped product; a tile's rows are read once for each
+/// column of blocks, and its expert's weights once.
+struct Product {
+    rows_in: usize,
+    weight_rows: usize,
+    n: usize,
+    k: usize,
+    columns: usize,
+    tile_rows: usize,
+}
+
+impl Product {
+    #[track_caller]
+    fn check(&self, case: &Case, traffic: &Traffic, size: usize) {
+        let weights = case.shape.num_experts * self.weight_rows * self.k * size;
+        let rows = self.rows_in * self.k * size;
+        let outputs = case.shape.slots() * self.n * size;
+        let symbol = &traffic.symbol;
+        assert_near(symbol, traffic.dram_bytes(), weights + rows + outputs, 1.02);
+        let gathered = case.shape.slots() * self.k * size * self.n.div_ceil(self.columns);
+        assert_near(symbol, traffic.sector_bytes(), weights + gathered + outputs, 1.02);
+        assert_eq!(traffic.global_write.sector_use(), 1.0, "{symbol}");
+        assert_eq!(traffic.shared_read.conflicts(), 0, "{symbol}");
+        if size == 2 {
+            assert_eq!(traffic.bank_conflicts(), 0, "{symbol}");
+            // m16n8k16 on the tiles' rows, which are padded to 32, 64 or 128.
+            let products = case.shape.num_experts * self.tile_rows / 16;
+            let products = products * (self.weight_rows / 8) * (self.k / 16);
+            assert_eq!(traffic.operations.matrix_multiplications, products as u64, "{symbol}");
+        }
+    }
+}
+
+#[test]
+fn products_read_weights_once_and_meet_no_bank_conflict() {
+    let (hidden, intermediate) = (512, 256);
+    // Rows of each expert, and what they are padded to.
+    for (num_tokens, tile_rows) in [(32, 32), (160, 64), (480, 128)] {
+        let case = Case::new(num_tokens, 8, 2);
+        let gate_up = Product {
+            rows_in: num_tokens,
+            weight_rows: 2 * intermediate,
+            n: intermediate,
+            k: hidden,
+            columns: 64,
+            tile_rows,
+        };
+        gate_up.check(&case, &case.gate_up::<bf16>(intermediate, hidden), 2);
+        let down = Product {
+            rows_in: case.shape.slots(),
+            weight_rows: hidden,
+            n: hidden,
+            k: intermediate,
+            columns: 128,
+            tile_rows,
+        };
+        down.check(&case, &case.down::<bf16>(hidden, intermediate), 2);
+        if num_tokens == 32 {
+            gate_up.check(&case, &case.gate_up::<f32>(intermediate, hidden), 4);
+            down.check(&case, &case.down::<f32>(hidden, intermediate), 4);
+        }
+    }
+}
+
+#[test]
+fn schedules_do_not_change_counts() {
+    let case = Case::new(150, 8, 8);
+    let all = |schedule: Schedule| {
+        schedule.set();
+        let mut traffic = vec![case.permute(264), case.combine(264), case.route::<f32>()];
+        traffic.extend(case.plan());
+        traffic.extend([case.gate_up::<bf16>(72, 72), case.down::<f32>(64, 72)]);
+        traffic
+    };
+    let plain = all(Schedule(0, 1));
+    for schedule in [Schedule(1, 1), Schedule(2, 2), Schedule(3, 3), Schedule(0, 2), Schedule(4, 1)]
+    {
+        assert_eq!(all(schedule), plain, "{schedule:?}");
+    }
+}
