@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Peers of moe-kernels, for its benches: JSON requests on stdin, one a line, and a reply to each.
+
+See README.md beside this file for the peers and for the requests.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from errors import RequestError, brief
+
+# Name of a peer, its module and its class. Modules are imported when a peer is asked for, so that what
+# a machine lacks costs it one peer and no more.
+PEERS = {
+    "torch-loop": ("torch_peers", "TorchLoop"),
+    "torch-bmm": ("torch_peers", "TorchBmm"),
+    "torch-grouped-mm": ("torch_peers", "TorchGroupedMm"),
+    "triton-fused-moe": ("triton_fused_moe", "TritonFusedMoe"),
+    "cublas-grouped": ("cublas_grouped", "CublasGrouped"),
+    "deepgemm": ("adapters", "DeepGemm"),
+    "scattermoe": ("adapters", "ScatterMoe"),
+    "sonicmoe": ("adapters", "SonicMoe"),
+}
+OURS = "moe-kernels"
+MOST_SAMPLES = 1000
+
+
+class Server:
+    """The peers that can run here with one input file."""
+
+    def __init__(self, device, path, cache, tuning_seconds):
+        import torch
+
+        import layer
+        import truth
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RequestError("torch finds no CUDA device")
+        torch.set_grad_enabled(False)
+        on_cpu = layer.read(path)
+        self.layer = on_cpu.to(device)
+        self.truth = truth.Truth(on_cpu)
+        self.tuning = cache, tuning_seconds
+        self.peers, self.unavailable = {}, {}
+        for name in PEERS:
+            try:
+                self.peers[name] = self.make(name)
+            except Exception as error:
+                self.unavailable[name] = brief(error)
+
+    def make(self, name):
+        module, kind = PEERS[name]
+        kind = getattr(importlib.import_module(module), kind)
+        return kind(self.layer, *self.tuning) if name == "triton-fused-moe" else kind(self.layer)
+
+    def presentation(self):
+        return {
+            "peers": [
+                {"name": name, "version": peer.version, "boundaries": list(peer.boundaries)}
+                for name, peer in self.peers.items()
+            ],
+            "unavailable": [{"name": name, "why": why} for name, why in self.unavailable.items()],
+        }
+
+    def answer(self, line):
+        """The reply to a request."""
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"not JSON: {error}") from error
+        keys = set(request) if isinstance(request, dict) else None
+        if keys == {"check"}:
+            return {"relative_error": self.check(request["check"])}
+        if keys == {"time", "boundary", "samples"}:
+            return self.time(request["time"], request["boundary"], request["samples"])
+        raise RequestError("a request has 'check' alone, or 'time', 'boundary' and 'samples'")
+
+    def check(self, name):
+        """The worst relative error over the peer's boundaries."""
+        if name == OURS:
+            return self.truth.error_of_file()
+        peer = self.peer(name)
+        weights = self.layer.weights
+        return max(self.truth.error(each, peer.call(each, weights)) for each in peer.boundaries)
+
+    def time(self, name, boundary, samples):
+        import timing
+
+        peer = self.peer(name)
+        if boundary not in peer.boundaries:
+            has = ", ".join(f"'{each}'" for each in peer.boundaries)
+            raise RequestError(f"{name} has no boundary {boundary!r}, only {has}")
+        if type(samples) is not int or not 1 <= samples <= MOST_SAMPLES:
+            raise RequestError(f"samples are from 1 to {MOST_SAMPLES}, not {samples!r}")
+        runs = [peer.call(boundary, weights).run for weights in self.layer.cold_weights]
+        reply = timing.time_calls(runs, self.layer, peer.graph, samples)
+        notes = [note for note in (peer.note, reply["note"]) if note]
+        return reply | {"note": "; ".join(notes) or None}
+
+    def peer(self, name):
+        if not isinstance(name, str) or name not in PEERS:
+            raise RequestError(f"there is no peer {name!r}")
+        if name in self.unavailable:
+            raise RequestError(f"{name} is unavailable: {self.unavailable[name]}")
+        return self.peers[name]
+
+
+class Nothing:
+    """What serves where torch or safetensors is missing: every peer is unavailable."""
+
+    def __init__(self, why):
+        self.why = why
+
+    def presentation(self):
+        return {"peers": [], "unavailable": [{"name": name, "why": self.why} for name in PEERS]}
+
+    def answer(self, line):
+        raise RequestError(self.why)
+
+
+def serve(server, say):
+    say(server.presentation())
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        try:
+            say(server.answer(line))
+        except Exception as error:
+            say({"error": brief(error)})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--inputs", required=True, metavar="FILE.safetensors")
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the Triton peer's best configurations are kept (default: beside the inputs)",
+    )
+    parser.add_argument(
+        "--tuning-seconds",
+        type=float,
+        default=30,
+        metavar="S",
+        help="most time that the Triton peer may search for one shape's best (default: 30)",
+    )
+    arguments = parser.parse_args()
+
+    # Replies have the stdout that the program was given to themselves: what libraries print goes to
+    # stderr, also where they print from C.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(message):
+        print(json.dumps(message), file=replies, flush=True)
+
+    cache = Path(arguments.cache or Path(arguments.inputs).parent)
+    try:
+        server = Server(arguments.device, arguments.inputs, cache, arguments.tuning_seconds)
+    except ImportError as error:
+        server = Nothing(str(error))
+    except Exception as error:
+        say({"peers": [], "unavailable": [], "error": brief(error)})
+        return 2
+    serve(server, say)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The layer in f64 on the CPU, for a few tokens, and how far a result is from it."""
+
+import torch
+
+from errors import Wrong
+from layer import FROM_LOGITS, GEMM
+
+# At most so many tokens, or rows at "GEMM alone", are held against the truth.
+CHECKED = 16
+
+
+class Truth:
+    """Computes each expert's output for a token once, whichever peers are held against it."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.outputs = {}
+
+    def error(self, boundary, call):
+        """The relative error of what `call` computes at `boundary`."""
+        got = call.run()
+        if boundary == GEMM:
+            return relative_error(got, *self.product_rows(call.token.cpu(), call.expert.cpu()))
+        return relative_error(got, *self.layer_rows(self.clear_tokens(boundary), boundary))
+
+    def error_of_file(self):
+        """The same for the `y` of the file, and for its ids and weights, which peers group by."""
+        layer = self.layer
+        logits = self.logits(FROM_LOGITS)
+        ids, weights = route(logits, layer.top_k)
+        dense = torch.zeros_like(logits).scatter_(1, ids, weights)
+        got = torch.zeros_like(logits)
+        got.scatter_(1, layer.expert_ids, layer.expert_weights.double())
+        if not torch.equal(dense > 0, got > 0):
+            token = ((dense > 0) != (got > 0)).any(1).nonzero()[0].item()
+            raise Wrong(f"the experts of token {token} are not the largest of its logits")
+        routing = relative_error(got, torch.arange(layer.tokens), dense)
+        rows = self.layer_rows(spread(torch.arange(layer.tokens)), FROM_LOGITS)
+        return max(routing, relative_error(layer.y, *rows))
+
+    def product_rows(self, token, expert):
+        """Rows of a result whose row r is of token[r] and expert[r], and what they ought to be."""
+        rows = spread((token >= 0).nonzero().flatten())
+        pairs = list(zip(token[rows].tolist(), expert[rows].tolist()))
+        outputs = self.expert_outputs(pairs)
+        return rows, torch.stack([outputs[pair] for pair in pairs])
+
+    def layer_rows(self, tokens, boundary):
+        """The rows of y for `tokens`."""
+        ids, weights = route(self.logits(boundary)[tokens], self.layer.top_k)
+        pairs = [(t, e) for t, row in zip(tokens.tolist(), ids.tolist()) for e in row]
+        outputs = self.expert_outputs(pairs)
+        outputs = torch.stack([outputs[pair] for pair in pairs]).view(*ids.shape, -1)
+        return tokens, (weights[..., None] * outputs).sum(1)
+
+    def expert_outputs(self, pairs):
+        """The output of an expert for a token, for each pair (token, expert)."""
+        missing = {}
+        for token, expert in pairs:
+            if (token, expert) not in self.outputs:
+                missing.setdefault(expert, set()).add(token)
+        for expert, tokens in missing.items():
+            tokens = sorted(tokens)
+            x = self.layer.x[tokens].double()
+            gate, up = (x @ self.layer.weights.gate_up[expert].double().T).chunk(2, dim=1)
+            rows = gate * torch.sigmoid(gate) * up @ self.layer.weights.down[expert].double().T
+            self.outputs.update({(token, expert): row for token, row in zip(tokens, rows)})
+        return self.outputs
+
+    def logits(self, boundary):
+        if boundary == FROM_LOGITS:
+            return self.layer.logits.double()
+        return self.layer.x.double() @ self.layer.weights.gate.double().T
+
+    def clear_tokens(self, boundary):
+        """Tokens whose choice of experts no rounding of the scores can change.
+
+        Where two scores are one rounding apart, a peer that is right may choose either.
+        """
+        logits = self.logits(boundary)
+        scores = logits.sort(dim=1, descending=True).values
+        if self.layer.top_k == scores.shape[1]:
+            return spread(torch.arange(self.layer.tokens))
+        margin = scores[:, self.layer.top_k - 1] - scores[:, self.layer.top_k]
+        margin = margin / logits.abs().amax(1)
+        clear = (margin > 4 * torch.finfo(self.layer.dtype).eps).nonzero().flatten()
+        return spread(clear) if clear.numel() else margin.argmax()[None]
+
+
+def route(logits, top_k):
+    """Softmax over all experts, the largest, weights that sum to one; ties to the lower expert."""
+    scores, order = torch.sort(torch.softmax(logits, dim=1), dim=1, descending=True, stable=True)
+    scores = scores[:, :top_k]
+    return order[:, :top_k], scores / scores.sum(1, keepdim=True)
+
+
+def spread(indices):
+    """At most CHECKED of the indices, from the first to the last."""
+    return indices[torch.linspace(0, len(indices) - 1, min(len(indices), CHECKED)).long()]
+
+
+def relative_error(got, rows, truth):
+    """||got - truth|| / ||truth|| over the rows; what is not finite raises, and never passes."""
+    if got.dim() != 2 or got.shape[1] != truth.shape[1] or got.shape[0] <= rows.max():
+        raise Wrong(f"the result has shape {list(got.shape)}")
+    got = got[rows.to(got.device)].cpu().double()
+    if not (torch.isfinite(got).all() and torch.isfinite(truth).all()):
+        raise Wrong("the result, or the truth, has NaN or infinity")
+    if truth.norm() == 0:
+        raise Wrong("the truth is all zeros: there is nothing to compare with")
+    return ((got - truth).norm() / truth.norm()).item()
