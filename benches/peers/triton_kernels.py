@@ -1,0 +1,173 @@
+"""Kernels of a fused MoE layer in Triton, after the plan that vLLM's Triton path made common.
+
+Slots (token, k) are listed by expert, each expert's list padded to a multiple of BLOCK_M. So a block of
+rows has one expert, and one kernel serves both products: it gathers rows of A by the list and writes
+rows of C back to their slots.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def route_kernel(
+    ids,  # [T, K] int32
+    weights,  # [T, K] f32
+    logits,  # [T, E]
+    experts,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,  # TOP_K, up to a power of two
+    BLOCK: tl.constexpr,  # E, up to a power of two
+):
+    """A program per token: softmax, then TOP_K rounds of the largest; weights sum to one."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK)
+    inside = expert < experts
+    scores = tl.load(logits + token * experts + expert, inside, other=float("-inf"))
+    scores = scores.to(tl.float32)
+    scores = tl.exp(scores - tl.max(scores, 0))
+    # A score that was taken, or is of no expert, is below every other.
+    scores = tl.where(inside, scores, -1.0)
+    slot = tl.arange(0, SLOTS)
+    chosen = tl.zeros([SLOTS], tl.int32)
+    taken = tl.zeros([SLOTS], tl.float32)
+    for rank in tl.static_range(TOP_K):
+        best = tl.max(scores, 0)
+        # Of equal scores the lowest expert.
+        winner = tl.min(tl.where(scores == best, expert, BLOCK), 0)
+        chosen = tl.where(slot == rank, winner, chosen)
+        taken = tl.where(slot == rank, best, taken)
+        scores = tl.where(expert == winner, -1.0, scores)
+    taken = taken / tl.sum(taken, 0)
+    tl.store(ids + token * TOP_K + slot, chosen, slot < TOP_K)
+    tl.store(weights + token * TOP_K + slot, taken, slot < TOP_K)
+
+
+@triton.jit
+def count_kernel(counts, ids, slots, BLOCK: tl.constexpr):  # counts [E], ids [T*K]
+    """A program per expert counts its slots."""
+    expert = tl.program_id(0)
+    found = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        found += (tl.load(ids + slot, slot < slots, other=-1) == expert).to(tl.int32)
+    tl.store(counts + expert, tl.sum(found, 0))
+
+
+@triton.jit
+def align_kernel(
+    slot_of_row,  # [blocks * BLOCK_M]: padding has `slots`
+    expert_of_block,  # [blocks]: blocks without rows have -1
+    counts,  # [E]
+    ids,  # [T*K]
+    slots,
+    experts,
+    blocks,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,  # E, up to a power of two
+    BLOCK: tl.constexpr,
+):
+    """A program per expert lists its slots in order and names the blocks that they fill."""
+    expert = tl.program_id(0)
+    every = tl.arange(0, BLOCK_E)
+    count = tl.load(counts + every, every < experts, other=0)
+    filled = (count + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(every < expert, filled, 0), 0)
+    last = first + tl.sum(tl.where(every == expert, filled, 0), 0)
+    row = first * BLOCK_M
+    for start in range(0, slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        mine = tl.load(ids + slot, slot < slots, other=-1) == expert
+        place = row + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(slot_of_row + place, slot, mine)
+        row += tl.sum(mine.to(tl.int32), 0)
+    lane = tl.arange(0, BLOCK_M)
+    tl.store(slot_of_row + row + lane, slots, row + lane < last * BLOCK_M)
+    for block in range(first, last):
+        tl.store(expert_of_block + block, expert)
+    if expert == experts - 1:
+        for block in range(last, blocks):
+            tl.store(expert_of_block + block, -1)
+
+
+@triton.jit
+def product_kernel(
+    c,  # [slots, n]
+    a,  # [slots // SLOTS_PER_ROW, k]
+    b,  # [E, n, k]
+    slot_of_row,
+    expert_of_block,
+    weights,  # [slots], read where WEIGHTED
+    slots,
+    n,
+    k,
+    blocks,
+    SLOTS_PER_ROW: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """A program per tile of C: rows of one block times columns of its expert."""
+    # Tiles of GROUP_M blocks go together, so that the columns of B they share stay in L2.
+    program = tl.program_id(0)
+    columns = tl.cdiv(n, BLOCK_N)
+    band = program // (GROUP_M * columns)
+    height = tl.minimum(blocks - band * GROUP_M, GROUP_M)
+    block = band * GROUP_M + program % (GROUP_M * columns) % height
+    column = program % (GROUP_M * columns) // height
+    expert = tl.load(expert_of_block + block).to(tl.int64)
+    if expert < 0:
+        return
+    slot = tl.load(slot_of_row + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row_inside = slot < slots
+    col = column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    col_inside = col < n
+    inner = tl.arange(0, BLOCK_K)
+    a_at = a + (slot // SLOTS_PER_ROW)[:, None] * k + inner[None, :]
+    # Columns beyond the end read others' numbers, which are not stored, instead of asking each time.
+    b_at = b + expert * n * k + (col % n)[None, :] * k + inner[:, None]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        if EVEN_K:
+            a_part = tl.load(a_at, row_inside[:, None], other=0.0)
+            b_part = tl.load(b_at)
+        else:
+            left = inner < k - start
+            a_part = tl.load(a_at, row_inside[:, None] & left[None, :], other=0.0)
+            b_part = tl.load(b_at, left[:, None], other=0.0)
+        # f32 is multiplied as f32, never as TF32; the other dtypes do not ask.
+        sums = tl.dot(a_part, b_part, sums, input_precision="ieee")
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    if WEIGHTED:
+        sums *= tl.load(weights + slot, row_inside, other=0.0)[:, None]
+    c_at = c + slot[:, None] * n + col[None, :]
+    tl.store(c_at, sums.to(c.dtype.element_ty), row_inside[:, None] & col_inside[None, :])
+
+
+@triton.jit
+def swiglu_kernel(act, gate_up, width, BLOCK: tl.constexpr):  # act [R, I], gate_up [R, 2I]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(gate_up + row * 2 * width + at, inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + at, inside, other=0.0).to(tl.float32)
+    result = gate / (1 + tl.exp(-gate)) * up
+    tl.store(act + row * width + at, result.to(act.dtype.element_ty), inside)
+
+
+@triton.jit
+def sum_kernel(
+    y, rows, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):  # y [T, H], rows [T*K, H]
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < hidden
+    total = tl.zeros([BLOCK], tl.float32)
+    for rank in tl.static_range(TOP_K):
+        row = rows + (token * TOP_K + rank) * hidden
+        total += tl.load(row + at, inside, other=0.0).to(tl.float32)
+    tl.store(y + token * hidden + at, total.to(y.dtype.element_ty), inside)

@@ -1,0 +1,114 @@
+"""The search for the configuration of the Triton peer's products, and the file that remembers it."""
+
+import itertools
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+import triton.errors
+
+import timing
+from errors import brief
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one compilation of the product kernel is; the values are the search's start."""
+
+    block_m: int = 16
+    block_n: int = 64
+    block_k: int = 64
+    group_m: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+SPACE = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (64, 128, 256),
+    "block_k": (64, 128),
+    "group_m": (1, 8, 32),
+    "warps": (4, 8),
+    "stages": (3, 4, 5),
+}
+
+
+def tuned(peer, folder, seconds):
+    """The best configuration for the peer's layer, and how it was found."""
+    path = Path(folder) / "triton-fused-moe.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    key = name(peer.layer)
+    if key not in known:
+        known[key] = search(peer, seconds)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(path)
+    found = known[key]
+    note = f"best of {found['tried']} configurations"
+    return Config(**found["config"]), note if found["complete"] else f"{note}, out of time"
+
+
+def name(layer):
+    """What a best configuration depends on."""
+    device = torch.cuda.get_device_name(layer.device)
+    shape = f"T{layer.tokens}H{layer.hidden}I{layer.intermediate}E{layer.experts}K{layer.top_k}"
+    active = layer.expert_ids.unique().numel()
+    return f"{device}, triton {triton.__version__}, {shape}, {active} active, {layer.dtype}"
+
+
+def search(peer, seconds):
+    """Descends along one parameter after the other, then tries what is left until time is up."""
+    end = time.monotonic() + seconds
+    measured = {}
+
+    def measure(config):
+        if config not in measured:
+            measured[config] = median(peer, config)
+        return measured[config]
+
+    # The block that a mean expert fills is where a person would begin.
+    mean = peer.layer.expert_ids.numel() / peer.layer.expert_ids.unique().numel()
+    best = replace(Config(), block_m=next((m for m in SPACE["block_m"] if m >= mean), 128))
+    measure(best)
+    left = True
+    while left:
+        before = best
+        for field, values in SPACE.items():
+            for config in (replace(best, **{field: value}) for value in values):
+                if time.monotonic() < end and measure(config) < measure(best):
+                    best = config
+        left = best != before
+    every = itertools.product(*SPACE.values())
+    rest = [Config(**dict(zip(SPACE, values))) for values in every]
+    random.Random(0).shuffle(rest)
+    for config in rest:
+        if time.monotonic() < end:
+            measure(config)
+    best = min(measured, key=measured.get)
+    if measured[best] == float("inf"):
+        raise RuntimeError("no configuration of the Triton product runs here")
+    return {
+        "config": asdict(best),
+        "seconds": measured[best],
+        "tried": len(measured),
+        "complete": len(measured) == len(rest),
+    }
+
+
+def median(peer, config):
+    """Seconds of both products with `config`; infinite where it does not compile or fit."""
+    peer.config = config
+    try:
+        runs = [peer.products(weights).run for weights in peer.layer.cold_weights]
+        runs[0]()
+        torch.cuda.synchronize()
+        reply = timing.time_calls(runs, peer.layer, True, samples=3, warm_up_seconds=0.02)
+        return sorted(reply["seconds"])[1]
+    except (triton.errors.TritonError, RuntimeError) as error:
+        print(f"{config}: {brief(error)}", file=sys.stderr)
+        return float("inf")
