@@ -1,0 +1,95 @@
+//! The input file: one layer, checked once, so that nothing after it has to ask.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use candle_core::{DType, Device, Tensor};
+use safetensors::SafeTensors;
+
+/// The tensors of one layer, on the CPU and in the dtype of the file.
+pub struct Input {
+    pub x: Tensor,
+    pub gate: Tensor,
+    pub logits: Tensor,
+    pub gate_up: Tensor,
+    pub down: Tensor,
+    /// Experts of each token, by which "GEMM alone" groups.
+    pub expert_ids: Vec<Vec<u32>>,
+    pub shape: Shape,
+}
+
+/// Sizes of the layer.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub tokens: usize,
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub experts: usize,
+    pub top_k: usize,
+}
+
+impl Input {
+    /// Reads `path` and checks names, shapes and dtypes.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+        renormalized(&bytes)?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+        drop(bytes);
+        let (tokens, hidden) = find(&tensors, "x")?.dims2()?;
+        let (experts, two_widths, _) = find(&tensors, "gate_up")?.dims3()?;
+        let (_, top_k) = find(&tensors, "expert_ids")?.dims2()?;
+        let intermediate = two_widths / 2;
+        let shape = Shape { tokens, hidden, intermediate, experts, top_k };
+        let dtype = find(&tensors, "x")?.dtype();
+        let take = |name, dims: &[usize], dtype| {
+            let tensor = find(&tensors, name)?;
+            let got = tensor.dims();
+            ensure!(got == dims, "tensor '{name}' is {got:?}, not {dims:?}");
+            let got = tensor.dtype();
+            ensure!(got == dtype, "tensor '{name}' is {got:?}, not {dtype:?}");
+            Ok(tensor.clone())
+        };
+        ensure!(two_widths % 2 == 0, "tensor 'gate_up' has an odd number of rows");
+        ensure!((1..=experts).contains(&top_k), "{top_k} experts per token of {experts}");
+        let ids = take("expert_ids", &[tokens, top_k], DType::I32)?;
+        let ids = ids.to_dtype(DType::I64)?.to_vec2::<i64>()?;
+        let expert = |id: i64| match u32::try_from(id) {
+            Ok(id) if (id as usize) < experts => Ok(id),
+            _ => Err(anyhow!("tensor 'expert_ids' has {id}, but there are {experts} experts")),
+        };
+        let ids = ids.into_iter().map(|row| row.into_iter().map(expert).collect());
+        Ok(Self {
+            x: take("x", &[tokens, hidden], dtype)?,
+            gate: take("gate", &[experts, hidden], dtype)?,
+            logits: take("logits", &[tokens, experts], dtype)?,
+            gate_up: take("gate_up", &[experts, two_widths, hidden], dtype)?,
+            down: take("down", &[experts, hidden, intermediate], dtype)?,
+            expert_ids: ids.collect::<Result<_>>()?,
+            shape,
+        })
+    }
+
+    /// Bytes of weights that one call reads: those of experts that have a row.
+    pub fn active_bytes(&self) -> usize {
+        let mut active: Vec<u32> = self.expert_ids.iter().flatten().copied().collect();
+        active.sort_unstable();
+        active.dedup();
+        let each = 3 * self.shape.hidden * self.shape.intermediate;
+        active.len() * each * self.x.dtype().size_in_bytes()
+    }
+}
+
+fn find<'a>(tensors: &'a HashMap<String, Tensor>, name: &str) -> Result<&'a Tensor> {
+    tensors.get(name).ok_or_else(|| anyhow!("tensor '{name}' is missing"))
+}
+
+/// The layer here is the one whose selected weights sum to one; a file of another is refused.
+fn renormalized(bytes: &[u8]) -> Result<()> {
+    let (_, header) = SafeTensors::read_metadata(bytes)?;
+    let said = header.metadata().as_ref().and_then(|metadata| metadata.get("renormalize"));
+    match said.map(String::as_str) {
+        Some("true") => Ok(()),
+        other => bail!("metadata 'renormalize' is {other:?}, but peers renormalise"),
+    }
+}
