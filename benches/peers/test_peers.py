@@ -363,6 +363,15 @@ class Protocol(unittest.TestCase):
                 )
             self.assertEqual((started.code, started.errors), (0, ""))
 
+    def test_what_libraries_print_is_no_reply(self):
+        with tempfile.TemporaryDirectory() as folder:
+            prints = "import os; print('from python', flush=True); os.write(1, b'from C')"
+            Path(folder, "deep_gemm.py").write_text(prints + "; raise ImportError('broken')")
+            with program(self.tensors, "f32", env={"PYTHONPATH": folder}) as started:
+                why = {each["name"]: each["why"] for each in started.first["unavailable"]}
+                self.assertEqual(why["deepgemm"], "broken")
+            self.assertEqual((started.code, started.errors), (0, "from python\nfrom C"))
+
     def test_without_the_interpreter_triton_needs_cuda(self):
         with program(self.tensors, "f32", env={"TRITON_INTERPRET": "0"}) as started:
             why = {each["name"]: each["why"] for each in started.first["unavailable"]}

@@ -27,6 +27,11 @@ class Config:
     warps: int = 4
     stages: int = 3
 
+    def stage_bytes(self, dtype):
+        """Shared memory that the tiles of A and B take at least: one stage may be in registers."""
+        tiles = (self.block_m + self.block_n) * self.block_k
+        return (self.stages - 1) * tiles * dtype.itemsize
+
 
 SPACE = {
     "block_m": (16, 32, 64, 128),
@@ -45,6 +50,7 @@ def tuned(peer, folder, seconds):
     key = name(peer.layer)
     if key not in known:
         known[key] = search(peer, seconds)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(known, indent=1))
         part.replace(path)
@@ -61,12 +67,24 @@ def name(layer):
     return f"{device}, triton {triton.__version__}, {shape}, {active} active, {layer.dtype}"
 
 
+def shared_memory(device):
+    """Bytes that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def search(peer, seconds):
     """Descends along one parameter after the other, then tries what is left until time is up."""
     end = time.monotonic() + seconds
+    every = (Config(**dict(zip(SPACE, values))) for values in itertools.product(*SPACE.values()))
+    # What cannot fit is left out before it is compiled, which for large tiles takes a minute.
+    limit = shared_memory(peer.layer.device)
+    rest = [config for config in every if config.stage_bytes(peer.layer.dtype) <= limit]
+    random.Random(0).shuffle(rest)
     measured = {}
 
     def measure(config):
+        if config not in rest:
+            return float("inf")
         if config not in measured:
             measured[config] = median(peer, config)
         return measured[config]
@@ -83,9 +101,6 @@ def search(peer, seconds):
                 if time.monotonic() < end and measure(config) < measure(best):
                     best = config
         left = best != before
-    every = itertools.product(*SPACE.values())
-    rest = [Config(**dict(zip(SPACE, values))) for values in every]
-    random.Random(0).shuffle(rest)
     for config in rest:
         if time.monotonic() < end:
             measure(config)
