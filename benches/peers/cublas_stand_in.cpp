@@ -1,5 +1,6 @@
-// Plays cuBLAS on the CPU for test_peers.py: what the manual says of cublasGemmGroupedBatchedEx, for groups of
-// one matrix in f32 or bf16, sums in double. It knows nothing of row-major matrices, as cuBLAS does not.
+// Plays cuBLAS on the CPU for test_peers.py: what the manual says of cublasGemmGroupedBatchedEx,
+// for groups of one matrix in f32 or bf16, sums in double. It knows nothing of row-major matrices,
+// as cuBLAS does not.
 
 #include <cstdint>
 #include <cstring>
@@ -44,18 +45,21 @@ int cublasGetVersion_v2(void*, int* version) {
   return kSuccess;
 }
 
-int cublasGemmGroupedBatchedEx(void*, const int* transa, const int* transb, const int* m, const int* n,
-                               const int* k, const void* alpha, const void* const* a, int a_type,
-                               const int* lda, const void* const* b, int b_type, const int* ldb,
-                               const void* beta, void* const* c, int c_type, const int* ldc,
-                               int group_count, const int* group_size, int compute) {
+int cublasGemmGroupedBatchedEx(void*, const int* transa, const int* transb, const int* m,
+                               const int* n, const int* k, const void* alpha, const void* const* a,
+                               int a_type, const int* lda, const void* const* b, int b_type,
+                               const int* ldb, const void* beta, void* const* c, int c_type,
+                               const int* ldc, int group_count, const int* group_size,
+                               int compute) {
   if (compute != kCompute32F || a_type != b_type || a_type != c_type) return kInvalidValue;
   if (a_type != kF32 && a_type != kBf16) return kInvalidValue;
   for (int group = 0; group < group_count; ++group) {
     bool a_plain = transa[group] == kOpN, b_plain = transb[group] == kOpN;
     if (group_size[group] != 1 || ldc[group] < m[group]) return kInvalidValue;
-    if (lda[group] < (a_plain ? m : k)[group] || ldb[group] < (b_plain ? k : n)[group]) return kInvalidValue;
-    float by = static_cast<const float*>(alpha)[group], old = static_cast<const float*>(beta)[group];
+    if (lda[group] < (a_plain ? m : k)[group] || ldb[group] < (b_plain ? k : n)[group])
+      return kInvalidValue;
+    float by = static_cast<const float*>(alpha)[group],
+          old = static_cast<const float*>(beta)[group];
     for (int64_t i = 0; i < m[group]; ++i) {
       for (int64_t j = 0; j < n[group]; ++j) {
         double sum = 0;

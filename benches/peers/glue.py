@@ -1,4 +1,4 @@
-"""What peers made of a grouped GEMM share: routing, grouping by expert and combine, as torch has them.
+"""What peers made of a grouped GEMM share: routing, grouping and combine, as torch has them.
 
 Nothing here reads the device from the host, so all of it can be captured in a graph.
 """

@@ -23,7 +23,7 @@ class Peer:
         self.version = f"torch {torch.__version__}"
 
     def call(self, boundary, weights):
-        """A call that computes up to `boundary` with `weights`; what precedes the boundary is done."""
+        """A call that computes `boundary` with `weights`; what comes before it is done."""
         if boundary == GEMM:
             return self.products(weights)
         layer = self.layer

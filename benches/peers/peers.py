@@ -13,8 +13,8 @@ from pathlib import Path
 
 from errors import RequestError, brief
 
-# Name of a peer, its module and its class. Modules are imported when a peer is asked for, so that what
-# a machine lacks costs it one peer and no more.
+# Name of a peer, its module and its class. Modules are imported one by one, so that what a machine
+# lacks costs it one peer and no more.
 PEERS = {
     "torch-loop": ("torch_peers", "TorchLoop"),
     "torch-bmm": ("torch_peers", "TorchBmm"),

@@ -1,4 +1,4 @@
-"""Tests of the peers on the CPU: `python -m unittest test_peers` here, with torch, triton and safetensors.
+"""Tests of the peers on the CPU: `python -m unittest test_peers`; Triton and safetensors beside torch.
 
 Triton's kernels are interpreted. Where MOE_PEER_CANDLE names candle's program, it is tested too.
 """

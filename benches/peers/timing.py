@@ -18,7 +18,7 @@ MOST_CALLS = 100
 
 
 def time_calls(runs, layer, graph, samples, warm_up_seconds=0.2):
-    """A reply for `samples` timings of `runs`, which do the same with different copies of weights."""
+    """A reply for `samples` timings of `runs`, which differ in their copies of the weights."""
     if layer.device.type != "cuda":
         seconds = on_cpu(runs[0], samples)
         return {"seconds": seconds, "launch": "eager", "cache": "warm", "note": None}

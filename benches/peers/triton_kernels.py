@@ -1,8 +1,8 @@
 """Kernels of a fused MoE layer in Triton, after the plan that vLLM's Triton path made common.
 
-Slots (token, k) are listed by expert, each expert's list padded to a multiple of BLOCK_M. So a block of
-rows has one expert, and one kernel serves both products: it gathers rows of A by the list and writes
-rows of C back to their slots.
+Slots (token, k) are listed by expert, each expert's list padded to a multiple of BLOCK_M. So a
+block of rows has one expert, and one kernel serves both products: it gathers rows of A by the list and
+writes rows of C back to their slots.
 """
 
 import triton
@@ -127,7 +127,7 @@ def product_kernel(
     col_inside = col < n
     inner = tl.arange(0, BLOCK_K)
     a_at = a + (slot // SLOTS_PER_ROW)[:, None] * k + inner[None, :]
-    # Columns beyond the end read others' numbers, which are not stored, instead of asking each time.
+    # Columns beyond the end read numbers of others, which are not stored.
     b_at = b + expert * n * k + (col % n)[None, :] * k + inner[:, None]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):

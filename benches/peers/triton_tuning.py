@@ -1,4 +1,4 @@
-"""The search for the configuration of the Triton peer's products, and the file that remembers it."""
+"""The search for the configuration of the Triton peer's products, and its memory."""
 
 import itertools
 import json
