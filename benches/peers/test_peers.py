@@ -1,4 +1,4 @@
-"""Tests of the peers on the CPU: `python -m unittest test_peers`; Triton and safetensors beside torch.
+"""Tests of the peers on the CPU, with torch and triton: `python -m unittest test_peers`.
 
 Triton's kernels are interpreted. Where MOE_PEER_CANDLE names candle's program, it is tested too.
 """

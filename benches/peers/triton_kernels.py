@@ -1,8 +1,8 @@
 """Kernels of a fused MoE layer in Triton, after the plan that vLLM's Triton path made common.
 
 Slots (token, k) are listed by expert, each expert's list padded to a multiple of BLOCK_M. So a
-block of rows has one expert, and one kernel serves both products: it gathers rows of A by the list and
-writes rows of C back to their slots.
+block of rows has one expert, and one kernel serves both products: it gathers rows of A by the list
+and writes rows of C back to their slots.
 """
 
 import triton
