@@ -17,7 +17,7 @@ pub use common::error::{Error, Result};
 pub use common::floor::{Bound, Floor, Work, expected_distinct, work};
 pub use common::model::{Model, TOKENS, models};
 pub use common::routing::{Draw, Routing};
-pub use common::stage::{Stage, Tensors, Workload};
+pub use common::stage::{Stage, Tensors, Workload, least_work};
 pub use common::target::{Element, Gpu, Target};
 pub use common::timing::{Repeater, Samples};
 pub use common::values::normal;
@@ -86,6 +86,12 @@ impl Op {
             Self::Layer => "layer from logits",
             Self::LayerFromX => "layer from x with the gate",
         }
+    }
+
+    /// Whether a distribution of tokens over experts can be asked of it: where the gate is inside, the
+    /// routing follows from random tokens, and is uniform.
+    pub fn has_routing(self, routing: Routing) -> bool {
+        self != Self::LayerFromX || routing == Routing::Uniform
     }
 
     /// Whether it reads the experts' weights, which are then most of its bytes.

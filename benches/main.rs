@@ -13,8 +13,8 @@ use criterion::measurement::{Measurement, ValueFormatter};
 use criterion::{Criterion, Throughput};
 use half::bf16;
 use moe_bench::{
-    Ceilings, Dense, Draw, Gpu, Model, Op, Repeater, Result, Routing, Samples, Stage, Target,
-    Workload, models, work,
+    Ceilings, Dense, Draw, Gpu, Model, Op, Repeater, Result, Routing, Samples, Stage, Target, Work,
+    Workload, least_work, models,
 };
 use moe_kernels::DType;
 
@@ -160,56 +160,80 @@ fn main() {
     criterion.final_summary();
 }
 
-/// All operations of all shapes, in bf16 with uniform routing. What a filter leaves out is not even
-/// prepared.
+/// Everything in bf16: all operations with uniform routing, and with the others what they matter to.
+/// What a filter leaves out is not even prepared.
 fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
     let target = place.target();
     let ceilings = LazyCell::new(|| must(Ceilings::measure(&target, DType::BF16)));
     for (model, tokens) in place.shapes() {
-        let draw = |&tokens| must(Draw::new(&model, tokens, Routing::Uniform, DType::BF16));
-        let draws: Vec<Draw> = tokens.iter().map(draw).collect();
-        let stage = LazyCell::new(|| must(Stage::<bf16>::new(&target, &model, &draws[0])));
-        for draw in &draws {
+        let fewest = must(Draw::new(&model, tokens[0], Routing::Uniform, DType::BF16));
+        let stage = LazyCell::new(|| must(Stage::<bf16>::new(&target, &model, &fewest)));
+        for (&tokens, routing) in tokens.iter().flat_map(|t| Routing::ALL.map(|r| (t, r))) {
+            let draw = must(Draw::new(&model, tokens, routing, DType::BF16));
+            let uneven = [Op::Plan, Op::Experts, Op::Layer];
             for op in Op::ALL {
-                let tokens = draw.shape.num_tokens;
-                let work = work(op, &model.config, tokens, 2, draw.distinct as f64);
-                let mut group = criterion.benchmark_group(op.name());
-                group.throughput(if work.flops > work.bytes {
-                    Throughput::Elements(work.flops as u64)
-                } else {
-                    Throughput::Bytes(work.bytes as u64)
-                });
-                let mut taken = Vec::new();
-                group.bench_function(
-                    format!("{}/T{tokens} on {}", model.name, place.name()),
-                    |bencher| {
-                        let workload = must(stage.workload(op, draw));
-                        let mut repeater = must(Repeater::new(&target, workload, tokens));
-                        bencher.iter_custom(|calls| {
-                            let seconds = must(repeater.seconds(calls as usize));
-                            taken.push(seconds / calls as f64);
-                            seconds
-                        });
-                    },
-                );
-                group.finish();
-                if taken.is_empty() || matches!(place, Place::Emulator(_)) {
+                if routing != Routing::Uniform && !uneven.contains(&op) {
                     continue;
                 }
-                let seconds = Samples::new(taken).median();
-                let floor = work.floor(ceilings.bandwidth(), ceilings.dense);
-                if let Some(floor) = floor {
-                    let percent = 100.0 * floor.seconds / seconds;
-                    let bound = floor.bound.name();
-                    let floor = SecondsFormatter.format_value(floor.seconds);
-                    println!("{:24}floor: {floor} ({bound}), {percent:.1} % of it reached", "");
+                let name = format!("{}/T{tokens} {}, {}", model.name, routing.name(), place.name());
+                let work = least_work::<bf16>(op, &model, &draw);
+                let mut cache = "";
+                let samples = bench_one(criterion, op, &name, work, || {
+                    let workload = must(stage.workload(op, &draw));
+                    let repeater = must(Repeater::new(&target, workload, tokens));
+                    cache = repeater.cache();
+                    repeater
+                });
+                // Nothing was run, or only emulated.
+                let (Some(samples), false) = (samples, matches!(place, Place::Emulator(_))) else {
+                    continue;
+                };
+                if let Some(floor) = work.floor(ceilings.bandwidth(), ceilings.dense) {
+                    let percent = 100.0 * floor.seconds / samples.median();
+                    let (time, bound) =
+                        (SecondsFormatter.format_value(floor.seconds), floor.bound.name());
+                    println!(
+                        "{:24}floor: {time} ({bound}), {percent:.1} % of its speed, {cache}",
+                        ""
+                    );
                 }
-                if let Some(dense) = dense(&target, op, &model, draw) {
-                    println!("{:24}cuBLAS: {:.1} % of its speed", "", 100.0 * dense / seconds);
+                if let Some(dense) = dense(&target, op, &model, &draw) {
+                    println!(
+                        "{:24}cuBLAS: {:.1} % of its speed",
+                        "",
+                        100.0 * dense / samples.median()
+                    );
                 }
             }
         }
     }
+}
+
+/// One line of criterion's. Returns its times of single calls, if a filter has not left it out.
+fn bench_one<'a>(
+    criterion: &mut Criterion<Seconds>,
+    op: Op,
+    name: &str,
+    work: Work,
+    mut prepare: impl FnMut() -> Repeater<'a>,
+) -> Option<Samples> {
+    let mut group = criterion.benchmark_group(op.name());
+    group.throughput(if work.flops > work.bytes {
+        Throughput::Elements(work.flops as u64)
+    } else {
+        Throughput::Bytes(work.bytes as u64)
+    });
+    let mut taken = Vec::new();
+    group.bench_function(name, |bencher| {
+        let mut repeater = prepare();
+        bencher.iter_custom(|calls| {
+            let seconds = must(repeater.seconds(calls as usize));
+            taken.push(seconds / calls as f64);
+            seconds
+        });
+    });
+    group.finish();
+    (!taken.is_empty()).then(|| Samples::new(taken))
 }
 
 /// Seconds of cuBLAS on as many rows, columns and products.

@@ -77,13 +77,13 @@ impl Model {
     }
 
     /// The same routing with widths divided by `by` and rounded up to multiples of 8: for devices
-    /// that are too slow for the real ones. Says so in its name, as in `mixtral-8x7b/32`.
+    /// that are too slow for the real ones. Says so in its name, as in `mixtral-8x7b-div32`.
     pub fn shrunk(mut self, by: usize) -> Self {
         if by > 1 {
             for width in [&mut self.config.hidden, &mut self.config.intermediate] {
                 *width = width.div_ceil(8 * by) * 8;
             }
-            self.name = format!("{}/{by}", self.name);
+            self.name = format!("{}-div{by}", self.name);
         }
         self
     }
@@ -120,7 +120,7 @@ mod tests {
         let model = Model::find("gpt-oss-20b").unwrap().shrunk(32);
         let MoeConfig { hidden, intermediate, num_experts, top_k, .. } = model.config;
         assert_eq!((hidden, intermediate, num_experts, top_k), (96, 96, 32, 4));
-        assert_eq!(model.name, "gpt-oss-20b/32");
+        assert_eq!(model.name, "gpt-oss-20b-div32");
         let whole = Model::find("gpt-oss-20b").unwrap();
         assert_eq!(whole.clone().shrunk(1), whole);
     }

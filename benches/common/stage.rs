@@ -3,7 +3,7 @@
 use cudarc::driver::CudaSlice;
 
 use crate::common::error::{Result, driver};
-use crate::common::floor::work;
+use crate::common::floor::{Work, expected_distinct, work};
 use crate::common::model::Model;
 use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu, Target};
@@ -79,7 +79,7 @@ impl<'g, D: Element> Stage<'g, D> {
         let place = match target {
             Target::Cpu => Place::Cpu(host_weights(model, 0)),
             Target::Gpu(gpu) => {
-                let bytes = bytes_of::<D>(Op::Layer, model, fewest);
+                let bytes = least_work::<D>(Op::Layer, model, fewest).bytes;
                 let wanted = (COLD_BYTES / bytes).ceil().clamp(1.0, MAX_SETS as f64) as usize;
                 let (free, _) =
                     gpu.context().mem_get_info().map_err(driver("ask for free memory"))?;
@@ -126,7 +126,7 @@ impl<'g, D: Element> Stage<'g, D> {
                 Place::Gpu(_, weights) => weights.len(),
             };
         }
-        workload.cold = workload.sets as f64 * bytes_of::<D>(op, model, draw) >= COLD_BYTES;
+        workload.cold = workload.sets as f64 * least_work::<D>(op, model, draw).bytes >= COLD_BYTES;
         Ok(workload)
     }
 
@@ -161,8 +161,15 @@ pub struct Tensors<D> {
     pub down: Vec<D>,
 }
 
-fn bytes_of<D>(op: Op, model: &Model, draw: &Draw) -> f64 {
-    work(op, &model.config, draw.shape.num_tokens, size_of::<D>(), draw.distinct as f64).bytes
+/// The least work of an operation on the tokens of a draw.
+pub fn least_work<D>(op: Op, model: &Model, draw: &Draw) -> Work {
+    let num_tokens = draw.shape.num_tokens;
+    let distinct = match op {
+        // Its routing follows from x and the gate, which are random too.
+        Op::LayerFromX => expected_distinct(&model.config, num_tokens),
+        _ => draw.distinct as f64,
+    };
+    work(op, &model.config, num_tokens, size_of::<D>(), distinct)
 }
 
 /// `[T, H]` on the host.

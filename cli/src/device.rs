@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaStream, sys};
 
 use crate::error::{Error, Result};
 
@@ -104,18 +104,39 @@ pub struct Gpu {
 impl Gpu {
     /// Opens the GPU or the emulator; `place` is one of the two.
     pub fn open(place: Place) -> Result<Self> {
+        Self::open_after(
+            place,
+            match place {
+                Place::Emulator => install_emulator(),
+                Place::Cuda | Place::Cpu => probe().map(|_| ()),
+            },
+        )
+    }
+
+    /// Opens the emulator in the variant that counts what kernels move.
+    pub fn open_counting() -> Result<Self> {
+        Self::open_after(Place::Emulator, install_counting_emulator())
+    }
+
+    /// Opens a device whose driver has been chosen.
+    fn open_after(place: Place, chosen: std::result::Result<(), String>) -> Result<Self> {
         let failed = |why: String| Error::Device { device: place.name(), why };
-        match place {
-            Place::Emulator => install_emulator().map_err(failed)?,
-            Place::Cuda | Place::Cpu => {
-                probe().map_err(failed)?;
-            }
-        }
+        chosen.map_err(failed)?;
         let driver = |error: cudarc::driver::DriverError| failed(error.to_string());
         let context = CudaContext::new(0).map_err(driver)?;
         let device = moe_kernels::Device::new(&context)?;
         let stream = context.new_stream().map_err(driver)?;
         Ok(Self { place, device, stream })
+    }
+
+    /// The CUDA version of its driver, as in `13.0`.
+    pub fn driver_version(&self) -> Result<String> {
+        let mut version = 0;
+        // SAFETY: the pointer is to a live integer.
+        unsafe { sys::cuDriverGetVersion(&mut version) }
+            .result()
+            .map_err(self.failed("ask for the version"))?;
+        Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
     }
 
     /// Lets the emulator run the blocks of a launch on all cores. Results do not depend on it; the
@@ -159,7 +180,17 @@ fn install_emulator() -> std::result::Result<(), String> {
     moe_emulator::install().map_err(|error| error.to_string())
 }
 
+#[cfg(feature = "emulator")]
+fn install_counting_emulator() -> std::result::Result<(), String> {
+    moe_emulator::install_counting().map_err(|error| error.to_string())
+}
+
 #[cfg(not(feature = "emulator"))]
 fn install_emulator() -> std::result::Result<(), String> {
     Err("this binary was built without the feature `emulator`".into())
+}
+
+#[cfg(not(feature = "emulator"))]
+fn install_counting_emulator() -> std::result::Result<(), String> {
+    install_emulator()
 }

@@ -26,6 +26,19 @@ pub enum Error {
     #[error("device {device}: {why}")]
     Device { device: &'static str, why: String },
 
+    /// A program of peers.
+    #[error("peers `{program}`: {why}")]
+    Peers { program: String, why: String },
+
+    /// Something could not be measured.
+    #[error(transparent)]
+    Bench(moe_bench::Error),
+
+    /// A picture could not be drawn.
+    #[cfg(feature = "plots")]
+    #[error("cannot draw {picture}: {why}")]
+    Picture { picture: String, why: String },
+
     /// An option on the command line.
     #[error("{option}: {why}")]
     Option { option: &'static str, why: String },
@@ -33,6 +46,15 @@ pub enum Error {
     /// The library refused a call; its message names operation and argument.
     #[error(transparent)]
     Library(#[from] moe_kernels::Error),
+}
+
+impl From<moe_bench::Error> for Error {
+    fn from(error: moe_bench::Error) -> Self {
+        match error {
+            moe_bench::Error::Library(error) => Error::Library(error),
+            error => Error::Bench(error),
+        }
+    }
 }
 
 /// `Result` with this program's [`Error`].

@@ -2,7 +2,6 @@
 
 use std::process::{Command, Stdio};
 
-use cudarc::driver::sys;
 use moe_kernels::{kernel_files, kernel_symbols};
 
 use crate::device::{Choice, Gpu, Place, probe};
@@ -80,20 +79,14 @@ fn describe(place: Place) -> Result<String> {
         return Ok(row(place, &format!("the reference, {} threads", rayon::current_num_threads())));
     }
     let gpu = Gpu::open(place)?;
-    let mut version = 0;
-    // SAFETY: the pointer is to a live integer.
-    unsafe { sys::cuDriverGetVersion(&mut version) }
-        .result()
-        .map_err(gpu.failed("ask for the version"))?;
     let (major, minor) = gpu.device.capability();
     let context = gpu.device.context();
     let name = context.name().map_err(gpu.failed("ask for the name"))?;
     let memory = context.total_mem().map_err(gpu.failed("ask for the memory"))?;
     let text = format!(
-        "{name}, compute capability {major}.{minor}, {:.1} GiB, driver for CUDA {}.{}",
+        "{name}, compute capability {major}.{minor}, {:.1} GiB, driver for CUDA {}",
         memory as f64 / (1u64 << 30) as f64,
-        version / 1000,
-        version % 1000 / 10
+        gpu.driver_version()?
     );
     Ok(row(place, &text))
 }

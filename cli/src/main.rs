@@ -1,10 +1,11 @@
 //! `moe-kernels`: runs a Mixture-of-Experts layer of a checkpoint, holds devices against the reference,
-//! and says what is in the binary.
+//! measures both, and says what is in the binary.
 //!
 //! Exit status: 0 for success, 1 if a result is further from the truth than it may be, 2 if something
 //! could not be done.
 
 mod backend;
+mod bench;
 mod bundled;
 mod check;
 mod checkpoint;
@@ -35,6 +36,7 @@ struct Arguments {
 enum Command {
     Run(run::Arguments),
     Check(check::Arguments),
+    Bench(bench::Arguments),
     Info(info::Arguments),
 }
 
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Check(arguments) => check::check(&arguments),
+        Command::Bench(arguments) => bench::bench(&arguments),
         Command::Info(arguments) => info::info(&arguments),
     };
     match result {

@@ -112,7 +112,8 @@ fn run_checkpoint(
         let x_values = steps.time("read the input", || x.read::<D>())?;
         let Output { y, rows_per_expert } = backend.forward::<D>(&layer, &x_values, num_tokens, &mut steps)?;
         steps.time("write the output", || {
-            tensor_file::write(output, "y", num_tokens, layer.config.hidden, &y)
+            let y = tensor_file::view(&[num_tokens, layer.config.hidden], &y)?;
+            tensor_file::write(output, vec![("y", y)], None)
         })?;
         rows_per_expert
     });

@@ -1,7 +1,7 @@
 //! One safetensors file: mapped into memory or part of this binary, its tensors converted on reading.
 
+use std::collections::HashMap;
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -224,30 +224,45 @@ fn convert_parallel<D: Dtype, F: Copy, const SIZE: usize>(
     });
 }
 
-/// Writes one tensor `[rows, columns]`. The file appears whole or not at all: the bytes go to a
-/// neighbour, which then takes the name.
-pub fn write<D: Dtype>(
-    path: &Path,
-    name: &str,
-    rows: usize,
-    columns: usize,
-    values: &[D],
-) -> Result<()> {
+/// A tensor to be written; an error names the tensor's shape where its length is another.
+pub fn view<'v, D: Dtype>(shape: &[usize], values: &'v [D]) -> Result<TensorView<'v>> {
     let dtype = match D::DTYPE {
         DType::F32 => DiskDtype::F32,
         DType::F16 => DiskDtype::F16,
         DType::BF16 => DiskDtype::BF16,
     };
-    let refused = |error| Error::File { file: path.display().to_string(), why: format!("{error}") };
-    let view = TensorView::new(dtype, vec![rows, columns], bytemuck::cast_slice(values))
-        .map_err(refused)?;
-    let bytes = safetensors::serialize([(name, view)], None).map_err(refused)?;
+    raw_view(dtype, shape, bytemuck::cast_slice(values))
+}
 
+/// The same of ids, which are below 2^31 and so the same bits with a sign.
+pub fn view_ids<'v>(shape: &[usize], values: &'v [u32]) -> Result<TensorView<'v>> {
+    raw_view(DiskDtype::I32, shape, bytemuck::cast_slice(values))
+}
+
+fn raw_view<'v>(dtype: DiskDtype, shape: &[usize], bytes: &'v [u8]) -> Result<TensorView<'v>> {
+    TensorView::new(dtype, shape.to_vec(), bytes).map_err(|error| Error::File {
+        file: "a tensor to be written".into(),
+        why: error.to_string(),
+    })
+}
+
+/// Writes tensors and notes about them. The file appears whole or not at all.
+pub fn write(
+    path: &Path,
+    tensors: Vec<(&str, TensorView<'_>)>,
+    notes: Option<HashMap<String, String>>,
+) -> Result<()> {
+    replace(path, |neighbour| {
+        safetensors::serialize_to_file(tensors, notes, neighbour).map_err(std::io::Error::other)
+    })
+}
+
+/// Makes a file that appears whole or not at all: `write` fills a neighbour, which then takes the name.
+pub fn replace(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
     let neighbour = neighbour(path);
     let write = || -> std::io::Result<()> {
-        let mut file = File::create_new(&neighbour)?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
+        write(&neighbour)?;
+        File::open(&neighbour)?.sync_all()?;
         std::fs::rename(&neighbour, path)
     };
     write().map_err(|error| {
@@ -258,9 +273,9 @@ pub fn write<D: Dtype>(
 }
 
 /// A name in the same folder, so that taking the final name is one step, and of this process alone.
+/// The ending stays: it may say what kind of file is to be made.
 fn neighbour(path: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".");
+    let mut name = std::ffi::OsString::from(format!(".{}.part.", std::process::id()));
     name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.part", std::process::id()));
     path.with_file_name(name)
 }

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs)]
 
+mod bench;
 mod check;
 mod common;
 mod errors;

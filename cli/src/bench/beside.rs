@@ -1,0 +1,162 @@
+//! Rows of peers: the same tensors, ids and weights, each peer checked before it is timed, and timed
+//! between two measurements of ours.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use moe_bench::{Op, Samples, Tensors};
+use moe_kernels::DType;
+
+use crate::backend::Element;
+use crate::bench::measure::{Bench, SAMPLES, Setting, empty_row};
+use crate::bench::peers::{Peer, Peers};
+use crate::error::Result;
+use crate::tensor_file::{view, view_ids, write};
+
+/// Where peers have something to say.
+const OPS: [Op; 3] = [Op::Experts, Op::Layer, Op::LayerFromX];
+
+/// How far from the truth, relative to its norm, an output may be. Outputs and what is between the
+/// products are rounded to the type.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-4,
+        DType::F16 => 4e-3,
+        DType::BF16 => 3e-2,
+    }
+}
+
+/// The tensors that peers read; the file goes with this.
+struct Inputs(PathBuf);
+
+impl Drop for Inputs {
+    fn drop(&mut self) {
+        // Gigabytes that nobody needs any more; if they cannot be removed, nothing is wrong with the results.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Bench<'_> {
+    /// All peers at one setting. `Ok(false)` if a result is wrong, ours or a peer's.
+    pub fn peers<D: Element>(&mut self, setting: Setting<'_, D>) -> Result<bool> {
+        let wanted = OPS.iter().any(|op| self.request.ops.contains(op));
+        if self.request.peers.is_empty() || !wanted || self.request.is_over() {
+            return Ok(true);
+        }
+        let (model, num_tokens) = (setting.model, setting.draw.shape.num_tokens);
+        self.progress.say(format!("tensors for peers, {} T{num_tokens}", model.name));
+        let inputs = self.inputs(setting)?;
+        let mut good = true;
+        for program in &self.request.peers {
+            let mut peers = Peers::start(program, self.place, &inputs.0)?;
+            for absent in peers.greeting.unavailable.clone() {
+                let mut row = empty_row(Op::Layer, setting);
+                row.by = absent.name;
+                row.version = None;
+                row.note = Some(absent.why);
+                self.push(row)?;
+            }
+            if let Ok(error) = peers.check("moe-kernels")? {
+                good &= error <= tolerance(D::DTYPE);
+                self.note_our_error(setting, error);
+            }
+            for peer in peers.greeting.peers.clone() {
+                good &= self.peer(&mut peers, &peer, setting)?;
+            }
+        }
+        Ok(good)
+    }
+
+    /// One peer at each of its boundaries.
+    fn peer<D: Element>(
+        &mut self,
+        peers: &mut Peers,
+        peer: &Peer,
+        setting: Setting<'_, D>,
+    ) -> Result<bool> {
+        let num_tokens = setting.draw.shape.num_tokens;
+        self.progress.say(format!("{}, {} T{num_tokens}", peer.name, setting.model.name));
+        let error = peers.check(&peer.name)?;
+        let good = error.as_ref().map_or(true, |error| *error <= tolerance(D::DTYPE));
+        for op in OPS {
+            let has = peer.boundaries.iter().any(|boundary| boundary == op.boundary());
+            let wanted = self.request.ops_with(setting.draw.routing).any(|wanted| wanted == op);
+            if !has || !wanted || self.request.is_over() {
+                continue;
+            }
+            let mut row = empty_row(op, setting);
+            row.by = peer.name.clone();
+            row.version = Some(peer.version.clone());
+            match &error {
+                Err(why) => row.note = Some(why.clone()),
+                Ok(error) if !good => {
+                    row.relative_error = Some(*error);
+                    row.note = Some("not timed: the result is wrong".into());
+                }
+                Ok(error) => {
+                    row.relative_error = Some(*error);
+                    let before = self.time(op, setting)?.0.median();
+                    match peers.time(&peer.name, op.boundary(), SAMPLES)? {
+                        Err(why) => row.note = Some(why),
+                        Ok(timed) => {
+                            row.launch = timed.launch;
+                            row.cache = timed.cache;
+                            row.note = timed.note;
+                            row.take(&Samples::new(timed.seconds), &self.ceilings);
+                            row.ours_around = Some([before, self.time(op, setting)?.0.median()]);
+                        }
+                    }
+                }
+            }
+            self.push(row)?;
+        }
+        Ok(good)
+    }
+
+    /// Our own layer was checked as the peers are.
+    fn note_our_error<D: Element>(&mut self, setting: Setting<'_, D>, error: f64) {
+        let key = empty_row(Op::Layer, setting);
+        let ours = self.record.rows.iter_mut().rev().find(|row| {
+            (row.op, row.tokens, row.routing) == (key.op, key.tokens, key.routing)
+                && (&row.model, &row.by) == (&key.model, &key.by)
+        });
+        if let Some(row) = ours {
+            row.relative_error = Some(error);
+        }
+    }
+
+    /// Writes the tensors of a setting.
+    fn inputs<D: Element>(&self, setting: Setting<'_, D>) -> Result<Inputs> {
+        let Setting { model, stage, draw } = setting;
+        let (config, t) = (&model.config, draw.shape.num_tokens);
+        let (e, k) = (config.num_experts, config.top_k);
+        let (h, i) = (config.hidden, config.intermediate);
+        let Tensors { x, gate, gate_up, down } = stage.tensors(t);
+        let logits: Vec<D> = draw.logits.iter().map(|&logit| D::from_f32(logit)).collect();
+        let y = stage.output(draw)?;
+        let renormalize =
+            config.router.scoring != moe_kernels::Scoring::SoftmaxThenTopK { renormalize: false };
+        let notes = HashMap::from([
+            ("model".to_string(), model.name.clone()),
+            ("routing".to_string(), draw.routing.name().to_string()),
+            ("dtype".to_string(), D::DTYPE.name().to_string()),
+            ("top_k".to_string(), k.to_string()),
+            // Softmax over the selected is softmax over all, renormalised.
+            ("renormalize".to_string(), renormalize.to_string()),
+        ]);
+        let tensors = vec![
+            ("x", view(&[t, h], &x)?),
+            ("gate", view(&[e, h], &gate)?),
+            ("logits", view(&[t, e], &logits)?),
+            ("gate_up", view(&[e, 2 * i, h], &gate_up)?),
+            ("down", view(&[e, h, i], &down)?),
+            ("expert_ids", view_ids(&[t, k], &draw.expert_ids)?),
+            ("weights", view(&[t, k], &draw.weights)?),
+            ("y", view(&[t, h], &y)?),
+        ];
+        // Removed with the value, also if writing it fails half-way.
+        let inputs = Inputs(self.output.join("peer-inputs.safetensors"));
+        write(&inputs.0, tensors, Some(notes))?;
+        Ok(inputs)
+    }
+}

@@ -1,0 +1,264 @@
+//! `bench`: every operation and the layer at real shapes, beside the floor and beside peers.
+
+mod beside;
+mod measure;
+mod peers;
+#[cfg(feature = "plots")]
+mod pictures;
+mod record;
+mod table;
+mod traffic;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use moe_bench::{Model, Op, Routing, Target, models};
+use moe_kernels::DType;
+
+use crate::backend::dispatch;
+use crate::bench::measure::Bench;
+use crate::bench::record::{Device, Record};
+use crate::device::{Choice, Gpu, Place, probe};
+use crate::error::{Result, io};
+use crate::progress::Progress;
+use crate::text::say;
+
+/// Measures operations and layers at the shapes of real models
+///
+/// Prints a table and writes bench.json, and pictures of it, into a folder. A GPU is timed with events;
+/// the CPU is the reference; on the software device nothing is timed, but every byte is counted that
+/// a GPU would move.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// What to measure; auto is the GPU if there is one, else the CPU
+    #[arg(long, default_value = "auto")]
+    device: Choice,
+
+    /// Layers by name, or `all`
+    #[arg(long, value_delimiter = ',', value_name = "NAMES", default_value = "olmoe-1b-7b", value_parser = parse_model)]
+    model: Vec<Named>,
+
+    /// Numbers of tokens [default: 1,8,64; on a GPU those of each model]
+    #[arg(long, value_delimiter = ',', value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    tokens: Vec<u32>,
+
+    /// f32, bf16 or f16
+    #[arg(long, default_value = "bf16")]
+    dtype: DType,
+
+    /// Operations: route, plan, permute, gate_up, down, experts, combine, layer, layer_from_x, or `all`
+    #[arg(long, value_delimiter = ',', value_name = "OPS", default_value = "all", value_parser = parse_op)]
+    op: Vec<NamedOp>,
+
+    /// How tokens spread over experts
+    #[arg(long, value_delimiter = ',', default_value = "uniform")]
+    routing: Vec<Spread>,
+
+    /// Divides H and I by this [default: 1; on the emulator 32]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    shrink: Option<u32>,
+
+    /// A program that runs peers on the same tensors, as benches/peers/README.md describes; may be repeated
+    #[arg(long, value_name = "PROGRAM")]
+    peers: Vec<String>,
+
+    /// Start nothing new after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<u64>,
+
+    /// Folder for bench.json and the pictures
+    #[arg(long, value_name = "DIR", default_value = "bench-results")]
+    output: PathBuf,
+}
+
+/// A model's name, or all of them.
+#[derive(Clone)]
+enum Named {
+    All,
+    One(Model),
+}
+
+fn parse_model(name: &str) -> std::result::Result<Named, String> {
+    if name == "all" {
+        return Ok(Named::All);
+    }
+    let known = || models().into_iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
+    Model::find(name).map(Named::One).ok_or_else(|| format!("known are {} and all", known()))
+}
+
+#[derive(Clone)]
+enum NamedOp {
+    All,
+    One(Op),
+}
+
+fn parse_op(name: &str) -> std::result::Result<NamedOp, String> {
+    let known = || Op::ALL.map(Op::name).join(", ");
+    match Op::ALL.into_iter().find(|op| op.name() == name) {
+        Some(op) => Ok(NamedOp::One(op)),
+        None if name == "all" => Ok(NamedOp::All),
+        None => Err(format!("known are {} and all", known())),
+    }
+}
+
+/// The routings of the command line.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Spread {
+    /// Every expert alike
+    Uniform,
+    /// The expert of rank r in proportion to 1 / r
+    Zipf,
+    /// One expert is chosen by 60 % of the tokens
+    Hot,
+}
+
+impl Spread {
+    fn routing(self) -> Routing {
+        match self {
+            Self::Uniform => Routing::Uniform,
+            Self::Zipf => Routing::Zipf,
+            Self::Hot => Routing::Hot,
+        }
+    }
+}
+
+/// What is to be measured, in order.
+struct Request {
+    models: Vec<Model>,
+    tokens: Vec<usize>,
+    ops: Vec<Op>,
+    routings: Vec<Routing>,
+    dtype: DType,
+    peers: Vec<String>,
+    deadline: Option<Instant>,
+}
+
+impl Request {
+    fn new(arguments: &Arguments, place: Place) -> Self {
+        let by = arguments.shrink.unwrap_or(if place == Place::Emulator { 32 } else { 1 });
+        let chosen = arguments.model.iter().flat_map(|named| match named {
+            Named::All => models(),
+            Named::One(model) => vec![model.clone()],
+        });
+        let mut tokens: Vec<usize> = arguments.tokens.iter().map(|&t| t as usize).collect();
+        if tokens.is_empty() && place != Place::Cuda {
+            tokens = vec![1, 8, 64];
+        }
+        tokens.sort_unstable();
+        tokens.dedup();
+        let ops = arguments.op.iter().flat_map(|named| match named {
+            NamedOp::All => Op::ALL.to_vec(),
+            NamedOp::One(op) => vec![*op],
+        });
+        let limit = arguments.time_limit.map(Duration::from_secs);
+        Self {
+            models: chosen.map(|model| model.shrunk(by as usize)).collect(),
+            tokens,
+            ops: ops.collect(),
+            routings: arguments.routing.iter().map(|spread| spread.routing()).collect(),
+            dtype: arguments.dtype,
+            peers: arguments.peers.clone(),
+            deadline: limit.and_then(|limit| Instant::now().checked_add(limit)),
+        }
+    }
+
+    /// The numbers of tokens of one model.
+    fn tokens_of<'a>(&'a self, model: &'a Model) -> &'a [usize] {
+        if self.tokens.is_empty() { model.tokens } else { &self.tokens }
+    }
+
+    /// The operations that can be measured with a routing.
+    fn ops_with(&self, routing: Routing) -> impl Iterator<Item = Op> {
+        self.ops.iter().copied().filter(move |op| op.has_routing(routing))
+    }
+
+    /// How many settings of operation, model, tokens and routing there are.
+    fn count(&self) -> usize {
+        let tokens: usize = self.models.iter().map(|model| self.tokens_of(model).len()).sum();
+        tokens * self.routings.iter().map(|&routing| self.ops_with(routing).count()).sum::<usize>()
+    }
+
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+}
+
+/// `Ok(false)` if a peer computes something else.
+pub fn bench(arguments: &Arguments) -> Result<bool> {
+    let place = match arguments.device {
+        Choice::Auto if probe().is_err() => Place::Cpu,
+        choice => choice.place(),
+    };
+    // Found out now, and not after the work.
+    std::fs::create_dir_all(&arguments.output).map_err(io("create", &arguments.output))?;
+    let request = Request::new(arguments, place);
+    let gpu = match place {
+        Place::Cpu => None,
+        Place::Cuda => Some(Gpu::open(place)?),
+        Place::Emulator => Some(Gpu::open_counting()?),
+    };
+    let device = describe(place, gpu.as_ref())?;
+    say(format_args!("{}: {}\n", device.kind, device.name));
+    let bench_gpu = gpu.as_ref().map(|_| moe_bench::Gpu::open()).transpose()?;
+    let target = bench_gpu.as_ref().map_or(Target::Cpu, Target::Gpu);
+
+    let mut record = Record::new(device);
+    let progress = Progress::parts("bench", request.count());
+    let mut bench = Bench {
+        target: &target,
+        place,
+        request: &request,
+        output: &arguments.output,
+        record: &mut record,
+        progress: &progress,
+        ceilings: Default::default(),
+    };
+    let good = dispatch!(request.dtype, D => bench.run::<D>())?;
+    drop(progress);
+    record.write(&arguments.output)?;
+    say(table::ceilings(&record));
+    say(table::rows(&record));
+    if !record.complete {
+        say("The time limit was reached before everything was measured.\n");
+    }
+    say(format_args!("written: {}\n", arguments.output.join("bench.json").display()));
+    draw(&record, &arguments.output)?;
+    Ok(good)
+}
+
+#[cfg(feature = "plots")]
+fn draw(record: &Record, folder: &Path) -> Result<()> {
+    for picture in pictures::draw(record, folder)? {
+        say(format_args!("written: {}\n", picture.display()));
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "plots"))]
+fn draw(_: &Record, _: &Path) -> Result<()> {
+    say("no pictures: this program was built without the feature `plots`\n");
+    Ok(())
+}
+
+fn describe(place: Place, gpu: Option<&Gpu>) -> Result<Device> {
+    let Some(gpu) = gpu else {
+        let threads = rayon::current_num_threads();
+        return Ok(Device {
+            kind: place.name(),
+            name: format!("the reference in f32, {threads} threads"),
+            capability: None,
+            driver: None,
+            threads: Some(threads),
+        });
+    };
+    let (major, minor) = gpu.device.capability();
+    let name = gpu.device.context().name().map_err(gpu.failed("ask for the name"))?;
+    Ok(Device {
+        kind: place.name(),
+        name,
+        capability: Some(format!("{major}.{minor}")),
+        driver: Some(gpu.driver_version()?),
+        threads: None,
+    })
+}

@@ -1,0 +1,232 @@
+//! Pictures of the results, each as SVG and as PNG: which of them there are, and what they show.
+
+mod bars;
+mod lines;
+
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::register_font;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use crate::bench::record::{Record, Row};
+use crate::error::{Error, Result};
+use crate::tensor_file::replace;
+
+use bars::Bars;
+use lines::{Line, Lines};
+
+/// Points on the screen, pixels in a PNG.
+const SIZE: (u32, u32) = (1100, 680);
+
+/// Colours that differ for most colour-blind people too (the first six by Okabe and Ito), ours first.
+const COLOURS: [RGBColor; 10] = [
+    RGBColor(0, 114, 178),
+    RGBColor(230, 159, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(213, 94, 0),
+    RGBColor(86, 180, 233),
+    RGBColor(110, 110, 110),
+    RGBColor(106, 61, 154),
+    RGBColor(140, 86, 75),
+    RGBColor(128, 128, 0),
+];
+
+const OURS: &str = "moe-kernels";
+
+/// Draws what there is something to draw of. Returns the files.
+pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
+    static FONT: Once = Once::new();
+    FONT.call_once(|| {
+        // It cannot fail but for a file that is no font, which a test would see.
+        let _ = register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
+    });
+    let timed: Vec<&Row> = record.rows.iter().filter(|row| row.seconds.is_some()).collect();
+    let where_ = format!("{}, {}", record.device.name, &record.date[..10]);
+    let mut files = Vec::new();
+    for model in distinct(timed.iter().map(|row| row.model.as_str())) {
+        let rows: Vec<&Row> = timed.iter().copied().filter(|row| row.model == model).collect();
+        let against = against_floor(&rows, &where_);
+        files.extend(both(folder, &format!("time-{model}"), &Picture::Lines(against))?);
+        let operations = operations(&rows, &where_);
+        files.extend(both(folder, &format!("operations-{model}"), &Picture::Lines(operations))?);
+    }
+    let floors = percent_of_floor(&timed, &where_);
+    if !floors.groups.is_empty() {
+        files.extend(both(folder, "floor", &Picture::Bars(floors))?);
+    }
+    let peers = beside_peers(&timed, &where_);
+    if !peers.groups.is_empty() {
+        files.extend(both(folder, "peers", &Picture::Bars(peers))?);
+    }
+    Ok(files)
+}
+
+/// In the order in which they come first.
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut found = Vec::new();
+    names.for_each(|name| {
+        if !found.contains(&name) {
+            found.push(name)
+        }
+    });
+    found
+}
+
+/// The operation that says most about a set of rows: the layer if it was measured.
+fn main_op(rows: &[&Row]) -> &'static str {
+    let has = |op| rows.iter().any(|row| row.op == op && row.by == OURS);
+    let ops = ["layer", "layer_from_x", "experts"];
+    ops.into_iter().find(|op| has(*op)).or_else(|| rows.first().map(|row| row.op)).unwrap_or("")
+}
+
+fn median(row: &Row) -> f64 {
+    row.seconds.map_or(f64::NAN, |seconds| seconds.median)
+}
+
+/// `, zipf routing` where it is not the usual one.
+fn routing(rows: &[&Row]) -> String {
+    let names = distinct(rows.iter().map(|row| row.routing));
+    if names == ["uniform"] { String::new() } else { format!(", {} routing", names.join(" and ")) }
+}
+
+/// Name of a line or a bar; several routings in one run are told apart.
+fn label(row: &Row, name: &str) -> String {
+    if row.routing == "uniform" { name.into() } else { format!("{name}, {}", row.routing) }
+}
+
+/// Time against T: ours, peers, and the floor.
+fn against_floor(rows: &[&Row], where_: &str) -> Lines {
+    let op = main_op(rows);
+    let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
+    let mut lines: Vec<Line> = Vec::new();
+    for row in &rows {
+        Line::extend(&mut lines, &label(row, &row.by), (row.tokens as f64, median(row)));
+    }
+    for row in rows.iter().filter(|row| row.by == OURS) {
+        if let Some(floor) = row.floor_seconds {
+            Line::extend(&mut lines, &label(row, "floor"), (row.tokens as f64, floor));
+        }
+    }
+    for line in lines.iter_mut().filter(|line| line.name.starts_with("floor")) {
+        line.dashed = true;
+    }
+    let first = rows[0];
+    let title = format!(
+        "{}, {} {}: time of one call ({where_}){}",
+        first.model,
+        first.dtype,
+        first.boundary,
+        routing(&rows)
+    );
+    Lines { title, lines }
+}
+
+/// Time against T of each operation of ours.
+fn operations(rows: &[&Row], where_: &str) -> Lines {
+    let ours: Vec<&Row> = rows.iter().copied().filter(|row| row.by == OURS).collect();
+    let mut lines = Vec::new();
+    for row in &ours {
+        Line::extend(&mut lines, &label(row, row.op), (row.tokens as f64, median(row)));
+    }
+    let (model, dtype) = rows.first().map_or(("", ""), |row| (&row.model, row.dtype));
+    Lines { title: format!("{model}, {dtype}: time of each operation ({where_})"), lines }
+}
+
+/// How much of the floor's speed is reached, model by model.
+fn percent_of_floor(rows: &[&Row], where_: &str) -> Bars {
+    let op = main_op(rows);
+    let rows: Vec<&Row> = rows
+        .iter()
+        .copied()
+        .filter(|row| row.by == OURS && row.op == op && row.percent_of_floor.is_some())
+        .collect();
+    let title = format!("Percentage of the floor, {op} ({where_}){}", routing(&rows));
+    let mut bars = Bars::new(title, "% of the floor's speed", 100.0);
+    for row in rows {
+        bars.add(&row.model, &label(row, &format!("T={}", row.tokens)), row.percent_of_floor);
+    }
+    bars
+}
+
+/// How many times as long as ours each peer takes.
+fn beside_peers(rows: &[&Row], where_: &str) -> Bars {
+    let title = format!("Time of peers as multiples of ours ({where_})");
+    let mut bars = Bars::new(title, "times as long as moe-kernels", 1.0);
+    for row in rows.iter().filter(|row| row.by != OURS) {
+        let ratio = row.ours_around.map(|[before, after]| 2.0 * median(row) / (before + after));
+        let group = format!("{} T={} {}", row.model, row.tokens, row.op);
+        bars.add(&label(row, &group), &row.by, ratio);
+    }
+    bars
+}
+
+/// Splits off a strip on the right for the legend, where it hides nothing.
+fn beside_legend<DB: DrawingBackend>(
+    area: &DrawingArea<DB, Shift>,
+) -> (DrawingArea<DB, Shift>, DrawingArea<DB, Shift>) {
+    const WIDTH: i32 = 190;
+    area.split_horizontally(SIZE.0 as i32 - WIDTH)
+}
+
+/// One line of it for each name.
+fn draw_legend<'n, DB: DrawingBackend>(
+    area: &DrawingArea<DB, Shift>,
+    names: impl Iterator<Item = (&'n str, RGBColor)>,
+) -> Drawn {
+    for (index, (name, colour)) in names.enumerate() {
+        let y = 56 + 24 * index as i32;
+        let mark = Rectangle::new([(4, y - 4), (24, y + 4)], colour.filled());
+        area.draw(&mark).map_err(words)?;
+        let middle = Pos::new(HPos::Left, VPos::Center);
+        let style = ("sans-serif", 15).into_font().color(&BLACK).pos(middle);
+        area.draw(&Text::new(name, (32, y), style)).map_err(words)?;
+    }
+    Ok(())
+}
+
+/// Either kind.
+enum Picture {
+    Lines(Lines),
+    Bars(Bars),
+}
+
+/// What any backend may say, in words.
+type Drawn = std::result::Result<(), String>;
+
+/// For `map_err` on calls to plotters, whose errors are as many types as there are backends.
+fn words(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+impl Picture {
+    fn draw<DB: DrawingBackend>(&self, backend: DB) -> Drawn {
+        let area = backend.into_drawing_area();
+        area.fill(&WHITE).map_err(words)?;
+        match self {
+            Self::Lines(lines) => lines.draw(&area)?,
+            Self::Bars(bars) => bars.draw(&area)?,
+        }
+        area.present().map_err(words)
+    }
+}
+
+fn both(folder: &Path, name: &str, picture: &Picture) -> Result<[PathBuf; 2]> {
+    let make = |ending: &str| -> Result<PathBuf> {
+        let path = folder.join(format!("{name}.{ending}"));
+        let mut drawn = Ok(());
+        replace(&path, |part| {
+            drawn = match ending {
+                "svg" => picture.draw(SVGBackend::new(part, SIZE)),
+                _ => picture.draw(BitMapBackend::new(part, SIZE)),
+            };
+            Ok(())
+        })?;
+        drawn.map_err(|why| Error::Picture { picture: path.display().to_string(), why })?;
+        Ok(path)
+    };
+    Ok([make("svg")?, make("png")?])
+}

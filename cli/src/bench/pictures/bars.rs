@@ -1,0 +1,106 @@
+//! Bars in groups, with a line across at what is full.
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use super::{COLOURS, Drawn, beside_legend, draw_legend, words};
+
+pub struct Bars {
+    title: String,
+    /// What the height says.
+    axis: &'static str,
+    /// Where the line across goes.
+    full: f64,
+    /// The names of the bars of a group, the same for all.
+    names: Vec<String>,
+    pub groups: Vec<Group>,
+}
+
+pub struct Group {
+    name: String,
+    /// Indices of names, and heights.
+    bars: Vec<(usize, f64)>,
+}
+
+impl Bars {
+    pub fn new(title: String, axis: &'static str, full: f64) -> Self {
+        Self { title, axis, full, names: Vec::new(), groups: Vec::new() }
+    }
+
+    /// Adds a bar to a group; a bar without a height is left out.
+    pub fn add(&mut self, group: &str, name: &str, height: Option<f64>) {
+        let Some(height) = height.filter(|height| height.is_finite()) else { return };
+        let index = self.names.iter().position(|known| known == name).unwrap_or_else(|| {
+            self.names.push(name.into());
+            self.names.len() - 1
+        });
+        match self.groups.iter_mut().find(|known| known.name == group) {
+            Some(group) => group.bars.push((index, height)),
+            None => self.groups.push(Group { name: group.into(), bars: vec![(index, height)] }),
+        }
+    }
+
+    pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn {
+        let groups = self.groups.len();
+        let bars = || self.groups.iter().flat_map(|group| &group.bars);
+        let highest = bars().map(|bar| bar.1).fold(self.full, f64::max);
+        let top = 1.1 * highest;
+        let (area, legend) = beside_legend(area);
+        let mut chart = ChartBuilder::on(&area)
+            .caption(&self.title, ("sans-serif", 20))
+            .margin(14)
+            .x_label_area_size(56)
+            .y_label_area_size(78)
+            .build_cartesian_2d(0.0..groups as f64, 0.0..top)
+            .map_err(words)?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .y_desc(self.axis)
+            .x_labels(0)
+            .y_label_formatter(&|height| format!("{height:.*}", if top < 10.0 { 1 } else { 0 }))
+            .label_style(("sans-serif", 15))
+            .axis_desc_style(("sans-serif", 17))
+            .light_line_style(BLACK.mix(0.04))
+            .bold_line_style(BLACK.mix(0.12))
+            .draw()
+            .map_err(words)?;
+        let width = 0.8 / self.names.len() as f64;
+        for index in 0..self.names.len() {
+            let style = COLOURS[index % COLOURS.len()].filled();
+            let of_this_name =
+                self.groups.iter().enumerate().flat_map(|(group, Group { bars, .. })| {
+                    let left = group as f64 + 0.1 + index as f64 * width;
+                    let bars = bars.iter().filter(move |bar| bar.0 == index);
+                    bars.map(move |bar| {
+                        Rectangle::new([(left, 0.0), (left + 0.92 * width, bar.1)], style)
+                    })
+                });
+            chart.draw_series(of_this_name).map_err(words)?;
+        }
+        let centred = |size: u32| {
+            let anchor = Pos::new(HPos::Center, VPos::Top);
+            ("sans-serif", size).into_font().color(&BLACK).pos(anchor)
+        };
+        for (index, group) in self.groups.iter().enumerate() {
+            let (x, y) = chart.backend_coord(&(index as f64 + 0.5, 0.0));
+            // Names of neighbours do not run into each other.
+            let row = if groups > 6 { index as i32 % 2 } else { 0 };
+            let text = Text::new(group.name.as_str(), (x, y + 8 + 20 * row), centred(15));
+            area.draw(&text).map_err(words)?;
+            for (name, height) in &group.bars {
+                let x = index as f64 + 0.1 + (*name as f64 + 0.46) * width;
+                let (x, y) = chart.backend_coord(&(x, *height));
+                let digits = if *height < 10.0 { 2 } else { 0 };
+                let text = Text::new(format!("{height:.digits$}"), (x, y - 15), centred(12));
+                area.draw(&text).map_err(words)?;
+            }
+        }
+        let across = [(0.0, self.full), (groups as f64, self.full)];
+        chart
+            .draw_series(DashedLineSeries::new(across, 7, 5, BLACK.stroke_width(2)))
+            .map_err(words)?;
+        draw_legend(&legend, self.names.iter().map(String::as_str).zip(COLOURS.into_iter().cycle()))
+    }
+}

@@ -1,0 +1,147 @@
+//! `bench.json`: what was measured, where, and against what.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::bench::traffic::Traffic;
+use crate::error::Result;
+use crate::tensor_file::replace;
+
+/// Changes whenever a field changes its meaning.
+const FORMAT: u32 = 1;
+
+/// The whole file.
+#[derive(Serialize)]
+pub struct Record {
+    format: u32,
+    version: &'static str,
+    /// Of the sources, where whoever packed the program wrote it down.
+    commit: Option<String>,
+    /// When the run started, in UTC.
+    pub date: String,
+    /// Whether everything that was asked for was reached.
+    pub complete: bool,
+    pub device: Device,
+    pub ceilings: Ceilings,
+    pub rows: Vec<Row>,
+}
+
+#[derive(Serialize)]
+pub struct Device {
+    /// `cuda`, `emulator` or `cpu`
+    pub kind: &'static str,
+    pub name: String,
+    pub capability: Option<String>,
+    /// The CUDA version of the driver.
+    pub driver: Option<String>,
+    /// Of the CPU.
+    pub threads: Option<usize>,
+}
+
+#[derive(Serialize, Clone, Copy, Default)]
+pub struct Ceilings {
+    pub copy_bytes_per_second: Option<f64>,
+    pub read_bytes_per_second: Option<f64>,
+    pub dense_flops_per_second: Option<f64>,
+}
+
+/// One operation or peer at one shape.
+#[derive(Serialize, Clone)]
+pub struct Row {
+    pub op: &'static str,
+    pub pass: &'static str,
+    /// From what to what the time is.
+    pub boundary: &'static str,
+    pub model: String,
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub num_experts: usize,
+    pub top_k: usize,
+    pub tokens: usize,
+    pub dtype: &'static str,
+    pub routing: &'static str,
+    pub router: &'static str,
+    /// `moe-kernels`, or a peer.
+    pub by: String,
+    pub version: Option<String>,
+    pub seconds: Option<Seconds>,
+    /// Ours right before and right after a peer, in seconds.
+    pub ours_around: Option<[f64; 2]>,
+    /// How calls came to the device: `graph`, `stream`, `eager`, `call`.
+    pub launch: Option<String>,
+    /// `cold`: the data came from memory; `warm`: it may have come from a cache.
+    pub cache: Option<String>,
+    /// The least that the operation has to move and to compute.
+    pub bytes: u64,
+    pub flops: u64,
+    pub floor_seconds: Option<f64>,
+    pub bound: Option<&'static str>,
+    /// How much of the floor's speed was reached.
+    pub percent_of_floor: Option<f64>,
+    /// The same products of equal groups by a dense library.
+    pub dense: Option<Dense>,
+    /// What the software device counted, kernel by kernel.
+    pub traffic: Option<Vec<Traffic>>,
+    pub relative_error: Option<f64>,
+    pub note: Option<String>,
+}
+
+#[derive(Serialize, Clone, Copy)]
+pub struct Seconds {
+    pub median: f64,
+    pub p10: f64,
+    pub p90: f64,
+    pub samples: usize,
+}
+
+#[derive(Serialize, Clone)]
+pub struct Dense {
+    pub by: &'static str,
+    pub seconds: f64,
+    /// Its time over ours.
+    pub percent: f64,
+}
+
+impl Record {
+    pub fn new(device: Device) -> Self {
+        Self {
+            format: FORMAT,
+            version: env!("CARGO_PKG_VERSION"),
+            commit: commit(),
+            date: now(),
+            complete: false,
+            device,
+            ceilings: Ceilings::default(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Writes the file as it stands; who reads it finds the last state or this one, nothing between.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        replace(&folder.join("bench.json"), |path| {
+            let text = serde_json::to_string_pretty(self)?;
+            std::fs::write(path, text + "\n")
+        })
+    }
+}
+
+/// From the environment variable `MOE_KERNELS_COMMIT`, else from the file `commit` beside the
+/// program, else from git in the folder where this is run.
+fn commit() -> Option<String> {
+    let beside = || {
+        let file = std::env::current_exe().ok()?.with_file_name("commit");
+        std::fs::read_to_string(file).ok()
+    };
+    let git = || {
+        let output = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let text = std::env::var("MOE_KERNELS_COMMIT").ok().or_else(beside).or_else(git)?;
+    Some(text.trim().to_string()).filter(|text| !text.is_empty())
+}
+
+/// As in `2026-11-22T14:08:32Z`.
+fn now() -> String {
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
