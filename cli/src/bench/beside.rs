@@ -50,6 +50,15 @@ impl Bench<'_> {
         for program in &self.request.peers {
             let mut peers = Peers::start(program, self.place, &inputs.0)?;
             for absent in peers.greeting.unavailable.clone() {
+                // Said once, not for every shape.
+                if self
+                    .record
+                    .rows
+                    .iter()
+                    .any(|row| row.by == absent.name && row.note.as_ref() == Some(&absent.why))
+                {
+                    continue;
+                }
                 let mut row = empty_row(Op::Layer, setting);
                 row.by = absent.name;
                 row.version = None;

@@ -229,8 +229,10 @@ pub fn bench(arguments: &Arguments) -> Result<bool> {
 
 #[cfg(feature = "plots")]
 fn draw(record: &Record, folder: &Path) -> Result<()> {
-    for picture in pictures::draw(record, folder)? {
-        say(format_args!("written: {}\n", picture.display()));
+    let pictures = pictures::draw(record, folder)?;
+    let names: Vec<_> = pictures.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
+    if !names.is_empty() {
+        say(format_args!("pictures, as SVG and PNG: {}\n", names.join(", ")));
     }
     Ok(())
 }

@@ -37,7 +37,7 @@ const COLOURS: [RGBColor; 10] = [
 
 const OURS: &str = "moe-kernels";
 
-/// Draws what there is something to draw of. Returns the files.
+/// Draws what there is something to draw of. Returns the SVG files; each has a PNG beside it.
 pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
     static FONT: Once = Once::new();
     FONT.call_once(|| {
@@ -50,17 +50,20 @@ pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
     for model in distinct(timed.iter().map(|row| row.model.as_str())) {
         let rows: Vec<&Row> = timed.iter().copied().filter(|row| row.model == model).collect();
         let against = against_floor(&rows, &where_);
-        files.extend(both(folder, &format!("time-{model}"), &Picture::Lines(against))?);
+        files.push(both(folder, &format!("time-{model}"), &Picture::Lines(against))?);
         let operations = operations(&rows, &where_);
-        files.extend(both(folder, &format!("operations-{model}"), &Picture::Lines(operations))?);
+        if operations.lines.len() > 1 {
+            let name = format!("operations-{model}");
+            files.push(both(folder, &name, &Picture::Lines(operations))?);
+        }
+        let peers = beside_peers(&rows, &where_);
+        if !peers.groups.is_empty() {
+            files.push(both(folder, &format!("peers-{model}"), &Picture::Bars(peers))?);
+        }
     }
     let floors = percent_of_floor(&timed, &where_);
     if !floors.groups.is_empty() {
-        files.extend(both(folder, "floor", &Picture::Bars(floors))?);
-    }
-    let peers = beside_peers(&timed, &where_);
-    if !peers.groups.is_empty() {
-        files.extend(both(folder, "peers", &Picture::Bars(peers))?);
+        files.push(both(folder, "floor", &Picture::Bars(floors))?);
     }
     Ok(files)
 }
@@ -152,14 +155,22 @@ fn percent_of_floor(rows: &[&Row], where_: &str) -> Bars {
     bars
 }
 
-/// How many times as long as ours each peer takes.
+/// How many times as long as ours each peer takes, at each T.
 fn beside_peers(rows: &[&Row], where_: &str) -> Bars {
-    let title = format!("Time of peers as multiples of ours ({where_})");
+    let op = main_op(rows);
+    let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
+    let first = rows[0];
+    let title = format!(
+        "{}, {} {}: peers beside ours ({where_}){}",
+        first.model,
+        first.dtype,
+        first.boundary,
+        routing(&rows)
+    );
     let mut bars = Bars::new(title, "times as long as moe-kernels", 1.0);
     for row in rows.iter().filter(|row| row.by != OURS) {
         let ratio = row.ours_around.map(|[before, after]| 2.0 * median(row) / (before + after));
-        let group = format!("{} T={} {}", row.model, row.tokens, row.op);
-        bars.add(&label(row, &group), &row.by, ratio);
+        bars.add(&label(row, &format!("T={}", row.tokens)), &row.by, ratio);
     }
     bars
 }
@@ -214,7 +225,8 @@ impl Picture {
     }
 }
 
-fn both(folder: &Path, name: &str, picture: &Picture) -> Result<[PathBuf; 2]> {
+/// Returns the path of the SVG.
+fn both(folder: &Path, name: &str, picture: &Picture) -> Result<PathBuf> {
     let make = |ending: &str| -> Result<PathBuf> {
         let path = folder.join(format!("{name}.{ending}"));
         let mut drawn = Ok(());
@@ -228,5 +240,6 @@ fn both(folder: &Path, name: &str, picture: &Picture) -> Result<[PathBuf; 2]> {
         drawn.map_err(|why| Error::Picture { picture: path.display().to_string(), why })?;
         Ok(path)
     };
-    Ok([make("svg")?, make("png")?])
+    make("png")?;
+    make("svg")
 }

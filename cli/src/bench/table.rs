@@ -50,7 +50,7 @@ pub fn rows(record: &Record) -> String {
 }
 
 fn times(rows: &[Row]) -> String {
-    let mut table = Table::new(&[
+    let heading = [
         "model",
         "T",
         "routing",
@@ -65,38 +65,58 @@ fn times(rows: &[Row]) -> String {
         "rate",
         "% of cuBLAS",
         "data",
-        "note",
-    ]);
-    for row in rows {
-        let speed = row.seconds.map(|seconds| {
-            if row.flops > row.bytes {
-                rate(row.flops as f64 / seconds.median, "FLOP")
-            } else {
-                rate(row.bytes as f64 / seconds.median, "B")
-            }
-        });
-        table.row(vec![
-            row.model.clone(),
-            row.tokens.to_string(),
-            row.routing.into(),
-            row.op.into(),
-            row.by.clone(),
-            or_dash(row.seconds.map(|s| seconds(s.median))),
-            or_dash(row.seconds.map(|s| seconds(s.p10))),
-            or_dash(row.seconds.map(|s| seconds(s.p90))),
-            or_dash(row.floor_seconds.map(seconds)),
-            or_dash(row.bound.map(Into::into)),
-            or_dash(row.percent_of_floor.map(|percent| format!("{percent:.1}"))),
-            or_dash(speed),
-            or_dash(row.dense.as_ref().map(|dense| format!("{:.1}", dense.percent))),
-            or_dash(row.cache.clone()),
-            row.note.clone().unwrap_or_default(),
-        ]);
+    ];
+    let (timed, others): (Vec<&Row>, Vec<&Row>) =
+        rows.iter().partition(|row| row.seconds.is_some());
+    let cells: Vec<Vec<String>> = timed.iter().map(|row| timed_cells(row)).collect();
+    // A column that says nothing of any row is left out.
+    let kept: Vec<usize> =
+        (0..heading.len()).filter(|&c| cells.iter().any(|cells| cells[c] != "-")).collect();
+    let mut table = Table::new(&kept.iter().map(|&c| heading[c]).collect::<Vec<_>>());
+    for mut cells in cells {
+        table.row(kept.iter().map(|&c| std::mem::take(&mut cells[c])).collect());
     }
-    format!(
+    let mut text = format!(
         "{table}\nEach op is forward; `layer` is from logits, `layer_from_x` has the gate, `experts` is both products.\n\
          rate: of the least bytes or operations. data: warm may come from a cache, and then be faster than the floor.\n"
-    )
+    );
+    let mut notes: Vec<String> = Vec::new();
+    for row in timed.iter().chain(&others) {
+        let Some(note) = &row.note else { continue };
+        let not_run = if row.seconds.is_none() { "not run, " } else { "" };
+        let note = format!("{}: {not_run}{note}\n", row.by);
+        if !notes.contains(&note) {
+            notes.push(note);
+        }
+    }
+    text.extend(notes);
+    text
+}
+
+fn timed_cells(row: &Row) -> Vec<String> {
+    let speed = row.seconds.map(|seconds| {
+        if row.flops > row.bytes {
+            rate(row.flops as f64 / seconds.median, "FLOP")
+        } else {
+            rate(row.bytes as f64 / seconds.median, "B")
+        }
+    });
+    vec![
+        row.model.clone(),
+        row.tokens.to_string(),
+        row.routing.into(),
+        row.op.into(),
+        row.by.clone(),
+        or_dash(row.seconds.map(|s| seconds(s.median))),
+        or_dash(row.seconds.map(|s| seconds(s.p10))),
+        or_dash(row.seconds.map(|s| seconds(s.p90))),
+        or_dash(row.floor_seconds.map(seconds)),
+        or_dash(row.bound.map(Into::into)),
+        or_dash(row.percent_of_floor.map(|percent| format!("{percent:.1}"))),
+        or_dash(speed),
+        or_dash(row.dense.as_ref().map(|dense| format!("{:.1}", dense.percent))),
+        or_dash(row.cache.clone()),
+    ]
 }
 
 /// What the software device counted in one call, all kernels of the operation together.

@@ -55,7 +55,7 @@ fn the_cpu_gets_a_table_and_a_record() {
 #[test]
 fn pictures_are_drawn() {
     let folder = Folder::new();
-    let (done, _) = bench(&folder, &["--device", "cpu", "--tokens", "1,8", "--op", "layer"]);
+    let (done, _) = bench(&folder, &["--device", "cpu", "--tokens", "1,8", "--op", "layer,route"]);
     assert_eq!(done.status, Some(0), "{done:?}");
     for name in ["time-olmoe-1b-7b-div64", "operations-olmoe-1b-7b-div64", "floor"] {
         let png = std::fs::read(folder.path(&format!("out/{name}.png"))).unwrap();

@@ -43,6 +43,8 @@ impl Bars {
 
     pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn {
         let groups = self.groups.len();
+        // Names of neighbours would run into each other.
+        let crowded = groups > 6;
         let bars = || self.groups.iter().flat_map(|group| &group.bars);
         let highest = bars().map(|bar| bar.1).fold(self.full, f64::max);
         let top = 1.1 * highest;
@@ -50,7 +52,7 @@ impl Bars {
         let mut chart = ChartBuilder::on(&area)
             .caption(&self.title, ("sans-serif", 20))
             .margin(14)
-            .x_label_area_size(56)
+            .x_label_area_size(if crowded { 190 } else { 40 })
             .y_label_area_size(78)
             .build_cartesian_2d(0.0..groups as f64, 0.0..top)
             .map_err(words)?;
@@ -85,11 +87,15 @@ impl Bars {
         };
         for (index, group) in self.groups.iter().enumerate() {
             let (x, y) = chart.backend_coord(&(index as f64 + 0.5, 0.0));
-            // Names of neighbours do not run into each other.
-            let row = if groups > 6 { index as i32 % 2 } else { 0 };
-            let text = Text::new(group.name.as_str(), (x, y + 8 + 20 * row), centred(15));
-            area.draw(&text).map_err(words)?;
-            for (name, height) in &group.bars {
+            let style = if crowded {
+                let font = ("sans-serif", 15).into_font().transform(FontTransform::Rotate90);
+                font.color(&BLACK).pos(Pos::new(HPos::Left, VPos::Center))
+            } else {
+                centred(15)
+            };
+            area.draw(&Text::new(group.name.as_str(), (x, y + 8), style)).map_err(words)?;
+            // Where there are many bars, the axis says enough.
+            for (name, height) in group.bars.iter().filter(|_| !crowded) {
                 let x = index as f64 + 0.1 + (*name as f64 + 0.46) * width;
                 let (x, y) = chart.backend_coord(&(x, *height));
                 let digits = if *height < 10.0 { 2 } else { 0 };
