@@ -118,7 +118,9 @@ void complete(Lock& lock, HostThread& thread, std::vector<OperationPtr> targets)
     if (chosen) {
       run(lock, chosen);
     } else {
-      state().finished.wait(lock);  // another thread runs what this one needs
+      // Another thread runs what this one needs. Not wait(), which with GCC 12 and later is a symbol
+      // that the libstdc++ of RHEL 9 does not have.
+      state().finished.wait_for(lock, std::chrono::seconds(1));
     }
   }
 }
