@@ -19,6 +19,7 @@ mod progress;
 mod run;
 mod tensor_file;
 mod text;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,7 @@ enum Command {
     Check(check::Arguments),
     Bench(bench::Arguments),
     Info(info::Arguments),
+    Tune(tune::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => check::check(&arguments),
         Command::Bench(arguments) => bench::bench(&arguments),
         Command::Info(arguments) => info::info(&arguments),
+        Command::Tune(arguments) => tune::tune(&arguments),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -7,3 +7,5 @@ mod check;
 mod common;
 mod errors;
 mod run;
+#[cfg(feature = "emulator")]
+mod tune;

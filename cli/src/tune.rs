@@ -1,0 +1,442 @@
+//! `tune`: variants of grouped_gemm, compiled with other constants, against the one in this binary.
+//!
+//! scripts/tune-variants makes the images. A variant is timed only where its output has the bits of
+//! the built-in kernel, and between two runs of that one (A/B/A), so that a drift of clocks shows as
+//! a difference of the two and not as a gain.
+
+use std::ffi::{CString, c_void};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::ptr::from_mut;
+use std::time::Instant;
+
+use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
+use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError, result, sys};
+use half::bf16;
+use moe_bench::{Draw, Model, Routing, Samples, normal};
+use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
+use moe_kernels::{DType, RoutingPlan, ops};
+use serde_json::{Value, json};
+
+use crate::device::{Choice, Gpu, Place};
+use crate::error::{Error, Result, io};
+use crate::text::{Table, say};
+
+/// Times variants of grouped_gemm that scripts/tune-variants has compiled, against the built-in one
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// The folder with variants.json and the images
+    #[arg(long)]
+    variants: PathBuf,
+
+    /// The GPU; the emulator, which runs its own kernels whatever an image holds, tries this program
+    #[arg(long, default_value = "cuda")]
+    device: Choice,
+
+    /// Layers; on the emulator of a 32nd of their widths
+    #[arg(long, value_delimiter = ',', default_values = ["mixtral-8x7b", "qwen3-30b-a3b"])]
+    model: Vec<String>,
+
+    /// Numbers of tokens
+    #[arg(long, value_delimiter = ',', default_values_t = [8, 512, 4096])]
+    tokens: Vec<usize>,
+
+    /// Where tune.json goes, rewritten after each row
+    #[arg(long)]
+    output: PathBuf,
+
+    /// No variant is begun after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<f64>,
+}
+
+/// Rows of a tile of the plan, which a variant has to have too.
+const TILE_ROWS: usize = 128;
+
+/// A/B/A in turns so often; each turn gives a sample of the variant and two of the built-in kernel.
+const TURNS: usize = 7;
+
+/// The shortest time between two events that counts.
+const SAMPLE_SECONDS: f64 = 2e-3;
+
+pub fn tune(arguments: &Arguments) -> Result<bool> {
+    let start = Instant::now();
+    let place = arguments.device.place();
+    if place == Place::Cpu {
+        let why = "variants are kernels, which the CPU reference does not run".into();
+        return Err(Error::Option { option: "--device", why });
+    }
+    let gpu = Gpu::open(place)?;
+    let list = read_json(&arguments.variants.join("variants.json"))?;
+    let entries = list["variants"].as_array().map_or(&[][..], Vec::as_slice);
+    let mut variants = Vec::new();
+    for entry in entries.iter().filter(|entry| entry["image"].is_string()) {
+        match Variant::load(&gpu, &arguments.variants, entry) {
+            Ok(variant) => variants.push(variant),
+            // Above all more shared memory than this GPU has.
+            Err(why @ Error::Device { .. }) => say(format!("{}: {why}\n", entry["name"])),
+            Err(why) => return Err(why),
+        }
+    }
+    fs::create_dir_all(&arguments.output).map_err(io("create", &arguments.output))?;
+
+    let total = arguments.model.len() * arguments.tokens.len() * variants.len();
+    let late = || arguments.time_limit.is_some_and(|limit| start.elapsed().as_secs_f64() > limit);
+    let (mut rows, mut all_agree) = (Vec::new(), true);
+    let mut table = Table::new(&["model", "T", "variant", "us", "built-in us", "times as fast"]);
+    'limit: for name in &arguments.model {
+        let model = Model::find(name).ok_or_else(|| Error::Option {
+            option: "--model",
+            why: format!("there is no layer {name}"),
+        })?;
+        let model = if place == Place::Emulator { model.shrunk(32) } else { model };
+        let weights = Weights::new(&gpu, &model)?;
+        for &tokens in &arguments.tokens {
+            let draw = Draw::new(&model, tokens, Routing::Uniform, DType::BF16)
+                .map_err(|error| failed(&gpu, error))?;
+            let mut problem = Problem::new(&gpu, &model, &draw, &weights)?;
+            for variant in &variants {
+                if late() {
+                    break 'limit;
+                }
+                let times = problem.compare(variant)?;
+                all_agree &= times.is_some();
+                table.row(cells(&model.name, tokens, variant, times.as_ref()));
+                rows.push(row(&model.name, tokens, variant, times.as_ref()));
+                let complete = rows.len() == total;
+                let (compiler, file) = (&list["compiler"], arguments.output.join("tune.json"));
+                let all = json!({
+                    "format": 1, "compiler": compiler, "complete": complete, "rows": rows,
+                });
+                write_json(&file, &all)?;
+            }
+        }
+    }
+    say(table);
+    say(format!("{} rows, {} not reached\n", rows.len(), total - rows.len()));
+    Ok(all_agree)
+}
+
+/// Samples of a variant and of the built-in kernels.
+type Times = (Samples, Samples);
+
+/// A line on the terminal.
+fn cells(model: &str, tokens: usize, variant: &Variant, times: Option<&Times>) -> Vec<String> {
+    let mut cells = vec![model.into(), tokens.to_string(), variant.name.clone()];
+    cells.extend(match times {
+        Some((theirs, ours)) => [
+            format!("{:.1}", theirs.median() * 1e6),
+            format!("{:.1}", ours.median() * 1e6),
+            format!("{:.3}", ours.median() / theirs.median()),
+        ],
+        None => ["other bits".into(), String::new(), String::new()],
+    });
+    cells
+}
+
+/// A row of tune.json.
+fn row(model: &str, tokens: usize, variant: &Variant, times: Option<&Times>) -> Value {
+    json!({
+        "model": model, "tokens": tokens, "dtype": "bf16", "routing": "uniform",
+        "variant": variant.name, "constants": variant.constants, "same_bits": times.is_some(),
+        "seconds": times.map(|(theirs, _)| spread(theirs)),
+        "built_in_seconds": times.map(|(_, ours)| spread(ours)),
+    })
+}
+
+fn spread(samples: &Samples) -> Value {
+    json!({
+        "median": samples.median(), "p10": samples.quantile(0.1), "p90": samples.quantile(0.9),
+        "samples": samples.count(),
+    })
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = fs::read(path).map_err(io("read", path))?;
+    serde_json::from_slice(&text).map_err(|error| bad_file(path, error))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let half = path.with_extension("half");
+    fs::write(&half, format!("{value:#}\n")).map_err(io("write", &half))?;
+    fs::rename(&half, path).map_err(io("write", path))
+}
+
+fn bad_file(path: &Path, why: impl ToString) -> Error {
+    Error::File { file: path.display().to_string(), why: why.to_string() }
+}
+
+fn failed(gpu: &Gpu, why: impl ToString) -> Error {
+    Error::Device { device: gpu.place.name(), why: why.to_string() }
+}
+
+// ---- A variant ----------------------------------------------------------------------------------
+
+/// An image with both products in bf16, and how they are launched.
+struct Variant {
+    name: String,
+    constants: Value,
+    swiglu: sys::CUfunction,
+    plain: sys::CUfunction,
+    block_n: usize,
+    tile_group: usize,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+impl Variant {
+    fn load(gpu: &Gpu, folder: &Path, entry: &Value) -> Result<Self> {
+        let text = |key: &str| entry[key].as_str().unwrap_or_default();
+        let list = folder.join("variants.json");
+        let constant = |key: &str| {
+            let value = entry["constants"][key].as_u64();
+            value.ok_or_else(|| bad_file(&list, format!("a variant without {key}")))
+        };
+        if constant("GEMM_BLOCK_M")? as usize != TILE_ROWS {
+            return Err(bad_file(&list, "a variant whose tiles are not the plan's"));
+        }
+        let path = folder.join(text("image"));
+        let image = fs::read(&path).map_err(io("read", &path))?;
+        let shared_bytes = constant("GROUPED_GEMM_SMEM_BYTES")? as u32;
+        // SAFETY: the file is what nvcc wrote, and the driver checks its header.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
+            .map_err(gpu.failed("load a variant"))?;
+        let function = |symbol: &str| -> std::result::Result<sys::CUfunction, DriverError> {
+            let name = CString::new(symbol).expect("a symbol has no zero");
+            // SAFETY: the module is never unloaded.
+            let function = unsafe { result::module::get_function(module, name) }?;
+            let attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: as above.
+            unsafe {
+                result::function::set_function_attribute(function, attribute, shared_bytes as i32)
+            }?;
+            Ok(function)
+        };
+        Ok(Self {
+            name: text("name").into(),
+            constants: entry["constants"].clone(),
+            swiglu: function("moe_grouped_gemm_fwd_swiglu_bf16")
+                .map_err(gpu.failed("find a variant's kernel"))?,
+            plain: function("moe_grouped_gemm_fwd_bf16")
+                .map_err(gpu.failed("find a variant's kernel"))?,
+            block_n: constant("GEMM_BLOCK_N")? as usize,
+            tile_group: constant("GEMM_TILE_GROUP")? as usize,
+            threads: constant("GEMM_THREADS_MMA")? as u32,
+            shared_bytes,
+        })
+    }
+}
+
+/// GroupedGemmArgs of kernels/abi.h.
+#[repr(C)]
+struct KernelArgs {
+    rows: i32,
+    n: i32,
+    k: i32,
+    num_experts: i32,
+    vector_load: i32,
+    vector_store: i32,
+}
+
+// ---- A problem ----------------------------------------------------------------------------------
+
+struct Weights {
+    gate_up: CudaSlice<bf16>,
+    down: CudaSlice<bf16>,
+}
+
+impl Weights {
+    fn new(gpu: &Gpu, model: &Model) -> Result<Self> {
+        let config = &model.config;
+        let upload = |len: usize, depth: usize, seed| {
+            let values = normal::<bf16>(len, (depth as f64).sqrt().recip(), seed);
+            gpu.stream.clone_htod(&values).map_err(gpu.failed("upload weights"))
+        };
+        Ok(Self {
+            gate_up: upload(config.gate_up_len(), config.hidden, 1)?,
+            down: upload(config.down_len(), config.intermediate, 2)?,
+        })
+    }
+}
+
+/// Both products of a layer on some tokens.
+struct Problem<'a> {
+    gpu: &'a Gpu,
+    weights: &'a Weights,
+    plan: RoutingPlan<'static>,
+    hidden: usize,
+    intermediate: usize,
+    x: CudaSlice<bf16>,
+    act: CudaSlice<bf16>,
+    yp: CudaSlice<bf16>,
+    /// What the built-in kernels make of it.
+    expected: (Vec<u16>, Vec<u16>),
+}
+
+impl<'a> Problem<'a> {
+    fn new(gpu: &'a Gpu, model: &Model, draw: &Draw, weights: &'a Weights) -> Result<Self> {
+        let (hidden, intermediate) = (model.config.hidden, model.config.intermediate);
+        let (stream, shape) = (&gpu.stream, draw.shape);
+        let upload = gpu.failed("upload a problem");
+        let ids = stream.clone_htod(&draw.expert_ids).map_err(&upload)?;
+        let x = normal::<bf16>(shape.num_tokens * hidden, 1.0, 3);
+        let mut problem = Self {
+            gpu,
+            weights,
+            plan: ops::plan::plan_fwd(&gpu.device, stream, shape, &ids.as_view())?,
+            hidden,
+            intermediate,
+            x: stream.clone_htod(&x).map_err(&upload)?,
+            act: stream.alloc_zeros(shape.slots() * intermediate).map_err(&upload)?,
+            yp: stream.alloc_zeros(shape.slots() * hidden).map_err(&upload)?,
+            expected: (Vec::new(), Vec::new()),
+        };
+        problem.expected = problem.bits_after(Self::built_in)?;
+        Ok(problem)
+    }
+
+    /// The bits of both outputs, poisoned before.
+    fn bits_after(
+        &mut self,
+        run: impl Fn(&mut Self) -> Result<()>,
+    ) -> Result<(Vec<u16>, Vec<u16>)> {
+        let stream = &self.gpu.stream;
+        for output in [&mut self.act, &mut self.yp] {
+            let poison = vec![bf16::NAN; output.len()];
+            stream.memcpy_htod(&poison, output).map_err(self.gpu.failed("poison an output"))?;
+        }
+        run(self)?;
+        let read = |output: &CudaSlice<bf16>| -> Result<Vec<u16>> {
+            let values = stream.clone_dtoh(output).map_err(self.gpu.failed("read an output"))?;
+            Ok(values.into_iter().map(bf16::to_bits).collect())
+        };
+        Ok((read(&self.act)?, read(&self.yp)?))
+    }
+
+    /// `None` if the bits differ.
+    fn compare(&mut self, variant: &Variant) -> Result<Option<Times>> {
+        if self.bits_after(|problem| problem.launch(variant))? != self.expected {
+            return Ok(None);
+        }
+        let once = self.seconds(1, Self::built_in)?;
+        let calls = (SAMPLE_SECONDS / once.max(1e-9)).ceil().clamp(1.0, 4096.0) as usize;
+        let (mut theirs, mut ours) = (Vec::new(), Vec::new());
+        for _ in 0..TURNS {
+            ours.push(self.seconds(calls, Self::built_in)?);
+            theirs.push(self.seconds(calls, |problem| problem.launch(variant))?);
+            ours.push(self.seconds(calls, Self::built_in)?);
+        }
+        Ok(Some((Samples::new(theirs), Samples::new(ours))))
+    }
+
+    /// Seconds of a call, of so many between two events.
+    fn seconds(&mut self, calls: usize, run: impl Fn(&mut Self) -> Result<()>) -> Result<f64> {
+        let gpu = self.gpu;
+        let timing = gpu.failed("time with events");
+        let event = || gpu.device.context().new_event(Some(CU_EVENT_DEFAULT));
+        let (start, end) = (event().map_err(&timing)?, event().map_err(&timing)?);
+        start.record(&gpu.stream).map_err(&timing)?;
+        (0..calls).try_for_each(|_| run(self))?;
+        end.record(&gpu.stream).map_err(&timing)?;
+        let milliseconds = start.elapsed_ms(&end).map_err(&timing)?;
+        Ok(f64::from(milliseconds) / 1e3 / calls as f64)
+    }
+
+    fn built_in(&mut self) -> Result<()> {
+        let (device, stream) = (&self.gpu.device, &self.gpu.stream);
+        grouped_gemm_swiglu_fwd_into(
+            device,
+            stream,
+            &self.plan,
+            self.intermediate,
+            self.hidden,
+            Rows::Gathered,
+            &self.x.as_view(),
+            &self.weights.gate_up.as_view(),
+            &mut self.act.as_view_mut(),
+        )?;
+        grouped_gemm_fwd_into(
+            device,
+            stream,
+            &self.plan,
+            self.hidden,
+            self.intermediate,
+            Rows::Grouped,
+            &self.act.as_view(),
+            &self.weights.down.as_view(),
+            &mut self.yp.as_view_mut(),
+        )?;
+        Ok(())
+    }
+
+    /// What [`Self::built_in`] does, with a variant's kernels.
+    fn launch(&mut self, variant: &Variant) -> Result<()> {
+        let Self { gpu, weights, plan, hidden, intermediate, x, act, yp, .. } = self;
+        let stream = &gpu.stream;
+        let (mut x, _x) = x.device_ptr(stream);
+        let (mut act, _act) = act.device_ptr_mut(stream);
+        let (mut yp, _yp) = yp.device_ptr_mut(stream);
+        let (mut gate_up, _gate_up) = weights.gate_up.device_ptr(stream);
+        let (mut down, _down) = weights.down.device_ptr(stream);
+        let views = [plan.token_of_row(), plan.expert_offsets(), plan.tiles(), plan.num_tiles()];
+        let [(mut tokens, _t), (mut offsets, _o), (mut tiles, _l), (mut num_tiles, _n)] =
+            views.each_ref().map(|view| view.device_ptr(stream));
+        let mut nowhere: sys::CUdeviceptr = 0;
+        let shape = plan.shape();
+        let slots = shape.slots();
+        let max_tiles = slots.min(slots.div_ceil(TILE_ROWS) + shape.num_experts);
+        let mut product = |function, parts, n: usize, k: usize, buffers: [*mut c_void; 4]| {
+            let columns = n.div_ceil(variant.block_n / parts);
+            let blocks = max_tiles.next_multiple_of(variant.tile_group) * columns;
+            let mut args = KernelArgs {
+                rows: slots as i32,
+                n: n as i32,
+                k: k as i32,
+                num_experts: shape.num_experts as i32,
+                // Named layers have widths of whole 16 bytes, and allocations start at 256.
+                vector_load: 1,
+                vector_store: 1,
+            };
+            let [y, x, w, map] = buffers;
+            let mut parameters: [*mut c_void; 8] = [
+                y,
+                x,
+                w,
+                map,
+                from_mut(&mut offsets).cast(),
+                from_mut(&mut tiles).cast(),
+                from_mut(&mut num_tiles).cast(),
+                from_mut(&mut args).cast(),
+            ];
+            // SAFETY: the parameters follow moe_grouped_gemm_fwd in kernels/grouped_gemm.cu; buffers
+            // have the lengths that the built-in kernels were given, and the plan is of their shape.
+            unsafe {
+                result::launch_kernel(
+                    function,
+                    (blocks as u32, 1, 1),
+                    (variant.threads, 1, 1),
+                    variant.shared_bytes,
+                    stream.cu_stream(),
+                    &mut parameters,
+                )
+            }
+        };
+        let act: *mut c_void = from_mut(&mut act).cast();
+        let first = [
+            act,
+            from_mut(&mut x).cast(),
+            from_mut(&mut gate_up).cast(),
+            from_mut(&mut tokens).cast(),
+        ];
+        let second = [
+            from_mut(&mut yp).cast(),
+            act,
+            from_mut(&mut down).cast(),
+            from_mut(&mut nowhere).cast(),
+        ];
+        product(variant.swiglu, 2, *intermediate, *hidden, first)
+            .and_then(|()| product(variant.plain, 1, *hidden, *intermediate, second))
+            .map_err(gpu.failed("launch a variant"))
+    }
+}
