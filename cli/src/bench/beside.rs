@@ -26,6 +26,9 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
+/// The largest file of tensors: what is larger takes minutes to write and to read.
+const LARGEST_FILE: usize = 8 << 30;
+
 /// The tensors that peers read; the file goes with this.
 struct Inputs(PathBuf);
 
@@ -44,6 +47,16 @@ impl Bench<'_> {
             return Ok(true);
         }
         let (model, num_tokens) = (setting.model, setting.draw.shape.num_tokens);
+        let bytes = size_of::<D>() * 3 * model.config.down_len();
+        if bytes > LARGEST_FILE {
+            let gib = (bytes >> 30).to_string();
+            let mut row = empty_row(Op::Layer, setting);
+            row.by = "peers".into();
+            row.note =
+                Some(format!("the weights of {} are {gib} GiB, too many to hand over", model.name));
+            self.push(row)?;
+            return Ok(true);
+        }
         self.progress.say(format!("tensors for peers, {} T{num_tokens}", model.name));
         let inputs = self.inputs(setting)?;
         let mut good = true;
@@ -163,8 +176,9 @@ impl Bench<'_> {
             ("weights", view(&[t, k], &draw.weights)?),
             ("y", view(&[t, h], &y)?),
         ];
+        let name = format!("moe-kernels-peers-{}.safetensors", std::process::id());
         // Removed with the value, also if writing it fails half-way.
-        let inputs = Inputs(self.output.join("peer-inputs.safetensors"));
+        let inputs = Inputs(std::env::temp_dir().join(name));
         write(&inputs.0, tensors, Some(notes))?;
         Ok(inputs)
     }

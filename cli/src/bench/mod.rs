@@ -59,7 +59,8 @@ pub struct Arguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     shrink: Option<u32>,
 
-    /// A program that runs peers on the same tensors, as benches/peers/README.md describes; may be repeated
+    /// A program that runs peers on the same tensors, which it gets in a file in TMPDIR; may be repeated.
+    /// benches/peers/README.md has the protocol
     #[arg(long, value_name = "PROGRAM")]
     peers: Vec<String>,
 
