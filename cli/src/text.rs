@@ -1,6 +1,7 @@
 //! Plain text for people: tables, times, and the one way to stdout.
 
 use std::io::Write;
+use std::time::Duration;
 
 /// Prints to stdout. Whoever closed the other end does not want the rest, which is no error.
 pub fn say(text: impl std::fmt::Display) {
@@ -58,7 +59,7 @@ impl std::fmt::Display for Table {
 }
 
 /// A duration with three digits and a unit.
-pub fn time(duration: std::time::Duration) -> String {
+pub fn time(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     let (value, unit) = match seconds {
         s if s >= 1.0 => (s, "s"),
@@ -75,10 +76,15 @@ pub fn time(duration: std::time::Duration) -> String {
     format!("{value:.decimals$} {unit}")
 }
 
+/// A time limit on the command line, in seconds.
+pub fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_string())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn columns_line_up() {
@@ -86,6 +92,14 @@ mod tests {
         table.row(vec!["permute".into(), "0".into()]);
         table.row(vec!["route".into(), "1.2e-7".into()]);
         assert_eq!(table.to_string(), "op        error\npermute       0\nroute    1.2e-7\n");
+    }
+
+    #[test]
+    fn seconds_are_any_time() {
+        assert_eq!(seconds("2.5"), Ok(Duration::from_millis(2500)));
+        for bad in ["-1", "soon", "NaN", "inf"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::ffi::{CString, c_void};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::ptr::from_mut;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::device::{Choice, Gpu, Place};
 use crate::error::{Error, Result, io};
-use crate::text::{Table, say};
+use crate::text::{Table, say, seconds};
 
 /// Times variants of grouped_gemm that scripts/tune-variants has compiled, against the built-in one
 #[derive(clap::Args)]
@@ -47,8 +47,8 @@ pub struct Arguments {
     output: PathBuf,
 
     /// No variant is begun after so many seconds
-    #[arg(long, value_name = "SECONDS")]
-    time_limit: Option<f64>,
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    time_limit: Option<Duration>,
 }
 
 /// Rows of a tile of the plan, which a variant has to have too.
@@ -82,7 +82,7 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
     fs::create_dir_all(&arguments.output).map_err(io("create", &arguments.output))?;
 
     let total = arguments.model.len() * arguments.tokens.len() * variants.len();
-    let late = || arguments.time_limit.is_some_and(|limit| start.elapsed().as_secs_f64() > limit);
+    let late = || arguments.time_limit.is_some_and(|limit| start.elapsed() > limit);
     let (mut rows, mut all_agree) = (Vec::new(), true);
     let mut table = Table::new(&["model", "T", "variant", "us", "built-in us", "times as fast"]);
     'limit: for name in &arguments.model {

@@ -22,7 +22,7 @@ use crate::bench::record::{Device, Record};
 use crate::device::{Choice, Gpu, Place, probe};
 use crate::error::{Result, io};
 use crate::progress::Progress;
-use crate::text::say;
+use crate::text::{say, seconds};
 
 /// Measures operations and layers at the shapes of real models
 ///
@@ -65,8 +65,8 @@ pub struct Arguments {
     peers: Vec<String>,
 
     /// Start nothing new after so many seconds
-    #[arg(long, value_name = "SECONDS")]
-    time_limit: Option<u64>,
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    time_limit: Option<Duration>,
 
     /// Folder for bench.json and the pictures
     #[arg(long, value_name = "DIR", default_value = "bench-results")]
@@ -152,7 +152,6 @@ impl Request {
             NamedOp::All => Op::ALL.to_vec(),
             NamedOp::One(op) => vec![*op],
         });
-        let limit = arguments.time_limit.map(Duration::from_secs);
         Self {
             models: chosen.map(|model| model.shrunk(by as usize)).collect(),
             tokens,
@@ -160,7 +159,7 @@ impl Request {
             routings: arguments.routing.iter().map(|spread| spread.routing()).collect(),
             dtype: arguments.dtype,
             peers: arguments.peers.clone(),
-            deadline: limit.and_then(|limit| Instant::now().checked_add(limit)),
+            deadline: arguments.time_limit.and_then(|limit| Instant::now().checked_add(limit)),
         }
     }
 

@@ -199,6 +199,14 @@ fn draw_legend<'n, DB: DrawingBackend>(
     Ok(())
 }
 
+/// What the drawing library takes from the C library, where the function got a version that RHEL 9
+/// does not have; this one is found first. In f64 nothing overflows.
+#[unsafe(no_mangle)]
+extern "C" fn hypotf(x: f32, y: f32) -> f32 {
+    let (x, y) = (f64::from(x), f64::from(y));
+    (x * x + y * y).sqrt() as f32
+}
+
 /// Either kind.
 enum Picture {
     Lines(Lines),
