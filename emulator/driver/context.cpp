@@ -89,7 +89,8 @@ Call::Call(Needs needs)
 }
 
 void release_context(Lock& lock, Context& context) {
-  complete_context(lock, *this_thread(), context);
+  // The lock is let go while work runs, and another thread may submit more.
+  while (!context.unfinished.empty()) complete_context(lock, *this_thread(), context);
   context.alive = false;
   Driver& driver = state();
   auto owned = [&](const auto& object) { return object.context.get() == &context; };
@@ -163,6 +164,11 @@ DRIVER_API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
   const ContextPtr& primary = call.driver.primary;
   if (!primary || primary->retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
+  // The last user waits for the work while it still counts as one: another thread may retain the
+  // context meanwhile, and then it lives on.
+  while (primary->retained == 1 && !primary->unfinished.empty()) {
+    complete_context(call.lock, *call.thread, *primary);
+  }
   if (--primary->retained == 0) release_context(call.lock, *primary);
   return CUDA_SUCCESS;
 }

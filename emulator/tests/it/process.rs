@@ -103,3 +103,31 @@ fn child_releases_the_primary_context() {
     }
     assert_eq!(shared_context().cu_ctx(), raw);
 }
+
+#[test]
+fn a_context_that_is_released_and_retained_at_once_lives() {
+    alone("process::child_with_threads_that_come_and_go", &[]);
+}
+
+/// Threads drop the context with work under way, while others take it up again.
+#[test]
+#[ignore = "run by a_context_that_is_released_and_retained_at_once_lives"]
+fn child_with_threads_that_come_and_go() {
+    install();
+    // SAFETY: the device is there, each address is of a live variable or of memory that is long enough.
+    let come_and_go = || unsafe {
+        let (mut context, mut memory) = (ptr::null_mut(), 0);
+        sys::cuDevicePrimaryCtxRetain(&mut context, 0).result().expect("a context");
+        sys::cuCtxSetCurrent(context).result().expect("a context that lives");
+        sys::cuMemAlloc_v2(&mut memory, 1 << 20).result().expect("memory");
+        sys::cuMemsetD8Async(memory, 0, 1 << 20, ptr::null_mut()).result().expect("a fill");
+        sys::cuDevicePrimaryCtxRelease_v2(0).result().expect("a release");
+    };
+    // SAFETY: it is the first call to the driver.
+    unsafe { sys::cuInit(0) }.result().expect("a driver");
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..300).for_each(|_| come_and_go()));
+        }
+    });
+}
