@@ -27,7 +27,7 @@ pub fn load(input: &Input, device: &Device, dtype: DType) -> Result<FusedMoe> {
         num_experts: shape.experts,
         num_experts_per_tok: shape.top_k,
         moe_intermediate_size: shape.intermediate,
-        norm_topk_prob: true,
+        norm_topk_prob: input.renormalize,
         act: Activation::Silu,
         decoder_sparse_step: None,
     };

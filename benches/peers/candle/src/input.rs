@@ -16,6 +16,8 @@ pub struct Input {
     pub down: Tensor,
     /// Experts of each token, by which "GEMM alone" groups.
     pub expert_ids: Vec<Vec<u32>>,
+    /// Whether the weights of the selected are made to sum to one.
+    pub renormalize: bool,
     pub shape: Shape,
 }
 
@@ -33,7 +35,7 @@ impl Input {
     /// Reads `path` and checks names, shapes and dtypes.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-        renormalized(&bytes)?;
+        let renormalize = renormalize(&bytes)?;
         let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
         drop(bytes);
         let (tokens, hidden) = find(&tensors, "x")?.dims2()?;
@@ -66,6 +68,7 @@ impl Input {
             gate_up: take("gate_up", &[experts, two_widths, hidden], dtype)?,
             down: take("down", &[experts, hidden, intermediate], dtype)?,
             expert_ids: ids.collect::<Result<_>>()?,
+            renormalize,
             shape,
         })
     }
@@ -84,12 +87,30 @@ fn find<'a>(tensors: &'a HashMap<String, Tensor>, name: &str) -> Result<&'a Tens
     tensors.get(name).ok_or_else(|| anyhow!("tensor '{name}' is missing"))
 }
 
-/// The layer here is the one whose selected weights sum to one; a file of another is refused.
-fn renormalized(bytes: &[u8]) -> Result<()> {
+fn renormalize(bytes: &[u8]) -> Result<bool> {
     let (_, header) = SafeTensors::read_metadata(bytes)?;
     let said = header.metadata().as_ref().and_then(|metadata| metadata.get("renormalize"));
     match said.map(String::as_str) {
-        Some("true") => Ok(()),
-        other => bail!("metadata 'renormalize' is {other:?}, but peers renormalise"),
+        Some("true") => Ok(true),
+        Some("false") => Ok(false),
+        other => bail!("metadata 'renormalize' is {other:?}, not true or false"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Truth and layer heed the same field, so no check of a result would see it misread.
+    #[test]
+    fn renormalize_is_what_the_file_says() {
+        let file = |said: &str| {
+            let metadata = HashMap::from([("renormalize".to_owned(), said.to_owned())]);
+            let tensors: [(&str, safetensors::tensor::TensorView<'_>); 0] = [];
+            safetensors::serialize(tensors, Some(metadata)).unwrap()
+        };
+        assert!(renormalize(&file("true")).unwrap());
+        assert!(!renormalize(&file("false")).unwrap());
+        assert!(renormalize(&file("no")).is_err());
     }
 }

@@ -13,6 +13,7 @@ pub struct Block {
     gate: Linear,
     experts: Vec<Expert>,
     top_k: usize,
+    renormalize: bool,
 }
 
 struct Expert {
@@ -52,7 +53,9 @@ impl Block {
             })
         };
         let experts = (0..input.shape.experts).map(expert).collect::<Result<_>>()?;
-        Ok(Self { gate: linear(load(&input.gate)?), experts, top_k: input.shape.top_k })
+        let gate = linear(load(&input.gate)?);
+        let (top_k, renormalize) = (input.shape.top_k, input.renormalize);
+        Ok(Self { gate, experts, top_k, renormalize })
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -91,7 +94,7 @@ impl Block {
         let ids = ids.to_vec2::<u32>()?;
         let mut groups: Vec<Group> = self.experts.iter().map(|_| Group::default()).collect();
         for (token, (ids, scores)) in ids.iter().zip(&scores).enumerate() {
-            let sum: f32 = scores.iter().sum();
+            let sum = if self.renormalize { scores.iter().sum() } else { 1f32 };
             for (&id, score) in ids.iter().zip(scores) {
                 groups[id as usize].tokens.push(token as u32);
                 groups[id as usize].weights.push(score / sum);

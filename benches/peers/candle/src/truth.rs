@@ -36,11 +36,13 @@ pub fn layer_rows(input: &Input, logits: &[Vec<f64>]) -> Result<Rows> {
     }
     let mut pairs = Vec::new();
     for token in spread(&tokens) {
-        let chosen = &descending(&logits[token])[..input.shape.top_k];
-        let largest = logits[token][chosen[0]];
-        let scores: Vec<f64> = chosen.iter().map(|&e| (logits[token][e] - largest).exp()).collect();
-        let sum: f64 = scores.iter().sum();
-        pairs.extend(chosen.iter().zip(scores).map(|(&e, score)| (token, e, token, score / sum)));
+        let order = descending(&logits[token]);
+        let chosen = &order[..input.shape.top_k];
+        let score = |expert: usize| (logits[token][expert] - logits[token][order[0]]).exp();
+        // The weights of these sum to one.
+        let among = if input.renormalize { chosen } else { &order };
+        let sum: f64 = among.iter().map(|&e| score(e)).sum();
+        pairs.extend(chosen.iter().map(|&e| (token, e, token, score(e) / sum)));
     }
     weighted_sums(input, &pairs)
 }
