@@ -130,6 +130,8 @@ class SonicMoe(Peer):
         def run():
             stream = torch.cuda.current_stream().cuda_stream
             rest = (layer.top_k, stream, "swiglu", True)
-            return self.layer_function(layer.x, weights.gate, *experts, *rest)[0]
+            # A softmax over the selected is one over all, renormalised.
+            softmax = {"is_softmax_over_topk": layer.renormalize}
+            return self.layer_function(layer.x, weights.gate, *experts, *rest, **softmax)[0]
 
         return Call(run)

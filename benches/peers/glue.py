@@ -24,10 +24,10 @@ class Grouping:
         return rows
 
 
-def route(logits, top_k):
-    """Softmax over all experts, the largest, weights that sum to one."""
+def route(logits, top_k, renormalize):
+    """Softmax over all experts and the largest, whose weights may be made to sum to one."""
     weights, ids = torch.topk(torch.softmax(logits.float(), dim=1), top_k, dim=1)
-    return ids, weights / weights.sum(1, keepdim=True)
+    return ids, weights / weights.sum(1, keepdim=True) if renormalize else weights
 
 
 def group(expert_ids, experts):

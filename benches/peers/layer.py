@@ -17,6 +17,7 @@ FROM_X = "layer from x with the gate"
 # L2 is 50 to 126 MB today: so many other bytes between two reads of a weight push it out.
 COLD_BYTES = 256 << 20
 
+RENORMALIZE = {"true": True, "false": False}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,6 +39,7 @@ class Layer:
     expert_ids: torch.Tensor  # [T, K], int64
     expert_weights: torch.Tensor  # [T, K], f32
     y: torch.Tensor  # [T, H], by moe-kernels
+    renormalize: bool  # whether the weights of the selected are made to sum to one
 
     @property
     def tokens(self):
@@ -95,6 +97,7 @@ class Layer:
             self.expert_ids.to(device),
             self.expert_weights.to(device),
             self.y.to(device),
+            self.renormalize,
         )
 
 
@@ -119,9 +122,10 @@ def read(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
         raise InputError(f"{path}: {error}") from error
-    if metadata.get("renormalize") != "true":
+    renormalize = RENORMALIZE.get(metadata.get("renormalize"))
+    if renormalize is None:
         said = metadata.get("renormalize")
-        raise InputError(f"metadata 'renormalize' is {said!r}, but peers renormalise")
+        raise InputError(f"metadata 'renormalize' is {said!r}, not true or false")
     dtype = DTYPES.get(metadata.get("dtype"))
     if dtype is None:
         raise InputError(f"metadata 'dtype' is {metadata.get('dtype')!r}, not f32, f16 or bf16")
@@ -156,6 +160,7 @@ def read(path):
         expert_ids=expert_ids,
         expert_weights=take("weights", torch.float32, [tokens, top_k]),
         y=take("y", dtype, [tokens, hidden]),
+        renormalize=renormalize,
     )
     if expert_ids.min() < 0 or expert_ids.max() >= experts:
         raise InputError(f"tensor 'expert_ids' names an expert outside 0..{experts}")

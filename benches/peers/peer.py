@@ -35,7 +35,7 @@ class Peer:
         return Call(run)
 
     def route(self, logits):
-        return glue.route(logits, self.layer.top_k)
+        return glue.route(logits, self.layer.top_k, self.layer.renormalize)
 
     def products(self, weights):
         """A call from x to yp, by the ids of the file."""

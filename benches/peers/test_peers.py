@@ -4,7 +4,10 @@ Triton's kernels are interpreted. Where MOE_PEER_CANDLE names candle's program, 
 """
 
 import contextlib
+import dataclasses
+import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -33,7 +36,7 @@ BOUNDARIES = [layers.GEMM, layers.FROM_LOGITS, layers.FROM_X]
 TOLERANCE = {"f32": 5e-7, "f16": 1e-3, "bf16": 8e-3}
 ON_CPU = ["torch-loop", "torch-bmm", "torch-grouped-mm", "triton-fused-moe"]
 
-# Name, sizes T H I E K, dtype, and how logits are made.
+# Name, sizes T H I E K, dtype, how logits are made, and whether weights are renormalised.
 CASES = [
     ("plain", (33, 64, 96, 8, 2), "f32", "x"),
     ("plain", (33, 64, 96, 8, 2), "f16", "x"),
@@ -46,12 +49,13 @@ CASES = [
     ("one expert per token", (21, 64, 32, 8, 1), "f32", "x"),
     ("every expert", (9, 64, 32, 4, 4), "f32", "x"),
 ]
+CASES = [(*case, renormalize) for case in CASES for renormalize in ("true", "false")]
 
 
-def tensors_of(sizes, dtype, logits_by, seed=0):
+def tensors_of(sizes, dtype, logits_by, renormalize="true"):
     """A layer's tensors; y is computed here in f64, token by token."""
     tokens, hidden, intermediate, experts, top_k = sizes
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     dtype = layers.DTYPES[dtype]
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     x = normal(tokens, hidden).to(dtype)
@@ -70,8 +74,9 @@ def tensors_of(sizes, dtype, logits_by, seed=0):
     for token in range(tokens):
         scores = logits[token].double().exp().tolist()
         chosen = sorted(range(experts), key=lambda expert: -scores[expert])[:top_k]
+        total = sum(scores[expert] for expert in chosen) if renormalize == "true" else sum(scores)
         for rank, expert in enumerate(chosen):
-            share = scores[expert] / sum(scores[each] for each in chosen)
+            share = scores[expert] / total
             ids[token, rank], weights[token, rank] = expert, share
             inner = gate_up[expert].double() @ x[token].double()
             act = torch.nn.functional.silu(inner[:intermediate]) * inner[intermediate:]
@@ -80,9 +85,11 @@ def tensors_of(sizes, dtype, logits_by, seed=0):
     return found | dict(expert_ids=ids, weights=weights, y=y.to(dtype))
 
 
-def write(path, tensors, dtype, metadata=None):
-    said = {"model": "test", "routing": "uniform", "dtype": dtype, "renormalize": "true"}
-    save_file(tensors, path, metadata=said | (metadata or {}))
+def write(path, tensors, **metadata):
+    """Writes a layer's file; metadata that is None is left out."""
+    said = {"model": "test", "routing": "uniform", "renormalize": "true"} | metadata
+    said = {name: value for name, value in said.items() if value is not None}
+    save_file(tensors, path, metadata=said)
 
 
 class Program:
@@ -108,10 +115,10 @@ class Program:
 
 
 @contextlib.contextmanager
-def program(tensors, dtype, metadata=None, **options):
+def program(tensors, dtype, renormalize="true", **options):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.safetensors"
-        write(path, tensors, dtype, metadata)
+        write(path, tensors, dtype=dtype, renormalize=renormalize)
         started = Program(path, **options)
         try:
             yield started
@@ -119,20 +126,23 @@ def program(tensors, dtype, metadata=None, **options):
             started.code, started.errors = started.end()
 
 
-def layer_of(sizes, dtype, logits_by="x"):
+def layer_of(sizes, dtype, logits_by="x", renormalize="true"):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.safetensors"
-        write(path, tensors_of(sizes, dtype, logits_by), dtype)
+        tensors = tensors_of(sizes, dtype, logits_by, renormalize)
+        write(path, tensors, dtype=dtype, renormalize=renormalize)
         return layers.read(path)
 
 
 class Correctness(unittest.TestCase):
     def test_every_peer_is_right_in_every_case(self):
-        for name, sizes, dtype, logits_by in CASES:
-            with program(tensors_of(sizes, dtype, logits_by), dtype) as started:
+        for name, sizes, dtype, logits_by, renormalize in CASES:
+            case = dict(name=name, sizes=sizes, dtype=dtype, renormalize=renormalize)
+            tensors = tensors_of(sizes, dtype, logits_by, renormalize)
+            with program(tensors, dtype, renormalize) as started:
                 unavailable = {each["name"]: each["why"] for each in started.first["unavailable"]}
                 for peer in ["moe-kernels", *ON_CPU]:
-                    with self.subTest(name=name, sizes=sizes, dtype=dtype, peer=peer):
+                    with self.subTest(**case, peer=peer):
                         reply = started.ask({"check": peer})
                         if peer in unavailable:
                             self.assertRegex(unavailable[peer], "of 16 bytes|bits of bf16")
@@ -183,10 +193,27 @@ class Correctness(unittest.TestCase):
                 with self.assertRaises(Wrong):
                     judge.error(boundary, peer.call(boundary, layer.weights))
 
+    def test_who_does_not_heed_renormalize_is_wrong(self):
+        import torch_peers
+
+        sizes = (33, 64, 96, 8, 2)
+        for said, other in itertools.permutations(("true", "false")):
+            tensors = tensors_of(sizes, "f32", "x", other)
+            with program(tensors, "f32", renormalize=said) as started:
+                self.assertGreater(started.ask({"check": "moe-kernels"})["relative_error"], 0.1)
+            layer = layer_of(sizes, "f32", renormalize=said)
+            judge = truth.Truth(layer)
+            peer = torch_peers.TorchLoop(dataclasses.replace(layer, renormalize=other == "true"))
+            for boundary in BOUNDARIES[1:]:
+                error = judge.error(boundary, peer.call(boundary, layer.weights))
+                self.assertGreater(error, 0.1, (boundary, said))
+
     def test_ties_go_to_the_lower_expert(self):
-        ids, weights = truth.route(torch.tensor([[1.0, 3.0, 3.0, 1.0]]).double(), 3)
-        self.assertEqual(ids.tolist(), [[1, 2, 0]])
-        self.assertAlmostEqual(weights.sum().item(), 1.0)
+        for renormalize, total in ((True, 1.0), (False, 1 - 0.5 / (1 + math.e**2))):
+            logits = torch.tensor([[1.0, 3.0, 3.0, 1.0]]).double()
+            ids, weights = truth.route(logits, 3, renormalize)
+            self.assertEqual(ids.tolist(), [[1, 2, 0]])
+            self.assertAlmostEqual(weights.sum().item(), total)
         import triton_fused_moe
 
         layer = layer_of((5, 64, 32, 4, 3), "f32")
@@ -204,10 +231,10 @@ class CublasStandIn(unittest.TestCase):
             source = str(HERE / "cublas_stand_in.cpp")
             subprocess.run(["g++", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
             with mock.patch.dict(os.environ, MOE_PEERS_CUBLAS=library):
-                for _, sizes, dtype, logits_by in CASES:
+                for _, sizes, dtype, *how in CASES:
                     if dtype == "f16":
                         continue
-                    layer = layer_of(sizes, dtype, logits_by)
+                    layer = layer_of(sizes, dtype, *how)
                     peer = cublas_grouped.CublasGrouped(layer)
                     self.assertEqual(peer.version, "cublas 13.1.0")
                     assert_right(self, layer, peer, dtype)
@@ -234,12 +261,47 @@ class Adapters(unittest.TestCase):
             get_mk_alignment_for_contiguous_layout=lambda: 128,
             m_grouped_bf16_gemm_nt_contiguous=product,
         )
-        for sizes, logits_by in [((300, 64, 32, 6, 2), "no rows"), ((1, 64, 32, 8, 2), "x")]:
-            layer = layer_of(sizes, "bf16", logits_by)
+        for sizes, *how in [
+            ((300, 64, 32, 6, 2), "no rows", "true"),
+            ((300, 64, 32, 6, 2), "no rows", "false"),
+            ((1, 64, 32, 8, 2), "x", "true"),
+        ]:
+            layer = layer_of(sizes, "bf16", *how)
             with mock.patch.dict(sys.modules, deep_gemm=package):
                 with mock.patch.object(adapters, "need_cuda"):
                     peer = adapters.DeepGemm(layer)
             assert_right(self, layer, peer, "bf16")
+
+    def test_sonicmoe_gets_its_layout_and_its_softmax(self):
+        def moe(x, gate, w1, b1, w2, b2, top_k, stream, activation, inference, **softmax):
+            self.assertEqual((b1, b2, stream, inference), (None, None, 7, True))
+            self.assertEqual((activation, list(softmax)), ("swiglu", ["is_softmax_over_topk"]))
+            # As the package has it: a softmax over the selected, or one over all, left as it is.
+            over_selected = softmax["is_softmax_over_topk"]
+            scores = x.double() @ gate.double().T
+            if not over_selected:
+                scores = scores.softmax(1)
+            scores, ids = scores.topk(top_k, dim=1)
+            if over_selected:
+                scores = scores.softmax(1)
+            y = torch.zeros_like(x, dtype=torch.float64)
+            for token, rank in itertools.product(range(len(x)), range(top_k)):
+                expert = ids[token, rank]
+                hidden = w1[:, :, expert].double() @ x[token].double()
+                act = torch.nn.functional.silu(hidden[0::2]) * hidden[1::2]
+                y[token] += scores[token, rank] * (w2[:, :, expert].double() @ act)
+            return y.to(x.dtype), None, None
+
+        package = types.SimpleNamespace(__version__="0", moe_TC_softmax_topk_layer=moe)
+        stream = types.SimpleNamespace(cuda_stream=7)
+        for renormalize in ("true", "false"):
+            layer = layer_of((33, 64, 96, 8, 2), "bf16", "x", renormalize)
+            with (
+                mock.patch.dict(sys.modules, sonicmoe=package),
+                mock.patch.object(adapters, "need_cuda"),
+                mock.patch.object(torch.cuda, "current_stream", lambda: stream),
+            ):
+                assert_right(self, layer, adapters.SonicMoe(layer), "bf16")
 
     def test_absent_packages_are_unavailable(self):
         with program(tensors_of((4, 64, 32, 4, 2), "bf16", "x"), "bf16") as started:
@@ -326,12 +388,13 @@ class Protocol(unittest.TestCase):
             (with_(expert_ids=ids + 4), {}, "an expert outside 0..4"),
             (with_(expert_ids=ids * 0), {}, "an expert twice"),
             (self.tensors, {"dtype": "f64"}, "metadata 'dtype' is 'f64'"),
-            (self.tensors, {"renormalize": "false"}, "metadata 'renormalize' is 'false'"),
+            (self.tensors, {"renormalize": "no"}, "metadata 'renormalize' is 'no', not true or"),
+            (self.tensors, {"renormalize": None}, "metadata 'renormalize' is None, not true or"),
         ]
         for tensors, metadata, said in wrong:
             with self.subTest(said), tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "layer.safetensors"
-                write(path, tensors, "f32", metadata)
+                write(path, tensors, **({"dtype": "f32"} | metadata))
                 with self.assertRaisesRegex(InputError, re.escape(said)):
                     layers.read(path)
         with program(without("down"), "f32") as started:
@@ -384,9 +447,10 @@ class Candle(unittest.TestCase):
         return program(tensors, dtype, command=[os.environ["MOE_PEER_CANDLE"]], **options)
 
     def test_candle_is_right_in_every_case(self):
-        for name, sizes, dtype, logits_by in CASES:
-            with self.subTest(name=name, sizes=sizes, dtype=dtype):
-                with self.start(tensors_of(sizes, dtype, logits_by), dtype) as started:
+        for name, sizes, dtype, logits_by, renormalize in CASES:
+            with self.subTest(name=name, sizes=sizes, dtype=dtype, renormalize=renormalize):
+                tensors = tensors_of(sizes, dtype, logits_by, renormalize)
+                with self.start(tensors, dtype, renormalize=renormalize) as started:
                     self.assertEqual(started.first["peers"][0]["boundaries"], BOUNDARIES)
                     reply = started.ask({"check": "candle"})
                     self.assertLessEqual(reply["relative_error"], TOLERANCE[dtype], reply)
@@ -420,6 +484,9 @@ class Candle(unittest.TestCase):
         ]:
             with self.start(tensors | changed, "bf16") as started:
                 self.assertIn(said, started.first["error"])
+        for renormalize in (None, "no"):
+            with self.start(tensors, "bf16", renormalize=renormalize) as started:
+                self.assertIn("'renormalize' is", started.first["error"])
 
 
 if __name__ == "__main__":

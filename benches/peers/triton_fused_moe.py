@@ -75,6 +75,7 @@ class TritonFusedMoe(Peer):
             TOP_K=layer.top_k,
             SLOTS=triton.next_power_of_2(layer.top_k),
             BLOCK=triton.next_power_of_2(layer.experts),
+            RENORMALIZE=layer.renormalize,
         )
         return ids, weights
 

@@ -18,14 +18,16 @@ def route_kernel(
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,  # TOP_K, up to a power of two
     BLOCK: tl.constexpr,  # E, up to a power of two
+    RENORMALIZE: tl.constexpr,  # whether weights of the chosen sum to one, or those of all experts
 ):
-    """A program per token: softmax, then TOP_K rounds of the largest; weights sum to one."""
+    """A program per token: softmax, then TOP_K rounds of the largest."""
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     inside = expert < experts
     scores = tl.load(logits + token * experts + expert, inside, other=float("-inf"))
     scores = scores.to(tl.float32)
     scores = tl.exp(scores - tl.max(scores, 0))
+    total = tl.sum(scores, 0)
     # A score that was taken, or is of no expert, is below every other.
     scores = tl.where(inside, scores, -1.0)
     slot = tl.arange(0, SLOTS)
@@ -38,9 +40,10 @@ def route_kernel(
         chosen = tl.where(slot == rank, winner, chosen)
         taken = tl.where(slot == rank, best, taken)
         scores = tl.where(expert == winner, -1.0, scores)
-    taken = taken / tl.sum(taken, 0)
+    if RENORMALIZE:
+        total = tl.sum(taken, 0)
     tl.store(ids + token * TOP_K + slot, chosen, slot < TOP_K)
-    tl.store(weights + token * TOP_K + slot, taken, slot < TOP_K)
+    tl.store(weights + token * TOP_K + slot, taken / total, slot < TOP_K)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ class Truth:
         """The same for the `y` of the file, and for its ids and weights, which peers group by."""
         layer = self.layer
         logits = self.logits(FROM_LOGITS)
-        ids, weights = route(logits, layer.top_k)
+        ids, weights = route(logits, layer.top_k, layer.renormalize)
         dense = torch.zeros_like(logits).scatter_(1, ids, weights)
         got = torch.zeros_like(logits)
         got.scatter_(1, layer.expert_ids, layer.expert_weights.double())
@@ -47,7 +47,8 @@ class Truth:
 
     def layer_rows(self, tokens, boundary):
         """The rows of y for `tokens`."""
-        ids, weights = route(self.logits(boundary)[tokens], self.layer.top_k)
+        logits = self.logits(boundary)[tokens]
+        ids, weights = route(logits, self.layer.top_k, self.layer.renormalize)
         pairs = [(t, e) for t, row in zip(tokens.tolist(), ids.tolist()) for e in row]
         outputs = self.expert_outputs(pairs)
         outputs = torch.stack([outputs[pair] for pair in pairs]).view(*ids.shape, -1)
@@ -87,11 +88,11 @@ class Truth:
         return spread(clear) if clear.numel() else margin.argmax()[None]
 
 
-def route(logits, top_k):
-    """Softmax over all experts, the largest, weights that sum to one; ties to the lower expert."""
-    scores, order = torch.sort(torch.softmax(logits, dim=1), dim=1, descending=True, stable=True)
-    scores = scores[:, :top_k]
-    return order[:, :top_k], scores / scores.sum(1, keepdim=True)
+def route(logits, top_k, renormalize):
+    """The largest, ties to the lower expert, and their softmax over all, or over themselves."""
+    logits, order = torch.sort(logits, dim=1, descending=True, stable=True)
+    among = logits[:, :top_k] if renormalize else logits
+    return order[:, :top_k], torch.softmax(among, dim=1)[:, :top_k]
 
 
 def spread(indices):
