@@ -57,6 +57,20 @@ impl From<moe_bench::Error> for Error {
     }
 }
 
+impl Error {
+    /// Whether the device has not enough memory for what was asked of it.
+    pub fn is_out_of_memory(&self) -> bool {
+        const OUT_OF_MEMORY: u32 = cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
+        match self {
+            Error::Library(moe_kernels::Error::Driver { code, .. }) => *code == OUT_OF_MEMORY,
+            Error::Bench(moe_bench::Error::Driver { source, .. }) => {
+                source.0 as u32 == OUT_OF_MEMORY
+            }
+            _ => false,
+        }
+    }
+}
+
 /// `Result` with this program's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 

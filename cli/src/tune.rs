@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::device::{Choice, Gpu, Place};
 use crate::error::{Error, Result, io};
+use crate::tensor_file::replace;
 use crate::text::{Table, say, seconds};
 
 /// Times variants of grouped_gemm that scripts/tune-variants has compiled, against the built-in one
@@ -93,8 +94,7 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
         let model = if place == Place::Emulator { model.shrunk(32) } else { model };
         let weights = Weights::new(&gpu, &model)?;
         for &tokens in &arguments.tokens {
-            let draw = Draw::new(&model, tokens, Routing::Uniform, DType::BF16)
-                .map_err(|error| failed(&gpu, error))?;
+            let draw = Draw::new(&model, tokens, Routing::Uniform, DType::BF16)?;
             let mut problem = Problem::new(&gpu, &model, &draw, &weights)?;
             for variant in &variants {
                 if late() {
@@ -109,7 +109,7 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
                 let all = json!({
                     "format": 1, "compiler": compiler, "complete": complete, "rows": rows,
                 });
-                write_json(&file, &all)?;
+                replace(&file, |path| fs::write(path, format!("{all:#}\n")))?;
             }
         }
     }
@@ -157,18 +157,8 @@ fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_slice(&text).map_err(|error| bad_file(path, error))
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    let half = path.with_extension("half");
-    fs::write(&half, format!("{value:#}\n")).map_err(io("write", &half))?;
-    fs::rename(&half, path).map_err(io("write", path))
-}
-
 fn bad_file(path: &Path, why: impl ToString) -> Error {
     Error::File { file: path.display().to_string(), why: why.to_string() }
-}
-
-fn failed(gpu: &Gpu, why: impl ToString) -> Error {
-    Error::Device { device: gpu.place.name(), why: why.to_string() }
 }
 
 // ---- A variant ----------------------------------------------------------------------------------

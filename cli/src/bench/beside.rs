@@ -50,7 +50,7 @@ impl Bench<'_> {
         let bytes = size_of::<D>() * 3 * model.config.down_len();
         if bytes > LARGEST_FILE {
             let gib = (bytes >> 30).to_string();
-            let mut row = empty_row(Op::Layer, setting);
+            let mut row = empty_row::<D>(Op::Layer, setting.model, setting.draw);
             row.by = "peers".into();
             row.note =
                 Some(format!("the weights of {} are {gib} GiB, too many to hand over", model.name));
@@ -72,7 +72,7 @@ impl Bench<'_> {
                 {
                     continue;
                 }
-                let mut row = empty_row(Op::Layer, setting);
+                let mut row = empty_row::<D>(Op::Layer, setting.model, setting.draw);
                 row.by = absent.name;
                 row.version = None;
                 row.note = Some(absent.why);
@@ -106,7 +106,7 @@ impl Bench<'_> {
             if !has || !wanted || self.request.is_over() {
                 continue;
             }
-            let mut row = empty_row(op, setting);
+            let mut row = empty_row::<D>(op, setting.model, setting.draw);
             row.by = peer.name.clone();
             row.version = Some(peer.version.clone());
             match &error {
@@ -137,7 +137,7 @@ impl Bench<'_> {
 
     /// Our own layer was checked as the peers are.
     fn note_our_error<D: Element>(&mut self, setting: Setting<'_, D>, error: f64) {
-        let key = empty_row(Op::Layer, setting);
+        let key = empty_row::<D>(Op::Layer, setting.model, setting.draw);
         let ours = self.record.rows.iter_mut().rev().find(|row| {
             (row.op, row.tokens, row.routing) == (key.op, key.tokens, key.routing)
                 && (&row.model, &row.by) == (&key.model, &key.by)

@@ -10,12 +10,15 @@ use crate::backend::Element;
 use crate::bench::record::{self, Record, Row, Seconds};
 use crate::bench::{Request, traffic};
 use crate::device::Place;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::progress::Progress;
 
 /// Samples of one row on a device; on the CPU as many as there is patience for.
 pub const SAMPLES: usize = 25;
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What a row says that was too large.
+const NO_MEMORY: &str = "the device has not enough memory";
 
 /// One run of the program.
 pub struct Bench<'a> {
@@ -56,7 +59,15 @@ impl Bench<'_> {
         for model in &request.models {
             let tokens = request.tokens_of(model);
             let fewest = Draw::new(model, tokens[0], request.routings[0], D::DTYPE)?;
-            let stage = Stage::<D>::new(self.target, model, &fewest)?;
+            let stage = match Stage::<D>::new(self.target, model, &fewest).map_err(Error::from) {
+                Err(error) if error.is_out_of_memory() => {
+                    let mut row = empty_row::<D>(Op::Layer, model, &fewest);
+                    row.note = Some(NO_MEMORY.into());
+                    self.push(row)?;
+                    continue;
+                }
+                stage => stage?,
+            };
             for &tokens in tokens {
                 for &routing in &request.routings {
                     let draw = Draw::new(model, tokens, routing, D::DTYPE)?;
@@ -65,7 +76,16 @@ impl Bench<'_> {
                         if request.is_over() {
                             return Ok(good);
                         }
-                        self.operation(op, setting)?;
+                        let row = match self.operation(op, setting) {
+                            Err(error) if error.is_out_of_memory() => {
+                                let mut row = empty_row::<D>(op, model, &draw);
+                                row.note = Some(NO_MEMORY.into());
+                                row
+                            }
+                            row => row?,
+                        };
+                        self.progress.advance();
+                        self.push(row)?;
                     }
                     good &= self.peers(setting)?;
                 }
@@ -75,13 +95,14 @@ impl Bench<'_> {
         Ok(good)
     }
 
-    fn operation<D: Element>(&mut self, op: Op, setting: Setting<'_, D>) -> Result<()>
+    /// The row of one operation.
+    fn operation<D: Element>(&self, op: Op, setting: Setting<'_, D>) -> Result<Row>
     where
         CudaBlas: Gemm<D>,
     {
         let Setting { model, stage, draw } = setting;
         self.progress.say(format!("{} {} T{}", op.name(), model.name, draw.shape.num_tokens));
-        let mut row = empty_row(op, setting);
+        let mut row = empty_row::<D>(op, model, draw);
         if self.place == Place::Emulator {
             row.traffic = Some(traffic::of(self.target, stage.workload(op, draw)?)?);
         } else {
@@ -91,8 +112,7 @@ impl Bench<'_> {
             row.take(&samples, &self.ceilings);
             row.dense = self.dense(op, setting, samples.median())?;
         }
-        self.progress.advance();
-        self.push(row)
+        Ok(row)
     }
 
     /// The times of ours, how calls came to the device, and whether the data was cold.
@@ -120,9 +140,13 @@ impl Bench<'_> {
     {
         let Target::Gpu(gpu) = self.target else { return Ok(None) };
         let Some(dense) = Dense::new(gpu)? else { return Ok(None) };
-        let Some(workload) = dense.matching::<D>(op, setting.model, setting.draw)? else {
-            return Ok(None);
+        let workload = dense.matching::<D>(op, setting.model, setting.draw).map_err(Error::from);
+        let workload = match workload {
+            // Beside our own weights there may be no room for others.
+            Err(error) if error.is_out_of_memory() => return Ok(None),
+            workload => workload?,
         };
+        let Some(workload) = workload else { return Ok(None) };
         let mut repeater = Repeater::new(self.target, workload, setting.draw.shape.num_tokens)?;
         let seconds = repeater.samples(SAMPLES, PATIENCE)?.median();
         Ok(Some(record::Dense { by: "cublas", seconds, percent: 100.0 * seconds / ours }))
@@ -136,8 +160,7 @@ impl Bench<'_> {
 }
 
 /// A row of ours without a result.
-pub fn empty_row<D: Element>(op: Op, setting: Setting<'_, D>) -> Row {
-    let Setting { model, draw, .. } = setting;
+pub fn empty_row<D: Element>(op: Op, model: &Model, draw: &Draw) -> Row {
     let num_tokens = draw.shape.num_tokens;
     let work = least_work::<D>(op, model, draw);
     Row {

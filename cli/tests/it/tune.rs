@@ -39,7 +39,7 @@ fn a_variant_with_the_same_bits_is_timed() {
     assert!(said.contains("1 rows, 0 not reached"), "{said}");
     let row = &written["rows"][0];
     assert_eq!((&row["variant"], &row["same_bits"]), (&json!("one"), &json!(true)), "{row}");
-    assert_eq!((&row["model"], &row["tokens"]), (&json!("mixtral-8x7b/32"), &json!(9)), "{row}");
+    assert_eq!((&row["model"], &row["tokens"]), (&json!("mixtral-8x7b-div32"), &json!(9)), "{row}");
     assert!(row["seconds"]["median"].as_f64() > Some(0.0), "{row}");
     assert_eq!(row["built_in_seconds"]["samples"], 14, "{row}");
 }
