@@ -18,6 +18,9 @@ use moe_bench::{
 };
 use moe_kernels::DType;
 
+/// Of one bench.
+const SAMPLES: usize = 10;
+
 /// Seconds as the repeater measures them, between events or by the clock, in numbers that people read.
 struct Seconds;
 
@@ -146,7 +149,7 @@ impl Place {
 fn main() {
     let mut criterion = Criterion::default()
         .with_measurement(Seconds)
-        .sample_size(10)
+        .sample_size(SAMPLES)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
         .configure_from_args();
@@ -233,6 +236,8 @@ fn bench_one<'a>(
         });
     });
     group.finish();
+    // What came before the samples was to warm up.
+    let taken = taken.split_off(taken.len().saturating_sub(SAMPLES));
     (!taken.is_empty()).then(|| Samples::new(taken))
 }
 
