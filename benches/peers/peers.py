@@ -64,6 +64,7 @@ class Server:
                 for name, peer in self.peers.items()
             ],
             "unavailable": [{"name": name, "why": why} for name, why in self.unavailable.items()],
+            "checks": [OURS],
         }
 
     def answer(self, line):

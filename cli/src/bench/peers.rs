@@ -27,6 +27,9 @@ pub struct Greeting {
     pub peers: Vec<Peer>,
     #[serde(default)]
     pub unavailable: Vec<Unavailable>,
+    /// What else it can hold against the truth: ours, where it says `moe-kernels`.
+    #[serde(default)]
+    pub checks: Vec<String>,
 }
 
 #[derive(Deserialize, Clone)]

@@ -96,6 +96,12 @@ fn routing(rows: &[&Row]) -> String {
     if names == ["uniform"] { String::new() } else { format!(", {} routing", names.join(" and ")) }
 }
 
+/// What a picture of one operation of one model shows, and of which layer; there is a row at least.
+fn title(what: &str, rows: &[&Row], where_: &str) -> String {
+    let Row { model, dtype, boundary, .. } = rows[0];
+    format!("{model}, {dtype} {boundary}: {what} ({where_}){}", routing(rows))
+}
+
 /// Name of a line or a bar; several routings in one run are told apart.
 fn label(row: &Row, name: &str) -> String {
     if row.routing == "uniform" { name.into() } else { format!("{name}, {}", row.routing) }
@@ -117,15 +123,7 @@ fn against_floor(rows: &[&Row], where_: &str) -> Lines {
     for line in lines.iter_mut().filter(|line| line.name.starts_with("floor")) {
         line.dashed = true;
     }
-    let first = rows[0];
-    let title = format!(
-        "{}, {} {}: time of one call ({where_}){}",
-        first.model,
-        first.dtype,
-        first.boundary,
-        routing(&rows)
-    );
-    Lines { title, lines }
+    Lines { title: title("time of one call", &rows, where_), lines }
 }
 
 /// Time against T of each operation of ours.
@@ -159,14 +157,7 @@ fn percent_of_floor(rows: &[&Row], where_: &str) -> Bars {
 fn beside_peers(rows: &[&Row], where_: &str) -> Bars {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
-    let first = rows[0];
-    let title = format!(
-        "{}, {} {}: peers beside ours ({where_}){}",
-        first.model,
-        first.dtype,
-        first.boundary,
-        routing(&rows)
-    );
+    let title = title("peers beside ours", &rows, where_);
     let mut bars = Bars::new(title, "times as long as moe-kernels", 1.0);
     for row in rows.iter().filter(|row| row.by != OURS) {
         let ratio = row.ours_around.map(|[before, after]| 2.0 * median(row) / (before + after));

@@ -111,19 +111,22 @@ fn what_cannot_be_measured_is_refused_first() {
     assert!(folder.names().is_empty());
 }
 
+/// What a peer says of our output.
+const GOOD: &str = r#"{"relative_error":1e-7}"#;
+
 /// A peer in a few lines of shell, which answers what it is told to and notes what it was asked.
-fn peer(folder: &Folder, check: &str, time: &str) -> String {
+fn peer(folder: &Folder, ours: &str, check: &str, time: &str) -> String {
     let script = format!(
         r#"
 while [ $# -gt 0 ]; do last=$1; shift; done
 [ -s "$last" ] && echo "$last" > {inputs}
 echo '{{"peers":[{{"name":"shell","version":"1","boundaries":["layer from logits","GEMM alone"]}}],
-"unavailable":[{{"name":"absent","why":"there is none"}}]}}' | tr -d '\n'
+"unavailable":[{{"name":"absent","why":"there is none"}}],"checks":["moe-kernels"]}}' | tr -d '\n'
 echo
 while read -r line; do
   echo "$line" >> {asked}
   case $line in
-    *moe-kernels*) echo '{{"relative_error":1e-7}}' ;;
+    *moe-kernels*) echo '{ours}' ;;
     *check*) echo '{check}' ;;
     *) echo '{time}' ;;
   esac
@@ -145,7 +148,7 @@ fn beside(folder: &Folder, peer: &str) -> (Done, Value) {
 fn peers_are_checked_and_timed_between_ours() {
     let folder = Folder::new();
     let time = r#"{"seconds":[0.3,0.1,0.2],"launch":"eager","cache":"warm","note":null}"#;
-    let peer = peer(&folder, r#"{"relative_error":0.001}"#, time);
+    let peer = peer(&folder, GOOD, r#"{"relative_error":0.001}"#, time);
     let (done, record) = beside(&folder, &peer);
     assert_eq!(done.status, Some(0), "{done:?}");
     let [ours, absent, shell] = rows(&record) else { panic!("{record}") };
@@ -181,7 +184,7 @@ fn peers_are_checked_and_timed_between_ours() {
 #[test]
 fn a_wrong_peer_is_not_timed() {
     let folder = Folder::new();
-    let peer = peer(&folder, r#"{"relative_error":0.5}"#, r#"{"seconds":[1]}"#);
+    let peer = peer(&folder, GOOD, r#"{"relative_error":0.5}"#, r#"{"seconds":[1]}"#);
     let (done, record) = beside(&folder, &peer);
     assert_eq!(done.status, Some(1), "{done:?}");
     let shell = rows(&record).last().unwrap();
@@ -190,10 +193,25 @@ fn a_wrong_peer_is_not_timed() {
 }
 
 #[test]
+fn ours_is_held_against_the_truth_too() {
+    for (ours, key, wanted) in [
+        (r#"{"relative_error":0.5}"#, "relative_error", "0.5"),
+        (r#"{"error":"it is not a number"}"#, "note", "it is not a number"),
+    ] {
+        let folder = Folder::new();
+        let peer = peer(&folder, ours, GOOD, r#"{"seconds":[1]}"#);
+        let (done, record) = beside(&folder, &peer);
+        assert_eq!(done.status, Some(1), "{done:?}");
+        let said = rows(&record)[0][key].to_string();
+        assert!(said.contains(wanted), "{said}");
+    }
+}
+
+#[test]
 fn a_peer_that_fails_says_why() {
     let folder = Folder::new();
     let peer_that_cannot =
-        peer(&folder, r#"{"relative_error":0.0}"#, r#"{"error":"out of paper"}"#);
+        peer(&folder, GOOD, r#"{"relative_error":0.0}"#, r#"{"error":"out of paper"}"#);
     let (done, record) = beside(&folder, &peer_that_cannot);
     assert_eq!(done.status, Some(0), "{done:?}");
     assert_eq!(rows(&record).last().unwrap()["note"], "out of paper");
