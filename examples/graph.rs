@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace};
+use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
@@ -12,8 +12,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let stream = context.new_stream()?;
     let device = Device::new(&context)?;
 
-    let router = RouterConfig { scoring: Scoring::TopKThenSoftmax };
-    let config = MoeConfig { hidden: 32, intermediate: 48, num_experts: 4, top_k: 1, router };
+    let router = RouterConfig::top_k_softmax();
+    let config = MoeConfig { router, ..MoeConfig::new(32, 48, 4, 1) };
     let layer = MoeLayer::new(&device, config)?;
     let num_tokens = 3;
 

@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaContext;
 use half::bf16;
-use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace};
+use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The GPU if there is one, else the software device. An application with a GPU needs no such line.
@@ -11,14 +11,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let stream = context.new_stream()?;
     let device = Device::new(&context)?;
 
-    let scoring = Scoring::SoftmaxThenTopK { renormalize: true };
-    let config = MoeConfig {
-        hidden: 64,
-        intermediate: 96,
-        num_experts: 8,
-        top_k: 2,
-        router: RouterConfig { scoring },
-    };
+    let router = RouterConfig::softmax_top_k(true);
+    let config = MoeConfig { router, ..MoeConfig::new(64, 96, 8, 2) };
     let layer = MoeLayer::new(&device, config)?;
     let num_tokens = 5;
 

@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaContext;
 use moe_kernels::ops::{plan, route};
-use moe_kernels::{Device, RouterConfig, RoutingShape, Scoring};
+use moe_kernels::{Device, RouterConfig, RoutingShape};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
@@ -13,7 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Three tokens, four experts. The second token has a tie: the lower expert wins.
     let logits = [0.1f32, 2.0, -1.0, 0.5, 1.0, 1.0, 1.0, 0.0, f32::NAN, -3.0, 0.0, 4.0];
     let shape = RoutingShape::new(3, 4, 2)?;
-    let router = RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } };
+    let router = RouterConfig::softmax_top_k(true);
 
     let logits = stream.clone_htod(&logits)?;
     let routing = route::route_fwd(&device, &stream, shape, &router, &logits.as_view())?;

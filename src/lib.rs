@@ -16,19 +16,13 @@
 //! ```no_run
 //! use cudarc::driver::CudaContext;
 //! use half::bf16;
-//! use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace};
+//! use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let context = CudaContext::new(0)?;
 //! let stream = context.new_stream()?;
-//! let scoring = Scoring::SoftmaxThenTopK { renormalize: true };
-//! let config = MoeConfig {
-//!     hidden: 4096,
-//!     intermediate: 14336,
-//!     num_experts: 8,
-//!     top_k: 2,
-//!     router: RouterConfig { scoring },
-//! };
+//! let router = RouterConfig::softmax_top_k(true);
+//! let config = MoeConfig { router, ..MoeConfig::new(4096, 14336, 8, 2) };
 //! let layer = MoeLayer::new(&Device::new(&context)?, config)?;
 //!
 //! let tokens = 64;
@@ -88,7 +82,7 @@ mod routing_plan;
 mod shape;
 mod workspace;
 
-pub use config::{MoeConfig, RouterConfig, Scoring};
+pub use config::*;
 pub use device::{CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols};
 pub use dtype::{DType, Dtype};
 pub use error::{Error, Result};

@@ -1,6 +1,6 @@
 //! The layers that people run, by name: each is a configuration of the library.
 
-use moe_kernels::{MoeConfig, RouterConfig, Scoring};
+use moe_kernels::{MoeConfig, RouterConfig};
 
 /// A named layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,12 +19,12 @@ pub struct Model {
 /// Numbers of tokens from decoding one to a large prefill.
 pub const TOKENS: [usize; 6] = [1, 8, 64, 512, 4096, 16384];
 
-const RENORMALISED: Scoring = Scoring::SoftmaxThenTopK { renormalize: true };
-const PLAIN: Scoring = Scoring::SoftmaxThenTopK { renormalize: false };
-const SELECTED: Scoring = Scoring::TopKThenSoftmax;
+const RENORMALISED: RouterConfig = RouterConfig::softmax_top_k(true);
+const PLAIN: RouterConfig = RouterConfig::softmax_top_k(false);
+const SELECTED: RouterConfig = RouterConfig::top_k_softmax();
 
 /// Name, H, I, E, K, the router, and whether it is the model's own.
-type Row = (&'static str, usize, usize, usize, usize, Scoring, bool);
+type Row = (&'static str, usize, usize, usize, usize, RouterConfig, bool);
 
 const INFERENCE: [Row; 12] = [
     ("mixtral-8x7b", 4096, 14336, 8, 2, RENORMALISED, true),
@@ -62,11 +62,10 @@ pub fn models() -> Vec<Model> {
 }
 
 fn model(
-    &(name, hidden, intermediate, num_experts, top_k, scoring, own): &Row,
+    &(name, hidden, intermediate, num_experts, top_k, router, own): &Row,
     tokens: &'static [usize],
 ) -> Model {
-    let router = RouterConfig { scoring };
-    let config = MoeConfig { hidden, intermediate, num_experts, top_k, router };
+    let config = MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) };
     Model { name: name.into(), config, own_router: own, tokens }
 }
 
@@ -89,14 +88,8 @@ impl Model {
     }
 
     /// The router in words.
-    pub fn router(&self) -> &'static str {
-        match (self.own_router, self.config.router.scoring) {
-            (false, _) => "softmax router",
-            (_, RENORMALISED) => "softmax, top-k, renormalised",
-            (_, PLAIN) => "softmax, top-k",
-            (_, SELECTED) => "top-k, softmax",
-            (_, _) => "own router",
-        }
+    pub fn router(&self) -> String {
+        if self.own_router { self.config.router.to_string() } else { "softmax router".into() }
     }
 }
 

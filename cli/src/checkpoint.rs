@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
-use moe_kernels::{Dtype, MoeConfig, RouterConfig, Scoring};
+use moe_kernels::{Dtype, MoeConfig, RouterConfig};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, io};
@@ -243,13 +243,13 @@ impl ConfigReader<'_> {
                 Some(value) => return Err(self.error(key, value, "true or false".into())),
             },
         };
-        let config = MoeConfig {
-            hidden: self.integer(family.hidden)?,
-            intermediate: self.integer(family.intermediate)?,
-            num_experts: self.integer(family.num_experts)?,
-            top_k: self.integer(family.top_k)?,
-            router: RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize } },
-        };
+        let plain = MoeConfig::new(
+            self.integer(family.hidden)?,
+            self.integer(family.intermediate)?,
+            self.integer(family.num_experts)?,
+            self.integer(family.top_k)?,
+        );
+        let config = MoeConfig { router: RouterConfig::softmax_top_k(renormalize), ..plain };
         config
             .check()
             .map_err(|error| Error::File { file: self.file.clone(), why: error.to_string() })?;

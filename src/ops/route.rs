@@ -8,7 +8,7 @@ use crate::abi::{
     ROUTE_NARROW_MAX_EXPERTS, ROUTE_PICK_MAX_TOP_K, ROUTE_PICK_THREADS, ROUTE_SORT_ENTRY_BYTES,
     ROUTE_SORT_THREADS, ROUTE_WIDE_MAX_EXPERTS, RouteArgs,
 };
-use crate::config::{RouterConfig, Scoring};
+use crate::config::RouterConfig;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     vector_rows,
@@ -127,7 +127,7 @@ pub unsafe fn route_fwd_raw(
         num_experts: int(OP, "num_experts", shape.num_experts)?,
         top_k: int(OP, "top_k", shape.top_k)?,
         sort_length: int(OP, "num_experts", sort_length)?,
-        sum_all: (router.scoring == Scoring::SoftmaxThenTopK { renormalize: false }).into(),
+        sum_all: (*router == RouterConfig::softmax_top_k(false)).into(),
         vector: vector_rows(shape.num_experts * dtype.size(), &[logits]).into(),
     };
     let (kernel, launch) = if args.top_k > ROUTE_PICK_MAX_TOP_K

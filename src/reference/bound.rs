@@ -267,7 +267,6 @@ mod tests {
     use super::super::plan::plan_fwd;
     use super::super::sample::Sampler;
     use super::*;
-    use crate::config::Scoring;
 
     fn worst<D: Dtype>(bounded: &Bounded, got: &[D]) -> f64 {
         bounded.worst(got).map_or(0.0, |(_, excess)| excess)
@@ -361,12 +360,11 @@ mod tests {
         for scale in [0.01, 1.0, 30.0, 200.0] {
             let mut logits: Vec<f32> = Sampler::new(3).elements(shape.logits());
             logits.iter_mut().for_each(|logit| *logit *= scale);
-            for scoring in [
-                Scoring::SoftmaxThenTopK { renormalize: false },
-                Scoring::SoftmaxThenTopK { renormalize: true },
-                Scoring::TopKThenSoftmax,
+            for router in [
+                RouterConfig::softmax_top_k(false),
+                RouterConfig::softmax_top_k(true),
+                RouterConfig::top_k_softmax(),
             ] {
-                let router = RouterConfig { scoring };
                 let (right, bound) = route(&shape, &router, &logits).unwrap();
                 let got = route_fwd::<f32, f32>(&shape, &router, &logits).unwrap();
                 let bounded = Bounded { value: right.weights, bound };
@@ -415,9 +413,8 @@ mod tests {
         round(&combine_fwd::<f32>(&shape, &plan, h, &yp, &weights).unwrap())
     }
 
-    fn check_layer<D: Dtype>(scoring: Scoring) {
-        let router = RouterConfig { scoring };
-        let config = MoeConfig { hidden: 48, intermediate: 72, num_experts: 6, top_k: 2, router };
+    fn check_layer<D: Dtype>(router: RouterConfig) {
+        let config = MoeConfig { router, ..MoeConfig::new(48, 72, 6, 2) };
         let mut sampler = Sampler::new(11);
         let num_tokens = 20;
         let inputs = [
@@ -438,10 +435,10 @@ mod tests {
 
     #[test]
     fn layers_hold_and_a_dropped_slot_does_not() {
-        for scoring in [Scoring::SoftmaxThenTopK { renormalize: true }, Scoring::TopKThenSoftmax] {
-            check_layer::<f32>(scoring);
-            check_layer::<f16>(scoring);
-            check_layer::<bf16>(scoring);
+        for router in [RouterConfig::softmax_top_k(true), RouterConfig::top_k_softmax()] {
+            check_layer::<f32>(router);
+            check_layer::<f16>(router);
+            check_layer::<bf16>(router);
         }
     }
 

@@ -105,11 +105,11 @@ mod tests {
 
     use super::super::sample::Sampler;
     use super::*;
-    use crate::config::{RouterConfig, Scoring};
+    use crate::config::RouterConfig;
 
     fn config(num_experts: usize, top_k: usize) -> MoeConfig {
-        let router = RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } };
-        MoeConfig { hidden: 7, intermediate: 5, num_experts, top_k, router }
+        let router = RouterConfig::softmax_top_k(true);
+        MoeConfig { router, ..MoeConfig::new(7, 5, num_experts, top_k) }
     }
 
     /// The layer without plan, rows or blocks: each token asks its experts.

@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 
 use super::accum::Accum;
-use crate::config::{RouterConfig, Scoring};
+use crate::config::RouterConfig;
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
@@ -31,13 +31,13 @@ pub struct Routing<A> {
 ///    `exp(l_e - m)` elsewhere. So a row that holds `+inf`, or nothing but `-inf` and NaN, is
 ///    defined too: the experts at the maximum share equally, the others get 0. No weight is ever
 ///    NaN.
-///    - [`Scoring::SoftmaxThenTopK`] without renormalisation: `w_e = p_e / s`, where `s` is the sum
+///    - [`RouterConfig::softmax_top_k`] without renormalisation: `w_e = p_e / s`, where `s` is the sum
 ///      of `p` over all `E` experts in the order of their ids.
 ///    - with renormalisation: those `w_e`, each divided by the sum of the `K` of them in the order
 ///      of selection; in real numbers `p_e` over the sum of the selected `p`. Nothing guards this
 ///      division, for the expert at the maximum is always selected and its `p` is 1, so the sum is
 ///      at least `1/E`.
-///    - [`Scoring::TopKThenSoftmax`]: `p_e` over the sum of the `K` selected `p` in the order of
+///    - [`RouterConfig::top_k_softmax`]: `p_e` over the sum of the `K` selected `p` in the order of
 ///      selection. In real numbers this is the renormalised softmax; it rounds once less.
 ///
 /// Step 3 is computed in `A`. A kernel may sum in another order;
@@ -76,19 +76,9 @@ pub fn route_token<A: Accum>(router: &RouterConfig, top_k: usize, logits: &[f32]
     let p = |e: usize| softmax_numerator::<A>(logits[e], max);
     let selected_sum: A = selected.iter().map(|&e| p(e)).sum();
 
-    let weights: Vec<A> = match router.scoring {
-        Scoring::TopKThenSoftmax => selected.iter().map(|&e| p(e) / selected_sum).collect(),
-        Scoring::SoftmaxThenTopK { renormalize } => {
-            let all: A = (0..logits.len()).map(p).sum();
-            let weights: Vec<A> = selected.iter().map(|&e| p(e) / all).collect();
-            if renormalize {
-                let sum: A = weights.iter().copied().sum();
-                weights.into_iter().map(|weight| weight / sum).collect()
-            } else {
-                weights
-            }
-        }
-    };
+    let sum_all = *router == RouterConfig::softmax_top_k(false);
+    let sum = if sum_all { (0..logits.len()).map(p).sum() } else { selected_sum };
+    let weights: Vec<A> = selected.iter().map(|&e| p(e) / sum).collect();
     selected.into_iter().map(|e| e as u32).zip(weights).collect()
 }
 
@@ -122,12 +112,12 @@ mod tests {
 
     const INF: f32 = f32::INFINITY;
     const NAN: f32 = f32::NAN;
-    const PLAIN: Scoring = Scoring::SoftmaxThenTopK { renormalize: false };
-    const RENORMALIZED: Scoring = Scoring::SoftmaxThenTopK { renormalize: true };
-    const AFTER: Scoring = Scoring::TopKThenSoftmax;
+    const PLAIN: RouterConfig = RouterConfig::softmax_top_k(false);
+    const RENORMALIZED: RouterConfig = RouterConfig::softmax_top_k(true);
+    const AFTER: RouterConfig = RouterConfig::top_k_softmax();
 
-    fn route(scoring: Scoring, top_k: usize, logits: &[f32]) -> (Vec<u32>, Vec<f64>) {
-        route_token::<f64>(&RouterConfig { scoring }, top_k, logits).into_iter().unzip()
+    fn route(router: RouterConfig, top_k: usize, logits: &[f32]) -> (Vec<u32>, Vec<f64>) {
+        route_token::<f64>(&router, top_k, logits).into_iter().unzip()
     }
 
     fn assert_close(got: &[f64], want: &[f64]) {
@@ -145,8 +135,8 @@ mod tests {
         let (ids, weights) = route(PLAIN, 2, &logits);
         assert_eq!(ids, [1, 2]);
         assert_close(&weights, &[8.0 / 15.0, 4.0 / 15.0]);
-        for scoring in [RENORMALIZED, AFTER] {
-            let (ids, weights) = route(scoring, 2, &logits);
+        for router in [RENORMALIZED, AFTER] {
+            let (ids, weights) = route(router, 2, &logits);
             assert_eq!(ids, [1, 2]);
             assert_close(&weights, &[2.0 / 3.0, 1.0 / 3.0]);
         }
@@ -190,14 +180,14 @@ mod tests {
         let (ids, weights) = route(PLAIN, 3, &[0.5, -1.0, 2.0]);
         assert_eq!(ids, [2, 0, 1]);
         assert_close(&[weights.iter().sum()], &[1.0]);
-        for scoring in [PLAIN, RENORMALIZED, AFTER] {
-            assert_eq!(route(scoring, 1, &[-7.0]), (vec![0], vec![1.0]));
+        for router in [PLAIN, RENORMALIZED, AFTER] {
+            assert_eq!(route(router, 1, &[-7.0]), (vec![0], vec![1.0]));
         }
     }
 
     #[test]
     fn no_tokens_and_wrong_lengths() {
-        let router = RouterConfig { scoring: PLAIN };
+        let router = PLAIN;
         let shape = RoutingShape { num_tokens: 0, num_experts: 4, top_k: 2 };
         assert_eq!(route_fwd::<f32, f32>(&shape, &router, &[]).unwrap().expert_ids, []);
         let shape = RoutingShape { num_tokens: 2, ..shape };
@@ -221,8 +211,7 @@ mod tests {
             let shape = RoutingShape { num_tokens: 3, num_experts, top_k };
             let logits: Vec<D> =
                 (0..shape.logits()).map(|_| from_bits(sampler.below(1 << 16) as u16)).collect();
-            for scoring in [PLAIN, RENORMALIZED, AFTER] {
-                let router = RouterConfig { scoring };
+            for router in [PLAIN, RENORMALIZED, AFTER] {
                 let single = route_fwd::<f32, D>(&shape, &router, &logits).unwrap();
                 let double = route_fwd::<f64, D>(&shape, &router, &logits).unwrap();
                 assert_eq!(single.expert_ids, double.expert_ids);

@@ -5,8 +5,7 @@ use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
 use moe_kernels::ops::permute::{self, PermuteBuffers};
 use moe_kernels::ops::{combine, plan, route};
 use moe_kernels::{
-    DType, Device, Error, RouterConfig, RoutingShape, Scoring, Workspace, kernel_files,
-    kernel_symbols,
+    DType, Device, Error, RouterConfig, RoutingShape, Workspace, kernel_files, kernel_symbols,
 };
 
 use crate::common::gpu;
@@ -96,7 +95,7 @@ fn every_operation_holds_device_stream_and_plan_together() {
     let (four, eight) = (values.view().slice(..4), values.view());
     let (weights, rows) = (four.slice(..2), Rows::Grouped);
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
-    let router = RouterConfig { scoring: Scoring::TopKThenSoftmax };
+    let router = RouterConfig::top_k_softmax();
     let mut errors = vec![
         route::route_fwd(device, &gpu.stream, shape, &router, &four).err(),
         plan::plan_fwd(device, &gpu.stream, shape, &ids.view()).err(),

@@ -5,7 +5,7 @@ use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::reference::{self, bound};
 use moe_kernels::{
-    DType, Device, Dtype, Error, Experts, MoeConfig, MoeLayer, RouterConfig, Scoring, Workspace,
+    DType, Device, Dtype, Error, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace,
 };
 use proptest::prelude::*;
 
@@ -16,16 +16,16 @@ fn moe_config(
     intermediate: usize,
     num_experts: usize,
     top_k: usize,
-    scoring: Scoring,
+    router: RouterConfig,
 ) -> MoeConfig {
-    MoeConfig { hidden, intermediate, num_experts, top_k, router: RouterConfig { scoring } }
+    MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) }
 }
 
-fn scoring() -> impl Strategy<Value = Scoring> {
+fn router() -> impl Strategy<Value = RouterConfig> {
     proptest::sample::select(vec![
-        Scoring::SoftmaxThenTopK { renormalize: true },
-        Scoring::SoftmaxThenTopK { renormalize: false },
-        Scoring::TopKThenSoftmax,
+        RouterConfig::softmax_top_k(true),
+        RouterConfig::softmax_top_k(false),
+        RouterConfig::top_k_softmax(),
     ])
 }
 
@@ -104,9 +104,9 @@ proptest! {
     #[test]
     fn matches_reference(
         tokens in 0usize..40, experts in 1usize..12, k in 1usize..5, hidden in 1usize..140,
-        intermediate in 1usize..140, scoring in scoring(), seed in any::<u64>(),
+        intermediate in 1usize..140, router in router(), seed in any::<u64>(),
     ) {
-        let config = moe_config(hidden, intermediate, experts, k.min(experts), scoring);
+        let config = moe_config(hidden, intermediate, experts, k.min(experts), router);
         let gpu = gpu();
         gpu.reschedule(seed);
         let what = format!("T{tokens} {config} seed {seed}");
@@ -116,7 +116,7 @@ proptest! {
     }
 }
 
-const RENORMALISED: Scoring = Scoring::SoftmaxThenTopK { renormalize: true };
+const RENORMALISED: RouterConfig = RouterConfig::softmax_top_k(true);
 
 #[test]
 fn worst_case_routings() {

@@ -3,16 +3,16 @@
 use half::{bf16, f16};
 use moe_kernels::ops::route::{self, RouteBuffers};
 use moe_kernels::reference::bound::Bounded;
-use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, Scoring, reference};
+use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, reference};
 use proptest::prelude::*;
 
 use crate::common::{Gpu, Rng, assert_within, config, gpu};
 use cudarc::driver::DeviceRepr;
 
-const SCORINGS: [Scoring; 3] = [
-    Scoring::SoftmaxThenTopK { renormalize: false },
-    Scoring::SoftmaxThenTopK { renormalize: true },
-    Scoring::TopKThenSoftmax,
+const ROUTERS: [RouterConfig; 3] = [
+    RouterConfig::softmax_top_k(false),
+    RouterConfig::softmax_top_k(true),
+    RouterConfig::top_k_softmax(),
 ];
 
 /// What the logits look like.
@@ -78,7 +78,7 @@ fn make<D: Dtype>(len: usize, logits: Logits, seed: u64) -> Vec<D> {
 fn run<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
     shape: RoutingShape,
-    scoring: Scoring,
+    router: RouterConfig,
     logits: &[D],
     offset: usize,
 ) -> (Vec<u32>, Vec<f32>) {
@@ -91,7 +91,7 @@ fn run<D: Dtype + DeviceRepr>(
         &gpu.device,
         &gpu.stream,
         shape,
-        &RouterConfig { scoring },
+        &router,
         &logits.view().slice(offset..),
         &mut ids.view_mut(),
         &mut weights.view_mut(),
@@ -104,13 +104,13 @@ fn run<D: Dtype + DeviceRepr>(
 fn check<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
     shape: RoutingShape,
-    scoring: Scoring,
+    router: RouterConfig,
     logits: &[D],
     offset: usize,
 ) {
-    let what = format!("{shape} {scoring:?} {}", D::DTYPE);
-    let (want, bound) = reference::bound::route(&shape, &RouterConfig { scoring }, logits).unwrap();
-    let (ids, weights) = run(gpu, shape, scoring, logits, offset);
+    let what = format!("{shape} {router:?} {}", D::DTYPE);
+    let (want, bound) = reference::bound::route(&shape, &router, logits).unwrap();
+    let (ids, weights) = run(gpu, shape, router, logits, offset);
     assert_eq!(ids, want.expert_ids, "{what}");
     let bounded = Bounded { value: want.weights.clone(), bound };
     assert_within(&weights, &bounded, &what);
@@ -128,9 +128,9 @@ fn check<D: Dtype + DeviceRepr>(
 }
 
 fn check_all<D: Dtype + DeviceRepr>(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
-    let scoring = SCORINGS[(seed % 3) as usize];
+    let router = ROUTERS[(seed % 3) as usize];
     let offset = (seed / 3 % 3) as usize;
-    check::<D>(gpu, shape, scoring, &make(shape.logits(), kind, seed), offset);
+    check::<D>(gpu, shape, router, &make(shape.logits(), kind, seed), offset);
 }
 
 proptest! {
@@ -179,13 +179,13 @@ fn equal_logits_go_to_the_lowest_experts() {
     for value in [0.0, -0.0, 1.5, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN] {
         for (e, k) in [(8, 8), (67, 6), (300, 8), (100, 40), (1500, 3)] {
             let shape = RoutingShape::new(2, e, k).unwrap();
-            for scoring in SCORINGS {
-                let (ids, weights) = run(&gpu, shape, scoring, &vec![value; shape.logits()], 0);
+            for router in ROUTERS {
+                let (ids, weights) = run(&gpu, shape, router, &vec![value; shape.logits()], 0);
                 assert!(
                     ids.chunks_exact(k).all(|ids| ids.iter().copied().eq(0..k as u32)),
                     "{value} {ids:?}"
                 );
-                let all = scoring == Scoring::SoftmaxThenTopK { renormalize: false };
+                let all = router == RouterConfig::softmax_top_k(false);
                 let share = 1.0 / if all { e as f32 } else { k as f32 };
                 assert!(
                     weights.iter().all(|&weight| weight == share),
@@ -205,9 +205,9 @@ fn near_ties_are_decided() {
             for winner in [0, 1, 31, 32, e / 2, e - 1] {
                 let mut logits = vec![D::from_f64(1.0); e];
                 logits[winner] = above_one(1);
-                let (ids, _) = run(gpu, shape, Scoring::TopKThenSoftmax, &logits, 0);
+                let (ids, _) = run(gpu, shape, RouterConfig::top_k_softmax(), &logits, 0);
                 assert_eq!(ids[0], winner as u32, "{shape} {}", D::DTYPE);
-                check(gpu, shape, Scoring::TopKThenSoftmax, &logits, 0);
+                check(gpu, shape, RouterConfig::top_k_softmax(), &logits, 0);
             }
         }
     }
@@ -225,7 +225,7 @@ fn exponentials_are_sharp() {
     let distances: Vec<f32> = (0..349).map(|step| -0.25 * step as f32).collect();
     let logits: Vec<f32> = distances.iter().flat_map(|&x| [0.0, x]).collect();
     let shape = RoutingShape::new(distances.len(), 2, 2).unwrap();
-    let (_, weights) = run(&gpu, shape, Scoring::TopKThenSoftmax, &logits, 0);
+    let (_, weights) = run(&gpu, shape, RouterConfig::top_k_softmax(), &logits, 0);
     for (x, weights) in distances.iter().zip(weights.chunks_exact(2)) {
         let p = f64::from(*x).exp();
         let error = (f64::from(weights[1]) / (p / (1.0 + p)) - 1.0).abs() * f64::from(1 << 24);
@@ -240,15 +240,15 @@ fn schedules_and_alignment_do_not_change_bits() {
     for (e, k) in [(128, 8), (384, 8), (64, 48)] {
         let shape = RoutingShape::new(9, e, k).unwrap();
         let logits = make::<bf16>(shape.logits(), Logits::Usual, 7);
-        for scoring in SCORINGS {
+        for router in ROUTERS {
             let runs: Vec<_> = (0..8)
                 .map(|seed| {
                     gpu.reschedule(seed);
-                    let (ids, weights) = run(&gpu, shape, scoring, &logits, seed as usize % 3);
+                    let (ids, weights) = run(&gpu, shape, router, &logits, seed as usize % 3);
                     (ids, weights.into_iter().map(f32::to_bits).collect::<Vec<_>>())
                 })
                 .collect();
-            assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{shape} {scoring:?}");
+            assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{shape} {router:?}");
         }
     }
 }
@@ -256,13 +256,12 @@ fn schedules_and_alignment_do_not_change_bits() {
 #[test]
 fn the_allocating_form_agrees() {
     let gpu = gpu();
-    let scoring = SCORINGS[1];
+    let router = ROUTERS[1];
     for tokens in [0, 5] {
         let shape = RoutingShape::new(tokens, 16, 4).unwrap();
         let logits = make::<f16>(shape.logits(), Logits::Usual, 3);
-        let (ids, weights) = run(&gpu, shape, scoring, &logits, 0);
+        let (ids, weights) = run(&gpu, shape, router, &logits, 0);
         let uploaded = gpu.upload(&logits);
-        let router = RouterConfig { scoring };
         let routing =
             route::route_fwd(&gpu.device, &gpu.stream, shape, &router, &uploaded.view()).unwrap();
         assert_eq!(gpu.download(&routing.expert_ids.as_view()), ids);
@@ -273,7 +272,7 @@ fn the_allocating_form_agrees() {
 #[test]
 fn errors_come_before_any_launch() {
     let gpu = gpu();
-    let router = RouterConfig { scoring: Scoring::TopKThenSoftmax };
+    let router = RouterConfig::top_k_softmax();
     let logits = gpu.upload(&make::<f32>(4 * 8, Logits::Usual, 0));
     let (mut ids, mut weights) = (gpu.poisoned::<u32>(8), gpu.poisoned::<f32>(8));
     let mut call = |shape: RoutingShape, lens: [usize; 3]| {
@@ -311,7 +310,7 @@ fn errors_come_before_any_launch() {
 #[test]
 fn raw_addresses_must_be_aligned() {
     let gpu = gpu();
-    let router = RouterConfig { scoring: Scoring::TopKThenSoftmax };
+    let router = RouterConfig::top_k_softmax();
     let shape = RoutingShape::new(1, 8, 2).unwrap();
     let good = RouteBuffers { expert_ids: 256, weights: 256, logits: 256 };
     for (argument, buffers) in [

@@ -164,8 +164,7 @@ impl Bench<'_> {
         let Tensors { x, gate, gate_up, down } = stage.tensors(t);
         let logits: Vec<D> = draw.logits.iter().map(|&logit| D::from_f32(logit)).collect();
         let y = stage.output(draw)?;
-        let renormalize =
-            config.router.scoring != moe_kernels::Scoring::SoftmaxThenTopK { renormalize: false };
+        let renormalize = config.router != moe_kernels::RouterConfig::softmax_top_k(false);
         let notes = HashMap::from([
             ("model".to_string(), model.name.clone()),
             ("routing".to_string(), draw.routing.name().to_string()),

@@ -61,7 +61,7 @@ pub struct Row {
     pub tokens: usize,
     pub dtype: &'static str,
     pub routing: &'static str,
-    pub router: &'static str,
+    pub router: String,
     /// `moe-kernels`, or a peer.
     pub by: String,
     pub version: Option<String>,

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use moe_kernels::reference::{self, Plan};
-use moe_kernels::{Dtype, MoeConfig, RouterConfig, RoutingShape, Scoring};
+use moe_kernels::{Dtype, MoeConfig, RouterConfig, RoutingShape};
 
 use crate::error::Result;
 
@@ -142,14 +142,9 @@ impl<D: Dtype> Case<D> {
     pub fn new(dims: Shape, skew: Skew, seed: u64) -> Result<Self> {
         let Shape { num_tokens, hidden, intermediate, num_experts, top_k } = dims;
         // The seeds take turns with the scorings; `route` is checked with all of them.
-        let scoring = SCORINGS[(seed % SCORINGS.len() as u64) as usize];
-        let config = MoeConfig {
-            hidden,
-            intermediate,
-            num_experts,
-            top_k,
-            router: RouterConfig { scoring },
-        };
+        let router = ROUTERS[(seed % ROUTERS.len() as u64) as usize];
+        let config =
+            MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) };
         config.check()?;
         let shape = config.routing(num_tokens);
         let slots = shape.slots();
@@ -181,10 +176,10 @@ impl<D: Dtype> Case<D> {
 }
 
 /// All scorings there are.
-pub const SCORINGS: [Scoring; 3] = [
-    Scoring::SoftmaxThenTopK { renormalize: true },
-    Scoring::SoftmaxThenTopK { renormalize: false },
-    Scoring::TopKThenSoftmax,
+pub const ROUTERS: [RouterConfig; 3] = [
+    RouterConfig::softmax_top_k(true),
+    RouterConfig::softmax_top_k(false),
+    RouterConfig::top_k_softmax(),
 ];
 
 /// SplitMix64: small, and the same on every machine.

@@ -13,11 +13,9 @@ use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
 use moe_kernels::ops::route::route_fwd_into;
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::reference::{self, Tile};
-use moe_kernels::{
-    Dtype, Experts, MoeConfig, MoeLayer, PlanLayout, RouterConfig, RoutingPlan, Workspace,
-};
+use moe_kernels::{Dtype, Experts, MoeConfig, MoeLayer, PlanLayout, RoutingPlan, Workspace};
 
-use super::case::{Case, SCORINGS};
+use super::case::{Case, ROUTERS};
 use crate::backend::Element;
 use crate::device::Gpu;
 use crate::error::Result;
@@ -126,8 +124,7 @@ fn route<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let slots = case.shape.slots();
     let logits = gpu.upload(&case.logits)?;
     let mut worst = Worst::nothing();
-    for scoring in SCORINGS {
-        let router = RouterConfig { scoring };
+    for router in ROUTERS {
         let (mut ids, mut weights) = (gpu.poisoned::<u32>(slots)?, gpu.poisoned::<f32>(slots)?);
         let (ids_view, weights_view) = (&mut ids.as_view_mut(), &mut weights.as_view_mut());
         let logits = logits.as_view();

@@ -8,7 +8,7 @@ use half::bf16;
 use moe_emulator::Traffic;
 use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
 use moe_kernels::ops::{combine, permute, plan, route};
-use moe_kernels::{Device, Dtype, RouterConfig, RoutingPlan, RoutingShape, Scoring};
+use moe_kernels::{Device, Dtype, RouterConfig, RoutingPlan, RoutingShape};
 
 use crate::measure::{Counting, Schedule};
 
@@ -62,7 +62,7 @@ impl Case {
 
     fn route<D: Dtype + DeviceRepr + ValidAsZeroBits>(&self) -> Traffic {
         let logits = self.zeros::<D>(self.shape.logits());
-        let router = RouterConfig { scoring: Scoring::SoftmaxThenTopK { renormalize: true } };
+        let router = RouterConfig::softmax_top_k(true);
         self.counting.traffic_of_one(|| {
             let logits = logits.as_view();
             route::route_fwd(&self.device, &self.stream, self.shape, &router, &logits)

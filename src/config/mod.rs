@@ -1,0 +1,347 @@
+//! What a layer computes, as plain enums and numbers.
+
+mod capacity;
+mod experts;
+mod field;
+mod router;
+
+pub use capacity::{CapacityConfig, CapacityLimit, Priority};
+pub use experts::{
+    Activation, ActivationFunction, ExpertConfig, GateUp, Limit, RmsNorm, WeightOrder,
+    WeightPosition,
+};
+pub use router::{GroupScore, Groups, Masked, Normalization, RouterConfig, Scoring, Selection};
+
+use crate::error::{Error, Result};
+use crate::shape::{MAX_EXPERTS, RoutingShape};
+use field::Checked;
+
+/// A whole layer: the router, `E` routed experts, and what stands beside them.
+///
+/// [`MoeConfig::new`] gives the plain one (softmax, top-k, SwiGLU experts); struct update syntax changes the rest.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+pub struct MoeConfig {
+    /// `H`, the width of a token.
+    pub hidden: usize,
+    /// `I`, the width of an expert.
+    pub intermediate: usize,
+    /// `E`, the experts that have weights.
+    pub num_experts: usize,
+    /// `K`, experts per token.
+    pub top_k: usize,
+    /// The product that gives the logits.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub projection: ProjectionConfig,
+    /// From logits to expert ids and weights.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub router: RouterConfig,
+    /// Experts without weights, which the router sees behind the others.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub zero_experts: Option<ZeroExperts>,
+    /// A limit on the rows of each expert; none is dropless.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub capacity: Option<CapacityConfig>,
+    /// The experts.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub experts: ExpertConfig,
+    /// The experts' own width, if it is not `H`: a projection to it and one from it stand around them.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub latent: Option<usize>,
+    /// An expert that every token goes to.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub shared: Option<SharedConfig>,
+}
+
+/// The router's product: `logits = x * gate^T`.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct ProjectionConfig {
+    /// Logits stay f32; otherwise they are rounded to the model's element type, as `nn.Linear` does.
+    pub f32_logits: bool,
+    /// There is a bias `[E]` on the logits.
+    pub bias: bool,
+    /// The router reads tokens after an RMS norm of its own.
+    pub norm: Option<RmsNorm>,
+}
+
+/// Experts without weights: the router gives them ids from `num_experts` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+pub struct ZeroExperts {
+    /// How many.
+    pub count: usize,
+    /// What they return.
+    pub output: ZeroOutput,
+}
+
+/// What an expert without weights returns for a token `x`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+pub enum ZeroOutput {
+    /// `x` (LongCat).
+    Identity,
+    /// 0: the choice is skipped (Zaya).
+    Zero,
+}
+
+/// A dense expert beside the routed ones, with gate and up concatenated in `[2I, H]` and down in `[H, I]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+pub struct SharedConfig {
+    /// Its own `I`.
+    pub intermediate: usize,
+    /// What lies between its projections.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub activation: Activation,
+    /// It has a gate projection beside the up projection.
+    pub gated: bool,
+    /// Its output is multiplied by `sigmoid(x . w)`, with a vector `w` `[H]`.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub sigmoid_gate: bool,
+    /// The layer's output is the mean of both, not their sum.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub average: bool,
+}
+
+impl MoeConfig {
+    /// The plain layer: softmax over all logits, the `K` largest as they are, SwiGLU experts with weights
+    /// `[E, 2I, H]` and `[E, H, I]`.
+    pub fn new(hidden: usize, intermediate: usize, num_experts: usize, top_k: usize) -> Self {
+        Self {
+            hidden,
+            intermediate,
+            num_experts,
+            top_k,
+            projection: ProjectionConfig::default(),
+            router: RouterConfig::default(),
+            zero_experts: None,
+            capacity: None,
+            experts: ExpertConfig::default(),
+            latent: None,
+            shared: None,
+        }
+    }
+
+    /// Holds every field against its limits.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], which names the field.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "MoeConfig";
+        let width = |argument, value: usize| {
+            if (1..=MAX_WIDTH).contains(&value) {
+                return Ok(());
+            }
+            let wanted = format!("1 to {MAX_WIDTH}");
+            Err(Error::Unsupported { op: OP, argument, wanted, got: value.to_string() })
+        };
+        width("hidden", self.hidden)?;
+        width("intermediate", self.intermediate)?;
+        if let Some(latent) = self.latent {
+            width("latent", latent)?;
+        }
+        if let Some(shared) = self.shared {
+            width("shared.intermediate", shared.intermediate)?;
+            shared.activation.check(OP)?;
+        }
+        let at = Checked { op: OP };
+        if let Some(zero) = self.zero_experts {
+            let good = (1..=MAX_EXPERTS).contains(&zero.count);
+            at.say("zero_experts.count", good, &format!("1 to {MAX_EXPERTS}"), zero.count)?;
+            let good = self.router.num_sinks == 0;
+            at.say("zero_experts", good, "no zero experts beside sinks", zero.count)?;
+            let widths = zero.output == ZeroOutput::Zero || self.latent.is_none();
+            at.say("zero_experts.output", widths, "zero beside a latent width", "identity")?;
+        }
+        self.routing(0).check(OP)?;
+        self.router.check(OP, self.router_experts(), self.top_k)?;
+        self.experts.check(OP)?;
+        if let Some(norm) = self.projection.norm {
+            norm.check(OP, "projection.norm")?;
+        }
+        self.capacity.map_or(Ok(()), |capacity| capacity.check(OP))
+    }
+
+    /// Experts that the router chooses from: those with weights, and those without.
+    pub fn router_experts(&self) -> usize {
+        self.num_experts.saturating_add(self.zero_experts.map_or(0, |zero| zero.count))
+    }
+
+    /// The shape of a routing of `num_tokens` tokens, as the router sees it.
+    pub fn routing(&self, num_tokens: usize) -> RoutingShape {
+        RoutingShape { num_tokens, num_experts: self.router_experts(), top_k: self.top_k }
+    }
+
+    /// The width of what the experts read and return.
+    pub fn expert_hidden(&self) -> usize {
+        self.latent.unwrap_or(self.hidden)
+    }
+
+    /// Elements of `gate_up` `[E, 2I, H]`, or `[E, I, H]` without a gate; both tensors where they are separate.
+    pub fn gate_up_len(&self) -> usize {
+        let parts = if self.experts.gated { 2usize } else { 1 };
+        parts.saturating_mul(self.down_len())
+    }
+
+    /// Elements of `down` `[E, H, I]`.
+    pub fn down_len(&self) -> usize {
+        self.num_experts.saturating_mul(self.expert_hidden()).saturating_mul(self.intermediate)
+    }
+}
+
+/// Twice a width, and a tile past it, still fits an `i32`.
+const MAX_WIDTH: usize = 1 << 24;
+
+impl std::fmt::Display for MoeConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { hidden, intermediate, num_experts, top_k, .. } = self;
+        write!(f, "H{hidden} I{intermediate} E{num_experts} K{top_k}, {}", self.router)?;
+        if let Some(ZeroExperts { count, output }) = self.zero_experts {
+            let output = if output == ZeroOutput::Identity { "identity" } else { "skip" };
+            write!(f, "; {count} {output} experts")?;
+        }
+        if let Some(capacity) = self.capacity {
+            write!(f, "; {capacity}")?;
+        }
+        if self.experts != ExpertConfig::default() {
+            write!(f, "; {}", self.experts)?;
+        }
+        if let Some(latent) = self.latent {
+            write!(f, "; latent {latent}")?;
+        }
+        if let Some(SharedConfig { intermediate, activation, gated, sigmoid_gate, average }) =
+            self.shared
+        {
+            write!(
+                f,
+                "; shared I{intermediate} {}{activation}",
+                if gated { "gated " } else { "" }
+            )?;
+            if sigmoid_gate {
+                f.write_str(", sigmoid-gated")?;
+            }
+            if average {
+                f.write_str(", averaged")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line() {
+        let plain = MoeConfig::new(64, 48, 8, 2);
+        assert_eq!(plain.to_string(), "H64 I48 E8 K2, softmax, top-k");
+        let router = RouterConfig::softmax_top_k(true);
+        let line = MoeConfig { router, ..plain }.to_string();
+        assert_eq!(line, "H64 I48 E8 K2, softmax, top-k, renormalised");
+        let router = RouterConfig::top_k_softmax();
+        assert_eq!(MoeConfig { router, ..plain }.to_string(), "H64 I48 E8 K2, top-k, softmax");
+        let deepseek = RouterConfig {
+            scoring: Scoring::Sigmoid,
+            selection_bias: true,
+            groups: Some(Groups {
+                num_groups: 4,
+                top_groups: 2,
+                score: GroupScore::TopTwoSum,
+                masked: Masked::NegativeInfinity,
+            }),
+            normalization: Normalization::Sum { epsilon: 1e-20 },
+            scale: 2.5,
+            ..RouterConfig::default()
+        };
+        let shared = SharedConfig {
+            intermediate: 96,
+            activation: Activation::default(),
+            gated: true,
+            sigmoid_gate: false,
+            average: false,
+        };
+        let config = MoeConfig { router: deepseek, shared: Some(shared), ..plain };
+        config.check().unwrap();
+        assert_eq!(
+            config.to_string(),
+            "H64 I48 E8 K2, sigmoid + bias, 2 of 4 groups by top-2 sum, top-k, renormalised + 1e-20, * 2.5; \
+             shared I96 gated SiLU"
+        );
+    }
+
+    /// Each bad field is refused by its name.
+    #[test]
+    fn errors_name_the_field() {
+        let plain = MoeConfig::new(64, 48, 8, 2);
+        let router = plain.router;
+        let experts = plain.experts;
+        let groups =
+            Groups { num_groups: 4, top_groups: 2, score: GroupScore::Max, masked: Masked::Zero };
+        let with = |router| MoeConfig { router, ..plain };
+        let acts =
+            |activation| MoeConfig { experts: ExpertConfig { activation, ..experts }, ..plain };
+        let act = Activation::default();
+        let bad: Vec<(MoeConfig, &str)> = vec![
+            (MoeConfig { hidden: 0, ..plain }, "`hidden`"),
+            (MoeConfig { intermediate: 0, ..plain }, "`intermediate`"),
+            (MoeConfig { top_k: 9, ..plain }, "`top_k`"),
+            (MoeConfig { num_experts: 0, ..plain }, "`num_experts`"),
+            (MoeConfig { latent: Some(0), ..plain }, "`latent`"),
+            (with(RouterConfig { logit_multiplier: 0.0, ..router }), "`router.logit_multiplier`"),
+            (with(RouterConfig { logit_softcap: Some(-1.0), ..router }), "`router.logit_softcap`"),
+            (with(RouterConfig { scale: f32::NAN, ..router }), "`router.scale`"),
+            (with(RouterConfig { num_sinks: 2, ..router }), "`router.num_sinks`"),
+            (
+                with(RouterConfig { groups: Some(Groups { num_groups: 3, ..groups }), ..router }),
+                "`router.groups.num_groups`",
+            ),
+            (
+                with(RouterConfig { groups: Some(Groups { top_groups: 5, ..groups }), ..router }),
+                "`router.groups.top_groups`",
+            ),
+            (
+                with(RouterConfig { normalization: Normalization::PNorm { p: 0.5 }, ..router }),
+                "`router.normalization.p`",
+            ),
+            (
+                with(RouterConfig {
+                    scoring: Scoring::Sparsemixer { jitter: 0.01 },
+                    selection_bias: true,
+                    ..router
+                }),
+                "`router.scoring`",
+            ),
+            (
+                with(RouterConfig {
+                    scoring: Scoring::SoftmaxSelected,
+                    selection_bias: true,
+                    ..router
+                }),
+                "`router.scoring`",
+            ),
+            (acts(Activation { limit: Limit::Before { limit: 0.0 }, ..act }), "`activation.limit`"),
+            (
+                acts(Activation { function: ActivationFunction::Relu, alpha: 2.0, ..act }),
+                "`activation.alpha`",
+            ),
+            (
+                MoeConfig {
+                    experts: ExpertConfig { gated: false, gate_up: GateUp::Separate, ..experts },
+                    ..plain
+                },
+                "`experts.gate_up`",
+            ),
+        ];
+        for (config, field) in bad {
+            let message = config.check().unwrap_err().to_string();
+            assert!(message.contains(field), "{message} does not name {field}");
+        }
+    }
+}
