@@ -46,9 +46,9 @@ pub struct MoeConfig {
     /// The experts.
     #[cfg_attr(feature = "serde", serde(default))]
     pub experts: ExpertConfig,
-    /// The experts' own width, if it is not `H`: a projection to it and one from it stand around them.
+    /// Projections around the experts, which have a width of their own then.
     #[cfg_attr(feature = "serde", serde(default))]
-    pub latent: Option<usize>,
+    pub latent: Option<LatentConfig>,
     /// An expert that every token goes to.
     #[cfg_attr(feature = "serde", serde(default))]
     pub shared: Option<SharedConfig>,
@@ -87,6 +87,19 @@ pub enum ZeroOutput {
     Identity,
     /// 0: the choice is skipped (Zaya).
     Zero,
+}
+
+/// Experts of another width than `H`: tokens are projected to it before them, and their sum back after them. Router and
+/// shared expert see the tokens themselves.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+pub struct LatentConfig {
+    /// `L`, which takes the place of `H` in the experts' weights.
+    pub hidden: usize,
+    /// An RMS norm of what the first projection gives.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub norm: Option<RmsNorm>,
 }
 
 /// A dense expert beside the routed ones, with gate and up concatenated in `[2I, H]` and down in `[H, I]`.
@@ -144,7 +157,8 @@ impl MoeConfig {
         width("hidden", self.hidden)?;
         width("intermediate", self.intermediate)?;
         if let Some(latent) = self.latent {
-            width("latent", latent)?;
+            width("latent.hidden", latent.hidden)?;
+            latent.norm.map_or(Ok(()), |norm| norm.check(OP, "latent.norm"))?;
         }
         if let Some(shared) = self.shared {
             width("shared.intermediate", shared.intermediate)?;
@@ -180,7 +194,7 @@ impl MoeConfig {
 
     /// The width of what the experts read and return.
     pub fn expert_hidden(&self) -> usize {
-        self.latent.unwrap_or(self.hidden)
+        self.latent.map_or(self.hidden, |latent| latent.hidden)
     }
 
     /// Elements of `gate_up` `[E, 2I, H]`, or `[E, I, H]` without a gate; both tensors where they are separate.
@@ -213,7 +227,8 @@ impl std::fmt::Display for MoeConfig {
             write!(f, "; {}", self.experts)?;
         }
         if let Some(latent) = self.latent {
-            write!(f, "; latent {latent}")?;
+            let norm = if latent.norm.is_some() { ", normed" } else { "" };
+            write!(f, "; latent {}{norm}", latent.hidden)?;
         }
         if let Some(SharedConfig { intermediate, activation, gated, sigmoid_gate, average }) =
             self.shared
@@ -293,7 +308,10 @@ mod tests {
             (MoeConfig { intermediate: 0, ..plain }, "`intermediate`"),
             (MoeConfig { top_k: 9, ..plain }, "`top_k`"),
             (MoeConfig { num_experts: 0, ..plain }, "`num_experts`"),
-            (MoeConfig { latent: Some(0), ..plain }, "`latent`"),
+            (
+                MoeConfig { latent: Some(LatentConfig { hidden: 0, norm: None }), ..plain },
+                "`latent.hidden`",
+            ),
             (with(RouterConfig { logit_multiplier: 0.0, ..router }), "`router.logit_multiplier`"),
             (with(RouterConfig { logit_softcap: Some(-1.0), ..router }), "`router.logit_softcap`"),
             (with(RouterConfig { scale: f32::NAN, ..router }), "`router.scale`"),
