@@ -129,7 +129,8 @@ pub enum WeightPosition {
     Inside,
 }
 
-/// `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`
+/// `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`, or with `scale_first` the same norm of
+/// `x * (offset + weight)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -138,6 +139,9 @@ pub struct RmsNorm {
     pub epsilon: f32,
     /// Added to every weight: 1 where a checkpoint stores weights around 0, else 0.
     pub offset: f32,
+    /// Weights multiply what is normed, and not the result (Muse Spark's experts).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub scale_first: bool,
 }
 
 impl Default for ExpertConfig {
