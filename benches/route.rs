@@ -28,7 +28,7 @@ pub(crate) fn on_gpu<'a, D: Element>(
             &gpu.stream,
             shape,
             &router,
-            &logits,
+            &ops::route::RouteInputs::new(&logits),
             ids,
             weights,
         )?;
@@ -39,7 +39,8 @@ pub(crate) fn on_gpu<'a, D: Element>(
 pub(crate) fn on_cpu<D: Dtype>(model: &Model, draw: &Draw) -> Result<Workload<'static>> {
     let (shape, router, logits) = (draw.shape, model.config.router, logits::<D>(draw));
     Ok(Workload::new(move |_| {
-        std::hint::black_box(reference::route_fwd::<f32, D>(&shape, &router, &logits)?);
+        let inputs = reference::RouteInputs::new(&logits);
+        std::hint::black_box(reference::route_fwd::<f32, D>(&shape, &router, &inputs)?);
         Ok(())
     }))
 }

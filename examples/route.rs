@@ -16,7 +16,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let router = RouterConfig::softmax_top_k(true);
 
     let logits = stream.clone_htod(&logits)?;
-    let routing = route::route_fwd(&device, &stream, shape, &router, &logits.as_view())?;
+    let logits = logits.as_view();
+    let inputs = route::RouteInputs::new(&logits);
+    let routing = route::route_fwd(&device, &stream, shape, &router, &inputs)?;
     let plan = plan::plan_fwd(&device, &stream, shape, &routing.expert_ids.as_view())?;
 
     let expert_ids = stream.clone_dtoh(&routing.expert_ids)?;

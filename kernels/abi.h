@@ -7,6 +7,11 @@
 // The most experts that one layer may have.
 #define MAX_EXPERTS 4096
 
+// The type of elements, for kernels that are not compiled for each of them.
+#define ELEM_F32 0
+#define ELEM_F16 1
+#define ELEM_BF16 2
+
 // Both maps of the plan hold this where there is nothing: a slot without a row, a row without a token.
 #define INACTIVE (-1)
 
@@ -17,16 +22,61 @@
 #define ROUTE_NARROW_MAX_EXPERTS 256
 #define ROUTE_WIDE_MAX_EXPERTS 1024
 #define ROUTE_SORT_THREADS 256      // sort: a block per token
-#define ROUTE_SORT_ENTRY_BYTES 8    // sort: shared memory is sort_length of these
+#define ROUTE_SORT_ENTRY_BYTES 8    // sort: shared memory begins with sort_length of these
+#define ROUTE_MAX_GROUPS 32         // a lane per group
+
+// What a number of an expert is made of: the value it is chosen by, and the score that weighs it.
+#define ROUTE_LOGIT 0
+#define ROUTE_SOFTMAX 1             // over all experts
+#define ROUTE_SIGMOID 2
+#define ROUTE_SQRT_SOFTPLUS 3
+#define ROUTE_SOFTMAX_CHOSEN 4      // over the chosen experts; no value
+#define ROUTE_SPARSEMIXER 5         // no value either
+
+// What scores are divided by.
+#define ROUTE_BY_NOTHING 0
+#define ROUTE_BY_SUM 1              // sum + divisor_number
+#define ROUTE_BY_SUM_AT_LEAST 2     // max(sum, divisor_number)
+#define ROUTE_BY_NORM 3             // divisor_number is its p
 
 typedef struct RouteArgs {
-  int num_tokens;   // T
-  int num_experts;  // E
-  int top_k;        // K
-  int sort_length;  // The power of two from E on; only sort reads it.
-  int sum_all;      // 1: weights are shares of all experts' sum; 0: of the chosen experts' sum.
-  int vector;       // 1: every row of logits starts at a 16-byte boundary.
+  int num_tokens;        // T
+  int num_experts;       // E
+  int top_k;             // K
+  int num_sinks;         // The last so many experts, and slots.
+  int sort_length;       // The power of two from E on; only sort reads it.
+  int vector;            // 1: every row of logits starts at a 16-byte boundary.
+  int elem;              // ELEM_..., of logits and noise logits; the plain entries know it.
+  int row_words;         // E and one word more after every 32.
+  float multiplier;
+  float softcap;         // 0: none
+  int value;             // ROUTE_LOGIT to ROUTE_SQRT_SOFTPLUS
+  int num_groups;        // 0: none
+  int top_groups;
+  int group_size;        // Experts of a group.
+  unsigned group_magic;  // ceil(2^31 / group_size), so that a product finds an expert's group; 0: none
+  int group_part_bits;   // 2^this lanes look at a group.
+  int group_sum;         // 1: a group is worth the sum of its two best values; 0: its best.
+  int masked_zero;       // 1: what is outside the best groups has value 0; 0: -inf.
+  int given_rows;        // V of given_ids
+  int score;             // ROUTE_LOGIT to ROUTE_SPARSEMIXER; of the plain entries, a softmax.
+  float jitter;          // of sparsemixer
+  int divisor;           // ROUTE_BY_...
+  float divisor_number;  // epsilon, the least sum, or p
+  float scale;
 } RouteArgs;
+
+// Addresses that route reads, 0 where there is nothing. The kernel has them as pointers.
+typedef struct RouteAddresses {
+  unsigned long long logits;          // [T, E]
+  unsigned long long selection_bias;  // [E - num_sinks]
+  unsigned long long expert_scale;    // [E]
+  unsigned long long noise;           // [T, E]
+  unsigned long long noise_logits;    // [T, E]
+  unsigned long long given_ids;       // [V, K]
+  unsigned long long token_ids;       // [T]
+  unsigned long long active;          // [T]
+} RouteAddresses;
 
 // ---- plan -------------------------------------------------------------------------------------
 

@@ -50,3 +50,7 @@
 
 #include "abi.h"
 #include "common.cuh"
+#include "exact.cuh"
+#include "select.cuh"
+#include "team.cuh"
+#include "router.cuh"

@@ -18,6 +18,8 @@ pub use cudarc::driver::sys::{CUdeviceptr, CUstream};
 /// A kernel, by the name of its entry without the element type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kernel {
+    RouteFwdPlainNarrow,
+    RouteFwdPlainWide,
     RouteFwdNarrow,
     RouteFwdWide,
     RouteFwdSort,
@@ -41,10 +43,12 @@ struct Entry {
 
 /// In the order of the variants of [`Kernel`].
 #[rustfmt::skip]
-static KERNELS: [Entry; 11] = [
-    Entry { kernel: Kernel::RouteFwdNarrow, image: "route", symbol: "moe_route_fwd_narrow", typed: true },
-    Entry { kernel: Kernel::RouteFwdWide, image: "route", symbol: "moe_route_fwd_wide", typed: true },
-    Entry { kernel: Kernel::RouteFwdSort, image: "route", symbol: "moe_route_fwd_sort", typed: true },
+static KERNELS: [Entry; 13] = [
+    Entry { kernel: Kernel::RouteFwdPlainNarrow, image: "route", symbol: "moe_route_fwd_plain_narrow", typed: true },
+    Entry { kernel: Kernel::RouteFwdPlainWide, image: "route", symbol: "moe_route_fwd_plain_wide", typed: true },
+    Entry { kernel: Kernel::RouteFwdNarrow, image: "route", symbol: "moe_route_fwd_narrow", typed: false },
+    Entry { kernel: Kernel::RouteFwdWide, image: "route", symbol: "moe_route_fwd_wide", typed: false },
+    Entry { kernel: Kernel::RouteFwdSort, image: "route", symbol: "moe_route_fwd_sort", typed: false },
     Entry { kernel: Kernel::PlanFwdCount, image: "plan", symbol: "moe_plan_fwd_count", typed: false },
     Entry { kernel: Kernel::PlanFwdScan, image: "plan", symbol: "moe_plan_fwd_scan", typed: false },
     Entry { kernel: Kernel::PlanFwdPlace, image: "plan", symbol: "moe_plan_fwd_place", typed: false },

@@ -9,7 +9,7 @@ use crate::error::{Result, check_len, product};
 use crate::ops::combine::combine_fwd_into;
 use crate::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
 use crate::ops::plan::plan_fwd_into;
-use crate::ops::route::route_fwd_into;
+use crate::ops::route::{RouteInputs, route_fwd_into};
 use crate::routing_plan::PlanLayout;
 use crate::shape::RoutingShape;
 use crate::workspace::{Section, Workspace};
@@ -197,7 +197,8 @@ impl MoeLayer {
         let mut yp = sections.yp.elements::<D>(OP, &mut yp)?;
 
         let device = &self.device;
-        route_fwd_into(device, stream, shape, &router, logits, &mut expert_ids, &mut weights)?;
+        let inputs = RouteInputs::new(logits);
+        route_fwd_into(device, stream, shape, &router, &inputs, &mut expert_ids, &mut weights)?;
         let plan = plan_fwd_into(device, stream, shape, Some(&expert_ids.as_view()), plan)?;
         let Experts { gate_up, down } = experts;
         grouped_gemm_swiglu_fwd_into(

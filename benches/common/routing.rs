@@ -93,7 +93,11 @@ impl Draw {
             DType::F16 => round::<half::f16>(&mut logits),
             DType::BF16 => round::<half::bf16>(&mut logits),
         }
-        let chosen = reference::route_fwd::<f32, f32>(&shape, &model.config.router, &logits)?;
+        let chosen = reference::route_fwd::<f32, f32>(
+            &shape,
+            &model.config.router,
+            &reference::RouteInputs::new(&logits),
+        )?;
         let mut used = vec![false; shape.num_experts];
         chosen.expert_ids.iter().for_each(|&id| used[id as usize] = true);
         Ok(Self {

@@ -125,8 +125,9 @@ fn forward_cpu<D: Element>(
     // What reference::moe_layer_fwd does, one operation at a time.
     let shape = config.routing(num_tokens);
     let (hidden, intermediate) = (config.hidden, config.intermediate);
+    let inputs = reference::RouteInputs::new(&logits);
     let routing = steps
-        .time(OPERATIONS[0], || reference::route_fwd::<f32, D>(&shape, &config.router, &logits))?;
+        .time(OPERATIONS[0], || reference::route_fwd::<f32, D>(&shape, &config.router, &inputs))?;
     let plan = steps.time(OPERATIONS[1], || {
         reference::plan_fwd(&shape, shape.slots().max(1), &routing.expert_ids)
     })?;

@@ -4,7 +4,7 @@ use cudarc::driver::CudaSlice;
 use moe_kernels::ops::combine::combine_fwd;
 use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
 use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
-use moe_kernels::ops::route::route_fwd;
+use moe_kernels::ops::route::{RouteInputs, route_fwd};
 use moe_kernels::{Experts, MoeConfig, MoeLayer, PlanLayout, RoutingShape, Workspace};
 
 use crate::backend::{Element, FORWARD, OPERATIONS, Output, rows_per_expert};
@@ -82,7 +82,9 @@ impl Gpu {
         let MoeConfig { hidden, intermediate, .. } = config;
         let shape = config.routing(logits.len() / config.num_experts);
         let routing = steps.time(OPERATIONS[0], || {
-            self.done(route_fwd(device, stream, shape, &config.router, &logits.as_view())?)
+            let logits = logits.as_view();
+            let inputs = RouteInputs::new(&logits);
+            self.done(route_fwd(device, stream, shape, &config.router, &inputs)?)
         })?;
         let plan = steps.time(OPERATIONS[1], || {
             self.done(plan_fwd(device, stream, shape, &routing.expert_ids.as_view())?)

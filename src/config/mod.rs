@@ -4,6 +4,7 @@ mod capacity;
 mod experts;
 mod field;
 mod router;
+mod steps;
 
 pub use capacity::{CapacityConfig, CapacityLimit, Priority};
 pub use experts::{
@@ -11,6 +12,8 @@ pub use experts::{
     WeightPosition,
 };
 pub use router::{GroupScore, Groups, Masked, Normalization, RouterConfig, Scoring, Selection};
+
+pub(crate) use steps::{RouteLengths, Score};
 
 use crate::error::{Error, Result};
 use crate::shape::{MAX_EXPERTS, RoutingShape};

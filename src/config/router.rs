@@ -77,7 +77,8 @@ pub enum Selection {
     Score,
     /// By `z`.
     Logit,
-    /// The ids are given: a table by token id, or the routing of an earlier pass.
+    /// All `K` ids are given, those of sinks among them: a table by token id, or the routing of an earlier pass. There
+    /// is no selection then, and a selection bias is not read.
     Given,
 }
 
@@ -243,7 +244,7 @@ impl RouterConfig {
         }
         let wanted = "scores that are known before the selection, where there is a bias";
         let known = self.scoring != Scoring::SoftmaxSelected
-            || self.selection == Selection::Logit
+            || self.selection != Selection::Score
             || self.selects_by_logit();
         at.say("router.scoring", known, wanted, "softmax_selected, selected by score")?;
         let wanted = format!("less than top_k, which is {top_k}");

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 
-use crate::abi::{
-    ROUTE_NARROW_MAX_EXPERTS, ROUTE_PICK_MAX_TOP_K, ROUTE_PICK_THREADS, ROUTE_SORT_ENTRY_BYTES,
-    ROUTE_SORT_THREADS, ROUTE_WIDE_MAX_EXPERTS, RouteArgs,
+use crate::abi;
+use crate::abi::{RouteAddresses, RouteArgs};
+use crate::config::{
+    GroupScore, Masked, Normalization, RouteLengths, RouterConfig, Score, Scoring,
 };
-use crate::config::RouterConfig;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     vector_rows,
@@ -19,8 +19,68 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "route_fwd";
 
-/// Device addresses for [`route_fwd_raw`].
-#[derive(Debug, Clone, Copy)]
+/// What the router reads: the logits, and what its configuration or the caller adds to them.
+///
+/// [`RouteInputs::new`] has the logits alone; struct update syntax adds the rest.
+#[derive(Debug)]
+pub struct RouteInputs<'a, D> {
+    /// `[T, E]`
+    pub logits: &'a CudaView<'a, D>,
+    /// `[E - num_sinks]`, where the router has a selection bias and chooses itself.
+    pub selection_bias: Option<&'a CudaView<'a, f32>>,
+    /// `[E]`, where the router scales by expert.
+    pub expert_scale: Option<&'a CudaView<'a, f32>>,
+    /// `[T, E]`, added to the logits.
+    pub noise: Option<&'a CudaView<'a, f32>>,
+    /// `[T, E]`: noise is multiplied by `softplus` of these first.
+    pub noise_logits: Option<&'a CudaView<'a, D>>,
+    /// `[V, K]`, where ids are given; a row for each token without `token_ids`.
+    pub given_ids: Option<&'a CudaView<'a, u32>>,
+    /// `[T]`, the row of `given_ids` that a token has.
+    pub token_ids: Option<&'a CudaView<'a, u32>>,
+    /// `[T]`: tokens with a 0 have no experts.
+    pub active: Option<&'a CudaView<'a, u8>>,
+}
+
+impl<D> Clone for RouteInputs<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D> Copy for RouteInputs<'_, D> {}
+
+impl<'a, D: Dtype> RouteInputs<'a, D> {
+    /// The logits `[T, E]` alone.
+    pub const fn new(logits: &'a CudaView<'a, D>) -> Self {
+        Self {
+            logits,
+            selection_bias: None,
+            expert_scale: None,
+            noise: None,
+            noise_logits: None,
+            given_ids: None,
+            token_ids: None,
+            active: None,
+        }
+    }
+
+    fn lengths(&self) -> RouteLengths {
+        RouteLengths {
+            logits: self.logits.len(),
+            selection_bias: self.selection_bias.map(CudaView::len),
+            expert_scale: self.expert_scale.map(CudaView::len),
+            noise: self.noise.map(CudaView::len),
+            noise_logits: self.noise_logits.map(CudaView::len),
+            given_ids: self.given_ids.map(CudaView::len),
+            token_ids: self.token_ids.map(CudaView::len),
+            active: self.active.map(CudaView::len),
+        }
+    }
+}
+
+/// Device addresses for [`route_fwd_raw`]; 0 where there is nothing.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct RouteBuffers {
     /// `[T, K]` `u32`, written whole.
     pub expert_ids: CUdeviceptr,
@@ -28,47 +88,81 @@ pub struct RouteBuffers {
     pub weights: CUdeviceptr,
     /// `[T, E]`
     pub logits: CUdeviceptr,
+    /// `[E - num_sinks]` `f32`
+    pub selection_bias: CUdeviceptr,
+    /// `[E]` `f32`
+    pub expert_scale: CUdeviceptr,
+    /// `[T, E]` `f32`
+    pub noise: CUdeviceptr,
+    /// `[T, E]`
+    pub noise_logits: CUdeviceptr,
+    /// `[V, K]` `u32`
+    pub given_ids: CUdeviceptr,
+    /// `V`
+    pub given_rows: usize,
+    /// `[T]` `u32`
+    pub token_ids: CUdeviceptr,
+    /// `[T]` `u8`
+    pub active: CUdeviceptr,
 }
 
 /// What [`route_fwd`] returns.
 #[derive(Debug)]
 pub struct Routing {
-    /// `[T, K]`, the experts of each token, strongest first; the ids of a token are distinct.
+    /// `[T, K]`, the experts of each token, strongest first; `u32::MAX` for a slot without one.
     pub expert_ids: CudaSlice<u32>,
     /// `[T, K]`, their weights.
     pub weights: CudaSlice<f32>,
 }
 
-/// The `K` experts of largest logit for each token, strongest first and ties to the lower id, and their
-/// weights in f32, as `router` says.
+/// The `K` experts of each token and their weights in f32, as `router` says; by default those of largest logit,
+/// strongest first and ties to the lower id.
 ///
-/// Any logits will do: NaN counts as `-inf`, and infinite maxima share equally. Ids agree with
-/// [`reference::route_fwd`](crate::reference::route_fwd) bit for bit; weights are the same bits on every
-/// device. Rows of 16-byte multiples that start at 16-byte boundaries are read fastest. Asynchronous,
-/// ordered on `stream`.
+/// Any bits will do for logits, biases, scales and noise: the ids that the router chooses are always distinct experts,
+/// and no weight is NaN. Ids and weights agree with [`reference::route_fwd`](crate::reference::route_fwd) in f32 bit for
+/// bit, on every device. Rows of 16-byte multiples that start at 16-byte boundaries are read fastest. Asynchronous,
+/// ordered on `stream`; one launch.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
-/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit it,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for a buffer that the
+/// router asks for and does not get or the reverse, [`Error::Length`](crate::Error::Length) for a buffer that does not
+/// fit, [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
 pub fn route_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
     shape: RoutingShape,
     router: &RouterConfig,
-    logits: &CudaView<'_, D>,
+    inputs: &RouteInputs<'_, D>,
     expert_ids: &mut CudaViewMut<'_, u32>,
     weights: &mut CudaViewMut<'_, f32>,
 ) -> Result<()> {
-    shape.check(OP)?;
+    inputs.lengths().check(OP, &shape, router)?;
     check_stream(OP, device, stream)?;
-    check_len(OP, "logits", logits.len(), shape.logits())?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(OP, "weights", weights.len(), shape.slots())?;
     let (expert_ids, _ids_guard) = expert_ids.device_ptr_mut(stream);
     let (weights, _weights_guard) = weights.device_ptr_mut(stream);
-    let (logits, _logits_guard) = logits.device_ptr(stream);
-    let buffers = RouteBuffers { expert_ids, weights, logits };
+    let (logits, _logits_guard) = inputs.logits.device_ptr(stream);
+    let selection_bias = inputs.selection_bias.map(|view| view.device_ptr(stream));
+    let expert_scale = inputs.expert_scale.map(|view| view.device_ptr(stream));
+    let noise = inputs.noise.map(|view| view.device_ptr(stream));
+    let noise_logits = inputs.noise_logits.map(|view| view.device_ptr(stream));
+    let given_ids = inputs.given_ids.map(|view| view.device_ptr(stream));
+    let token_ids = inputs.token_ids.map(|view| view.device_ptr(stream));
+    let active = inputs.active.map(|view| view.device_ptr(stream));
+    let buffers = RouteBuffers {
+        expert_ids,
+        weights,
+        logits,
+        selection_bias: selection_bias.as_ref().map_or(0, |(address, _)| *address),
+        expert_scale: expert_scale.as_ref().map_or(0, |(address, _)| *address),
+        noise: noise.as_ref().map_or(0, |(address, _)| *address),
+        noise_logits: noise_logits.as_ref().map_or(0, |(address, _)| *address),
+        given_ids: given_ids.as_ref().map_or(0, |(address, _)| *address),
+        given_rows: inputs.given_ids.map_or(0, |view| view.len() / shape.top_k),
+        token_ids: token_ids.as_ref().map_or(0, |(address, _)| *address),
+        active: active.as_ref().map_or(0, |(address, _)| *address),
+    };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
     unsafe { route_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, router, buffers) }
@@ -83,7 +177,7 @@ pub fn route_fwd<D: Dtype>(
     stream: &Arc<CudaStream>,
     shape: RoutingShape,
     router: &RouterConfig,
-    logits: &CudaView<'_, D>,
+    inputs: &RouteInputs<'_, D>,
 ) -> Result<Routing> {
     shape.check(OP)?;
     // SAFETY: the operation writes every element.
@@ -91,20 +185,21 @@ pub fn route_fwd<D: Dtype>(
     // SAFETY: as above.
     let mut weights = unsafe { alloc::<f32>(OP, stream, shape.slots()) }?;
     let (ids_view, weights_view) = (&mut expert_ids.as_view_mut(), &mut weights.as_view_mut());
-    route_fwd_into(device, stream, shape, router, logits, ids_view, weights_view)?;
+    route_fwd_into(device, stream, shape, router, inputs, ids_view, weights_view)?;
     Ok(Routing { expert_ids, weights })
 }
 
 /// [`route_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`RouteBuffers`] and `shape` give it, `logits` of `dtype`, in
-/// memory of `device`'s context that stays valid until the kernel has run; no two overlap; `stream` is
-/// a stream of that context.
+/// Each buffer that is not 0 has the elements that [`RouteBuffers`] and `shape` give it, `logits` and `noise_logits` of
+/// `dtype`, in memory of `device`'s context that stays valid until the kernel has run; outputs overlap with nothing;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for a buffer that the
+/// router asks for and does not get or the reverse, [`Error::Alignment`](crate::Error::Alignment), and what a launch can
+/// meet.
 pub unsafe fn route_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -113,43 +208,156 @@ pub unsafe fn route_fwd_raw(
     router: &RouterConfig,
     buffers: RouteBuffers,
 ) -> Result<()> {
-    shape.check(OP)?;
-    let RouteBuffers { expert_ids, weights, logits } = buffers;
-    check_aligned(OP, "expert_ids", expert_ids, 4)?;
-    check_aligned(OP, "weights", weights, 4)?;
-    check_aligned(OP, "logits", logits, dtype.size())?;
+    buffers.check(dtype, &shape, router)?;
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let sort_length = shape.num_experts.next_power_of_two();
-    let args = RouteArgs {
-        num_tokens: int(OP, "num_tokens", shape.num_tokens)?,
-        num_experts: int(OP, "num_experts", shape.num_experts)?,
-        top_k: int(OP, "top_k", shape.top_k)?,
-        sort_length: int(OP, "num_experts", sort_length)?,
-        sum_all: (*router == RouterConfig::softmax_top_k(false)).into(),
-        vector: vector_rows(shape.num_experts * dtype.size(), &[logits]).into(),
-    };
-    let (kernel, launch) = if args.top_k > ROUTE_PICK_MAX_TOP_K
-        || args.num_experts > ROUTE_WIDE_MAX_EXPERTS
-    {
-        let shared_bytes = sort_length as u32 * ROUTE_SORT_ENTRY_BYTES as u32;
-        let grid = [args.num_tokens as u32, 1, 1];
-        (Kernel::RouteFwdSort, Launch { grid, threads: ROUTE_SORT_THREADS as u32, shared_bytes })
-    } else {
-        let narrow = args.num_experts <= ROUTE_NARROW_MAX_EXPERTS;
-        let kernel = if narrow { Kernel::RouteFwdNarrow } else { Kernel::RouteFwdWide };
-        let threads = ROUTE_PICK_THREADS as u32;
-        let grid = [(args.num_tokens as u32).div_ceil(threads / 32), 1, 1];
-        (kernel, Launch { grid, threads, shared_bytes: 0 })
-    };
-    let arguments = [
-        Argument::of(&expert_ids),
-        Argument::of(&weights),
-        Argument::of(&logits),
-        Argument::of(&args),
-    ];
+    let RouteBuffers { expert_ids, weights, logits, .. } = buffers;
+    let args = arguments(dtype, &shape, router, &buffers)?;
+    let addresses = buffers.addresses();
+    let (kernel, launch) = body(router, &buffers, &args);
+    let plain = matches!(kernel, Kernel::RouteFwdPlainNarrow | Kernel::RouteFwdPlainWide);
+    let inputs = if plain { Argument::of(&logits) } else { Argument::of(&addresses) };
+    let arguments =
+        [Argument::of(&expert_ids), Argument::of(&weights), inputs, Argument::of(&args)];
     // SAFETY: the arguments follow the entries of kernels/route.cu, whose limits on E and K chose the
     // kernel above; the caller vouches for the buffers.
     unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+}
+
+impl RouteBuffers {
+    /// Presence, by address, and alignment.
+    fn check(&self, dtype: DType, shape: &RoutingShape, router: &RouterConfig) -> Result<()> {
+        shape.check(OP)?;
+        let (logits, tokens) = (shape.logits(), shape.num_tokens);
+        let choices = shape.num_experts.saturating_sub(router.num_sinks);
+        let given = self.given_rows.saturating_mul(shape.top_k);
+        let there = |address: CUdeviceptr, len: usize| (address != 0).then_some(len);
+        let lengths = RouteLengths {
+            logits,
+            selection_bias: there(self.selection_bias, choices),
+            expert_scale: there(self.expert_scale, shape.num_experts),
+            noise: there(self.noise, logits),
+            noise_logits: there(self.noise_logits, logits),
+            given_ids: there(self.given_ids, given),
+            token_ids: there(self.token_ids, tokens),
+            active: there(self.active, tokens),
+        };
+        lengths.check(OP, shape, router)?;
+        for (argument, address, bytes) in [
+            ("expert_ids", self.expert_ids, 4),
+            ("weights", self.weights, 4),
+            ("logits", self.logits, dtype.size()),
+            ("selection_bias", self.selection_bias, 4),
+            ("expert_scale", self.expert_scale, 4),
+            ("noise", self.noise, 4),
+            ("noise_logits", self.noise_logits, dtype.size()),
+            ("given_ids", self.given_ids, 4),
+            ("token_ids", self.token_ids, 4),
+        ] {
+            check_aligned(OP, argument, address, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn addresses(&self) -> RouteAddresses {
+        RouteAddresses {
+            logits: self.logits,
+            selection_bias: self.selection_bias,
+            expert_scale: self.expert_scale,
+            noise: self.noise,
+            noise_logits: self.noise_logits,
+            given_ids: self.given_ids,
+            token_ids: self.token_ids,
+            active: self.active,
+        }
+    }
+}
+
+/// Which kernel, and how many threads of it.
+fn body(router: &RouterConfig, buffers: &RouteBuffers, args: &RouteArgs) -> (Kernel, Launch) {
+    let tokens = args.num_tokens as u32;
+    let words = 2 * args.row_words as u32;
+    if args.top_k > abi::ROUTE_PICK_MAX_TOP_K || args.num_experts > abi::ROUTE_WIDE_MAX_EXPERTS {
+        let shared_bytes = args.sort_length as u32 * abi::ROUTE_SORT_ENTRY_BYTES as u32 + words * 4;
+        let threads = abi::ROUTE_SORT_THREADS as u32;
+        return (Kernel::RouteFwdSort, Launch { grid: [tokens, 1, 1], threads, shared_bytes });
+    }
+    let narrow = args.num_experts <= abi::ROUTE_NARROW_MAX_EXPERTS;
+    let plain = router.is_plain() && buffers.noise == 0 && buffers.active == 0;
+    let kernel = match (narrow, plain) {
+        (true, true) => Kernel::RouteFwdPlainNarrow,
+        (false, true) => Kernel::RouteFwdPlainWide,
+        (true, false) => Kernel::RouteFwdNarrow,
+        (false, false) => Kernel::RouteFwdWide,
+    };
+    let threads = abi::ROUTE_PICK_THREADS as u32;
+    let warps = threads / 32;
+    let shared_bytes = if plain { 0 } else { warps * (words + args.top_k as u32) * 4 };
+    (kernel, Launch { grid: [tokens.div_ceil(warps), 1, 1], threads, shared_bytes })
+}
+
+/// What the kernel is told of the shape and the router, both of which have been checked.
+fn arguments(
+    dtype: DType,
+    shape: &RoutingShape,
+    router: &RouterConfig,
+    buffers: &RouteBuffers,
+) -> Result<RouteArgs> {
+    let RoutingShape { num_tokens, num_experts, top_k } = *shape;
+    let (divisor, divisor_number) = match router.divisor() {
+        Normalization::None => (abi::ROUTE_BY_NOTHING, 0.0),
+        Normalization::Sum { epsilon } => (abi::ROUTE_BY_SUM, epsilon),
+        Normalization::SumAtLeast { min } => (abi::ROUTE_BY_SUM_AT_LEAST, min),
+        Normalization::PNorm { p } => (abi::ROUTE_BY_NORM, p),
+    };
+    let mut args = RouteArgs {
+        num_tokens: int(OP, "num_tokens", num_tokens)?,
+        num_experts: int(OP, "num_experts", num_experts)?,
+        top_k: int(OP, "top_k", top_k)?,
+        num_sinks: int(OP, "num_sinks", router.num_sinks)?,
+        sort_length: int(OP, "num_experts", num_experts.next_power_of_two())?,
+        vector: vector_rows(num_experts * dtype.size(), &[buffers.logits]).into(),
+        elem: match dtype {
+            DType::F32 => abi::ELEM_F32,
+            DType::F16 => abi::ELEM_F16,
+            DType::BF16 => abi::ELEM_BF16,
+        },
+        row_words: int(OP, "num_experts", num_experts + num_experts.div_ceil(32))?,
+        multiplier: router.logit_multiplier,
+        softcap: router.logit_softcap.unwrap_or(0.0),
+        value: kind(router.value()),
+        given_rows: int(OP, "given_ids", buffers.given_rows)?,
+        score: kind(router.score()),
+        jitter: match router.scoring {
+            Scoring::Sparsemixer { jitter } => jitter,
+            _ => 0.0,
+        },
+        divisor,
+        divisor_number,
+        scale: router.scale,
+        ..RouteArgs::default()
+    };
+    if let Some(groups) = router.groups {
+        let size = (num_experts - router.num_sinks) / groups.num_groups;
+        args.num_groups = int(OP, "num_groups", groups.num_groups)?;
+        args.top_groups = int(OP, "top_groups", groups.top_groups)?;
+        args.group_size = int(OP, "num_experts", size)?;
+        args.group_magic = (1u32 << 31).div_ceil(size as u32);
+        args.group_part_bits = (32 / groups.num_groups).ilog2() as i32;
+        args.group_sum = (groups.score == GroupScore::TopTwoSum).into();
+        args.masked_zero = (groups.masked == Masked::Zero).into();
+    }
+    Ok(args)
+}
+
+fn kind(score: Score) -> i32 {
+    match score {
+        Score::Logit => abi::ROUTE_LOGIT,
+        Score::Softmax => abi::ROUTE_SOFTMAX,
+        Score::Sigmoid => abi::ROUTE_SIGMOID,
+        Score::SqrtSoftplus => abi::ROUTE_SQRT_SOFTPLUS,
+        Score::SoftmaxChosen => abi::ROUTE_SOFTMAX_CHOSEN,
+        Score::Sparsemixer { .. } => abi::ROUTE_SPARSEMIXER,
+    }
 }

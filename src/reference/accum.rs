@@ -9,6 +9,7 @@ use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::route::exact::Number;
 use crate::dtype::{DType, Dtype};
 
 mod private {
@@ -34,6 +35,7 @@ pub trait Accum:
     + AddAssign
     + Sum
     + Element<Self>
+    + Number
     + private::Sealed
 {
     /// 0

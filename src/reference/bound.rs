@@ -20,8 +20,8 @@
 //!   off by at most `1.1 * dg * (|u'| + du) + |silu(g)| * du`. Evaluating `silu` itself costs a few
 //!   units, and as many more as `exp` loses by rounding its argument: `(8 + 2 * |g|) * u`. Where
 //!   `exp(-g)` overflows f32, `silu(g)` comes out as 0, which is off by less than `2^-120`.
-//! - **Weights** of the router: `exp(l - m)` loses `|l - m| * u` by rounding its argument, each sum
-//!   of up to `E` terms its share, each division one unit.
+//! - **Weights** of the router are computed in intervals, which hold what each of its operations may
+//!   round to.
 //! - **Combine** is a sum of `K` products as above.
 //! - **The layer** rounds twice on the way if its element type is narrow: `u_mid` is that of `act`
 //!   and of `yp`. Errors of `act` reach `yp` through `|down|`, so the sum over `I` of
@@ -31,12 +31,16 @@
 //! The bounds know nothing of overflow on the way: a 16-bit `act` that becomes infinite is a
 //! failure.
 
+mod interval;
+
+use interval::Interval;
+
 use super::accum::Element;
 use super::combine::combine_fwd;
 use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_magnitude, silu};
 use super::layer::route_and_plan;
 use super::plan::Plan;
-use super::route::{Routing, route_fwd};
+use super::route::{RouteInputs, Routing, route_in};
 use crate::config::{MoeConfig, RouterConfig};
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
@@ -99,18 +103,20 @@ pub fn relative_error(x: &[f64], y: &[f64]) -> f64 {
     if error == 0.0 { 0.0 } else { (error / norm).sqrt() }
 }
 
-/// Router weights in f32; their order is that of [`route_fwd`], whose ids are exact.
+/// Router weights in f32, given the ids, which are exact. A bound is infinite where f32 overflows, or
+/// scores cancel.
 ///
 /// # Errors
-/// Those of [`route_fwd`].
+/// Those of [`route_fwd`](super::route_fwd).
 pub fn route<D: Dtype>(
     shape: &RoutingShape,
     router: &RouterConfig,
-    logits: &[D],
+    inputs: &RouteInputs<'_, D>,
 ) -> Result<(Routing<f64>, Vec<f64>)> {
-    let routing = route_fwd::<f64, D>(shape, router, logits)?;
-    let bound = weight_errors(shape, &routing, logits);
-    Ok((routing, bound))
+    let Routing { expert_ids, weights } = route_in::<Interval, D>(shape, router, inputs)?;
+    let bound = weights.iter().map(Interval::bound).collect();
+    let weights = weights.iter().map(|weight| weight.mid).collect();
+    Ok((Routing { expert_ids, weights }, bound))
 }
 
 /// [`grouped_gemm_fwd`] with its result stored as `out`.
@@ -205,7 +211,7 @@ pub fn moe_layer<D: Dtype>(
 
     let y = combine(&shape, &plan, hidden, &yp.value, weights, D::DTYPE)?;
     let from_yp = combine_fwd::<f64>(&shape, &plan, hidden, &yp_error, weights)?;
-    let weight_error = weight_errors(&shape, &routing, logits);
+    let (_, weight_error) = route(&shape, &config.router, &RouteInputs::new(logits))?;
     let yp_most: Vec<f64> = yp.value.iter().zip(&yp_error).map(|(v, e)| v.abs() + e).collect();
     let from_weights = combine_fwd::<f64>(&shape, &plan, hidden, &yp_most, &weight_error)?;
     let passed_on = from_yp.iter().zip(from_weights).map(|(a, b)| 1.01 * (a + b));
@@ -235,23 +241,6 @@ fn stored(value: &[f64], errors: Vec<f64>, out: DType) -> Vec<f64> {
     let stored =
         |(value, error): (&f64, f64)| error + u * (value.abs() + error + out.min_positive());
     value.iter().zip(errors).map(stored).collect()
-}
-
-/// How far f32 weights may be from these, which have been computed in f64 from the same logits.
-fn weight_errors<D: Dtype>(shape: &RoutingShape, routing: &Routing<f64>, logits: &[D]) -> Vec<f64> {
-    let mut errors = Vec::with_capacity(shape.slots());
-    let slots = routing.expert_ids.iter().zip(&routing.weights);
-    for (slot, (&id, &weight)) in slots.enumerate() {
-        let token = slot / shape.top_k;
-        let at = |e: u32| logits[token * shape.num_experts + e as usize].to_f64();
-        // The first slot of a token is its largest logit; an infinite or undefined difference is
-        // exact.
-        let below = at(routing.expert_ids[token * shape.top_k]) - at(id);
-        let below = if below.is_finite() { below } else { 0.0 };
-        let units = 8.0 + 2.0 * below + SUM * (shape.num_experts as f64).sqrt();
-        errors.push(units * U * weight + DType::F32.min_positive());
-    }
-    errors
 }
 
 fn magnitudes<X: Element<f64>>(values: &[X]) -> Vec<f64> {
@@ -365,8 +354,9 @@ mod tests {
                 RouterConfig::softmax_top_k(true),
                 RouterConfig::top_k_softmax(),
             ] {
-                let (right, bound) = route(&shape, &router, &logits).unwrap();
-                let got = route_fwd::<f32, f32>(&shape, &router, &logits).unwrap();
+                let (right, bound) = route(&shape, &router, &RouteInputs::new(&logits)).unwrap();
+                let got =
+                    route_in::<f32, f32>(&shape, &router, &RouteInputs::new(&logits)).unwrap();
                 let bounded = Bounded { value: right.weights, bound };
                 assert!(worst(&bounded, &got.weights) <= 1.0);
                 let off: Vec<f32> = got.weights.iter().map(|weight| weight * 1.0001).collect();

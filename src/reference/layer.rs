@@ -4,7 +4,7 @@ use super::accum::{Accum, Element};
 use super::combine::combine_fwd;
 use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
 use super::plan::{Plan, plan_fwd};
-use super::route::{Routing, route_fwd};
+use super::route::{RouteInputs, Routing, route_fwd};
 use crate::config::MoeConfig;
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len, product};
@@ -85,7 +85,7 @@ pub(super) fn route_and_plan<A: Accum, D: Dtype>(
 ) -> Result<(Routing<A>, Plan)> {
     config.check()?;
     let shape = config.routing(num_tokens("moe_layer_fwd", config, x.len())?);
-    let routing = route_fwd(&shape, &config.router, logits)?;
+    let routing = route_fwd(&shape, &config.router, &RouteInputs::new(logits))?;
     // Tiles are for kernels; the products of this module cut rows on their own.
     let plan = plan_fwd(&shape, shape.slots().max(1), &routing.expert_ids)?;
     Ok((routing, plan))
@@ -127,9 +127,10 @@ mod tests {
         for (x, logits) in x.chunks(h).zip(logits.chunks(e)) {
             let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
             let mut sum = vec![0.0; h];
-            for (id, weight) in
-                super::super::route_token::<f64>(&config.router, config.top_k, logits)
-            {
+            let shape = config.routing(1);
+            let routing =
+                route_fwd::<f64, f32>(&shape, &config.router, &RouteInputs::new(logits)).unwrap();
+            for (id, weight) in routing.expert_ids.into_iter().zip(routing.weights) {
                 let gate_up = &gate_up[id as usize * 2 * i * h..][..2 * i * h];
                 let down = &down[id as usize * h * i..][..h * i];
                 let sums: Vec<f64> = gate_up.chunks(h).map(|w| dot(&x, w)).collect();

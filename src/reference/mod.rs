@@ -25,4 +25,4 @@ pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
 pub use layer::{moe_layer_fwd, moe_layer_with_gate_fwd, round, router_logits};
 pub use permute::permute_fwd;
 pub use plan::{Plan, Tile, plan_fwd};
-pub use route::{Routing, route_fwd, route_token};
+pub use route::{RouteInputs, Routing, route_fwd};

@@ -1,228 +1,242 @@
 //! The router: from logits to expert ids and weights. [`route_fwd`] states its specification.
 
-use std::cmp::Ordering;
+pub(super) mod exact;
+mod select;
+#[cfg(test)]
+mod tests;
+mod weigh;
+
+use exact::Number;
 
 use super::accum::Accum;
-use crate::config::RouterConfig;
+use crate::config::{RouteLengths, RouterConfig, Score, Selection};
 use crate::dtype::Dtype;
-use crate::error::{Result, check_len};
+use crate::error::Result;
 use crate::shape::RoutingShape;
 
 /// What the router decides.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Routing<A> {
-    /// `[T, K]`, the experts of each token, strongest first.
+    /// `[T, K]`, the experts of each token, strongest first; `u32::MAX` for a slot without one.
     pub expert_ids: Vec<u32>,
     /// `[T, K]`, their weights.
     pub weights: Vec<A>,
 }
 
-/// Chooses `K` experts for each token and weighs them: `logits` `[T, E]`.
+/// What the router reads: the logits, and what its configuration or the caller adds to them.
+///
+/// [`RouteInputs::new`] has the logits alone; struct update syntax adds the rest.
+#[derive(Debug, Clone, Copy)]
+pub struct RouteInputs<'a, D> {
+    /// `[T, E]`
+    pub logits: &'a [D],
+    /// `[E - num_sinks]`, where the router has a selection bias and chooses itself.
+    pub selection_bias: Option<&'a [f32]>,
+    /// `[E]`, where the router scales by expert.
+    pub expert_scale: Option<&'a [f32]>,
+    /// `[T, E]`, added to the logits.
+    pub noise: Option<&'a [f32]>,
+    /// `[T, E]`: noise is multiplied by `softplus` of these first.
+    pub noise_logits: Option<&'a [D]>,
+    /// `[V, K]`, where ids are given; a row for each token without `token_ids`.
+    pub given_ids: Option<&'a [u32]>,
+    /// `[T]`, the row of `given_ids` that a token has.
+    pub token_ids: Option<&'a [u32]>,
+    /// `[T]`: tokens with a 0 have no experts.
+    pub active: Option<&'a [u8]>,
+}
+
+impl<'a, D> RouteInputs<'a, D> {
+    /// The logits `[T, E]` alone.
+    pub const fn new(logits: &'a [D]) -> Self {
+        Self {
+            logits,
+            selection_bias: None,
+            expert_scale: None,
+            noise: None,
+            noise_logits: None,
+            given_ids: None,
+            token_ids: None,
+            active: None,
+        }
+    }
+
+    fn lengths(&self) -> RouteLengths {
+        RouteLengths {
+            logits: self.logits.len(),
+            selection_bias: self.selection_bias.map(<[f32]>::len),
+            expert_scale: self.expert_scale.map(<[f32]>::len),
+            noise: self.noise.map(<[f32]>::len),
+            noise_logits: self.noise_logits.map(<[D]>::len),
+            given_ids: self.given_ids.map(<[u32]>::len),
+            token_ids: self.token_ids.map(<[u32]>::len),
+            active: self.active.map(<[u8]>::len),
+        }
+    }
+}
+
+/// Chooses `K` experts for each token and weighs them.
 ///
 /// For each token, with its `E` logits read as f32 (exact for every element type):
 ///
-/// 1. **Clean.** `l_e` is the logit of expert `e`; a NaN counts as `-inf`, and `-0` equals `+0`.
-/// 2. **Select.** The `K` experts that come first in the order (logit descending, id ascending):
-///    the largest logits, ties to the lower id. This is also the order of the output, so the first
-///    slot of a token holds its strongest expert. Only comparisons of f32 are involved, so every
-///    device and either accumulation type selects the same ids, and the ids of a token are
-///    distinct.
-/// 3. **Weigh.** With `m` the largest of the `E` logits, `p_e = 1` where `l_e == m` and
-///    `exp(l_e - m)` elsewhere. So a row that holds `+inf`, or nothing but `-inf` and NaN, is
-///    defined too: the experts at the maximum share equally, the others get 0. No weight is ever
-///    NaN.
-///    - [`RouterConfig::softmax_top_k`] without renormalisation: `w_e = p_e / s`, where `s` is the sum
-///      of `p` over all `E` experts in the order of their ids.
-///    - with renormalisation: those `w_e`, each divided by the sum of the `K` of them in the order
-///      of selection; in real numbers `p_e` over the sum of the selected `p`. Nothing guards this
-///      division, for the expert at the maximum is always selected and its `p` is 1, so the sum is
-///      at least `1/E`.
-///    - [`RouterConfig::top_k_softmax`]: `p_e` over the sum of the `K` selected `p` in the order of
-///      selection. In real numbers this is the renormalised softmax; it rounds once less.
+/// 1. **z.** A NaN counts as `-inf` and `-0` as `+0`, here and after each addition and at the end. Where there is
+///    noise, `l + noise`, or `l + noise * softplus(noise_logit)`; then times the multiplier; then `c * tanh(z / c)`.
+/// 2. **Value.** What an expert is chosen by: `z` or its score, as [`RouterConfig`] says, plus its entry of the
+///    selection bias. The last `num_sinks` experts have none, as they are not up for choice.
+/// 3. **Groups.** A group is worth its largest value, or the sum of its two largest ones (of one expert, its value).
+///    Outside the groups of largest worth, ties to the lower group, values become `-inf` or 0.
+/// 4. **Choose.** The `K - num_sinks` experts that come first in the order (value descending, id ascending). So the
+///    ids of a token are always distinct, and the first slot holds the strongest. The sinks follow, ascending.
+///    Given ids take the place of 2 to 4; of those, an id from `E` on leaves its slot without an expert.
+/// 5. **Score.** Of each chosen expert, without the bias. A softmax over some experts with the largest `z` of `m` has
+///    `p = 1` where `z == m` and `exp(z - m)` elsewhere, so that infinite maxima share equally, and divides by the sum
+///    of `p`. It is over all experts; over the chosen ones for [`SoftmaxSelected`](crate::Scoring::SoftmaxSelected),
+///    and where scores are divided by their own sum or norm, out of which the difference cancels.
+/// 6. **Normalise.** Scores are divided by their sum plus epsilon, their sum but no less than a minimum, or their norm,
+///    which is that of their fractions of the largest one. Sums are over all slots, the sinks among them.
+/// 7. **Scale.** Times `scale`, times the expert's own scale. What is no number then, of `0 / 0` or `inf / inf`, weighs
+///    0; so does a slot without an expert. No weight is ever NaN.
 ///
-/// Step 3 is computed in `A`. A kernel may sum in another order;
-/// [`bound::route`](super::bound::route) says how far its weights may then be from the f64 ones.
+/// A token that is not active has slots without experts alone.
+///
+/// Steps 1 to 4 are computed in f32, so that every device and either accumulation type have the same ids; steps 5 to 7
+/// in `A`, from the `z` in `A`. With `A` = f32 weights too are bit for bit those of every device: all operations round
+/// correctly, `exp`, `log` and `tanh` are our own, what is fused is written, sums of a softmax are integers of units of
+/// `2^-29`, and sums over slots have the order that `sum_of_slots` gives them. With `A` = f64 they are the truth, which
+/// [`bound::route`](super::bound::route) says how far others may be from.
 ///
 /// # Errors
-/// A shape out of range, or a length that is not the shape's.
+/// A shape or a router out of range, a buffer that the router asks for and does not get or the reverse, or a length
+/// that is not the shape's.
 pub fn route_fwd<A: Accum, D: Dtype>(
     shape: &RoutingShape,
     router: &RouterConfig,
-    logits: &[D],
+    inputs: &RouteInputs<'_, D>,
 ) -> Result<Routing<A>> {
-    shape.check("route_fwd")?;
-    check_len("route_fwd", "logits", logits.len(), shape.logits())?;
+    route_in(shape, router, inputs)
+}
+
+/// [`route_fwd`] in any kind of number.
+pub(super) fn route_in<N: Number, D: Dtype>(
+    shape: &RoutingShape,
+    router: &RouterConfig,
+    inputs: &RouteInputs<'_, D>,
+) -> Result<Routing<N>> {
+    inputs.lengths().check("route_fwd", shape, router)?;
     let mut routing = Routing {
         expert_ids: Vec::with_capacity(shape.slots()),
         weights: Vec::with_capacity(shape.slots()),
     };
-    for logits in logits.chunks_exact(shape.num_experts) {
-        let logits: Vec<f32> = logits.iter().map(|logit| logit.to_f32()).collect();
-        for (id, weight) in route_token(router, shape.top_k, &logits) {
-            routing.expert_ids.push(id);
-            routing.weights.push(weight);
-        }
+    for t in 0..shape.num_tokens {
+        let (ids, weights) = Token::new(shape, inputs, t).route(shape, router);
+        routing.expert_ids.extend(ids);
+        routing.weights.extend::<Vec<N>>(weights);
     }
     Ok(routing)
 }
 
-/// The experts of one token with their weights, strongest first: `logits` `[E]`. At most `E` of
-/// them.
-pub fn route_token<A: Accum>(router: &RouterConfig, top_k: usize, logits: &[f32]) -> Vec<(u32, A)> {
-    let logits: Vec<f32> =
-        logits.iter().map(|&l| if l.is_nan() { f32::NEG_INFINITY } else { l }).collect();
-    let selected = select(&logits, top_k);
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let p = |e: usize| softmax_numerator::<A>(logits[e], max);
-    let selected_sum: A = selected.iter().map(|&e| p(e)).sum();
+/// The id of a slot without an expert.
+const NO_EXPERT: u32 = u32::MAX;
 
-    let sum_all = *router == RouterConfig::softmax_top_k(false);
-    let sum = if sum_all { (0..logits.len()).map(p).sum() } else { selected_sum };
-    let weights: Vec<A> = selected.iter().map(|&e| p(e) / sum).collect();
-    selected.into_iter().map(|e| e as u32).zip(weights).collect()
+/// What the router reads of one token.
+struct Token<'a> {
+    /// `[E]`
+    logits: Vec<f32>,
+    selection_bias: Option<&'a [f32]>,
+    expert_scale: Option<&'a [f32]>,
+    /// `[E]`
+    noise: Option<&'a [f32]>,
+    /// `[E]`
+    noise_logits: Option<Vec<f32>>,
+    /// `[K]`; of a row that does not exist, `Some(None)`.
+    given_ids: Option<Option<&'a [u32]>>,
+    active: bool,
 }
 
-/// The `top_k` largest of logits without NaN, in the order (logit descending, id ascending).
-fn select(logits: &[f32], top_k: usize) -> Vec<usize> {
-    let order = |&a: &usize, &b: &usize| {
-        // `partial_cmp` has -0 equal +0, which `total_cmp` does not.
-        logits[b].partial_cmp(&logits[a]).unwrap_or(Ordering::Equal).then(a.cmp(&b))
-    };
-    let mut ids: Vec<usize> = (0..logits.len()).collect();
-    if (1..ids.len()).contains(&top_k) {
-        // No two ids are equal in this order, so this splits them as a full sort would.
-        ids.select_nth_unstable_by(top_k - 1, order);
-    }
-    ids.truncate(top_k);
-    ids.sort_unstable_by(order);
-    ids
-}
-
-/// `exp(logit - max)`, defined for infinities too.
-fn softmax_numerator<A: Accum>(logit: f32, max: f32) -> A {
-    if logit == max { A::ONE } else { (A::from_dtype(logit) - A::from_dtype(max)).exp() }
-}
-
-#[cfg(test)]
-mod tests {
-    use half::{bf16, f16};
-
-    use super::super::sample::Sampler;
-    use super::*;
-
-    const INF: f32 = f32::INFINITY;
-    const NAN: f32 = f32::NAN;
-    const PLAIN: RouterConfig = RouterConfig::softmax_top_k(false);
-    const RENORMALIZED: RouterConfig = RouterConfig::softmax_top_k(true);
-    const AFTER: RouterConfig = RouterConfig::top_k_softmax();
-
-    fn route(router: RouterConfig, top_k: usize, logits: &[f32]) -> (Vec<u32>, Vec<f64>) {
-        route_token::<f64>(&router, top_k, logits).into_iter().unzip()
-    }
-
-    fn assert_close(got: &[f64], want: &[f64]) {
-        assert_eq!(got.len(), want.len());
-        for (got, want) in got.iter().zip(want) {
-            assert!((got - want).abs() <= 1e-7 * want.abs(), "{got} instead of {want}");
+impl<'a> Token<'a> {
+    fn new<D: Dtype>(shape: &RoutingShape, inputs: &RouteInputs<'a, D>, t: usize) -> Self {
+        let row = t * shape.num_experts..(t + 1) * shape.num_experts;
+        let wide = |values: &[D]| values.iter().map(|value| value.to_f32()).collect();
+        let given = inputs.given_ids.map(|given| {
+            let row = inputs.token_ids.map_or(t, |ids| ids[t] as usize);
+            given.chunks_exact(shape.top_k).nth(row)
+        });
+        Self {
+            logits: wide(&inputs.logits[row.clone()]),
+            selection_bias: inputs.selection_bias,
+            expert_scale: inputs.expert_scale,
+            noise: inputs.noise.map(|noise| &noise[row.clone()]),
+            noise_logits: inputs.noise_logits.map(|logits| wide(&logits[row.clone()])),
+            given_ids: given,
+            active: inputs.active.is_none_or(|active| active[t] != 0),
         }
     }
 
-    #[test]
-    fn by_hand() {
-        // p = 1/4, 1, 1/2, 1/8 of which the sum is 15/8.
-        let ln2 = std::f32::consts::LN_2;
-        let logits = [1.0 - 2.0 * ln2, 1.0, 1.0 - ln2, 1.0 - 3.0 * ln2];
-        let (ids, weights) = route(PLAIN, 2, &logits);
-        assert_eq!(ids, [1, 2]);
-        assert_close(&weights, &[8.0 / 15.0, 4.0 / 15.0]);
-        for router in [RENORMALIZED, AFTER] {
-            let (ids, weights) = route(router, 2, &logits);
-            assert_eq!(ids, [1, 2]);
-            assert_close(&weights, &[2.0 / 3.0, 1.0 / 3.0]);
+    /// The `K` ids of this token and their weights.
+    fn route<N: Number>(&self, shape: &RoutingShape, router: &RouterConfig) -> (Vec<u32>, Vec<N>) {
+        if !self.active {
+            return (vec![NO_EXPERT; shape.top_k], vec![N::of(0.0); shape.top_k]);
+        }
+        let ids = match router.selection {
+            Selection::Given => self.given(shape),
+            Selection::Score | Selection::Logit => self.choose(shape, router),
+        };
+        let weights = self.weigh(router, &ids);
+        (ids, weights)
+    }
+
+    /// The given ids, where they are those of experts.
+    fn given(&self, shape: &RoutingShape) -> Vec<u32> {
+        let known = |&id: &u32| if (id as usize) < shape.num_experts { id } else { NO_EXPERT };
+        match self.given_ids.flatten() {
+            Some(ids) => ids.iter().map(known).collect(),
+            None => vec![NO_EXPERT; shape.top_k],
         }
     }
 
-    #[test]
-    fn ties_go_to_the_lower_id() {
-        assert_eq!(route(PLAIN, 3, &[0.0, 2.0, 1.0, 2.0, 1.0]).0, [1, 3, 2]);
-        assert_eq!(route(PLAIN, 4, &[-0.0, 0.0, -0.0, 0.0]).0, [0, 1, 2, 3]);
-        let below = 1.0f32.next_down();
-        assert_eq!(route(PLAIN, 2, &[below, 1.0, below, 1.0]).0, [1, 3]);
-        let many: Vec<f32> = (0..4096).map(|e| (e % 2) as f32).collect();
-        let odd: Vec<u32> = (0..100).map(|i| 2 * i + 1).collect();
-        assert_eq!(route(AFTER, 100, &many).0, odd);
+    fn choose(&self, shape: &RoutingShape, router: &RouterConfig) -> Vec<u32> {
+        let choices = shape.num_experts - router.num_sinks;
+        let values = self.values::<f32>(router, choices);
+        let chosen = select::choose(values, router.groups.as_ref(), shape.top_k - router.num_sinks);
+        chosen.into_iter().chain(choices..shape.num_experts).map(|id| id as u32).collect()
     }
 
-    #[test]
-    fn nan_is_the_least() {
-        let (ids, weights) = route(PLAIN, 3, &[NAN, 0.0, -INF, 0.0]);
-        assert_eq!(ids, [1, 3, 0]);
-        assert_eq!(weights, [0.5, 0.5, 0.0]);
-        let negative_nan = f32::from_bits(0xffc0_0001);
-        assert_eq!(route(PLAIN, 2, &[negative_nan, NAN, -f32::MAX]).0, [2, 0]);
-    }
-
-    #[test]
-    fn infinite_rows_are_defined() {
-        for all in [[-INF; 4], [NAN; 4], [INF; 4]] {
-            assert_eq!(route(PLAIN, 2, &all), (vec![0, 1], vec![0.25, 0.25]));
-            assert_eq!(route(RENORMALIZED, 2, &all), (vec![0, 1], vec![0.5, 0.5]));
-            assert_eq!(route(AFTER, 2, &all), (vec![0, 1], vec![0.5, 0.5]));
+    /// What the first `choices` experts are chosen by.
+    fn values<N: Number>(&self, router: &RouterConfig, choices: usize) -> Vec<N> {
+        let z = weigh::logits::<N>(router, self);
+        let mut values = weigh::scores(router.value(), &z, &z[..choices]);
+        for (value, bias) in values.iter_mut().zip(self.selection_bias.into_iter().flatten()) {
+            *value = (*value + N::of(*bias)).cleaned();
         }
-        let (ids, weights) = route(RENORMALIZED, 3, &[3.0, INF, NAN, INF]);
-        assert_eq!((ids, weights), (vec![1, 3, 0], vec![0.5, 0.5, 0.0]));
-        // The difference of these is infinite in f32, and its exponential is 0.
-        assert_eq!(route(AFTER, 2, &[f32::MAX, -f32::MAX]).1, [1.0, 0.0]);
+        values
     }
 
-    #[test]
-    fn all_experts_and_one_expert() {
-        let (ids, weights) = route(PLAIN, 3, &[0.5, -1.0, 2.0]);
-        assert_eq!(ids, [2, 0, 1]);
-        assert_close(&[weights.iter().sum()], &[1.0]);
-        for router in [PLAIN, RENORMALIZED, AFTER] {
-            assert_eq!(route(router, 1, &[-7.0]), (vec![0], vec![1.0]));
-        }
-    }
-
-    #[test]
-    fn no_tokens_and_wrong_lengths() {
-        let router = PLAIN;
-        let shape = RoutingShape { num_tokens: 0, num_experts: 4, top_k: 2 };
-        assert_eq!(route_fwd::<f32, f32>(&shape, &router, &[]).unwrap().expert_ids, []);
-        let shape = RoutingShape { num_tokens: 2, ..shape };
-        assert!(route_fwd::<f32, f32>(&shape, &router, &[0.0; 7]).is_err());
-        let shape = RoutingShape { top_k: 5, ..shape };
-        assert!(route_fwd::<f32, f32>(&shape, &router, &[0.0; 8]).is_err());
-    }
-
-    /// Any bits at all: ids are distinct, the same in f32 and f64, and weights are numbers.
-    #[test]
-    fn any_bits() {
-        any_bits_of(f16::from_bits);
-        any_bits_of(bf16::from_bits);
-    }
-
-    fn any_bits_of<D: Dtype>(from_bits: fn(u16) -> D) {
-        let mut sampler = Sampler::new(7);
-        for _ in 0..300 {
-            let num_experts = 1 + sampler.below(40);
-            let top_k = 1 + sampler.below(num_experts);
-            let shape = RoutingShape { num_tokens: 3, num_experts, top_k };
-            let logits: Vec<D> =
-                (0..shape.logits()).map(|_| from_bits(sampler.below(1 << 16) as u16)).collect();
-            for router in [PLAIN, RENORMALIZED, AFTER] {
-                let single = route_fwd::<f32, D>(&shape, &router, &logits).unwrap();
-                let double = route_fwd::<f64, D>(&shape, &router, &logits).unwrap();
-                assert_eq!(single.expert_ids, double.expert_ids);
-                assert!(double.weights.iter().all(|weight| (0.0..=1.0).contains(weight)));
-                for ids in single.expert_ids.chunks(top_k) {
-                    let mut distinct = ids.to_vec();
-                    distinct.sort_unstable();
-                    distinct.dedup();
-                    assert_eq!(distinct.len(), top_k);
-                }
+    fn weigh<N: Number>(&self, router: &RouterConfig, ids: &[u32]) -> Vec<N> {
+        let z = weigh::logits::<N>(router, self);
+        let experts: Vec<u32> = ids.iter().copied().filter(|&id| id != NO_EXPERT).collect();
+        let chosen: Vec<N> = experts.iter().map(|&id| z[id as usize]).collect();
+        let mut of_experts = match router.score() {
+            Score::Sparsemixer { jitter } => {
+                let z32 = weigh::logits::<f32>(router, self);
+                weigh::sparsemixer(jitter, &z, &z32, &experts)
             }
+            score => weigh::scores(score, &z, &chosen),
         }
+        .into_iter();
+        // Slots without an expert count as 0 in every sum.
+        let has_expert = ids.iter().map(|&id| id != NO_EXPERT);
+        let score = |has: bool| if has { of_experts.next() } else { None };
+        let mut weights: Vec<N> =
+            has_expert.map(score).map(|score| score.unwrap_or(N::of(0.0))).collect();
+        weigh::normalize(router.divisor(), &mut weights);
+        for (weight, &id) in weights.iter_mut().zip(ids) {
+            let scaled = *weight * N::of(router.scale);
+            *weight = match (id, self.expert_scale) {
+                (NO_EXPERT, _) => N::of(0.0),
+                (id, Some(scale)) => (scaled * N::of(scale[id as usize])).or_zero(),
+                (_, None) => scaled.or_zero(),
+            };
+        }
+        weights
     }
 }

@@ -97,7 +97,8 @@ fn every_operation_holds_device_stream_and_plan_together() {
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
     let router = RouterConfig::top_k_softmax();
     let mut errors = vec![
-        route::route_fwd(device, &gpu.stream, shape, &router, &four).err(),
+        route::route_fwd(device, &gpu.stream, shape, &router, &route::RouteInputs::new(&four))
+            .err(),
         plan::plan_fwd(device, &gpu.stream, shape, &ids.view()).err(),
     ];
     // The device is another's, then the plan is.

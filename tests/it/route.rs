@@ -1,13 +1,15 @@
-//! route: ids agree bit for bit, weights within a bound of their own.
+//! route: ids and weights agree bit for bit with the reference in f32, weights with that in f64 within a bound.
 
+use cudarc::driver::{CudaView, DeviceRepr};
 use half::{bf16, f16};
-use moe_kernels::ops::route::{self, RouteBuffers};
+use moe_kernels::ops::route::{self, RouteBuffers, RouteInputs};
 use moe_kernels::reference::bound::Bounded;
-use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, reference};
+use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, Selection, reference};
 use proptest::prelude::*;
 
-use crate::common::{Gpu, Rng, assert_within, config, gpu};
-use cudarc::driver::DeviceRepr;
+use crate::common::{
+    Buffer, Gpu, Rng, RouterCase, any_bits, assert_within, bits, config, gpu, router,
+};
 
 const ROUTERS: [RouterConfig; 3] = [
     RouterConfig::softmax_top_k(false),
@@ -47,11 +49,6 @@ const LOGITS: [Logits; 8] = [
     Logits::Wide,
 ];
 
-fn any_bits<D: Dtype>(rng: &mut Rng) -> D {
-    let bits = rng.next().to_le_bytes();
-    bytemuck::pod_read_unaligned(&bits[..size_of::<D>()])
-}
-
 /// The element `steps` units in the last place above 1.
 fn above_one<D: Dtype>(steps: usize) -> D {
     let ulp = 2.0 * D::DTYPE.unit_roundoff();
@@ -74,25 +71,52 @@ fn make<D: Dtype>(len: usize, logits: Logits, seed: u64) -> Vec<D> {
     (0..len).map(|_| element()).collect()
 }
 
-/// Routes `logits`, which start `offset` elements into their buffer; ids and the bits of the weights.
+/// Contents on the device, `offset` elements into their buffer; `None` where there is nothing.
+struct Uploaded<T>(Option<Buffer<T>>, usize);
+
+impl<T: DeviceRepr + bytemuck::Pod> Uploaded<T> {
+    fn new(gpu: &Gpu, values: Option<&[T]>, offset: usize) -> Self {
+        let padded = |values: &[T]| [&vec![T::zeroed(); offset][..], values].concat();
+        Self(values.map(|values| gpu.upload(&padded(values))), offset)
+    }
+
+    fn view(&self) -> Option<CudaView<'_, T>> {
+        self.0.as_ref().map(|buffer| buffer.view().slice(self.1..))
+    }
+}
+
+/// Routes a case, of which every buffer starts `offset` elements into its own.
 fn run<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
-    shape: RoutingShape,
-    router: RouterConfig,
-    logits: &[D],
+    case: &RouterCase<D>,
     offset: usize,
 ) -> (Vec<u32>, Vec<f32>) {
-    let mut padded = vec![D::from_f64(1e4); offset];
-    padded.extend_from_slice(logits);
-    let logits = gpu.upload(&padded);
-    let mut ids = gpu.poisoned::<u32>(shape.slots());
-    let mut weights = gpu.poisoned::<f32>(shape.slots());
+    let host = case.inputs();
+    let logits = Uploaded::new(gpu, Some(host.logits), offset);
+    let selection_bias = Uploaded::new(gpu, host.selection_bias, offset);
+    let expert_scale = Uploaded::new(gpu, host.expert_scale, offset);
+    let noise = Uploaded::new(gpu, host.noise, offset);
+    let noise_logits = Uploaded::new(gpu, host.noise_logits, offset);
+    let given_ids = Uploaded::new(gpu, host.given_ids, offset);
+    let token_ids = Uploaded::new(gpu, host.token_ids, offset);
+    let active = Uploaded::new(gpu, host.active, offset);
+    let mut ids = gpu.poisoned::<u32>(case.shape.slots());
+    let mut weights = gpu.poisoned::<f32>(case.shape.slots());
     route::route_fwd_into(
         &gpu.device,
         &gpu.stream,
-        shape,
-        &router,
-        &logits.view().slice(offset..),
+        case.shape,
+        &case.router,
+        &RouteInputs {
+            logits: &logits.view().unwrap(),
+            selection_bias: selection_bias.view().as_ref(),
+            expert_scale: expert_scale.view().as_ref(),
+            noise: noise.view().as_ref(),
+            noise_logits: noise_logits.view().as_ref(),
+            given_ids: given_ids.view().as_ref(),
+            token_ids: token_ids.view().as_ref(),
+            active: active.view().as_ref(),
+        },
         &mut ids.view_mut(),
         &mut weights.view_mut(),
     )
@@ -100,41 +124,59 @@ fn run<D: Dtype + DeviceRepr>(
     (gpu.download(&ids.view()), gpu.download(&weights.view()))
 }
 
-/// Holds one routing against the reference.
-fn check<D: Dtype + DeviceRepr>(
-    gpu: &Gpu,
-    shape: RoutingShape,
-    router: RouterConfig,
-    logits: &[D],
-    offset: usize,
-) {
+/// Holds one routing against the reference: in f32 bit for bit, in f64 within the bound.
+fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) {
+    let RouterCase { shape, router, .. } = case;
     let what = format!("{shape} {router:?} {}", D::DTYPE);
-    let (want, bound) = reference::bound::route(&shape, &router, logits).unwrap();
-    let (ids, weights) = run(gpu, shape, router, logits, offset);
+    let (ids, weights) = run(gpu, case, offset);
+    let want = reference::route_fwd::<f32, D>(shape, router, &case.inputs()).unwrap();
     assert_eq!(ids, want.expert_ids, "{what}");
-    let bounded = Bounded { value: want.weights.clone(), bound };
-    assert_within(&weights, &bounded, &what);
     for (slot, (got, want)) in weights.iter().zip(&want.weights).enumerate() {
-        assert!(
-            (f64::from(*got) - want).abs() <= 1e-6,
-            "{what}: slot {slot} is {got}, wanted {want}"
-        );
+        assert_eq!(got.to_bits(), want.to_bits(), "{what}: slot {slot} is {got:e}, not {want:e}");
+        assert!(!got.is_nan(), "{what}: slot {slot} is no number");
     }
-    for ids in ids.chunks_exact(shape.top_k) {
+    let (truth, bound) = reference::bound::route(shape, router, &case.inputs()).unwrap();
+    assert_eq!(ids, truth.expert_ids, "{what}");
+    // Where f32 overflows on the way there is no bound.
+    let bounded = (0..ids.len()).filter(|&slot| bound[slot].is_finite());
+    let (slots, bounded): (Vec<_>, Vec<_>) =
+        bounded.map(|slot| (weights[slot], (truth.weights[slot], bound[slot]))).unzip();
+    let (value, bound) = bounded.into_iter().unzip();
+    assert_within(&slots, &Bounded { value, bound }, &what);
+    let active = |token: usize| case.active.as_ref().is_none_or(|active| active[token] != 0);
+    for (token, ids) in ids.chunks_exact(shape.top_k).enumerate() {
+        if router.selection == Selection::Given || !active(token) {
+            continue;
+        }
         let distinct: std::collections::BTreeSet<_> = ids.iter().collect();
         assert_eq!(distinct.len(), shape.top_k, "{what}: {ids:?}");
         assert!(ids.iter().all(|&id| (id as usize) < shape.num_experts), "{what}: {ids:?}");
     }
 }
 
-fn check_all<D: Dtype + DeviceRepr>(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
-    let router = ROUTERS[(seed % 3) as usize];
-    let offset = (seed / 3 % 3) as usize;
-    check::<D>(gpu, shape, router, &make(shape.logits(), kind, seed), offset);
+/// A softmax without options or, twice as often, any router there is.
+fn check_any<D: Dtype + DeviceRepr>(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
+    let mut rng = Rng::new(seed);
+    let logits = make::<D>(shape.logits(), kind, seed);
+    let case = match rng.below(9) {
+        plain @ 0..3 => RouterCase::bare(shape, ROUTERS[plain], logits),
+        _ => {
+            let router = router(&mut rng, shape.num_experts, shape.top_k);
+            RouterCase::random(&mut rng, shape, router, logits)
+        }
+    };
+    check(gpu, &case, rng.below(3));
+}
+
+fn check_dtypes(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
+    gpu.reschedule(seed);
+    check_any::<f32>(gpu, shape, kind, seed);
+    check_any::<f16>(gpu, shape, kind, seed.wrapping_add(1));
+    check_any::<bf16>(gpu, shape, kind, seed.wrapping_add(2));
 }
 
 proptest! {
-    #![proptest_config(config(64))]
+    #![proptest_config(config(96))]
 
     #[test]
     fn matches_reference(
@@ -142,11 +184,18 @@ proptest! {
         kind in proptest::sample::select(LOGITS.to_vec()), seed in any::<u64>(),
     ) {
         let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
-        let gpu = gpu();
-        gpu.reschedule(seed);
-        check_all::<f32>(&gpu, shape, kind, seed);
-        check_all::<f16>(&gpu, shape, kind, seed);
-        check_all::<bf16>(&gpu, shape, kind, seed);
+        check_dtypes(&gpu(), shape, kind, seed);
+    }
+
+    /// Numbers of experts and choices that many groups divide, as models have them.
+    #[test]
+    fn matches_reference_in_round_shapes(
+        experts in proptest::sample::select(vec![8usize, 16, 24, 60, 64, 96, 128, 160, 256, 384, 512]),
+        k in proptest::sample::select(vec![1usize, 2, 4, 6, 8, 12]),
+        kind in proptest::sample::select(LOGITS.to_vec()), seed in any::<u64>(),
+    ) {
+        let shape = RoutingShape::new(5, experts, k.min(experts)).unwrap();
+        check_dtypes(&gpu(), shape, kind, seed);
     }
 }
 
@@ -159,17 +208,19 @@ fn edges() {
     let mut seed = 0;
     for e in experts {
         for k in [1, 2, 8, 32, 33, e].into_iter().filter(|&k| k <= e) {
-            seed += 1;
-            let shape = RoutingShape::new(1 + seed as usize % 3, e, k).unwrap();
-            let kind = LOGITS[seed as usize % LOGITS.len()];
-            match seed % 4 {
-                0 => check_all::<f16>(&gpu, shape, kind, seed),
-                1 => check_all::<bf16>(&gpu, shape, kind, seed),
-                _ => check_all::<f32>(&gpu, shape, kind, seed),
+            for _ in 0..3 {
+                seed += 1;
+                let shape = RoutingShape::new(1 + seed as usize % 3, e, k).unwrap();
+                let kind = LOGITS[seed as usize % LOGITS.len()];
+                match seed % 4 {
+                    0 => check_any::<f16>(&gpu, shape, kind, seed),
+                    1 => check_any::<bf16>(&gpu, shape, kind, seed),
+                    _ => check_any::<f32>(&gpu, shape, kind, seed),
+                }
             }
         }
     }
-    check_all::<f32>(&gpu, RoutingShape::new(0, 8, 2).unwrap(), Logits::Usual, 1);
+    check_dtypes(&gpu, RoutingShape::new(0, 8, 2).unwrap(), Logits::Usual, 1);
 }
 
 /// Rows in which everything is the same, or undefined, still give K different experts, lowest first.
@@ -180,7 +231,8 @@ fn equal_logits_go_to_the_lowest_experts() {
         for (e, k) in [(8, 8), (67, 6), (300, 8), (100, 40), (1500, 3)] {
             let shape = RoutingShape::new(2, e, k).unwrap();
             for router in ROUTERS {
-                let (ids, weights) = run(&gpu, shape, router, &vec![value; shape.logits()], 0);
+                let case = RouterCase::bare(shape, router, vec![value; shape.logits()]);
+                let (ids, weights) = run(&gpu, &case, 0);
                 assert!(
                     ids.chunks_exact(k).all(|ids| ids.iter().copied().eq(0..k as u32)),
                     "{value} {ids:?}"
@@ -205,9 +257,10 @@ fn near_ties_are_decided() {
             for winner in [0, 1, 31, 32, e / 2, e - 1] {
                 let mut logits = vec![D::from_f64(1.0); e];
                 logits[winner] = above_one(1);
-                let (ids, _) = run(gpu, shape, RouterConfig::top_k_softmax(), &logits, 0);
+                let case = RouterCase::bare(shape, RouterConfig::top_k_softmax(), logits);
+                let (ids, _) = run(gpu, &case, 0);
                 assert_eq!(ids[0], winner as u32, "{shape} {}", D::DTYPE);
-                check(gpu, shape, RouterConfig::top_k_softmax(), &logits, 0);
+                check(gpu, &case, 0);
             }
         }
     }
@@ -225,7 +278,8 @@ fn exponentials_are_sharp() {
     let distances: Vec<f32> = (0..349).map(|step| -0.25 * step as f32).collect();
     let logits: Vec<f32> = distances.iter().flat_map(|&x| [0.0, x]).collect();
     let shape = RoutingShape::new(distances.len(), 2, 2).unwrap();
-    let (_, weights) = run(&gpu, shape, RouterConfig::top_k_softmax(), &logits, 0);
+    let case = RouterCase::bare(shape, RouterConfig::top_k_softmax(), logits);
+    let (_, weights) = run(&gpu, &case, 0);
     for (x, weights) in distances.iter().zip(weights.chunks_exact(2)) {
         let p = f64::from(*x).exp();
         let error = (f64::from(weights[1]) / (p / (1.0 + p)) - 1.0).abs() * f64::from(1 << 24);
@@ -237,18 +291,42 @@ fn exponentials_are_sharp() {
 #[test]
 fn schedules_and_alignment_do_not_change_bits() {
     let gpu = gpu();
-    for (e, k) in [(128, 8), (384, 8), (64, 48)] {
+    let mut rng = Rng::new(5);
+    for (e, k) in [(128, 8), (384, 8), (64, 48), (96, 6), (96, 40)] {
         let shape = RoutingShape::new(9, e, k).unwrap();
         let logits = make::<bf16>(shape.logits(), Logits::Usual, 7);
-        for router in ROUTERS {
-            let runs: Vec<_> = (0..8)
+        let plain = ROUTERS.map(|router| RouterCase::bare(shape, router, logits.clone()));
+        let any = (0..6).map(|_| {
+            let router = router(&mut rng, e, k);
+            RouterCase::random(&mut rng, shape, router, logits.clone())
+        });
+        for case in plain.into_iter().chain(any) {
+            let runs: Vec<_> = (0..6)
                 .map(|seed| {
                     gpu.reschedule(seed);
-                    let (ids, weights) = run(&gpu, shape, router, &logits, seed as usize % 3);
-                    (ids, weights.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+                    let (ids, weights) = run(&gpu, &case, seed as usize % 3);
+                    (ids, bits(&weights))
                 })
                 .collect();
-            assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{shape} {router:?}");
+            assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{shape} {:?}", case.router);
+        }
+    }
+}
+
+/// A body that has options gives a router without them the same bits.
+#[test]
+fn options_that_change_nothing_do_not_change_bits() {
+    let gpu = gpu();
+    for (e, k) in [(100, 7), (256, 8), (300, 32)] {
+        let shape = RoutingShape::new(6, e, k).unwrap();
+        for router in ROUTERS {
+            let bare =
+                RouterCase::bare(shape, router, make::<f16>(shape.logits(), Logits::Bits, 2));
+            let active = Some(vec![1; shape.num_tokens]);
+            let with_options = RouterCase { active, ..bare.clone() };
+            let (ids, weights) = run(&gpu, &bare, 0);
+            let (same_ids, same_weights) = run(&gpu, &with_options, 0);
+            assert_eq!((ids, bits(&weights)), (same_ids, bits(&same_weights)), "{shape} {router}");
         }
     }
 }
@@ -260,10 +338,12 @@ fn the_allocating_form_agrees() {
     for tokens in [0, 5] {
         let shape = RoutingShape::new(tokens, 16, 4).unwrap();
         let logits = make::<f16>(shape.logits(), Logits::Usual, 3);
-        let (ids, weights) = run(&gpu, shape, router, &logits, 0);
-        let uploaded = gpu.upload(&logits);
-        let routing =
-            route::route_fwd(&gpu.device, &gpu.stream, shape, &router, &uploaded.view()).unwrap();
+        let case = RouterCase::bare(shape, router, logits);
+        let (ids, weights) = run(&gpu, &case, 0);
+        let logits = gpu.upload(&case.logits);
+        let logits = logits.view();
+        let inputs = RouteInputs::new(&logits);
+        let routing = route::route_fwd(&gpu.device, &gpu.stream, shape, &router, &inputs).unwrap();
         assert_eq!(gpu.download(&routing.expert_ids.as_view()), ids);
         assert_eq!(gpu.download(&routing.weights.as_view()), weights);
     }
@@ -281,7 +361,7 @@ fn errors_come_before_any_launch() {
             &gpu.stream,
             shape,
             &router,
-            &logits.view().slice(..lens[0]),
+            &RouteInputs::new(&logits.view().slice(..lens[0])),
             &mut ids.view_mut().slice_mut(..lens[1]),
             &mut weights.view_mut().slice_mut(..lens[2]),
         )
@@ -307,16 +387,51 @@ fn errors_come_before_any_launch() {
     assert!(call(shape, [32, 8, 8]).is_ok());
 }
 
+/// What a router asks for and does not get, or gets and does not ask for. The reference has all such cases; both hold
+/// them in one place.
+#[test]
+fn buffers_that_are_not_asked_for() {
+    let gpu = gpu();
+    let shape = RoutingShape::new(4, 8, 2).unwrap();
+    let (logits, bias) = (gpu.upload(&[0.0f32; 32]), gpu.upload(&[0.0f32; 8]));
+    let (logits, bias) = (logits.view(), bias.view());
+    let bare = RouteInputs::new(&logits);
+    let biased = RouteInputs { selection_bias: Some(&bias), ..bare };
+    let plain = RouterConfig::softmax_top_k(true);
+    let wants = RouterConfig { selection_bias: true, ..plain };
+    let given = RouterConfig { selection: Selection::Given, ..plain };
+    let call = |router: &RouterConfig, inputs: &RouteInputs<'_, f32>| {
+        route::route_fwd(&gpu.device, &gpu.stream, shape, router, inputs).err()
+    };
+    for (router, inputs, wanted) in [
+        (plain, biased, "selection_bias"),
+        (wants, bare, "selection_bias"),
+        (given, bare, "given_ids"),
+    ] {
+        let error = call(&router, &inputs);
+        assert!(
+            matches!(error, Some(Error::Unsupported { argument, .. }) if argument == wanted),
+            "{error:?}"
+        );
+    }
+    assert_eq!(call(&wants, &biased), None);
+    let bad = RouterConfig { scale: f32::NAN, ..plain };
+    assert!(matches!(call(&bad, &bare), Some(Error::Unsupported { .. })));
+}
+
 #[test]
 fn raw_addresses_must_be_aligned() {
     let gpu = gpu();
     let router = RouterConfig::top_k_softmax();
     let shape = RoutingShape::new(1, 8, 2).unwrap();
-    let good = RouteBuffers { expert_ids: 256, weights: 256, logits: 256 };
+    let good =
+        RouteBuffers { expert_ids: 256, weights: 256, logits: 256, ..RouteBuffers::default() };
     for (argument, buffers) in [
         ("expert_ids", RouteBuffers { expert_ids: 257, ..good }),
         ("weights", RouteBuffers { weights: 258, ..good }),
         ("logits", RouteBuffers { logits: 257, ..good }),
+        ("noise", RouteBuffers { noise: 258, ..good }),
+        ("noise_logits", RouteBuffers { noise: 256, noise_logits: 257, ..good }),
     ] {
         // SAFETY: the call fails before it launches anything.
         let result = unsafe {

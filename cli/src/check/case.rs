@@ -161,7 +161,11 @@ impl<D: Dtype> Case<D> {
             .map(|i| D::from_f64(2.0 * random.signed() + skew.bias(i % num_experts)))
             .collect();
 
-        let routing = reference::route_fwd::<f64, D>(&shape, &config.router, &logits)?;
+        let routing = reference::route_fwd::<f64, D>(
+            &shape,
+            &config.router,
+            &reference::RouteInputs::new(&logits),
+        )?;
         let mut expert_ids = routing.expert_ids;
         if skew == Skew::Inactive {
             let foreign = [num_experts as u32, u32::MAX, i32::MAX as u32];

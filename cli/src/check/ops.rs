@@ -10,7 +10,7 @@ use moe_kernels::ops::combine::combine_fwd_into;
 use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
 use moe_kernels::ops::permute::permute_fwd_into;
 use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
-use moe_kernels::ops::route::route_fwd_into;
+use moe_kernels::ops::route::{RouteInputs, route_fwd_into};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::reference::{self, Tile};
 use moe_kernels::{Dtype, Experts, MoeConfig, MoeLayer, PlanLayout, RoutingPlan, Workspace};
@@ -133,11 +133,11 @@ fn route<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
             &gpu.stream,
             case.shape,
             &router,
-            &logits,
+            &RouteInputs::new(&logits),
             ids_view,
             weights_view,
         )?;
-        let (wanted, bound) = bound::route(&case.shape, &router, &case.logits)?;
+        let (wanted, bound) = bound::route(&case.shape, &router, &reference::RouteInputs::new(&case.logits))?;
         let wanted_weights = Bounded { value: wanted.weights, bound };
         let ids = Worst::of_bits("expert_ids", &gpu.download(&ids.as_view())?, &wanted.expert_ids);
         let weights =

@@ -65,7 +65,8 @@ impl Case {
         let router = RouterConfig::softmax_top_k(true);
         self.counting.traffic_of_one(|| {
             let logits = logits.as_view();
-            route::route_fwd(&self.device, &self.stream, self.shape, &router, &logits)
+            let inputs = route::RouteInputs::new(&logits);
+            route::route_fwd(&self.device, &self.stream, self.shape, &router, &inputs)
                 .expect("route runs");
         })
     }

@@ -3,7 +3,9 @@
 mod case;
 mod compare;
 mod gpu;
+mod router;
 
 pub use case::{Rng, Skew, routing_ids, skew, values};
 pub use compare::{assert_within, bits};
-pub use gpu::{Gpu, config, gpu};
+pub use gpu::{Buffer, Gpu, config, gpu};
+pub use router::{RouterCase, any_bits, router};

@@ -1,0 +1,326 @@
+// One token of any router: what RouteArgs asks for, by a team of threads that holds the token's row
+// in shared memory. src/reference/route.rs states what each step computes, in the same order.
+#pragma once
+
+static_assert(ROUTE_MAX_GROUPS <= WARP_SIZE, "a lane answers for each group");
+
+// What abi.h calls RouteAddresses; null where there is nothing.
+struct RouteInputs {
+  const void* logits;           // [T, E] of args.elem
+  const float* selection_bias;  // [E - num_sinks]
+  const float* expert_scale;    // [E]
+  const float* noise;           // [T, E]
+  const void* noise_logits;     // [T, E] of args.elem
+  const uint32_t* given_ids;    // [V, K]
+  const uint32_t* token_ids;    // [T]
+  const uint8_t* active;        // [T]
+};
+static_assert(sizeof(RouteInputs) == sizeof(RouteAddresses), "the same addresses");
+
+// A softmax over some experts: their largest z, and the sum of their shares.
+struct Softmax {
+  float max, sum;
+};
+
+// A number of ROUTE_LOGIT to ROUTE_SQRT_SOFTPLUS.
+__device__ __forceinline__ float score_of(int kind, float z, const Softmax& softmax) {
+  if (kind == ROUTE_LOGIT) return z;
+  if (kind == ROUTE_SOFTMAX) return __fdiv_rn(share(z, softmax.max), softmax.sum);
+  if (kind == ROUTE_SQRT_SOFTPLUS) return __fsqrt_rn(softplus_f32(z));
+  const float t = exp_f32(-fabsf(z));
+  return __fdiv_rn(z < 0.0f ? t : 1.0f, __fadd_rn(1.0f, t));
+}
+
+// Whether sparsemixer lets an expert take part beside the largest one.
+__device__ __forceinline__ bool is_near(float z, float max, float jitter) {
+  const float size = fabsf(z) > max ? fabsf(z) : max;
+  return z == max || __fdiv_rn(__fsub_rn(max, z), size) <= __fadd_rn(jitter, jitter);
+}
+
+// Where a row in shared memory has its expert: a word is left free after every 32, so that neither
+// neighbours nor groups of 32 meet in a bank.
+__device__ __forceinline__ int word_of(int expert) { return expert + expert / WARP_SIZE; }
+
+// One token. Threads own the experts, and later the slots, of their rank modulo Team::SIZE.
+// Elements of any type become f32 in the first step, so that the others are compiled once. Loops
+// are not unrolled: their bodies are long, and other warps hide what they wait for.
+template <typename Team>
+struct Router {
+  const RouteInputs& in;
+  const RouteArgs& args;
+  const Team& team;
+  const int64_t token;
+  float* z;        // [E] by word_of, shared
+  uint32_t* keys;  // [E] by word_of, shared; then the ids [K]
+  float* scores;   // [K], shared
+
+  __device__ __forceinline__ uint32_t* ids() const { return keys; }
+  __device__ __forceinline__ int chosen() const { return args.top_k - args.num_sinks; }
+  __device__ __forceinline__ int choices() const { return args.num_experts - args.num_sinks; }
+
+  template <typename Elem>
+  __device__ __forceinline__ void read_logits() const {
+    constexpr int LEN = Vec<Elem>::LEN;
+    const Elem* row = static_cast<const Elem*>(in.logits) + token * args.num_experts;
+    if (args.vector) {
+      for (int first = team.rank * LEN; first < args.num_experts; first += Team::SIZE * LEN) {
+        const Vec<Elem> loaded = load_vec(row + first);
+#pragma unroll
+        for (int j = 0; j < LEN; j++) z[word_of(first + j)] = to_f32(loaded.at[j]);
+      }
+    } else {
+#pragma unroll 1
+      for (int e = team.rank; e < args.num_experts; e += Team::SIZE) z[word_of(e)] = to_f32(row[e]);
+    }
+  }
+
+  __device__ __forceinline__ void read_logits() const {
+    if (args.elem == ELEM_F32) read_logits<float>();
+    if (args.elem == ELEM_F16) read_logits<f16>();
+    if (args.elem == ELEM_BF16) read_logits<bf16>();
+    team.sync();
+  }
+
+  __device__ __forceinline__ float noise_logit(int64_t at) const {
+    if (args.elem == ELEM_F32) return static_cast<const float*>(in.noise_logits)[at];
+    if (args.elem == ELEM_F16) return to_f32(static_cast<const f16*>(in.noise_logits)[at]);
+    return to_f32(static_cast<const bf16*>(in.noise_logits)[at]);
+  }
+
+  __device__ __forceinline__ void make_z() const {
+    const int64_t row = token * args.num_experts;
+#pragma unroll 1
+    for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
+      float value = cleaned(z[word_of(e)]);
+      if (in.noise) {
+        float noise = in.noise[row + e];
+        if (in.noise_logits) {
+          noise = __fmul_rn(noise, softplus_f32(cleaned(noise_logit(row + e))));
+        }
+        value = cleaned(__fadd_rn(value, noise));
+      }
+      value = __fmul_rn(value, args.multiplier);
+      if (args.softcap != 0.0f) {
+        value = __fmul_rn(args.softcap, tanh_f32(__fdiv_rn(value, args.softcap)));
+      }
+      z[word_of(e)] = cleaned(value);
+    }
+  }
+
+  __device__ __forceinline__ Softmax softmax_of_all() const {
+    uint32_t key = 0;
+#pragma unroll 1
+    for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
+      key = max(key, key_of(z[word_of(e)]));
+    }
+    const float most = number_of(team.max(key));
+    uint64_t units = 0;
+#pragma unroll 1
+    for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
+      units += share_units(z[word_of(e)], most);
+    }
+    return {most, sum_of_units(team.units(units))};
+  }
+
+  __device__ __forceinline__ Softmax softmax_of_chosen() const {
+    uint32_t key = 0;
+#pragma unroll 1
+    for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+      if (ids()[k] != NO_EXPERT) key = max(key, key_of(z[word_of(ids()[k])]));
+    }
+    const float most = number_of(team.max(key));
+    uint64_t units = 0;
+#pragma unroll 1
+    for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+      if (ids()[k] != NO_EXPERT) units += share_units(z[word_of(ids()[k])], most);
+    }
+    return {most, sum_of_units(team.units(units))};
+  }
+
+  // Keys of the values that experts are chosen by.
+  __device__ __forceinline__ void make_keys(const Softmax& all) const {
+#pragma unroll 1
+    for (int e = team.rank; e < choices(); e += Team::SIZE) {
+      float value = score_of(args.value, z[word_of(e)], all);
+      if (in.selection_bias) value = __fadd_rn(value, in.selection_bias[e]);
+      keys[word_of(e)] = key_of(cleaned(value));
+    }
+    team.sync();
+  }
+
+  // The best groups: bit (g << group_part_bits) is of group g. Each warp finds them for itself.
+  __device__ __forceinline__ uint32_t best_groups() const {
+    const int lane = threadIdx.x % WARP_SIZE, bits = args.group_part_bits;
+    const int group = lane >> bits, part = lane & ((1 << bits) - 1);
+    const int length = (args.group_size + (1 << bits) - 1) >> bits;
+    TopTwo best;
+    if (group < args.num_groups) {
+      const int end = min((part + 1) * length, args.group_size);
+#pragma unroll 1
+      for (int i = part * length; i < end; i++) {
+        best.add(keys[word_of(group * args.group_size + i)]);
+      }
+    }
+    for (int offset = (1 << bits) / 2; offset > 0; offset /= 2) {
+      const uint32_t first = __shfl_xor_sync(FULL_WARP, best.first, offset);
+      const uint32_t second = __shfl_xor_sync(FULL_WARP, best.second, offset);
+      best.add(first);
+      best.add(second);
+    }
+    uint32_t worth = best.first;
+    if (args.group_sum && best.second != 0) {
+      worth = key_of(cleaned(__fadd_rn(number_of(best.first), number_of(best.second))));
+    }
+    int better = 0;
+#pragma unroll 1
+    for (int other = 0; other < args.num_groups; other++) {
+      const uint32_t theirs = __shfl_sync(FULL_WARP, worth, other << bits);
+      better += theirs > worth || (theirs == worth && other < group);
+    }
+    const bool first_part = part == 0 && group < args.num_groups;
+    return __ballot_sync(FULL_WARP, first_part && better < args.top_groups);
+  }
+
+  // The key of an expert that can be chosen, given the best groups.
+  __device__ __forceinline__ uint32_t key_in(uint32_t groups, int expert) const {
+    const uint32_t group = __umulhi(2 * (uint32_t)expert, args.group_magic);
+    const bool inside = groups >> (group << args.group_part_bits) & 1;
+    return inside ? keys[word_of(expert)] : key_of(args.masked_zero ? 0.0f : -INFINITY);
+  }
+
+  // Sinks are the last experts in the last slots.
+  __device__ __forceinline__ void add_sinks() const {
+#pragma unroll 1
+    for (int s = team.rank; s < args.num_sinks; s += Team::SIZE) {
+      ids()[chosen() + s] = choices() + s;
+    }
+    team.sync();
+  }
+
+  // Ids from outside; NO_EXPERT for what is none.
+  __device__ __forceinline__ void read_ids() const {
+    const uint32_t row = in.token_ids ? in.token_ids[token] : (uint32_t)token;
+#pragma unroll 1
+    for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+      uint32_t id = NO_EXPERT;
+      if (row < (uint32_t)args.given_rows) id = in.given_ids[(int64_t)row * args.top_k + k];
+      ids()[k] = id < (uint32_t)args.num_experts ? id : NO_EXPERT;
+    }
+    team.sync();
+  }
+
+  // The share of each choice among the experts that were not chosen before it and are near: those
+  // come after it in the order of keys. A warp takes a choice.
+  __device__ __forceinline__ void score_by_sparsemixer() const {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll 1
+    for (int k = team.warp; k < args.top_k; k += Team::WARPS) {
+      const int choice = ids()[k];
+      const float most = z[word_of(choice)];
+      uint64_t units = 0;
+#pragma unroll 1
+      for (int e = lane; e < args.num_experts; e += WARP_SIZE) {
+        const float other = z[word_of(e)];
+        const bool left = other < most || (other == most && e >= choice);
+        if (left && is_near(other, most, args.jitter)) units += share_units(other, most);
+      }
+      const float sum = sum_of_units(warp_units(units));
+      if (lane == 0) scores[k] = __fdiv_rn(1.0f, sum);
+    }
+    team.sync();
+  }
+
+  __device__ __forceinline__ void score(const Softmax& all) const {
+    if (args.score == ROUTE_SPARSEMIXER) return score_by_sparsemixer();
+    const bool of_chosen = args.score == ROUTE_SOFTMAX_CHOSEN;
+    const Softmax softmax = of_chosen ? softmax_of_chosen() : all;
+    const int kind = of_chosen ? ROUTE_SOFTMAX : args.score;
+#pragma unroll 1
+    for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+      const uint32_t id = ids()[k];
+      scores[k] = id == NO_EXPERT ? 0.0f : score_of(kind, z[word_of(id)], softmax);
+    }
+  }
+
+  // The sum over all slots of what `term` makes of a score; a warp takes 32 of them.
+  template <typename Term>
+  __device__ __forceinline__ float sum_of_slots(Term term) const {
+    const int lane = threadIdx.x % WARP_SIZE;
+    float chunk = 0.0f;
+#pragma unroll 1
+    for (int first = team.warp * WARP_SIZE; first < args.top_k; first += Team::SIZE) {
+      chunk = warp_sum(first + lane < args.top_k ? term(scores[first + lane]) : 0.0f);
+      if (Team::WARPS > 1 && lane == 0) team.add_chunk(first / WARP_SIZE, chunk);
+    }
+    return team.sum_of_chunks(chunk, (args.top_k + WARP_SIZE - 1) / WARP_SIZE);
+  }
+
+  // The p-norm of the scores, which become fractions of the largest one: no power overflows then.
+  __device__ __forceinline__ float norm() const {
+    const float p = args.divisor_number;
+    uint32_t most = 0;
+#pragma unroll 1
+    for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+      most = max(most, __float_as_uint(fabsf(scores[k])));
+    }
+    const float largest = __uint_as_float(team.max(most));
+#pragma unroll 1
+    for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+      scores[k] = __fdiv_rn(scores[k], largest);
+    }
+    const float sum = sum_of_slots([p](float score) {
+      const float size = fabsf(score);
+      return p == 1.0f ? size : p == 2.0f ? __fmul_rn(size, size) : pow_f32(size, p);
+    });
+    if (p == 1.0f || !(sum >= 1.0f)) return sum;
+    if (p == 2.0f) return __fsqrt_rn(sum);
+    return __fdiv_rn(1.0f, exp_f32(-__fdiv_rn(log_f32(sum), p)));
+  }
+
+  __device__ __forceinline__ float divisor() const {
+    if (args.divisor == ROUTE_BY_NOTHING) return 1.0f;
+    if (args.divisor == ROUTE_BY_NORM) return norm();
+    const float sum = sum_of_slots([](float score) { return score; });
+    if (args.divisor == ROUTE_BY_SUM) return __fadd_rn(sum, args.divisor_number);
+    return sum > args.divisor_number ? sum : args.divisor_number;
+  }
+
+  // An id for each slot, and its weight; what is no number or belongs to no expert weighs 0.
+  __device__ __forceinline__ void write(uint32_t* expert_ids, float* weights, float divisor) const {
+#pragma unroll 1
+    for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+      const uint32_t id = ids()[k];
+      float weight = __fmul_rn(__fdiv_rn(scores[k], divisor), args.scale);
+      if (in.expert_scale && id != NO_EXPERT) weight = __fmul_rn(weight, in.expert_scale[id]);
+      expert_ids[token * args.top_k + k] = id;
+      weights[token * args.top_k + k] = id == NO_EXPERT || weight != weight ? 0.0f : weight;
+    }
+  }
+
+  // Everything but the selection itself: `select` puts the chosen into ids().
+  template <typename Select>
+  __device__ __forceinline__ void run(uint32_t* expert_ids, float* weights, Select select) const {
+    if (in.active && in.active[token] == 0) {
+#pragma unroll 1
+      for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
+        expert_ids[token * args.top_k + k] = NO_EXPERT;
+        weights[token * args.top_k + k] = 0.0f;
+      }
+      return;
+    }
+    read_logits();
+    make_z();
+    Softmax all = {0.0f, 1.0f};
+    if (args.score == ROUTE_SOFTMAX || args.value == ROUTE_SOFTMAX) all = softmax_of_all();
+    if (in.given_ids) {
+      read_ids();
+    } else {
+      make_keys(all);
+      // Without groups every expert is in group 0.
+      select(args.num_groups > 0 ? best_groups() : 1);
+      add_sinks();
+    }
+    score(all);
+    write(expert_ids, weights, divisor());
+  }
+};

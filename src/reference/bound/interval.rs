@@ -1,0 +1,187 @@
+//! Numbers with what f32 may make of them: the router computed in these is its own error bound.
+
+use std::ops::{Add, Div, Mul, Sub};
+
+use super::U;
+use crate::reference::route::exact::{Number, SHARE_UNIT};
+
+/// A number in f64, and the least and the most that the same operations give in f32.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Interval {
+    pub(super) low: f64,
+    pub(super) mid: f64,
+    pub(super) high: f64,
+}
+
+/// The distance of numbers below the normal ones.
+const TINY: f64 = f64::from_bits((1023 - 149) << 52);
+
+impl Interval {
+    /// How far a number of f32 is from the middle at most.
+    pub(super) fn bound(&self) -> f64 {
+        if self.low == self.high {
+            return 0.0;
+        }
+        (self.high - self.mid).max(self.mid - self.low)
+    }
+
+    /// Between two ends, either of which is off by so many units of 2^-24, or of the smallest number, and may overflow.
+    fn around(mid: f64, [low, high]: [f64; 2], units: f64) -> Self {
+        let low = low - units * (U * low.abs() + TINY);
+        let high = high + units * (U * high.abs() + TINY);
+        // What is no number may be anything.
+        let low = if low >= -f64::from(f32::MAX) { low } else { f64::NEG_INFINITY };
+        let high = if high <= f64::from(f32::MAX) { high } else { f64::INFINITY };
+        Self { low, mid, high }
+    }
+
+    /// A growing function of which f32 is off by so many units.
+    fn grown(self, function: impl Fn(f64) -> f64, units: f64) -> Self {
+        let ends = [function(self.low), function(self.high)];
+        Self::around(function(self.mid), ends, units)
+    }
+
+    /// An operation whose extremes are at the ends.
+    fn corners(self, other: Self, operation: impl Fn(f64, f64) -> f64) -> [f64; 2] {
+        let pairs = [
+            (self.low, other.low),
+            (self.low, other.high),
+            (self.high, other.low),
+            (self.high, other.high),
+        ];
+        let results = pairs.map(|(a, b)| operation(a, b));
+        if results.iter().any(|result| result.is_nan()) {
+            return ANYTHING;
+        }
+        [results.into_iter().fold(f64::NAN, f64::min), results.into_iter().fold(f64::NAN, f64::max)]
+    }
+}
+
+const ANYTHING: [f64; 2] = [f64::NEG_INFINITY, f64::INFINITY];
+
+impl Add for Interval {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        // The sum of opposite infinities, which only noise and biases make, counts as -inf next.
+        let ends = [self.low + other.low, self.high + other.high].map(f64::cleaned);
+        Self::around(self.mid + other.mid, ends, 1.0)
+    }
+}
+
+impl Sub for Interval {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        let ends = [self.low - other.high, self.high - other.low].map(f64::cleaned);
+        Self::around(self.mid - other.mid, ends, 1.0)
+    }
+}
+
+impl Mul for Interval {
+    type Output = Self;
+
+    fn mul(self, other: Self) -> Self {
+        if other.low == 1.0 && other.high == 1.0 {
+            return self;
+        }
+        let ends = self.corners(other, |a, b| a * b);
+        Self::around(self.mid * other.mid, ends, 1.0)
+    }
+}
+
+impl Div for Interval {
+    type Output = Self;
+
+    fn div(self, other: Self) -> Self {
+        let safe = other.low > 0.0 || other.high < 0.0;
+        let ends = if safe { self.corners(other, |a, b| a / b) } else { ANYTHING };
+        Self::around(self.mid / other.mid, ends, 1.0)
+    }
+}
+
+impl Number for Interval {
+    fn of(value: f32) -> Self {
+        let value = value.into();
+        Self { low: value, mid: value, high: value }
+    }
+
+    fn cleaned(self) -> Self {
+        Self { low: self.low.cleaned(), mid: self.mid.cleaned(), high: self.high.cleaned() }
+    }
+
+    fn or_zero(self) -> Self {
+        Self { mid: self.mid.or_zero(), ..self }
+    }
+
+    fn or_larger(self, other: Self) -> Self {
+        Self {
+            low: self.low.max(other.low),
+            mid: self.mid.or_larger(other.mid),
+            high: self.high.max(other.high),
+        }
+    }
+
+    fn magnitude(self) -> Self {
+        let (low, mid, high) = (self.low, self.mid.abs(), self.high);
+        match () {
+            () if low >= 0.0 => Self { low, mid, high },
+            () if high <= 0.0 => Self { low: -high, mid, high: -low },
+            () => Self { low: 0.0, mid, high: high.max(-low) },
+        }
+    }
+
+    fn is_from_one_on(self) -> bool {
+        self.mid.is_from_one_on()
+    }
+
+    fn share(self, max: Self) -> Self {
+        // The difference of equal infinities is none.
+        let exp = |difference: f64| if difference < 0.0 { difference.exp() } else { 1.0 };
+        let ends = [self.low - max.high, self.high - max.low];
+        let ends = [ends[0] - U * ends[0].abs(), ends[1] + U * ends[1].abs()].map(exp);
+        Self::around(self.mid.share(max.mid), ends, 2.0)
+    }
+
+    fn sum_of_shares(shares: &[Self]) -> Self {
+        let rounded = 0.5 * f64::from(SHARE_UNIT) * shares.len() as f64;
+        let sum = |end: fn(&Self) -> f64| shares.iter().map(end).sum::<f64>();
+        let ends = [sum(|share| share.low) - rounded, sum(|share| share.high) + rounded];
+        Self::around(sum(|share| share.mid), ends, 1.0)
+    }
+
+    fn sigmoid(self) -> Self {
+        self.grown(f64::sigmoid, 4.0)
+    }
+
+    fn softplus(self) -> Self {
+        self.grown(f64::softplus, 4.0)
+    }
+
+    fn root_of_two(self) -> Self {
+        self.grown(|x| if x > 0.0 { x.sqrt() } else { 0.0 }, 1.0)
+    }
+
+    fn tangent(self) -> Self {
+        self.grown(f64::tanh, 4.0)
+    }
+
+    fn power(self, p: f32) -> Self {
+        // kernels/exact.cuh says how much it is off, and that small numbers count as 0.
+        let wide = f64::from(p);
+        let end = |x: f64, sign: f64| {
+            if !(x > 0.0) {
+                return 0.0;
+            }
+            let units = 2.0 + 5.0 * wide * x.ln().abs();
+            (x.powf(wide) * (1.0 + sign * units * U)).max(0.0) + sign * f64::from(f32::MIN_POSITIVE)
+        };
+        Self::around(self.mid.power(p), [end(self.low, -1.0), end(self.high, 1.0)], 1.0)
+    }
+
+    fn root(self, p: f32) -> Self {
+        let root = |x: f64| x.max(1.0).root(p);
+        let units = 4.0 + 8.0 * root(self.high).ln();
+        Self::around(self.mid.root(p), [root(self.low), root(self.high)], units)
+    }
+}
