@@ -1,7 +1,9 @@
 //! grouped_gemm: the experts' products, each alone and both in a row.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
+use moe_kernels::ops::grouped_gemm::{
+    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
+};
 use moe_kernels::reference;
 
 use crate::common::error::Result;
@@ -22,6 +24,7 @@ pub(crate) fn on_gpu<'a, D: Element>(
     draw: &Draw,
 ) -> Result<Workload<'a>> {
     let (hidden, intermediate) = (model.config.hidden, model.config.intermediate);
+    let experts = model.config.experts;
     let (device, stream) = (&gpu.device, &gpu.stream);
     let plan = planned(gpu, draw)?;
     let x = gpu.upload(&x::<D>(model, draw.shape.num_tokens))?;
@@ -30,15 +33,17 @@ pub(crate) fn on_gpu<'a, D: Element>(
     Ok(Workload::new(move |set| {
         let Weights { gate_up, down, .. } = &weights[set];
         if op != Op::Down {
-            grouped_gemm_swiglu_fwd_into(
+            grouped_gemm_gate_up_fwd_into(
                 device,
                 stream,
                 &plan,
+                &experts,
                 intermediate,
                 hidden,
                 Rows::Gathered,
                 &x.as_view(),
-                &gate_up.as_view(),
+                GateUpWeights::fused(&gate_up.as_view()),
+                None,
                 &mut act.as_view_mut(),
             )?;
         }
@@ -51,7 +56,7 @@ pub(crate) fn on_gpu<'a, D: Element>(
                 intermediate,
                 Rows::Grouped,
                 &act.as_view(),
-                &down.as_view(),
+                LinearWeights::new(&down.as_view()),
                 &mut yp.as_view_mut(),
             )?;
         }
@@ -66,18 +71,21 @@ pub(crate) fn on_cpu<'a, D: Element>(
     draw: &Draw,
 ) -> Result<Workload<'a>> {
     let (hidden, intermediate) = (model.config.hidden, model.config.intermediate);
+    let experts = model.config.experts;
     let plan = planned_on_cpu(draw)?;
     let x = x::<D>(model, draw.shape.num_tokens);
     let mut act = normal::<f32>(draw.shape.slots() * intermediate, 1.0, ACT);
     Ok(Workload::new(move |_| {
         let Weights { gate_up, down, .. } = weights;
         if op != Op::Down {
-            act = reference::grouped_gemm_swiglu_fwd::<f32, D>(
+            act = reference::grouped_gemm_gate_up_fwd::<f32, D>(
                 &plan,
+                &experts,
                 intermediate,
                 hidden,
                 &x,
-                gate_up,
+                reference::GateUpWeights::fused(gate_up),
+                None::<&[f32]>,
                 true,
             )?;
         }
@@ -87,7 +95,7 @@ pub(crate) fn on_cpu<'a, D: Element>(
                 hidden,
                 intermediate,
                 &act,
-                down,
+                reference::LinearWeights::new(down),
                 false,
             )?;
             std::hint::black_box(yp);

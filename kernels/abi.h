@@ -110,17 +110,17 @@ typedef struct PermuteArgs {
 // ---- grouped_gemm -----------------------------------------------------------------------------
 
 // A tile's rows, the rows of weights beside them, and the stages of 128 bytes of K that both pass
-// through: 96.5 KiB, so that one configuration fits every GPU since sm_80 (99 KiB a block at least).
+// through: 97 KiB, so that one configuration fits every GPU since sm_80 (99 KiB a block at least).
 #define GEMM_BLOCK_M 128
 #define GEMM_BLOCK_N 128
 #define GEMM_STAGES 3
-#define GROUPED_GEMM_SMEM_BYTES (GEMM_STAGES * (GEMM_BLOCK_M + GEMM_BLOCK_N) * 128 + GEMM_BLOCK_M * 4)
+#define GROUPED_GEMM_SMEM_BYTES (GEMM_STAGES * (GEMM_BLOCK_M + GEMM_BLOCK_N) * 128 + GEMM_BLOCK_M * 8)
 #define GEMM_THREADS_MMA 128  // f16 and bf16
 #define GEMM_THREADS_FMA 256  // f32
 
 // Tiles whose blocks run next to each other, so that they share weights in L2. The grid is
 // div_ceil(bound on tiles, GEMM_TILE_GROUP) * GEMM_TILE_GROUP * div_ceil(n, columns of a block),
-// where a block has GEMM_BLOCK_N columns, half of that for SwiGLU.
+// where a block has GEMM_BLOCK_N columns, half of that where a gate stands beside up.
 #define GEMM_TILE_GROUP 8
 
 // A run of rows of one expert, as the plan lists them.
@@ -131,14 +131,51 @@ typedef struct GemmTile {
   int reserved;
 } GemmTile;
 
+// The functions between an expert's projections.
+#define ACTIVATION_SILU 0           // g * sigmoid(alpha * g)
+#define ACTIVATION_GELU 1
+#define ACTIVATION_GELU_TANH 2
+#define ACTIVATION_RELU 3
+#define ACTIVATION_RELU_SQUARED 4
+#define ACTIVATION_SILU_SOFT_CAP 5  // gate_cap * tanh(g / gate_cap) * sigmoid(alpha * g)
+
+// min(f(min(g, limit_before)), limit_after) * (clamp(u, -limit_up, limit_up) + up_offset), where
+// u is up_cap * tanh(u / up_cap) for soft caps. Infinity is no limit.
+typedef struct ActivationArgs {
+  int function;        // ACTIVATION_*
+  float alpha;         // SILU and SILU_SOFT_CAP
+  float limit_before;
+  float limit_after;
+  float limit_up;
+  float up_offset;
+  float gate_cap;      // SILU_SOFT_CAP
+  float up_cap;        // SILU_SOFT_CAP
+} ActivationArgs;
+
+// Element (expert, feature, i) of weights lies expert * expert_stride + feature * feature_stride +
+// i * k_stride elements from their start.
 typedef struct GroupedGemmArgs {
+  long long expert_stride;
+  int feature_stride;
+  int k_stride;
   int rows;          // R, the rows of the output; expert_offsets[E] of them have an expert.
-  int n;             // N, the columns of the output; I for SwiGLU.
-  int k;             // The depth: columns of x and of w.
+  int n;             // N, the columns of the output; I for gate_up.
+  int k;             // The depth: columns of x, inputs of a feature.
   int num_experts;   // E
-  int vector_load;   // 1: every row of x and w starts at a 16-byte boundary.
+  int vector_load;   // 1: every row of x and of weights starts at a 16-byte boundary.
   int vector_store;  // 1: every row of the output does.
 } GroupedGemmArgs;
+
+typedef struct GateUpArgs {
+  GroupedGemmArgs gemm;
+  ActivationArgs activation;
+  int gated;                // 1: there is a gate beside up.
+  int gather;               // 1: x has a row per token; 0: a row per row of the output.
+  int top_k;                // K of weights.
+  int weight_inside;        // 1: weights multiply what the activation returns; 0: the sums.
+  int bias_expert_stride;   // As for weights; both biases have these.
+  int bias_feature_stride;
+} GateUpArgs;
 
 // ---- combine ----------------------------------------------------------------------------------
 

@@ -54,3 +54,5 @@
 #include "select.cuh"
 #include "team.cuh"
 #include "router.cuh"
+#include "activation.cuh"
+#include "gemm_tile.cuh"

@@ -31,10 +31,16 @@ pub const PERMUTE_THREADS: i32 = 256;
 pub const GEMM_BLOCK_M: i32 = 128;
 pub const GEMM_BLOCK_N: i32 = 128;
 pub const GEMM_STAGES: i32 = 3;
-pub const GROUPED_GEMM_SMEM_BYTES: i32 = 98816;
+pub const GROUPED_GEMM_SMEM_BYTES: i32 = 99328;
 pub const GEMM_THREADS_MMA: i32 = 128;
 pub const GEMM_THREADS_FMA: i32 = 256;
 pub const GEMM_TILE_GROUP: i32 = 8;
+pub const ACTIVATION_SILU: i32 = 0;
+pub const ACTIVATION_GELU: i32 = 1;
+pub const ACTIVATION_GELU_TANH: i32 = 2;
+pub const ACTIVATION_RELU: i32 = 3;
+pub const ACTIVATION_RELU_SQUARED: i32 = 4;
+pub const ACTIVATION_SILU_SOFT_CAP: i32 = 5;
 pub const COMBINE_THREADS: i32 = 256;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -270,8 +276,52 @@ const _: () = {
     ][::core::mem::offset_of!(GemmTile, reserved) - 12usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ActivationArgs {
+    pub function: ::core::ffi::c_int,
+    pub alpha: f32,
+    pub limit_before: f32,
+    pub limit_after: f32,
+    pub limit_up: f32,
+    pub up_offset: f32,
+    pub gate_cap: f32,
+    pub up_cap: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ActivationArgs"][::core::mem::size_of::<ActivationArgs>() - 32usize];
+    ["Alignment of ActivationArgs"][::core::mem::align_of::<ActivationArgs>() - 4usize];
+    [
+        "Offset of field: ActivationArgs::function",
+    ][::core::mem::offset_of!(ActivationArgs, function) - 0usize];
+    [
+        "Offset of field: ActivationArgs::alpha",
+    ][::core::mem::offset_of!(ActivationArgs, alpha) - 4usize];
+    [
+        "Offset of field: ActivationArgs::limit_before",
+    ][::core::mem::offset_of!(ActivationArgs, limit_before) - 8usize];
+    [
+        "Offset of field: ActivationArgs::limit_after",
+    ][::core::mem::offset_of!(ActivationArgs, limit_after) - 12usize];
+    [
+        "Offset of field: ActivationArgs::limit_up",
+    ][::core::mem::offset_of!(ActivationArgs, limit_up) - 16usize];
+    [
+        "Offset of field: ActivationArgs::up_offset",
+    ][::core::mem::offset_of!(ActivationArgs, up_offset) - 20usize];
+    [
+        "Offset of field: ActivationArgs::gate_cap",
+    ][::core::mem::offset_of!(ActivationArgs, gate_cap) - 24usize];
+    [
+        "Offset of field: ActivationArgs::up_cap",
+    ][::core::mem::offset_of!(ActivationArgs, up_cap) - 28usize];
+};
+#[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GroupedGemmArgs {
+    pub expert_stride: ::core::ffi::c_longlong,
+    pub feature_stride: ::core::ffi::c_int,
+    pub k_stride: ::core::ffi::c_int,
     pub rows: ::core::ffi::c_int,
     pub n: ::core::ffi::c_int,
     pub k: ::core::ffi::c_int,
@@ -281,28 +331,76 @@ pub struct GroupedGemmArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GroupedGemmArgs"][::core::mem::size_of::<GroupedGemmArgs>() - 24usize];
+    ["Size of GroupedGemmArgs"][::core::mem::size_of::<GroupedGemmArgs>() - 40usize];
+    ["Alignment of GroupedGemmArgs"][::core::mem::align_of::<GroupedGemmArgs>() - 8usize];
     [
-        "Alignment of GroupedGemmArgs",
-    ][::core::mem::align_of::<GroupedGemmArgs>() - 4usize];
+        "Offset of field: GroupedGemmArgs::expert_stride",
+    ][::core::mem::offset_of!(GroupedGemmArgs, expert_stride) - 0usize];
+    [
+        "Offset of field: GroupedGemmArgs::feature_stride",
+    ][::core::mem::offset_of!(GroupedGemmArgs, feature_stride) - 8usize];
+    [
+        "Offset of field: GroupedGemmArgs::k_stride",
+    ][::core::mem::offset_of!(GroupedGemmArgs, k_stride) - 12usize];
     [
         "Offset of field: GroupedGemmArgs::rows",
-    ][::core::mem::offset_of!(GroupedGemmArgs, rows) - 0usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, rows) - 16usize];
     [
         "Offset of field: GroupedGemmArgs::n",
-    ][::core::mem::offset_of!(GroupedGemmArgs, n) - 4usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, n) - 20usize];
     [
         "Offset of field: GroupedGemmArgs::k",
-    ][::core::mem::offset_of!(GroupedGemmArgs, k) - 8usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, k) - 24usize];
     [
         "Offset of field: GroupedGemmArgs::num_experts",
-    ][::core::mem::offset_of!(GroupedGemmArgs, num_experts) - 12usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, num_experts) - 28usize];
     [
         "Offset of field: GroupedGemmArgs::vector_load",
-    ][::core::mem::offset_of!(GroupedGemmArgs, vector_load) - 16usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, vector_load) - 32usize];
     [
         "Offset of field: GroupedGemmArgs::vector_store",
-    ][::core::mem::offset_of!(GroupedGemmArgs, vector_store) - 20usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, vector_store) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct GateUpArgs {
+    pub gemm: GroupedGemmArgs,
+    pub activation: ActivationArgs,
+    pub gated: ::core::ffi::c_int,
+    pub gather: ::core::ffi::c_int,
+    pub top_k: ::core::ffi::c_int,
+    pub weight_inside: ::core::ffi::c_int,
+    pub bias_expert_stride: ::core::ffi::c_int,
+    pub bias_feature_stride: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GateUpArgs"][::core::mem::size_of::<GateUpArgs>() - 96usize];
+    ["Alignment of GateUpArgs"][::core::mem::align_of::<GateUpArgs>() - 8usize];
+    [
+        "Offset of field: GateUpArgs::gemm",
+    ][::core::mem::offset_of!(GateUpArgs, gemm) - 0usize];
+    [
+        "Offset of field: GateUpArgs::activation",
+    ][::core::mem::offset_of!(GateUpArgs, activation) - 40usize];
+    [
+        "Offset of field: GateUpArgs::gated",
+    ][::core::mem::offset_of!(GateUpArgs, gated) - 72usize];
+    [
+        "Offset of field: GateUpArgs::gather",
+    ][::core::mem::offset_of!(GateUpArgs, gather) - 76usize];
+    [
+        "Offset of field: GateUpArgs::top_k",
+    ][::core::mem::offset_of!(GateUpArgs, top_k) - 80usize];
+    [
+        "Offset of field: GateUpArgs::weight_inside",
+    ][::core::mem::offset_of!(GateUpArgs, weight_inside) - 84usize];
+    [
+        "Offset of field: GateUpArgs::bias_expert_stride",
+    ][::core::mem::offset_of!(GateUpArgs, bias_expert_stride) - 88usize];
+    [
+        "Offset of field: GateUpArgs::bias_feature_stride",
+    ][::core::mem::offset_of!(GateUpArgs, bias_feature_stride) - 92usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

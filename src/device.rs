@@ -29,7 +29,9 @@ pub(crate) enum Kernel {
     PlanFwdSingle,
     PermuteFwd,
     GroupedGemmFwd,
-    GroupedGemmFwdSwiglu,
+    GroupedGemmFwdInOut,
+    GroupedGemmFwdGateUp,
+    GroupedGemmFwdGateUpInOut,
     CombineFwd,
 }
 
@@ -43,7 +45,7 @@ struct Entry {
 
 /// In the order of the variants of [`Kernel`].
 #[rustfmt::skip]
-static KERNELS: [Entry; 13] = [
+static KERNELS: &[Entry] = &[
     Entry { kernel: Kernel::RouteFwdPlainNarrow, image: "route", symbol: "moe_route_fwd_plain_narrow", typed: true },
     Entry { kernel: Kernel::RouteFwdPlainWide, image: "route", symbol: "moe_route_fwd_plain_wide", typed: true },
     Entry { kernel: Kernel::RouteFwdNarrow, image: "route", symbol: "moe_route_fwd_narrow", typed: false },
@@ -55,12 +57,14 @@ static KERNELS: [Entry; 13] = [
     Entry { kernel: Kernel::PlanFwdSingle, image: "plan", symbol: "moe_plan_fwd_single", typed: false },
     Entry { kernel: Kernel::PermuteFwd, image: "permute", symbol: "moe_permute_fwd", typed: true },
     Entry { kernel: Kernel::GroupedGemmFwd, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd", typed: true },
-    Entry { kernel: Kernel::GroupedGemmFwdSwiglu, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_swiglu", typed: true },
+    Entry { kernel: Kernel::GroupedGemmFwdInOut, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_in_out", typed: true },
+    Entry { kernel: Kernel::GroupedGemmFwdGateUp, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up", typed: true },
+    Entry { kernel: Kernel::GroupedGemmFwdGateUpInOut, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up_in_out", typed: true },
     Entry { kernel: Kernel::CombineFwd, image: "combine", symbol: "moe_combine_fwd", typed: true },
 ];
 
 /// More than any kernel takes.
-const MAX_ARGUMENTS: usize = 12;
+const MAX_ARGUMENTS: usize = 16;
 
 /// The shape of a launch: blocks, threads of a block, bytes of dynamic shared memory.
 #[derive(Debug, Clone, Copy)]

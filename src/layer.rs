@@ -7,7 +7,9 @@ use crate::device::Device;
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, product};
 use crate::ops::combine::combine_fwd_into;
-use crate::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
+use crate::ops::grouped_gemm::{
+    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
+};
 use crate::ops::plan::plan_fwd_into;
 use crate::ops::route::{RouteInputs, route_fwd_into};
 use crate::routing_plan::PlanLayout;
@@ -27,7 +29,7 @@ pub struct Experts<'a, D> {
 /// A Mixture-of-Experts layer on a device. It holds no weights and no memory: those are the caller's.
 ///
 /// One forward pass enqueues `route`, `plan`, two `grouped_gemm`s (the first gathers tokens and
-/// applies SwiGLU) and `combine`. Nothing is allocated, nothing is read back, and the launches depend
+/// applies the activation) and `combine`. Nothing is allocated, nothing is read back, and the launches depend
 /// on the number of tokens alone, so a captured graph replays with any routing.
 ///
 /// To capture a pass on a stream of `CudaContext::new_stream`, call
@@ -167,7 +169,7 @@ impl MoeLayer {
             hidden,
             rows,
             x,
-            gate,
+            LinearWeights::new(gate),
             &mut logits,
         )?;
         self.enqueue(stream, x, &logits.as_view(), experts, &sections, &mut arena, y)
@@ -201,15 +203,17 @@ impl MoeLayer {
         route_fwd_into(device, stream, shape, &router, &inputs, &mut expert_ids, &mut weights)?;
         let plan = plan_fwd_into(device, stream, shape, Some(&expert_ids.as_view()), plan)?;
         let Experts { gate_up, down } = experts;
-        grouped_gemm_swiglu_fwd_into(
+        grouped_gemm_gate_up_fwd_into(
             device,
             stream,
             &plan,
+            &self.config.experts,
             intermediate,
             hidden,
             Rows::Gathered,
             x,
-            gate_up,
+            GateUpWeights::fused(gate_up),
+            None,
             &mut act,
         )?;
         let act = act.as_view();
@@ -221,7 +225,7 @@ impl MoeLayer {
             intermediate,
             Rows::Grouped,
             &act,
-            down,
+            LinearWeights::new(down),
             &mut yp,
         )?;
         combine_fwd_into(device, stream, &plan, hidden, &yp.as_view(), &weights.as_view(), y)

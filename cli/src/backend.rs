@@ -51,7 +51,7 @@ pub const FORWARD: &str = "layer forward";
 
 /// The names of its operations.
 pub const OPERATIONS: [&str; 5] =
-    ["  route", "  plan", "  gate, up and SwiGLU", "  down", "  combine"];
+    ["  route", "  plan", "  gate, up and activation", "  down", "  combine"];
 
 impl Backend {
     /// A choice for the whole process: a driver that was opened stays.
@@ -133,10 +133,13 @@ fn forward_cpu<D: Element>(
     })?;
     let act = steps.time(OPERATIONS[2], || {
         let (n, k) = (intermediate, hidden);
-        reference::grouped_gemm_swiglu_fwd::<f32, D>(&plan, n, k, x, &gate_up, true)
+        let (experts, gate_up) = (&config.experts, reference::GateUpWeights::fused(&gate_up[..]));
+        let none = None::<&[f32]>;
+        reference::grouped_gemm_gate_up_fwd(&plan, experts, n, k, x, gate_up, none, true)
     })?;
     let yp = steps.time(OPERATIONS[3], || {
-        reference::grouped_gemm_fwd::<f32, D>(&plan, hidden, intermediate, &act, &down, false)
+        let down = reference::LinearWeights::new(&down[..]);
+        reference::grouped_gemm_fwd::<f32, D>(&plan, hidden, intermediate, &act, down, false)
     })?;
     let y = steps.time(OPERATIONS[4], || {
         reference::combine_fwd::<f32>(&shape, &plan, hidden, &yp, &routing.weights)

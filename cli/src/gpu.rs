@@ -2,7 +2,9 @@
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::ops::combine::combine_fwd;
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
+use moe_kernels::ops::grouped_gemm::{
+    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd, grouped_gemm_gate_up_fwd,
+};
 use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
 use moe_kernels::ops::route::{RouteInputs, route_fwd};
 use moe_kernels::{Experts, MoeConfig, MoeLayer, PlanLayout, RoutingShape, Workspace};
@@ -48,7 +50,8 @@ impl Gpu {
             let plan = plan_fwd_into(device, stream, dense, None, memory.as_view_mut())?;
             let (n, k) = (config.num_experts, config.hidden);
             let (x, gate) = (x.as_view(), weights.gate.as_view());
-            let logits = grouped_gemm_fwd(device, stream, &plan, n, k, Rows::Grouped, &x, &gate)?;
+            let gate = LinearWeights::new(&gate);
+            let logits = grouped_gemm_fwd(device, stream, &plan, n, k, Rows::Grouped, &x, gate)?;
             self.wait()?;
             Ok(logits)
         })?;
@@ -92,12 +95,16 @@ impl Gpu {
         let act = steps.time(OPERATIONS[2], || {
             let (x, w) = (x.as_view(), weights.gate_up.as_view());
             let (n, k, rows) = (intermediate, hidden, Rows::Gathered);
-            self.done(grouped_gemm_swiglu_fwd(device, stream, &plan, n, k, rows, &x, &w)?)
+            let (experts, w) = (&config.experts, GateUpWeights::fused(&w));
+            let act =
+                grouped_gemm_gate_up_fwd(device, stream, &plan, experts, n, k, rows, &x, w, None)?;
+            self.done(act)
         })?;
         let yp = steps.time(OPERATIONS[3], || {
             let (act, w) = (act.as_view(), weights.down.as_view());
             let (n, k, rows) = (hidden, intermediate, Rows::Grouped);
-            self.done(grouped_gemm_fwd(device, stream, &plan, n, k, rows, &act, &w)?)
+            let w = LinearWeights::new(&w);
+            self.done(grouped_gemm_fwd(device, stream, &plan, n, k, rows, &act, w)?)
         })?;
         let y = steps.time(OPERATIONS[4], || {
             let (yp, weights) = (yp.as_view(), routing.weights.as_view());

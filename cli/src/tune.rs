@@ -15,8 +15,10 @@ use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMI
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError, result, sys};
 use half::bf16;
 use moe_bench::{Draw, Model, Routing, Samples, normal};
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
-use moe_kernels::{DType, RoutingPlan, ops};
+use moe_kernels::ops::grouped_gemm::{
+    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
+};
+use moe_kernels::{DType, ExpertConfig, RoutingPlan, ops};
 use serde_json::{Value, json};
 
 use crate::device::{Choice, Gpu, Place};
@@ -167,7 +169,7 @@ fn bad_file(path: &Path, why: impl ToString) -> Error {
 struct Variant {
     name: String,
     constants: Value,
-    swiglu: sys::CUfunction,
+    gate_up: sys::CUfunction,
     plain: sys::CUfunction,
     block_n: usize,
     tile_group: usize,
@@ -206,7 +208,7 @@ impl Variant {
         Ok(Self {
             name: text("name").into(),
             constants: entry["constants"].clone(),
-            swiglu: function("moe_grouped_gemm_fwd_swiglu_bf16")
+            gate_up: function("moe_grouped_gemm_fwd_gate_up_bf16")
                 .map_err(gpu.failed("find a variant's kernel"))?,
             plain: function("moe_grouped_gemm_fwd_bf16")
                 .map_err(gpu.failed("find a variant's kernel"))?,
@@ -220,13 +222,33 @@ impl Variant {
 
 /// GroupedGemmArgs of kernels/abi.h.
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct KernelArgs {
+    expert_stride: i64,
+    feature_stride: i32,
+    k_stride: i32,
     rows: i32,
     n: i32,
     k: i32,
     num_experts: i32,
     vector_load: i32,
     vector_store: i32,
+}
+
+/// GateUpArgs of kernels/abi.h, as they are for SwiGLU.
+#[repr(C)]
+struct SwigluArgs {
+    gemm: KernelArgs,
+    function: i32,
+    alpha: f32,
+    limits: [f32; 3],
+    up_offset: f32,
+    caps: [f32; 2],
+    gated: i32,
+    gather: i32,
+    top_k: i32,
+    weight_inside: i32,
+    bias_strides: [i32; 2],
 }
 
 // ---- A problem ----------------------------------------------------------------------------------
@@ -335,15 +357,17 @@ impl<'a> Problem<'a> {
 
     fn built_in(&mut self) -> Result<()> {
         let (device, stream) = (&self.gpu.device, &self.gpu.stream);
-        grouped_gemm_swiglu_fwd_into(
+        grouped_gemm_gate_up_fwd_into(
             device,
             stream,
             &self.plan,
+            &ExpertConfig::default(),
             self.intermediate,
             self.hidden,
             Rows::Gathered,
             &self.x.as_view(),
-            &self.weights.gate_up.as_view(),
+            GateUpWeights::fused(&self.weights.gate_up.as_view()),
+            None,
             &mut self.act.as_view_mut(),
         )?;
         grouped_gemm_fwd_into(
@@ -354,7 +378,7 @@ impl<'a> Problem<'a> {
             self.intermediate,
             Rows::Grouped,
             &self.act.as_view(),
-            &self.weights.down.as_view(),
+            LinearWeights::new(&self.weights.down.as_view()),
             &mut self.yp.as_view_mut(),
         )?;
         Ok(())
@@ -376,31 +400,24 @@ impl<'a> Problem<'a> {
         let shape = plan.shape();
         let slots = shape.slots();
         let max_tiles = slots.min(slots.div_ceil(TILE_ROWS) + shape.num_experts);
-        let mut product = |function, parts, n: usize, k: usize, buffers: [*mut c_void; 4]| {
+        let args = |parts: usize, n: usize, k: usize| KernelArgs {
+            expert_stride: (parts * n * k) as i64,
+            feature_stride: k as i32,
+            k_stride: 1,
+            rows: slots as i32,
+            n: n as i32,
+            k: k as i32,
+            num_experts: shape.num_experts as i32,
+            // Named layers have widths of whole 16 bytes, and allocations start at 256.
+            vector_load: 1,
+            vector_store: 1,
+        };
+        let product = |function, parts, n: usize, parameters: &mut [*mut c_void]| {
             let columns = n.div_ceil(variant.block_n / parts);
             let blocks = max_tiles.next_multiple_of(variant.tile_group) * columns;
-            let mut args = KernelArgs {
-                rows: slots as i32,
-                n: n as i32,
-                k: k as i32,
-                num_experts: shape.num_experts as i32,
-                // Named layers have widths of whole 16 bytes, and allocations start at 256.
-                vector_load: 1,
-                vector_store: 1,
-            };
-            let [y, x, w, map] = buffers;
-            let mut parameters: [*mut c_void; 8] = [
-                y,
-                x,
-                w,
-                map,
-                from_mut(&mut offsets).cast(),
-                from_mut(&mut tiles).cast(),
-                from_mut(&mut num_tiles).cast(),
-                from_mut(&mut args).cast(),
-            ];
-            // SAFETY: the parameters follow moe_grouped_gemm_fwd in kernels/grouped_gemm.cu; buffers
-            // have the lengths that the built-in kernels were given, and the plan is of their shape.
+            // SAFETY: the parameters follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in
+            // kernels/grouped_gemm.cu; buffers have the lengths that the built-in kernels were given,
+            // and the plan is of their shape.
             unsafe {
                 result::launch_kernel(
                     function,
@@ -408,25 +425,60 @@ impl<'a> Problem<'a> {
                     (variant.threads, 1, 1),
                     variant.shared_bytes,
                     stream.cu_stream(),
-                    &mut parameters,
+                    parameters,
                 )
             }
         };
+        let mut first = SwigluArgs {
+            gemm: args(2, *intermediate, *hidden),
+            function: 0,
+            alpha: 1.0,
+            limits: [f32::INFINITY; 3],
+            up_offset: 0.0,
+            caps: [f32::INFINITY; 2],
+            gated: 1,
+            gather: 1,
+            top_k: shape.top_k as i32,
+            weight_inside: 0,
+            bias_strides: [0; 2],
+        };
+        let mut second = args(1, *hidden, *intermediate);
+        let mut up = gate_up + (*intermediate * *hidden * size_of::<bf16>()) as sys::CUdeviceptr;
+        let [offsets, tiles, num_tiles]: [*mut c_void; 3] = [
+            from_mut(&mut offsets).cast(),
+            from_mut(&mut tiles).cast(),
+            from_mut(&mut num_tiles).cast(),
+        ];
         let act: *mut c_void = from_mut(&mut act).cast();
-        let first = [
+        let nowhere: *mut c_void = from_mut(&mut nowhere).cast();
+        let mut of_gate_up: [*mut c_void; 13] = [
             act,
             from_mut(&mut x).cast(),
             from_mut(&mut gate_up).cast(),
+            from_mut(&mut up).cast(),
+            nowhere,
+            nowhere,
+            nowhere,
+            nowhere,
             from_mut(&mut tokens).cast(),
+            offsets,
+            tiles,
+            num_tiles,
+            from_mut(&mut first).cast(),
         ];
-        let second = [
+        let mut of_down: [*mut c_void; 9] = [
             from_mut(&mut yp).cast(),
             act,
             from_mut(&mut down).cast(),
-            from_mut(&mut nowhere).cast(),
+            nowhere,
+            nowhere,
+            offsets,
+            tiles,
+            num_tiles,
+            from_mut(&mut second).cast(),
         ];
-        product(variant.swiglu, 2, *intermediate, *hidden, first)
-            .and_then(|()| product(variant.plain, 1, *hidden, *intermediate, second))
+        product(variant.gate_up, 2, *intermediate, &mut of_gate_up)
+            .and_then(|()| product(variant.plain, 1, *hidden, &mut of_down))
             .map_err(gpu.failed("launch a variant"))
     }
 }

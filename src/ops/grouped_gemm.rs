@@ -1,4 +1,12 @@
-//! Each expert's weights times the rows that are its own: `[R, K]` to `[R, N]`, or to `[R, I]` through SwiGLU.
+//! Each expert's weights times the rows that are its own: `[R, K]` to `[R, N]`, and, through the activation, the
+//! first half of an expert, `[R, K]` to `[R, I]`.
+
+mod gate_up;
+
+pub use gate_up::{
+    GateUpBuffers, GateUpTensors, GateUpWeights, grouped_gemm_gate_up_fwd,
+    grouped_gemm_gate_up_fwd_into, grouped_gemm_gate_up_fwd_raw,
+};
 
 use cudarc::driver::{
     CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
@@ -9,6 +17,7 @@ use crate::abi::{
     GEMM_BLOCK_M, GEMM_BLOCK_N, GEMM_THREADS_FMA, GEMM_THREADS_MMA, GEMM_TILE_GROUP,
     GROUPED_GEMM_SMEM_BYTES, GroupedGemmArgs,
 };
+use crate::config::WeightOrder;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     vector_rows,
@@ -17,6 +26,8 @@ use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
+
+const OP: &str = "grouped_gemm_fwd";
 
 /// What `x` holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,15 +38,35 @@ pub enum Rows {
     Grouped,
 }
 
-/// Device addresses for [`grouped_gemm_fwd_raw`] and [`grouped_gemm_swiglu_fwd_raw`].
+/// The weights of a product for every expert, as a checkpoint has them.
+#[derive(Debug, Clone, Copy)]
+pub struct LinearWeights<'a, D> {
+    /// `[E, N, K]`, or `[E, K, N]`, as `order` says.
+    pub w: &'a CudaView<'a, D>,
+    /// `[E, N]`, added to the f32 sums.
+    pub bias: Option<&'a CudaView<'a, D>>,
+    /// Which dimension of `w` is contiguous.
+    pub order: WeightOrder,
+}
+
+impl<'a, D> LinearWeights<'a, D> {
+    /// `w` `[E, N, K]`, and no bias.
+    pub fn new(w: &'a CudaView<'a, D>) -> Self {
+        Self { w, bias: None, order: WeightOrder::OutIn }
+    }
+}
+
+/// Device addresses for [`grouped_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct GroupedGemmBuffers {
-    /// `[R, N]`, for SwiGLU `[R, I]`; written whole.
+    /// `[R, N]`; written whole.
     pub y: CUdeviceptr,
     /// `[T, K]` with `token_of_row`, else `[R, K]`.
     pub x: CUdeviceptr,
-    /// `[E, N, K]`, for SwiGLU `[E, 2I, K]`: of each expert the gate's rows, then up's.
+    /// `[E, N, K]`, or `[E, K, N]`.
     pub w: CUdeviceptr,
+    /// `[E, N]`, or 0 (null): there is none.
+    pub bias: CUdeviceptr,
     /// `[R]` `i32`, tokens below `T` for the rows in use; or 0 (null): `x` is in expert order.
     pub token_of_row: CUdeviceptr,
     /// `[E + 1]` `i32`; the last is the number of rows in use.
@@ -46,42 +77,11 @@ pub struct GroupedGemmBuffers {
     pub num_tiles: CUdeviceptr,
 }
 
-/// One of the two products: what differs between them on the host.
-#[derive(Clone, Copy)]
-struct Variant {
-    op: &'static str,
-    kernel: Kernel,
-    /// Rows of weights behind a column of the output.
-    parts: usize,
-    /// The names of the output, of its width and of the weights, for errors.
-    y: &'static str,
-    n: &'static str,
-    w: &'static str,
-}
-
-const PLAIN: Variant = Variant {
-    op: "grouped_gemm_fwd",
-    kernel: Kernel::GroupedGemmFwd,
-    parts: 1,
-    y: "y",
-    n: "n",
-    w: "w",
-};
-
-const SWIGLU: Variant = Variant {
-    op: "grouped_gemm_swiglu_fwd",
-    kernel: Kernel::GroupedGemmFwdSwiglu,
-    parts: 2,
-    y: "act",
-    n: "intermediate",
-    w: "gate_up",
-};
-
-/// `y[r, :] = w[e] * row`, where `e` is the expert of row `r`, and `rows` says what its row of `x` is.
+/// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` says what its row of `x` is.
 ///
-/// `w` is `[E, N, K]`, as checkpoints have it, and `y` is `[T * K, N]`; any `N` and `K` from 1. Sums
-/// are f32, in the order of `K`; rows that no slot owns become zero. Rows of 16-byte multiples that
-/// start at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`.
+/// `y` is `[T * K, N]`; any `N` and `K` from 1. Sums are f32, in the order of `K`, whatever the order
+/// of the weights; rows that no slot owns become zero. Rows of 16-byte multiples that start at 16-byte
+/// boundaries move fastest, those of `[E, K, N]` too. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
@@ -97,10 +97,45 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
     k: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
-    w: &CudaView<'_, D>,
+    weights: LinearWeights<'_, D>,
     y: &mut CudaViewMut<'_, D>,
 ) -> Result<()> {
-    PLAIN.launch_into(device, stream, plan, n, k, rows, x, w, y)
+    let shape = plan.shape();
+    let LinearWeights { w, bias, order } = weights;
+    check_stream(OP, device, stream)?;
+    plan.check_stream(OP, stream)?;
+    check_rows(OP, shape, rows, k, x)?;
+    let features = product(OP, "num_experts * n", shape.num_experts, n)?;
+    check_len(OP, "w", w.len(), product(OP, "num_experts * n * k", features, k)?)?;
+    if let Some(bias) = bias {
+        check_len(OP, "bias", bias.len(), features)?;
+    }
+    check_len(OP, "y", y.len(), product(OP, "rows * n", shape.slots(), n)?)?;
+    let (token_of_row, expert_offsets) = (plan.token_of_row(), plan.expert_offsets());
+    let (tiles, num_tiles) = (plan.tiles(), plan.num_tiles());
+    let (y, _y_guard) = y.device_ptr_mut(stream);
+    let (x, _x_guard) = x.device_ptr(stream);
+    let (w, _w_guard) = w.device_ptr(stream);
+    let (bias, _bias_guard) = bias.map(|bias| bias.device_ptr(stream)).unzip();
+    let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
+    let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
+    let (tiles, _tiles_guard) = tiles.device_ptr(stream);
+    let (num_tiles, _num_tiles_guard) = num_tiles.device_ptr(stream);
+    let buffers = GroupedGemmBuffers {
+        y,
+        x,
+        w,
+        bias: bias.unwrap_or(0),
+        token_of_row: if rows == Rows::Gathered { token_of_row } else { 0 },
+        expert_offsets,
+        tiles,
+        num_tiles,
+    };
+    // SAFETY: the lengths were checked above, and a RoutingPlan's parts are those of one plan for
+    // its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    unsafe {
+        grouped_gemm_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, n, k, order, buffers)
+    }
 }
 
 /// [`grouped_gemm_fwd_into`] a new buffer.
@@ -116,9 +151,13 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
     k: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
-    w: &CudaView<'_, D>,
+    weights: LinearWeights<'_, D>,
 ) -> Result<CudaSlice<D>> {
-    PLAIN.launch_new(device, stream, plan, n, k, rows, x, w)
+    let len = product(OP, "rows * n", plan.shape().slots(), n)?;
+    // SAFETY: the operation writes every element.
+    let mut y = unsafe { alloc::<D>(OP, stream, len) }?;
+    grouped_gemm_fwd_into(device, stream, plan, n, k, rows, x, weights, &mut y.as_view_mut())?;
+    Ok(y)
 }
 
 /// [`grouped_gemm_fwd_into`] on addresses.
@@ -132,6 +171,7 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a width out of range,
 /// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+#[allow(clippy::too_many_arguments)]
 pub unsafe fn grouped_gemm_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -139,209 +179,141 @@ pub unsafe fn grouped_gemm_fwd_raw(
     shape: RoutingShape,
     n: usize,
     k: usize,
+    order: WeightOrder,
     buffers: GroupedGemmBuffers,
 ) -> Result<()> {
-    // SAFETY: the caller's promise.
-    unsafe { PLAIN.launch_raw(device, stream, dtype, shape, n, k, buffers) }
+    shape.check(OP)?;
+    let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } =
+        buffers;
+    for (name, address, bytes) in [
+        ("y", y, dtype.size()),
+        ("x", x, dtype.size()),
+        ("w", w, dtype.size()),
+        ("bias", bias, dtype.size()),
+        ("token_of_row", token_of_row, 4),
+        ("expert_offsets", expert_offsets, 4),
+        ("tiles", tiles, 4),
+        ("num_tiles", num_tiles, 4),
+    ] {
+        check_aligned(OP, name, address, bytes)?;
+    }
+    width(OP, "n", n)?;
+    width(OP, "k", k)?;
+    let layout = Layout { order, features: n, step: 1 };
+    let fast = layout.is_fast(dtype, k, &[x, w]);
+    let args = layout.args(OP, dtype, shape, n, k, y, fast)?;
+    if shape.num_tokens == 0 {
+        return Ok(());
+    }
+    let launch = launch(OP, dtype, shape, n, GEMM_BLOCK_N as usize)?;
+    let arguments = [
+        Argument::of(&y),
+        Argument::of(&x),
+        Argument::of(&w),
+        Argument::of(&bias),
+        Argument::of(&token_of_row),
+        Argument::of(&expert_offsets),
+        Argument::of(&tiles),
+        Argument::of(&num_tiles),
+        Argument::of(&args),
+    ];
+    let kernel = match order {
+        WeightOrder::InOut if fast => Kernel::GroupedGemmFwdInOut,
+        _ => Kernel::GroupedGemmFwd,
+    };
+    // SAFETY: the arguments follow moe_grouped_gemm_fwd and moe_grouped_gemm_fwd_in_out in
+    // kernels/grouped_gemm.cu; the caller vouches for the buffers; shape and widths were checked.
+    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
 }
 
-/// `act[r, i] = silu(gate) * up`, where `gate` is column `i` of row `r` times the expert's first `I`
-/// rows of `gate_up`, `up` the same with its last `I`, and `silu(g) = g / (1 + exp(-g))`.
-///
-/// `gate_up` is `[E, 2I, K]` and `act` is `[T * K, I]`. Everything up to `act` is f32. See
-/// [`grouped_gemm_fwd_into`] for the rest.
-///
-/// # Errors
-/// Those of [`grouped_gemm_fwd_into`].
-#[allow(clippy::too_many_arguments)]
-pub fn grouped_gemm_swiglu_fwd_into<D: Dtype>(
-    device: &Device,
-    stream: &CudaStream,
-    plan: &RoutingPlan<'_>,
-    intermediate: usize,
-    k: usize,
-    rows: Rows,
-    x: &CudaView<'_, D>,
-    gate_up: &CudaView<'_, D>,
-    act: &mut CudaViewMut<'_, D>,
-) -> Result<()> {
-    SWIGLU.launch_into(device, stream, plan, intermediate, k, rows, x, gate_up, act)
+// ---- What both products have in common ----------------------------------------------------------
+
+/// How the weights of an expert lie in their tensor.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    order: WeightOrder,
+    /// Features of an expert in the tensor.
+    features: usize,
+    /// From a feature to the next of its kind: 2 where gate and up take turns.
+    step: usize,
 }
 
-/// [`grouped_gemm_swiglu_fwd_into`] a new buffer.
-///
-/// # Errors
-/// Those of [`grouped_gemm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
-#[allow(clippy::too_many_arguments)]
-pub fn grouped_gemm_swiglu_fwd<D: Dtype + DeviceRepr>(
-    device: &Device,
-    stream: &Arc<CudaStream>,
-    plan: &RoutingPlan<'_>,
-    intermediate: usize,
-    k: usize,
-    rows: Rows,
-    x: &CudaView<'_, D>,
-    gate_up: &CudaView<'_, D>,
-) -> Result<CudaSlice<D>> {
-    SWIGLU.launch_new(device, stream, plan, intermediate, k, rows, x, gate_up)
-}
-
-/// [`grouped_gemm_swiglu_fwd_into`] on addresses.
-///
-/// # Safety
-/// As for [`grouped_gemm_fwd_raw`].
-///
-/// # Errors
-/// Those of [`grouped_gemm_fwd_raw`].
-pub unsafe fn grouped_gemm_swiglu_fwd_raw(
-    device: &Device,
-    stream: CUstream,
-    dtype: DType,
-    shape: RoutingShape,
-    intermediate: usize,
-    k: usize,
-    buffers: GroupedGemmBuffers,
-) -> Result<()> {
-    // SAFETY: the caller's promise.
-    unsafe { SWIGLU.launch_raw(device, stream, dtype, shape, intermediate, k, buffers) }
-}
-
-impl Variant {
-    #[allow(clippy::too_many_arguments)]
-    fn launch_into<D: Dtype>(
-        self,
-        device: &Device,
-        stream: &CudaStream,
-        plan: &RoutingPlan<'_>,
-        n: usize,
-        k: usize,
-        rows: Rows,
-        x: &CudaView<'_, D>,
-        w: &CudaView<'_, D>,
-        y: &mut CudaViewMut<'_, D>,
-    ) -> Result<()> {
-        let Self { op, parts, .. } = self;
-        let shape = plan.shape();
-        check_stream(op, device, stream)?;
-        plan.check_stream(op, stream)?;
-        let x_rows = match rows {
-            Rows::Gathered => shape.num_tokens,
-            Rows::Grouped => shape.slots(),
+impl Layout {
+    /// Whether rows of `x` and of the weights, in their own order, move in 16-byte pieces.
+    fn is_fast(self, dtype: DType, k: usize, addresses: &[CUdeviceptr]) -> bool {
+        let pitch = match self.order {
+            WeightOrder::OutIn => k,
+            WeightOrder::InOut => self.features,
         };
-        let matrix = product(op, "n * k", product(op, "parts * n", parts, n)?, k)?;
-        check_len(op, "x", x.len(), product(op, "rows of x * k", x_rows, k)?)?;
-        check_len(
-            op,
-            self.w,
-            w.len(),
-            product(op, "num_experts * n * k", shape.num_experts, matrix)?,
-        )?;
-        check_len(op, self.y, y.len(), product(op, "rows * n", shape.slots(), n)?)?;
-        let (token_of_row, expert_offsets) = (plan.token_of_row(), plan.expert_offsets());
-        let (tiles, num_tiles) = (plan.tiles(), plan.num_tiles());
-        let (y, _y_guard) = y.device_ptr_mut(stream);
-        let (x, _x_guard) = x.device_ptr(stream);
-        let (w, _w_guard) = w.device_ptr(stream);
-        let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
-        let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
-        let (tiles, _tiles_guard) = tiles.device_ptr(stream);
-        let (num_tiles, _num_tiles_guard) = num_tiles.device_ptr(stream);
-        let token_of_row = if rows == Rows::Gathered { token_of_row } else { 0 };
-        let buffers =
-            GroupedGemmBuffers { y, x, w, token_of_row, expert_offsets, tiles, num_tiles };
-        // SAFETY: the lengths were checked above, and a RoutingPlan's parts are those of one plan for
-        // its shape. The guards order the launch after earlier uses of the buffers and outlive it.
-        unsafe { self.launch_raw(device, stream.cu_stream(), D::DTYPE, shape, n, k, buffers) }
+        [k, pitch].iter().all(|width| vector_rows(width * dtype.size(), addresses))
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn launch_new<D: Dtype + DeviceRepr>(
+    /// The arguments of a product with `n` outputs; `fast` as [`is_fast`](Self::is_fast) says.
+    #[allow(clippy::too_many_arguments, reason = "each is a field")]
+    fn args(
         self,
-        device: &Device,
-        stream: &Arc<CudaStream>,
-        plan: &RoutingPlan<'_>,
-        n: usize,
-        k: usize,
-        rows: Rows,
-        x: &CudaView<'_, D>,
-        w: &CudaView<'_, D>,
-    ) -> Result<CudaSlice<D>> {
-        let len = product(self.op, "rows * n", plan.shape().slots(), n)?;
-        // SAFETY: the operation writes every element.
-        let mut y = unsafe { alloc::<D>(self.op, stream, len) }?;
-        self.launch_into(device, stream, plan, n, k, rows, x, w, &mut y.as_view_mut())?;
-        Ok(y)
-    }
-
-    /// # Safety
-    /// As for [`grouped_gemm_fwd_raw`].
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn launch_raw(
-        self,
-        device: &Device,
-        stream: CUstream,
+        op: &'static str,
         dtype: DType,
         shape: RoutingShape,
         n: usize,
         k: usize,
-        buffers: GroupedGemmBuffers,
-    ) -> Result<()> {
-        let Self { op, .. } = self;
-        shape.check(op)?;
-        let GroupedGemmBuffers { y, x, w, token_of_row, expert_offsets, tiles, num_tiles } =
-            buffers;
-        for (name, address, bytes) in [
-            (self.y, y, dtype.size()),
-            ("x", x, dtype.size()),
-            (self.w, w, dtype.size()),
-            ("token_of_row", token_of_row, 4),
-            ("expert_offsets", expert_offsets, 4),
-            ("tiles", tiles, 4),
-            ("num_tiles", num_tiles, 4),
-        ] {
-            check_aligned(op, name, address, bytes)?;
-        }
-        let args = GroupedGemmArgs {
+        y: CUdeviceptr,
+        fast: bool,
+    ) -> Result<GroupedGemmArgs> {
+        let Self { order, features, step } = self;
+        let (feature_stride, k_stride) = match order {
+            WeightOrder::OutIn => (product(op, "k", step, k)?, 1),
+            WeightOrder::InOut => (step, features),
+        };
+        Ok(GroupedGemmArgs {
+            // Widths are at most 2^30, so that twice their product fits.
+            expert_stride: features as i64 * k as i64,
+            feature_stride: int(op, "k", feature_stride)?,
+            k_stride: int(op, "n", k_stride)?,
             rows: int(op, "num_tokens * top_k", shape.slots())?,
-            n: width(op, self.n, n)?,
-            k: width(op, "k", k)?,
+            n: int(op, "n", n)?,
+            k: int(op, "k", k)?,
             num_experts: int(op, "num_experts", shape.num_experts)?,
-            vector_load: vector_rows(k * dtype.size(), &[x, w]).into(),
+            vector_load: fast.into(),
             vector_store: vector_rows(n * dtype.size(), &[y]).into(),
-        };
-        if shape.num_tokens == 0 {
-            return Ok(());
-        }
-        let launch = Launch {
-            grid: [self.blocks(shape, n)?, 1, 1],
-            threads: match dtype {
-                DType::F32 => GEMM_THREADS_FMA,
-                DType::F16 | DType::BF16 => GEMM_THREADS_MMA,
-            } as u32,
-            shared_bytes: GROUPED_GEMM_SMEM_BYTES as u32,
-        };
-        let arguments = [
-            Argument::of(&y),
-            Argument::of(&x),
-            Argument::of(&w),
-            Argument::of(&token_of_row),
-            Argument::of(&expert_offsets),
-            Argument::of(&tiles),
-            Argument::of(&num_tiles),
-            Argument::of(&args),
-        ];
-        // SAFETY: the arguments follow moe_grouped_gemm_fwd and moe_grouped_gemm_fwd_swiglu in
-        // kernels/grouped_gemm.cu; the caller vouches for the buffers; shape and widths were checked.
-        unsafe { device.launch(stream, self.kernel, dtype, launch, &arguments) }
+        })
     }
+}
 
-    /// Blocks for as many tiles as any routing can make, in whole groups. A tile has a row at least, and
-    /// every expert at most one that is short.
-    fn blocks(self, shape: RoutingShape, n: usize) -> Result<u32> {
-        let slots = shape.slots();
-        let tiles = slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts);
-        let columns = GEMM_BLOCK_N as usize / self.parts;
-        let blocks = tiles.next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
-        Ok(int(self.op, "number of blocks", blocks)? as u32)
-    }
+/// Holds `x` against what `rows` says of it.
+fn check_rows<D>(
+    op: &'static str,
+    shape: RoutingShape,
+    rows: Rows,
+    k: usize,
+    x: &CudaView<'_, D>,
+) -> Result<()> {
+    let x_rows = match rows {
+        Rows::Gathered => shape.num_tokens,
+        Rows::Grouped => shape.slots(),
+    };
+    check_len(op, "x", x.len(), product(op, "rows of x * k", x_rows, k)?)
+}
+
+/// Blocks of `columns` outputs for as many tiles as any routing can make, in whole groups. A tile has
+/// a row at least, and every expert at most one that is short.
+fn launch(
+    op: &'static str,
+    dtype: DType,
+    shape: RoutingShape,
+    n: usize,
+    columns: usize,
+) -> Result<Launch> {
+    let slots = shape.slots();
+    let tiles = slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts);
+    let blocks = tiles.next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
+    let threads = match dtype {
+        DType::F32 => GEMM_THREADS_FMA,
+        DType::F16 | DType::BF16 => GEMM_THREADS_MMA,
+    };
+    Ok(Launch {
+        grid: [int(op, "number of blocks", blocks)? as u32, 1, 1],
+        threads: threads as u32,
+        shared_bytes: GROUPED_GEMM_SMEM_BYTES as u32,
+    })
 }

@@ -46,6 +46,9 @@ pub trait Accum:
     /// The same number; every [`Dtype`] is contained in both types.
     fn from_dtype<D: Dtype>(value: D) -> Self;
 
+    /// The nearest of these numbers.
+    fn nearest(value: f64) -> Self;
+
     /// The nearest element, ties to even.
     fn round<D: Dtype>(self) -> D;
 
@@ -54,6 +57,12 @@ pub trait Accum:
 
     /// `e` to the power of this number.
     fn exp(self) -> Self;
+
+    /// The hyperbolic tangent.
+    fn tanh(self) -> Self;
+
+    /// 1 less the error function.
+    fn erfc(self) -> Self;
 
     /// The number without its sign.
     fn abs(self) -> Self;
@@ -71,6 +80,10 @@ impl Accum for f32 {
         value.to_f32()
     }
 
+    fn nearest(value: f64) -> f32 {
+        value as f32
+    }
+
     fn round<D: Dtype>(self) -> D {
         D::from_f32(self)
     }
@@ -81,6 +94,14 @@ impl Accum for f32 {
 
     fn exp(self) -> f32 {
         f32::exp(self)
+    }
+
+    fn tanh(self) -> f32 {
+        f32::tanh(self)
+    }
+
+    fn erfc(self) -> f32 {
+        libm::erfcf(self)
     }
 
     fn abs(self) -> f32 {
@@ -111,6 +132,10 @@ impl Accum for f64 {
         value.to_f64()
     }
 
+    fn nearest(value: f64) -> f64 {
+        value
+    }
+
     fn round<D: Dtype>(self) -> D {
         D::from_f64(self)
     }
@@ -121,6 +146,14 @@ impl Accum for f64 {
 
     fn exp(self) -> f64 {
         f64::exp(self)
+    }
+
+    fn tanh(self) -> f64 {
+        f64::tanh(self)
+    }
+
+    fn erfc(self) -> f64 {
+        libm::erfc(self)
     }
 
     fn abs(self) -> f64 {

@@ -16,10 +16,9 @@
 //!   summation, for blocks, and for tensor cores that cut instead of rounding. Up to `K = 16` it is
 //!   the worst case itself. It is still tight: one product of typical size, `S / K`, is more than
 //!   it up to `K = 26000`.
-//! - **SwiGLU**, `silu(g) * u'`: with `|silu'| <= 1.1`, errors `dg` and `du` of the sums make it
-//!   off by at most `1.1 * dg * (|u'| + du) + |silu(g)| * du`. Evaluating `silu` itself costs a few
-//!   units, and as many more as `exp` loses by rounding its argument: `(8 + 2 * |g|) * u`. Where
-//!   `exp(-g)` overflows f32, `silu(g)` comes out as 0, which is off by less than `2^-120`.
+//! - **A bias**, and a routing weight that multiplies a sum, cost one unit each of what they make.
+//! - **Activations** are as steep as they are, and cost what their evaluation does: see
+//!   `bound/activation.rs`.
 //! - **Weights** of the router are computed in intervals, which hold what each of its operations may
 //!   round to.
 //! - **Combine** is a sum of `K` products as above.
@@ -31,13 +30,16 @@
 //! The bounds know nothing of overflow on the way: a 16-bit `act` that becomes infinite is a
 //! failure.
 
+mod activation;
+mod grouped_gemm;
 mod interval;
 
+pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up};
 use interval::Interval;
 
 use super::accum::Element;
 use super::combine::combine_fwd;
-use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_magnitude, silu};
+use super::expert_weights::{GateUpWeights, LinearWeights};
 use super::layer::route_and_plan;
 use super::plan::Plan;
 use super::route::{RouteInputs, Routing, route_in};
@@ -45,6 +47,7 @@ use crate::config::{MoeConfig, RouterConfig};
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
+use grouped_gemm::grouped_gemm_magnitude;
 
 /// The `c` of the bound on a sum; the module says why 4.
 pub const SUM: f64 = 4.0;
@@ -119,54 +122,6 @@ pub fn route<D: Dtype>(
     Ok((Routing { expert_ids, weights }, bound))
 }
 
-/// [`grouped_gemm_fwd`] with its result stored as `out`.
-///
-/// # Errors
-/// Those of [`grouped_gemm_fwd`].
-pub fn grouped_gemm<D: Dtype>(
-    plan: &Plan,
-    n: usize,
-    k: usize,
-    x: &[impl Element<f64>],
-    w: &[D],
-    gather: bool,
-    out: DType,
-) -> Result<Bounded> {
-    let value = grouped_gemm_fwd::<f64, D>(plan, n, k, x, w, gather)?;
-    let magnitude = grouped_gemm_magnitude(plan, n, k, x, w, gather)?;
-    let errors = magnitude.iter().map(|s| sum_error(k, *s)).collect();
-    Ok(Bounded { bound: stored(&value, errors, out), value })
-}
-
-/// [`grouped_gemm_swiglu_fwd`](super::grouped_gemm_swiglu_fwd) with its result stored as `out`.
-///
-/// # Errors
-/// Those of [`grouped_gemm_fwd`].
-pub fn grouped_gemm_swiglu<D: Dtype>(
-    plan: &Plan,
-    intermediate: usize,
-    k: usize,
-    x: &[impl Element<f64>],
-    gate_up: &[D],
-    gather: bool,
-    out: DType,
-) -> Result<Bounded> {
-    let n = 2 * intermediate;
-    let sums = grouped_gemm_fwd::<f64, D>(plan, n, k, x, gate_up, gather)?;
-    let magnitudes = grouped_gemm_magnitude(plan, n, k, x, gate_up, gather)?;
-    let (mut value, mut errors) = (Vec::new(), Vec::new());
-    for (sums, magnitudes) in sums.chunks_exact(n).zip(magnitudes.chunks_exact(n)) {
-        for i in 0..intermediate {
-            let (gate, up) = (sums[i], sums[intermediate + i]);
-            let gate_error = sum_error(k, magnitudes[i]);
-            let up_error = sum_error(k, magnitudes[intermediate + i]);
-            value.push(silu(gate) * up);
-            errors.push(swiglu_error(gate, gate_error, up, up_error));
-        }
-    }
-    Ok(Bounded { bound: stored(&value, errors, out), value })
-}
-
 /// [`combine_fwd`] with its result stored as `out`.
 ///
 /// # Errors
@@ -202,7 +157,18 @@ pub fn moe_layer<D: Dtype>(
     let (hidden, intermediate) = (config.hidden, config.intermediate);
     let weights = &routing.weights;
 
-    let act = grouped_gemm_swiglu(&plan, intermediate, hidden, x, gate_up, true, D::DTYPE)?;
+    let (gate_up, down) = (GateUpWeights::fused(gate_up), LinearWeights::new(down));
+    let act = grouped_gemm_gate_up(
+        &plan,
+        &config.experts,
+        intermediate,
+        hidden,
+        x,
+        gate_up,
+        None,
+        true,
+        D::DTYPE,
+    )?;
     let yp = grouped_gemm(&plan, hidden, intermediate, &act.value, down, false, D::DTYPE)?;
     let from_act = grouped_gemm_magnitude(&plan, hidden, intermediate, &act.bound, down, false)?;
     // What is off in `act` is stored, summed and rounded again; 1 % is ample for those second
@@ -226,15 +192,6 @@ fn sum_error(k: usize, s: f64) -> f64 {
     SUM * k.sqrt() * U * s + k * U * DType::F32.min_positive()
 }
 
-/// The error of `silu(gate) * up`, given those of `gate` and `up`.
-fn swiglu_error(gate: f64, gate_error: f64, up: f64, up_error: f64) -> f64 {
-    const STEEPEST: f64 = 1.1;
-    let flushed = 2f64.powi(-120);
-    let up_most = up.abs() + up_error;
-    let own = (8.0 + 2.0 * gate.abs()) * U * silu(gate).abs() + flushed;
-    (STEEPEST * gate_error + own) * up_most + silu(gate).abs() * up_error
-}
-
 /// Adds what storing costs: half a unit in the last place of the number that is stored.
 fn stored(value: &[f64], errors: Vec<f64>, out: DType) -> Vec<f64> {
     let u = out.unit_roundoff();
@@ -251,11 +208,12 @@ fn magnitudes<X: Element<f64>>(values: &[X]) -> Vec<f64> {
 mod tests {
     use half::{bf16, f16};
 
-    use super::super::grouped_gemm::grouped_gemm_swiglu_fwd;
+    use super::super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
     use super::super::layer::{moe_layer_fwd, round};
     use super::super::plan::plan_fwd;
     use super::super::sample::Sampler;
     use super::*;
+    use crate::config::ExpertConfig;
 
     fn worst<D: Dtype>(bounded: &Bounded, got: &[D]) -> f64 {
         bounded.worst(got).map_or(0.0, |(_, excess)| excess)
@@ -276,7 +234,8 @@ mod tests {
 
     fn check_sum<D: Dtype>(k: usize) {
         let (plan, x, w) = one_row::<D>(20, k);
-        let bounded = grouped_gemm(&plan, 20, k, &x, &w, true, D::DTYPE).unwrap();
+        let bounded =
+            grouped_gemm(&plan, 20, k, &x, LinearWeights::new(&w), true, D::DTYPE).unwrap();
         let mut got: Vec<D> = w.chunks(k).map(|w| D::from_f32(sum_in_order(&x, w))).collect();
         assert!(worst(&bounded, &got) <= 1.0);
         // One product of typical size is left out of one sum.
@@ -304,7 +263,8 @@ mod tests {
             let (plan, x, w) = one_row::<f32>(50, k);
             let positive = |values: Vec<f32>| values.into_iter().map(f32::abs).collect::<Vec<_>>();
             let (x, w) = (positive(x), positive(w));
-            let bounded = grouped_gemm(&plan, 50, k, &x, &w, true, DType::F32).unwrap();
+            let bounded =
+                grouped_gemm(&plan, 50, k, &x, LinearWeights::new(&w), true, DType::F32).unwrap();
             let got: Vec<f32> = w.chunks(k).map(|w| sum_in_order(&x, w)).collect();
             assert!(worst(&bounded, &got) <= 1.0, "K {k}");
         }
@@ -314,12 +274,17 @@ mod tests {
         let (n, k) = (60, 90);
         let (plan, x, w) = one_row::<D>(2 * n, k);
         let x: Vec<D> = x.iter().map(|x| D::from_f64(scale * x.to_f64())).collect();
-        let bounded = grouped_gemm_swiglu(&plan, n, k, &x, &w, true, D::DTYPE).unwrap();
+        let (experts, gate_up) = (ExpertConfig::default(), GateUpWeights::fused(&w[..]));
+        let bounded =
+            grouped_gemm_gate_up(&plan, &experts, n, k, &x, gate_up, None, true, D::DTYPE).unwrap();
         let sums: Vec<f32> = w.chunks(k).map(|w| sum_in_order(&x, w)).collect();
         let swiglu = |gate: f32, up: f32| D::from_f32(gate / (1.0 + (-gate).exp()) * up);
         let got: Vec<D> = (0..n).map(|i| swiglu(sums[i], sums[n + i])).collect();
         assert!(worst(&bounded, &got) <= 1.0, "scale {scale}: {}", worst(&bounded, &got));
-        let fast = grouped_gemm_swiglu_fwd::<f32, D>(&plan, n, k, &x, &w, true).unwrap();
+        let none = None::<&[f32]>;
+        let fast =
+            grouped_gemm_gate_up_fwd::<f32, D>(&plan, &experts, n, k, &x, gate_up, none, true)
+                .unwrap();
         assert!(worst(&bounded, &round::<f32, D>(&fast)) <= 1.0);
         // Without the silu.
         let got: Vec<D> = (0..n).map(|i| D::from_f32(sums[i] * sums[n + i])).collect();
@@ -333,14 +298,6 @@ mod tests {
             check_swiglu::<bf16>(scale);
             check_swiglu::<f16>(scale.min(5.0));
         }
-    }
-
-    #[test]
-    fn silu_is_never_steeper() {
-        let slope = |x: f64| (silu(x + 1e-6) - silu(x - 1e-6)) / 2e-6;
-        let steepest =
-            (-40_000..40_000).map(|i| slope(f64::from(i) * 1e-3).abs()).fold(0.0, f64::max);
-        assert!((1.09..1.1).contains(&steepest), "{steepest}");
     }
 
     #[test]
@@ -391,8 +348,12 @@ mod tests {
         let [x, logits, gate_up, down] = inputs;
         let (routing, plan) = route_and_plan::<f32, D>(config, x, logits).unwrap();
         let (h, i) = (config.hidden, config.intermediate);
-        let act: Vec<D> =
-            round(&grouped_gemm_swiglu_fwd::<f32, D>(&plan, i, h, x, gate_up, true).unwrap());
+        let (gate_up, down) = (GateUpWeights::fused(&gate_up[..]), LinearWeights::new(&down[..]));
+        let (experts, none) = (&config.experts, None::<&[f32]>);
+        let act: Vec<D> = round(
+            &grouped_gemm_gate_up_fwd::<f32, D>(&plan, experts, i, h, x, gate_up, none, true)
+                .unwrap(),
+        );
         let yp: Vec<D> =
             round(&grouped_gemm_fwd::<f32, D>(&plan, h, i, &act, down, false).unwrap());
         let mut weights = routing.weights;

@@ -1,23 +1,26 @@
-//! Each row times the weights of its expert: `y[r, :] = x_row * transpose(w[e])` for the rows `r`
-//! of expert `e`, and the same followed by SwiGLU.
+//! Each row times the weights of its expert: `y[r, :] = x_row * transpose(w[e]) + bias[e]` for the rows
+//! `r` of expert `e`, and the first half of an expert: two such products, and the activation.
 //!
 //! The readable form is the triple loop in this file's tests. What stands here computes the same in
 //! blocks: some rows of one expert, times some columns. The weights of one such panel are widened
-//! to `A` where they are narrower, so a whole widened copy never exists; the product is a call of
-//! the GEMM crate. Blocks depend on the shape alone and each output element belongs to one of them,
-//! so results do not depend on the number of threads.
+//! to `A` and put in order where they are not so, so a whole copy never exists; the product is a call
+//! of the GEMM crate. Blocks depend on the shape alone and each output element belongs to one of
+//! them, so results do not depend on the number of threads.
 
 use rayon::prelude::*;
 
 use super::accum::{Accum, Element, widened};
+use super::activation::activate;
+use super::expert_weights::{GateUpWeights, LinearWeights, Part, Place, weights_of_rows};
 use super::plan::Plan;
+use crate::config::{ExpertConfig, WeightPosition};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
 use crate::matmul::matmul_transposed;
 
-/// Rows of `x` times the weights of their expert: `w` `[E, N, K]` to `y` `[R, N]`. With `gather`,
-/// `x` is `[T, K]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, K]`. Rows past those
-/// in use are zero.
+/// Rows of `x` times the weights of their expert, plus its bias: to `y` `[R, N]`. With `gather`, `x` is
+/// `[T, K]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, K]`. Rows past those in use
+/// are zero.
 ///
 /// # Errors
 /// A length that is not the shape's, a width of 0, or a plan of other tokens.
@@ -26,66 +29,85 @@ pub fn grouped_gemm_fwd<A: Accum, D: Dtype>(
     n: usize,
     k: usize,
     x: &[impl Element<A>],
-    w: &[D],
+    weights: LinearWeights<'_, D>,
     gather: bool,
 ) -> Result<Vec<A>> {
-    let operands =
-        Operands { op: "grouped_gemm_fwd", plan, k, x, w, gather, values: Values::Signed };
-    operands.multiply(n, |[y]| y)
+    let op = "grouped_gemm_fwd";
+    let part = Part::of_linear(op, plan, n, k, weights)?;
+    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
+    operands.multiply([part], n, |at, [y]| y + part.bias_at(at))
 }
 
-/// The expert's first half: `act` `[R, I]` = `silu(gate) * up`, where `gate` are the columns `0..I`
-/// of `x` times `gate_up` `[E, 2I, K]` and `up` the columns `I..2I`. See [`grouped_gemm_fwd`] for
-/// `gather`.
+/// The first half of an expert: `act` `[R, I]` = `activate(gate, up)`, where both are products as in
+/// [`grouped_gemm_fwd`], and of which there is only up without a gate. `weights` `[T, K]` are those of
+/// the routing if they multiply the input (as they do here the sums) or what the activation returns.
 ///
 /// # Errors
-/// A length that is not the shape's, a width of 0, or a plan of other tokens.
-pub fn grouped_gemm_swiglu_fwd<A: Accum, D: Dtype>(
+/// A configuration out of range, a length that is not the shape's, a width of 0, a plan of other
+/// tokens, and weights, biases or tensors that are not those of the configuration.
+#[allow(clippy::too_many_arguments, reason = "those of the operation")]
+pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
+    experts: &ExpertConfig,
     intermediate: usize,
     k: usize,
     x: &[impl Element<A>],
-    gate_up: &[D],
+    gate_up: GateUpWeights<'_, D>,
+    weights: Option<&[impl Element<A>]>,
     gather: bool,
 ) -> Result<Vec<A>> {
-    let op = "grouped_gemm_swiglu_fwd";
-    let operands = Operands { op, plan, k, x, w: gate_up, gather, values: Values::Signed };
-    operands.multiply(intermediate, |[gate, up]| silu(gate) * up)
+    let op = "grouped_gemm_gate_up_fwd";
+    let (gate, up) = Part::of_gate_up(op, plan, experts, intermediate, k, gate_up)?;
+    let weights = weights_of_rows(op, plan, experts, weights)?;
+    let (before, after) = match experts.weight_position {
+        WeightPosition::Inside => (None, weights.as_deref()),
+        WeightPosition::Output | WeightPosition::Input => (weights.as_deref(), None),
+    };
+    let times = |weights: Option<&[A]>, row: usize, value: A| match weights {
+        Some(weights) => weights[row] * value,
+        None => value,
+    };
+    let finish = |at: Place, gate: Option<A>, up: A| {
+        times(after, at.row, activate(&experts.activation, gate, up))
+    };
+    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
+    let sum =
+        |part: Part<'_, D>, at: Place, sum| times(before, at.row, sum) + part.bias_at::<A>(at);
+    match gate {
+        Some(gate) => operands.multiply([gate, up], intermediate, |at, [g, u]| {
+            finish(at, Some(sum(gate, at, g)), sum(up, at, u))
+        }),
+        None => operands.multiply([up], intermediate, |at, [u]| finish(at, None, sum(up, at, u))),
+    }
 }
 
-/// The magnitude `sum over i of |x_i * w_i|` of each element that [`grouped_gemm_fwd`] computes.
-pub(super) fn grouped_gemm_magnitude<D: Dtype>(
+/// The sums of one part alone, or their magnitudes `sum over i of |x_i * w_i|`, and no bias.
+pub(super) fn sums<D: Dtype>(
     plan: &Plan,
-    n: usize,
+    width: usize,
     k: usize,
     x: &[impl Element<f64>],
-    w: &[D],
+    part: Part<'_, D>,
     gather: bool,
+    values: Values,
 ) -> Result<Vec<f64>> {
-    let operands =
-        Operands { op: "grouped_gemm_magnitude", plan, k, x, w, gather, values: Values::Absolute };
-    operands.multiply(n, |[y]| y)
-}
-
-/// `x` over `1 + exp(-x)`.
-pub(super) fn silu<A: Accum>(x: A) -> A {
-    x / (A::ONE + (-x).exp())
+    let operands = Operands { op: "grouped_gemm", plan, k, x, gather, values };
+    operands.multiply([part], width, |_, [y]| y)
 }
 
 /// Whether a product is of the numbers or of their magnitudes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Values {
+pub(super) enum Values {
     Signed,
     Absolute,
 }
 
-/// What a grouped GEMM reads.
-struct Operands<'a, X, D> {
+/// What a grouped GEMM reads besides weights.
+struct Operands<'a, X> {
     op: &'static str,
     plan: &'a Plan,
     k: usize,
     x: &'a [X],
-    w: &'a [D],
     gather: bool,
     values: Values,
 }
@@ -106,36 +128,34 @@ struct Scratch<A> {
     products: Vec<A>,
 }
 
-impl<X, D: Dtype> Operands<'_, X, D> {
-    /// `y[r, j] = epilogue` of the products of row `r` with the rows `j`, `j + width`, ... of the
-    /// weights `w` `[E, PARTS * width, K]` of its expert.
-    fn multiply<A: Accum, const PARTS: usize>(
+impl<X> Operands<'_, X> {
+    /// `y[r, j] = epilogue` of the products of row `r` with feature `j` of each part.
+    fn multiply<A: Accum, D: Dtype, const PARTS: usize>(
         &self,
+        parts: [Part<'_, D>; PARTS],
         width: usize,
-        epilogue: impl Fn([A; PARTS]) -> A + Sync,
+        epilogue: impl Fn(Place, [A; PARTS]) -> A + Sync,
     ) -> Result<Vec<A>>
     where
         X: Element<A>,
     {
-        self.check(PARTS, width)?;
+        self.check(width)?;
         let mut y = vec![A::ZERO; product(self.op, "rows * width", self.plan.rows(), width)?];
         self.blocks(width, &mut y)
             .into_par_iter()
-            .try_for_each(|block| self.multiply_block(block, width, &epilogue))?;
+            .try_for_each(|block| self.multiply_block(block, &parts, width, &epilogue))?;
         Ok(y)
     }
 
-    fn check(&self, parts: usize, width: usize) -> Result<()> {
+    /// The parts have been held against the plan and the widths.
+    fn check(&self, width: usize) -> Result<()> {
         let Self { op, plan, k, .. } = *self;
-        plan.check(op)?;
         for (argument, value) in [("width", width), ("k", k)] {
             if value == 0 {
                 let wanted = "at least 1".to_string();
                 return Err(Error::Unsupported { op, argument, wanted, got: value.to_string() });
             }
         }
-        let matrix = product(op, "N * K", product(op, "parts * width", parts, width)?, k)?;
-        check_len(op, "w", self.w.len(), product(op, "E * N * K", plan.num_experts(), matrix)?)?;
         if !self.gather {
             return check_len(op, "x", self.x.len(), product(op, "R * K", plan.rows(), k)?);
         }
@@ -165,26 +185,27 @@ impl<X, D: Dtype> Operands<'_, X, D> {
         blocks
     }
 
-    fn multiply_block<A: Accum, const PARTS: usize>(
+    fn multiply_block<A: Accum, D: Dtype, const PARTS: usize>(
         &self,
         block: Block<'_, A>,
+        parts: &[Part<'_, D>; PARTS],
         width: usize,
-        epilogue: &(impl Fn([A; PARTS]) -> A + Sync),
+        epilogue: &(impl Fn(Place, [A; PARTS]) -> A + Sync),
     ) -> Result<()>
     where
         X: Element<A>,
     {
         let k = self.k;
-        let num_rows = block.y.len() / width;
+        let Block { expert, first_row, y } = block;
+        let num_rows = y.len() / width;
         let mut buffer = Vec::new();
-        let x = self.rows::<A>(block.first_row, num_rows, &mut buffer);
-        let matrix = &self.w[block.expert * PARTS * width * k..][..PARTS * width * k];
+        let x = self.rows::<A>(first_row, num_rows, &mut buffer);
 
         let columns = panel_columns(num_rows);
         let new_panel = || Vec::with_capacity(num_rows);
         let mut panels: Vec<Vec<&mut [A]>> =
             (0..width.div_ceil(columns)).map(|_| new_panel()).collect();
-        for row in block.y.chunks_mut(width) {
+        for row in y.chunks_mut(width) {
             for (panel, piece) in panels.iter_mut().zip(row.chunks_mut(columns)) {
                 panel.push(piece);
             }
@@ -199,18 +220,18 @@ impl<X, D: Dtype> Operands<'_, X, D> {
                 let columns = columns.min(width - first);
                 let tile = num_rows * columns;
                 scratch.products.resize(PARTS * tile, A::ZERO);
-                for part in 0..PARTS {
-                    let w = &matrix[(part * width + first) * k..][..columns * k];
-                    let w = self.read(w, &mut scratch.weights);
-                    let products = &mut scratch.products[part * tile..][..tile];
+                for (part, products) in parts.iter().zip(scratch.products.chunks_mut(tile)) {
+                    let features = first..first + columns;
+                    let w = part.panel(expert, features, k, self.values, &mut scratch.weights);
                     // Weights times `x`, hence [columns, rows]: the crate is faster at it that way
                     // round.
                     matmul_transposed([columns, num_rows, k], w, x, products)?;
                 }
                 for (row, piece) in pieces.into_iter().enumerate() {
                     for (column, y) in piece.iter_mut().enumerate() {
+                        let place = Place { expert, row: first_row + row, column: first + column };
                         let at = |part| scratch.products[part * tile + column * num_rows + row];
-                        *y = epilogue(std::array::from_fn(at));
+                        *y = epilogue(place, std::array::from_fn(at));
                     }
                 }
                 Ok(())
@@ -225,7 +246,7 @@ impl<X, D: Dtype> Operands<'_, X, D> {
     {
         let k = self.k;
         if !self.gather {
-            return self.read(&self.x[first * k..][..count * k], buffer);
+            return self.values.read(&self.x[first * k..][..count * k], buffer);
         }
         buffer.resize(count * k, A::ZERO);
         let tokens = &self.plan.token_of_row[first..][..count];
@@ -235,27 +256,27 @@ impl<X, D: Dtype> Operands<'_, X, D> {
         }
         buffer
     }
+}
 
+impl Values {
     /// The elements, or their magnitudes, as `A`; in `buffer` where they are not so already.
-    fn read<'s, A: Accum, V: Element<A>>(
-        &self,
+    pub(super) fn read<'s, A: Accum, V: Element<A>>(
+        self,
         values: &'s [V],
         buffer: &'s mut Vec<A>,
     ) -> &'s [A] {
-        match self.values {
+        match self {
             Values::Signed => widened(values, buffer),
             Values::Absolute => {
                 buffer.resize(values.len(), A::ZERO);
                 V::widen_slice(values, buffer);
-                self.values.apply(buffer);
+                self.apply(buffer);
                 buffer
             }
         }
     }
-}
 
-impl Values {
-    fn apply<A: Accum>(self, values: &mut [A]) {
+    pub(super) fn apply<A: Accum>(self, values: &mut [A]) {
         if self == Values::Absolute {
             values.iter_mut().for_each(|value| *value = value.abs());
         }
@@ -279,7 +300,7 @@ mod tests {
     use super::*;
     use crate::shape::RoutingShape;
 
-    /// The operation as its mathematics reads, in f64.
+    /// The product as its mathematics reads, in f64.
     fn triple_loop<D: Dtype>(plan: &Plan, n: usize, k: usize, xp: &[D], w: &[D]) -> Vec<f64> {
         let mut y = vec![0.0; plan.rows() * n];
         for expert in 0..plan.num_experts() {
@@ -319,28 +340,37 @@ mod tests {
         let want = triple_loop(&plan, n, k, &xp, &w);
         let (double, single) = (1e-14 * k as f64, 1e-6 * k as f64);
 
-        let gathered = grouped_gemm_fwd::<f64, D>(&plan, n, k, &x, &w, true).unwrap();
+        let linear = LinearWeights::new(&w[..]);
+        let gathered = grouped_gemm_fwd::<f64, D>(&plan, n, k, &x, linear, true).unwrap();
         assert_close(&gathered, &want, double);
-        let permuted = grouped_gemm_fwd::<f64, D>(&plan, n, k, &xp, &w, false).unwrap();
+        let permuted = grouped_gemm_fwd::<f64, D>(&plan, n, k, &xp, linear, false).unwrap();
         assert_eq!(gathered, permuted);
-        let got = grouped_gemm_fwd::<f32, D>(&plan, n, k, &x, &w, true).unwrap();
+        let got = grouped_gemm_fwd::<f32, D>(&plan, n, k, &x, linear, true).unwrap();
         assert_close(&got, &want, single);
-        assert_eq!(grouped_gemm_fwd::<f32, D>(&plan, n, k, &xp, &w, false).unwrap(), got);
+        assert_eq!(grouped_gemm_fwd::<f32, D>(&plan, n, k, &xp, linear, false).unwrap(), got);
         // Rows of the accumulation type, as the layer's second product has them.
         let wide: Vec<f64> = xp.iter().map(|x| x.to_f64()).collect();
-        assert_eq!(grouped_gemm_fwd::<f64, D>(&plan, n, k, &wide, &w, false).unwrap(), permuted);
+        let got = grouped_gemm_fwd::<f64, D>(&plan, n, k, &wide, linear, false).unwrap();
+        assert_eq!(got, permuted);
 
         let swiglu = |y: &[f64]| -> Vec<f64> {
             let silu = |gate: f64| gate / (1.0 + (-gate).exp());
             (0..half_n).map(|i| silu(y[i]) * y[half_n + i]).collect()
         };
         let act: Vec<f64> = want.chunks(n).flat_map(swiglu).collect();
-        let got = grouped_gemm_swiglu_fwd::<f64, D>(&plan, half_n, k, &x, &w, true).unwrap();
+        let (experts, gate_up) = (ExpertConfig::default(), GateUpWeights::fused(&w[..]));
+        let none = None::<&[f64]>;
+        let got: Vec<f64> =
+            grouped_gemm_gate_up_fwd(&plan, &experts, half_n, k, &x, gate_up, none, true).unwrap();
         assert_close(&got, &act, 10.0 * k as f64 * double);
-        let got = grouped_gemm_swiglu_fwd::<f32, D>(&plan, half_n, k, &xp, &w, false).unwrap();
+        let none = None::<&[f32]>;
+        let got: Vec<f32> =
+            grouped_gemm_gate_up_fwd(&plan, &experts, half_n, k, &xp, gate_up, none, false)
+                .unwrap();
         assert_close(&got, &act, 10.0 * k as f64 * single);
 
-        let magnitude = grouped_gemm_magnitude(&plan, n, k, &x, &w, true).unwrap();
+        let part = Part::of_linear("test", &plan, n, k, linear).unwrap();
+        let magnitude = sums(&plan, n, k, &x, part, true, Values::Absolute).unwrap();
         let positive = |values: &[D]| -> Vec<D> {
             values.iter().map(|value| D::from_f64(value.to_f64().abs())).collect()
         };
@@ -373,7 +403,8 @@ mod tests {
         let w: Vec<bf16> = sampler.elements(shape.num_experts * n * k);
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| grouped_gemm_fwd::<f32, bf16>(&plan, n, k, &x, &w, true).unwrap())
+            let w = LinearWeights::new(&w[..]);
+            pool.install(|| grouped_gemm_fwd::<f32, bf16>(&plan, n, k, &x, w, true).unwrap())
         };
         let bits = |y: Vec<f32>| -> Vec<u32> { y.into_iter().map(f32::to_bits).collect() };
         let one = bits(run(1));
@@ -384,12 +415,11 @@ mod tests {
     fn unused_rows_are_not_read() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 1, top_k: 1 };
         let plan = plan_fwd(&shape, 64, &[7, 0]).unwrap();
-        let y =
-            grouped_gemm_fwd::<f32, f32>(&plan, 1, 1, &[f32::NAN, 3.0], &[2.0f32], true).unwrap();
-        assert_eq!(y, [6.0, 0.0]);
-        let y = grouped_gemm_fwd::<f32, f32>(&plan, 1, 1, &[3.0f32, f32::NAN], &[2.0f32], false)
-            .unwrap();
-        assert_eq!(y, [6.0, 0.0]);
+        let run = |x: [f32; 2], gather| {
+            grouped_gemm_fwd::<f32, f32>(&plan, 1, 1, &x, LinearWeights::new(&[2.0]), gather)
+        };
+        assert_eq!(run([f32::NAN, 3.0], true).unwrap(), [6.0, 0.0]);
+        assert_eq!(run([3.0, f32::NAN], false).unwrap(), [6.0, 0.0]);
     }
 
     #[test]
@@ -397,8 +427,8 @@ mod tests {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let plan = plan_fwd(&shape, 64, &[0, 1]).unwrap();
         let run = |n, k, x: usize, w: usize, gather| {
-            grouped_gemm_fwd::<f32, f32>(&plan, n, k, &vec![0.0f32; x], &vec![0.0; w], gather)
-                .is_ok()
+            let (x, w) = (vec![0.0f32; x], vec![0.0f32; w]);
+            grouped_gemm_fwd::<f32, f32>(&plan, n, k, &x, LinearWeights::new(&w), gather).is_ok()
         };
         assert!(run(3, 4, 8, 24, true) && run(3, 4, 8, 24, false));
         assert!(!run(3, 4, 8, 23, true) && !run(3, 4, 9, 24, true) && !run(3, 4, 4, 24, true));

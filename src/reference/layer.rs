@@ -2,7 +2,8 @@
 
 use super::accum::{Accum, Element};
 use super::combine::combine_fwd;
-use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
+use super::expert_weights::{GateUpWeights, LinearWeights};
+use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
 use super::plan::{Plan, plan_fwd};
 use super::route::{RouteInputs, Routing, route_fwd};
 use crate::config::MoeConfig;
@@ -26,7 +27,17 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
     let (routing, plan) = route_and_plan::<A, D>(config, x, logits)?;
     let shape = config.routing(x.len() / config.hidden);
     let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let act = grouped_gemm_swiglu_fwd::<A, D>(&plan, intermediate, hidden, x, gate_up, true)?;
+    let (gate_up, down) = (GateUpWeights::fused(gate_up), LinearWeights::new(down));
+    let act = grouped_gemm_gate_up_fwd::<A, D>(
+        &plan,
+        &config.experts,
+        intermediate,
+        hidden,
+        x,
+        gate_up,
+        None::<&[A]>,
+        true,
+    )?;
     let yp = grouped_gemm_fwd::<A, D>(&plan, hidden, intermediate, &act, down, false)?;
     combine_fwd(&shape, &plan, hidden, &yp, &routing.weights)
 }
@@ -69,6 +80,7 @@ pub fn router_logits<A: Accum, D: Dtype>(
         token_of_row: (0..num_tokens as i32).collect(),
         tiles: Vec::new(),
     };
+    let gate = LinearWeights::new(gate);
     grouped_gemm_fwd::<A, D>(&plan, config.num_experts, config.hidden, x, gate, false)
 }
 

@@ -9,8 +9,10 @@
 //! length is an [`Error`](crate::Error), never a panic.
 
 mod accum;
+mod activation;
 pub mod bound;
 mod combine;
+mod expert_weights;
 mod grouped_gemm;
 mod layer;
 mod permute;
@@ -20,8 +22,10 @@ mod route;
 mod sample;
 
 pub use accum::{Accum, Element};
+pub use activation::activate;
 pub use combine::combine_fwd;
-pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
+pub use expert_weights::{GateUpTensors, GateUpWeights, LinearWeights};
+pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
 pub use layer::{moe_layer_fwd, moe_layer_with_gate_fwd, round, router_logits};
 pub use permute::permute_fwd;
 pub use plan::{Plan, Tile, plan_fwd};

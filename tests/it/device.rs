@@ -1,7 +1,7 @@
 //! The device: images, argument sizes, and errors that do not belong to one operation.
 
 use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
+use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::permute::{self, PermuteBuffers};
 use moe_kernels::ops::{combine, plan, route};
 use moe_kernels::{
@@ -105,7 +105,8 @@ fn every_operation_holds_device_stream_and_plan_together() {
     for stream in [&gpu.stream, &stream] {
         errors.extend([
             permute::permute_fwd(device, stream, &plan, 2, &four).err(),
-            grouped_gemm_fwd(device, stream, &plan, 2, 2, rows, &four, &eight).err(),
+            grouped_gemm_fwd(device, stream, &plan, 2, 2, rows, &four, LinearWeights::new(&eight))
+                .err(),
             combine::combine_fwd(device, stream, &plan, 2, &four, &weights).err(),
         ]);
     }

@@ -1,15 +1,21 @@
 //! grouped_gemm: every element within its own bound of the f64 reference, and the same bits whatever
-//! the schedule, the order of tiles, the alignment and the rows beside it.
+//! the schedule, the order of tiles, the alignment and the rows beside it. Here the plain product, and
+//! SwiGLU; orders of weights, biases and other activations are the modules' below.
+
+mod errors;
+mod gate_up;
+mod layouts;
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::ops::grouped_gemm::{
-    GroupedGemmBuffers, Rows, grouped_gemm_fwd, grouped_gemm_fwd_into, grouped_gemm_fwd_raw,
-    grouped_gemm_swiglu_fwd, grouped_gemm_swiglu_fwd_into, grouped_gemm_swiglu_fwd_raw,
+    GateUpBuffers, GateUpWeights, GroupedGemmBuffers, LinearWeights, Rows, grouped_gemm_fwd,
+    grouped_gemm_fwd_into, grouped_gemm_fwd_raw, grouped_gemm_gate_up_fwd,
+    grouped_gemm_gate_up_fwd_into, grouped_gemm_gate_up_fwd_raw,
 };
 use moe_kernels::ops::{permute, plan};
 use moe_kernels::reference::{self, bound};
-use moe_kernels::{Dtype, Error, RoutingShape};
+use moe_kernels::{Dtype, ExpertConfig, RoutingShape, WeightOrder};
 use proptest::prelude::*;
 
 use crate::common::{Gpu, Skew, assert_within, bits, config, gpu, routing_ids, skew, values};
@@ -63,22 +69,23 @@ impl<D: Dtype + DeviceRepr> Inputs<D> {
         let mut y = gpu.poisoned::<D>(offset + shape.slots() * n);
         let plan =
             plan::plan_fwd(&gpu.device, &gpu.stream, shape, &gpu.upload(&self.ids).view()).unwrap();
-        let call =
-            if swiglu { grouped_gemm_swiglu_fwd_into::<D> } else { grouped_gemm_fwd_into::<D> };
+        let (device, stream) = (&gpu.device, &gpu.stream);
         let (x, w) = (x.view(), w.view());
         let (x, w) = (x.slice(x_offset..), w.slice(w_offset..));
-        call(
-            &gpu.device,
-            &gpu.stream,
-            &plan,
-            n,
-            k,
-            rows,
-            &x,
-            &w,
-            &mut y.view_mut().slice_mut(offset..),
-        )
-        .unwrap();
+        {
+            let mut y = y.view_mut();
+            let y = &mut y.slice_mut(offset..);
+            if swiglu {
+                let (experts, w) = (ExpertConfig::default(), GateUpWeights::fused(&w));
+                grouped_gemm_gate_up_fwd_into(
+                    device, stream, &plan, &experts, n, k, rows, &x, w, None, y,
+                )
+                .unwrap();
+            } else {
+                let w = LinearWeights::new(&w);
+                grouped_gemm_fwd_into(device, stream, &plan, n, k, rows, &x, w, y).unwrap();
+            }
+        }
         let mut y = gpu.download(&y.view());
         assert!(
             y[..offset].iter().all(|value| value.to_f32().is_nan()),
@@ -100,9 +107,15 @@ fn check<D: Dtype + DeviceRepr>(
     let got = inputs.run(gpu, shape, product, 0);
     let Product { swiglu, n, k, rows } = product;
     let plan = reference::plan_fwd(&shape, 128, &inputs.ids).unwrap();
-    let bounded = if swiglu { bound::grouped_gemm_swiglu } else { bound::grouped_gemm };
-    let want =
-        bounded(&plan, n, k, &inputs.x, &inputs.w, rows == Rows::Gathered, D::DTYPE).unwrap();
+    let (gather, w) = (rows == Rows::Gathered, &inputs.w[..]);
+    let want = if swiglu {
+        let (experts, w) = (ExpertConfig::default(), reference::GateUpWeights::fused(w));
+        bound::grouped_gemm_gate_up(&plan, &experts, n, k, &inputs.x, w, None, gather, D::DTYPE)
+    } else {
+        let w = reference::LinearWeights::new(w);
+        bound::grouped_gemm(&plan, n, k, &inputs.x, w, gather, D::DTYPE)
+    }
+    .unwrap();
     let what = format!("{shape} {skew:?} {product:?} {} seed {seed}", D::DTYPE);
     assert_within(&got, &want, &what);
     let got = bits(&got);
@@ -261,14 +274,48 @@ fn the_order_of_tiles_does_not_change_bits() {
             let (tiles, _tiles) = tiles.device_ptr(stream);
             let (num_tiles, _num_tiles) = num_tiles.device_ptr(stream);
             let (y, _y) = y.device_ptr_mut(stream);
-            let buffers =
-                GroupedGemmBuffers { y, x, w, token_of_row, expert_offsets, tiles, num_tiles };
-            let raw = if swiglu { grouped_gemm_swiglu_fwd_raw } else { grouped_gemm_fwd_raw };
-            // SAFETY: the buffers are those of one plan, as long as the shape says, and live on.
-            unsafe {
-                raw(device, stream.cu_stream(), bf16::DTYPE, shape, product.n, product.k, buffers)
+            let Product { n, k, rows, .. } = product;
+            let (cu_stream, dtype) = (stream.cu_stream(), bf16::DTYPE);
+            if swiglu {
+                let buffers = GateUpBuffers {
+                    act: y,
+                    x,
+                    gate_up: w,
+                    up: 0,
+                    bias: 0,
+                    weights: 0,
+                    row_of_slot: 0,
+                    token_of_row,
+                    expert_offsets,
+                    tiles,
+                    num_tiles,
+                };
+                let experts = ExpertConfig::default();
+                // SAFETY: the buffers are those of one plan, as long as the shape says, and live on.
+                unsafe {
+                    grouped_gemm_gate_up_fwd_raw(
+                        device, cu_stream, dtype, shape, &experts, n, k, rows, buffers,
+                    )
+                }
+                .unwrap();
+            } else {
+                let (bias, order) = (0, WeightOrder::OutIn);
+                let buffers = GroupedGemmBuffers {
+                    y,
+                    x,
+                    w,
+                    bias,
+                    token_of_row,
+                    expert_offsets,
+                    tiles,
+                    num_tiles,
+                };
+                // SAFETY: as above.
+                unsafe {
+                    grouped_gemm_fwd_raw(device, cu_stream, dtype, shape, n, k, order, buffers)
+                }
+                .unwrap();
             }
-            .unwrap();
         }
         assert_eq!(bits(&gpu.download(&y.view())), bits(&want));
     }
@@ -328,19 +375,21 @@ fn gathering_equals_permuting_first() {
         let (x, w) = (gpu.upload(&inputs.x), gpu.upload(&inputs.w));
         let xp = permute::permute_fwd(device, stream, &plan, k, &x.view()).unwrap();
         let (x, w, xp) = (x.view(), w.view(), xp.as_view());
+        let linear = LinearWeights::new(&w);
         let gathered =
-            grouped_gemm_fwd(device, stream, &plan, n, k, Rows::Gathered, &x, &w).unwrap();
+            grouped_gemm_fwd(device, stream, &plan, n, k, Rows::Gathered, &x, linear).unwrap();
         let grouped =
-            grouped_gemm_fwd(device, stream, &plan, n, k, Rows::Grouped, &xp, &w).unwrap();
+            grouped_gemm_fwd(device, stream, &plan, n, k, Rows::Grouped, &xp, linear).unwrap();
         assert_eq!(
             bits(&gpu.download(&gathered.as_view())),
             bits(&gpu.download(&grouped.as_view()))
         );
-        let (i, w) = (n / 2, &w);
-        let gathered =
-            grouped_gemm_swiglu_fwd(device, stream, &plan, i, k, Rows::Gathered, &x, w).unwrap();
-        let grouped =
-            grouped_gemm_swiglu_fwd(device, stream, &plan, i, k, Rows::Grouped, &xp, w).unwrap();
+        let swiglu = |rows, x| {
+            let (experts, w) = (ExpertConfig::default(), GateUpWeights::fused(&w));
+            grouped_gemm_gate_up_fwd(device, stream, &plan, &experts, n / 2, k, rows, x, w, None)
+                .unwrap()
+        };
+        let (gathered, grouped) = (swiglu(Rows::Gathered, &x), swiglu(Rows::Grouped, &xp));
         assert_eq!(
             bits(&gpu.download(&gathered.as_view())),
             bits(&gpu.download(&grouped.as_view()))
@@ -420,83 +469,4 @@ fn nan_stays_in_its_row_and_column() {
     let gpu = gpu();
     check::<f32>(&gpu);
     check::<bf16>(&gpu);
-}
-
-#[test]
-fn errors_come_before_any_launch() {
-    let gpu = gpu();
-    let (device, stream) = (&gpu.device, &gpu.stream);
-    let shape = RoutingShape::new(4, 3, 2).unwrap();
-    let plan = plan::plan_fwd(
-        device,
-        stream,
-        shape,
-        &gpu.upload(&routing_ids(shape, Skew::Uniform, 0)).view(),
-    )
-    .unwrap();
-    let x = gpu.upload(&values::<f32>(8 * 5, 1.0, 0));
-    let w = gpu.upload(&values::<f32>(3 * 2 * 6 * 5, 1.0, 0));
-    let mut y = gpu.poisoned::<f32>(8 * 6);
-    let mut call = |swiglu: bool, n, k, rows, lens: [usize; 3]| {
-        let call =
-            if swiglu { grouped_gemm_swiglu_fwd_into::<f32> } else { grouped_gemm_fwd_into::<f32> };
-        let (x, w) = (x.view(), w.view());
-        let (x, w) = (x.slice(..lens[0]), w.slice(..lens[1]));
-        call(device, stream, &plan, n, k, rows, &x, &w, &mut y.view_mut().slice_mut(..lens[2]))
-    };
-    let length = |op, argument, wanted, got| Err(Error::Length { op, argument, wanted, got });
-    let (plain, swiglu) = ("grouped_gemm_fwd", "grouped_gemm_swiglu_fwd");
-    assert_eq!(call(false, 6, 5, Rows::Gathered, [19, 90, 48]), length(plain, "x", 20, 19));
-    assert_eq!(call(false, 6, 5, Rows::Grouped, [20, 90, 48]), length(plain, "x", 40, 20));
-    assert_eq!(call(false, 6, 5, Rows::Gathered, [20, 89, 48]), length(plain, "w", 90, 89));
-    assert_eq!(call(false, 6, 5, Rows::Gathered, [20, 90, 47]), length(plain, "y", 48, 47));
-    assert_eq!(call(true, 6, 5, Rows::Gathered, [20, 90, 48]), length(swiglu, "gate_up", 180, 90));
-    assert_eq!(call(true, 6, 5, Rows::Gathered, [20, 180, 0]), length(swiglu, "act", 48, 0));
-    let unsupported = |result, name: &str| match result {
-        Err(Error::Unsupported { argument, .. }) => assert_eq!(argument, name),
-        other => panic!("{other:?}"),
-    };
-    unsupported(call(false, 0, 5, Rows::Gathered, [20, 0, 0]), "n");
-    unsupported(call(true, 0, 5, Rows::Gathered, [20, 0, 0]), "intermediate");
-    unsupported(call(false, 6, 0, Rows::Gathered, [0, 0, 48]), "k");
-    unsupported(call(false, usize::MAX, 5, Rows::Gathered, [20, 90, 48]), "n * k");
-    unsupported(call(true, usize::MAX, 1, Rows::Gathered, [4, 90, 48]), "parts * n");
-    assert_eq!(call(false, 6, 5, Rows::Grouped, [40, 90, 48]), Ok(()));
-    assert_eq!(call(true, 6, 5, Rows::Gathered, [20, 180, 48]), Ok(()));
-
-    // What only the raw form can be given. Nothing of this is launched.
-    let null = GroupedGemmBuffers {
-        y: 0,
-        x: 0,
-        w: 0,
-        token_of_row: 0,
-        expert_offsets: 0,
-        tiles: 0,
-        num_tiles: 0,
-    };
-    let raw = |shape, n, k, buffers| {
-        // SAFETY: every call is refused before the launch.
-        unsafe {
-            grouped_gemm_fwd_raw(device, stream.cu_stream(), f32::DTYPE, shape, n, k, buffers)
-        }
-    };
-    let misaligned = |argument, got| Err(Error::Alignment { op: plain, argument, wanted: 4, got });
-    assert_eq!(raw(shape, 6, 5, GroupedGemmBuffers { y: 2, ..null }), misaligned("y", 2));
-    assert_eq!(raw(shape, 6, 5, GroupedGemmBuffers { x: 1, ..null }), misaligned("x", 1));
-    assert_eq!(raw(shape, 6, 5, GroupedGemmBuffers { w: 3, ..null }), misaligned("w", 3));
-    let tokens = GroupedGemmBuffers { token_of_row: 6, ..null };
-    assert_eq!(raw(shape, 6, 5, tokens), misaligned("token_of_row", 6));
-    let offsets = GroupedGemmBuffers { expert_offsets: 5, ..null };
-    assert_eq!(raw(shape, 6, 5, offsets), misaligned("expert_offsets", 5));
-    assert_eq!(raw(shape, 6, 5, GroupedGemmBuffers { tiles: 1, ..null }), misaligned("tiles", 1));
-    assert_eq!(
-        raw(shape, 6, 5, GroupedGemmBuffers { num_tiles: 2, ..null }),
-        misaligned("num_tiles", 2)
-    );
-    unsupported(raw(RoutingShape { top_k: 4, ..shape }, 6, 5, null), "top_k");
-    unsupported(raw(shape, (1 << 30) + 1, 5, null), "n");
-    unsupported(raw(shape, 6, (1 << 30) + 1, null), "k");
-    let long = RoutingShape { num_tokens: 1 << 29, ..shape };
-    unsupported(raw(long, 1 << 20, 5, null), "number of blocks");
-    assert_eq!(raw(RoutingShape { num_tokens: 0, ..shape }, 6, 5, null), Ok(()));
 }

@@ -6,12 +6,12 @@ use cudarc::driver::{DevicePtr, DevicePtrMut};
 use half::{bf16, f16};
 use moe_kernels::ops::combine::{CombineBuffers, combine_fwd_raw};
 use moe_kernels::ops::grouped_gemm::{
-    GroupedGemmBuffers, Rows, grouped_gemm_fwd_into, grouped_gemm_fwd_raw,
+    GroupedGemmBuffers, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_fwd_raw,
 };
 use moe_kernels::ops::permute::{PermuteBuffers, permute_fwd_raw};
 use moe_kernels::ops::{combine, permute, plan};
 use moe_kernels::reference::{self, bound};
-use moe_kernels::{DType, RoutingShape};
+use moe_kernels::{DType, RoutingShape, WeightOrder};
 
 use crate::common::{assert_within, bits, gpu, values};
 
@@ -102,13 +102,22 @@ fn weights_past_2_31_elements() {
         k,
         Rows::Grouped,
         &x_device.view(),
-        &w.as_view(),
+        LinearWeights::new(&w.as_view()),
         &mut y.view_mut(),
     )
     .unwrap();
     // To the reference these are the weights of a layer with one expert.
     let one = reference::plan_fwd(&RoutingShape::new(3, 1, 1).unwrap(), 128, &[0; 3]).unwrap();
-    let want = bound::grouped_gemm(&one, n, k, &x, &last, false, DType::F16).unwrap();
+    let want = bound::grouped_gemm(
+        &one,
+        n,
+        k,
+        &x,
+        reference::LinearWeights::new(&last),
+        false,
+        DType::F16,
+    )
+    .unwrap();
     assert_within(&gpu.download(&y.view()), &want, "the last expert");
 }
 
@@ -170,7 +179,16 @@ fn rows_of_products_past_2_31_elements() {
         let last: Vec<f16> = values(k, 1.0, 4);
         let w: Vec<f16> = values(n * k, 1.0, 5);
         let one = reference::plan_fwd(&RoutingShape::new(1, 1, 1).unwrap(), 128, &[0]).unwrap();
-        let want = bound::grouped_gemm(&one, n, k, &last, &w, false, DType::F16).unwrap();
+        let want = bound::grouped_gemm(
+            &one,
+            n,
+            k,
+            &last,
+            reference::LinearWeights::new(&w),
+            false,
+            DType::F16,
+        )
+        .unwrap();
         // SAFETY: the rows that are read are written below.
         let mut x = unsafe { gpu.stream.alloc::<f16>(tokens * k) }.unwrap();
         // SAFETY: as above.
@@ -190,12 +208,23 @@ fn rows_of_products_past_2_31_elements() {
             let (tiles, _tiles) = tiles.device_ptr(&gpu.stream);
             let (num_tiles, _num_tiles) = num_tiles.device_ptr(&gpu.stream);
             let (y, _y) = y.device_ptr_mut(&gpu.stream);
-            let token_of_row = 0;
-            let buffers =
-                GroupedGemmBuffers { y, x, w, token_of_row, expert_offsets, tiles, num_tiles };
+            let (bias, token_of_row) = (0, 0);
+            let buffers = GroupedGemmBuffers {
+                y,
+                x,
+                w,
+                bias,
+                token_of_row,
+                expert_offsets,
+                tiles,
+                num_tiles,
+            };
+            let order = WeightOrder::OutIn;
             // SAFETY: the buffers are as long as the shape says, and live on.
-            unsafe { grouped_gemm_fwd_raw(device, stream, DType::F16, shape, n, k, buffers) }
-                .unwrap();
+            unsafe {
+                grouped_gemm_fwd_raw(device, stream, DType::F16, shape, n, k, order, buffers)
+            }
+            .unwrap();
         }
         let end = gpu.download(&y.slice((tokens - 2) * n..));
         assert_within(&end[..n], &want, "the last tile");

@@ -144,7 +144,7 @@ fn logits_from_the_gate() {
             7,
             96,
             &case.x,
-            &case.gate,
+            reference::LinearWeights::new(&case.gate),
             false,
             D::DTYPE,
         )

@@ -7,13 +7,18 @@ use std::fmt;
 use clap::ValueEnum;
 use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
 use moe_kernels::ops::combine::combine_fwd_into;
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd_into, grouped_gemm_swiglu_fwd_into};
+use moe_kernels::ops::grouped_gemm::{
+    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
+};
 use moe_kernels::ops::permute::permute_fwd_into;
 use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
 use moe_kernels::ops::route::{RouteInputs, route_fwd_into};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::reference::{self, Tile};
-use moe_kernels::{Dtype, Experts, MoeConfig, MoeLayer, PlanLayout, RoutingPlan, Workspace};
+use moe_kernels::{
+    Activation, ActivationFunction, Dtype, ExpertConfig, Experts, GateUp, Limit, MoeConfig,
+    MoeLayer, PlanLayout, RoutingPlan, WeightOrder, Workspace,
+};
 
 use super::case::{Case, ROUTERS};
 use crate::backend::Element;
@@ -28,15 +33,15 @@ pub enum Op {
     Permute,
     /// Both with the gather and without
     GroupedGemm,
-    /// The same, with SwiGLU
-    Swiglu,
+    /// The same, with the activation: a few families' experts, and orders of weights
+    GateUp,
     Combine,
     Layer,
 }
 
 impl Op {
     pub const NAMES: [&'static str; 7] =
-        ["route", "plan", "permute", "grouped-gemm", "swiglu", "combine", "layer"];
+        ["route", "plan", "permute", "grouped-gemm", "gate-up", "combine", "layer"];
 
     /// One case on the device.
     pub fn run<D: Element>(self, gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
@@ -45,7 +50,7 @@ impl Op {
             Op::Plan => plan(gpu, case),
             Op::Permute => permute(gpu, case),
             Op::GroupedGemm => grouped_gemm(gpu, case),
-            Op::Swiglu => swiglu(gpu, case),
+            Op::GateUp => gate_up(gpu, case),
             Op::Combine => combine(gpu, case),
             Op::Layer => layer(gpu, case),
         }
@@ -137,7 +142,8 @@ fn route<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
             ids_view,
             weights_view,
         )?;
-        let (wanted, bound) = bound::route(&case.shape, &router, &reference::RouteInputs::new(&case.logits))?;
+        let (wanted, bound) =
+            bound::route(&case.shape, &router, &reference::RouteInputs::new(&case.logits))?;
         let wanted_weights = Bounded { value: wanted.weights, bound };
         let ids = Worst::of_bits("expert_ids", &gpu.download(&ids.as_view())?, &wanted.expert_ids);
         let weights =
@@ -213,7 +219,7 @@ fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         intermediate,
         Rows::Grouped,
         &act.as_view(),
-        &down.as_view(),
+        LinearWeights::new(&down.as_view()),
         &mut y.as_view_mut(),
     )?;
     let wanted = bound::grouped_gemm(
@@ -221,7 +227,7 @@ fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         hidden,
         intermediate,
         &case.act,
-        &case.down,
+        reference::LinearWeights::new(&case.down),
         false,
         D::DTYPE,
     )?;
@@ -239,49 +245,78 @@ fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         hidden,
         Rows::Gathered,
         &x.as_view(),
-        &gate_up.as_view(),
+        LinearWeights::new(&gate_up.as_view()),
         &mut y.as_view_mut(),
     )?;
-    let wanted =
-        bound::grouped_gemm(&case.plan, n, hidden, &case.x, &case.gate_up, true, D::DTYPE)?;
+    let linear = reference::LinearWeights::new(&case.gate_up[..]);
+    let wanted = bound::grouped_gemm(&case.plan, n, hidden, &case.x, linear, true, D::DTYPE)?;
     worst.take(Worst::of_bounded("y (gathered)", &gpu.download(&y.as_view())?, &wanted));
     Ok(worst)
 }
 
-fn swiglu<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+/// The case's weights mean something in whatever order they are read.
+fn gate_up<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let MoeConfig { hidden, intermediate, .. } = case.config;
     let plan = device_plan(gpu, case)?;
-    let gate_up = gpu.upload(&case.gate_up)?;
     let xp = reference::permute_fwd(&case.shape, &case.plan, hidden, &case.x)?;
     let mut worst = Worst::nothing();
-    for (rows, x) in [(Rows::Gathered, &case.x), (Rows::Grouped, &xp)] {
-        let device_x = gpu.upload(x)?;
+    for (experts, rows) in experts().iter().zip([Rows::Gathered, Rows::Grouped].iter().cycle()) {
+        let x = if *rows == Rows::Gathered { &case.x } else { &xp };
+        let weights = match experts.gated {
+            true => &case.gate_up[..],
+            false => &case.gate_up[..case.gate_up.len() / 2],
+        };
+        let (device_x, device_weights) = (gpu.upload(x)?, gpu.upload(weights)?);
         let mut act = gpu.poisoned::<D>(case.shape.slots() * intermediate)?;
-        grouped_gemm_swiglu_fwd_into(
+        grouped_gemm_gate_up_fwd_into(
             &gpu.device,
             &gpu.stream,
             &plan,
+            experts,
             intermediate,
             hidden,
-            rows,
+            *rows,
             &device_x.as_view(),
-            &gate_up.as_view(),
+            GateUpWeights::fused(&device_weights.as_view()),
+            None,
             &mut act.as_view_mut(),
         )?;
-        let gather = matches!(rows, Rows::Gathered);
-        let wanted = bound::grouped_gemm_swiglu(
+        let wanted = bound::grouped_gemm_gate_up(
             &case.plan,
+            experts,
             intermediate,
             hidden,
             x,
-            &case.gate_up,
-            gather,
+            reference::GateUpWeights::fused(weights),
+            None,
+            *rows == Rows::Gathered,
             D::DTYPE,
         )?;
         let one = Worst::of_bounded("act", &gpu.download(&act.as_view())?, &wanted);
         worst.take(one);
     }
     Ok(worst)
+}
+
+/// SwiGLU with the gather and without; gpt-oss's gate and order; Nemotron's experts without a gate; Gemma's GELU.
+fn experts() -> [ExpertConfig; 5] {
+    let swiglu = ExpertConfig::default();
+    let with = |function| Activation { function, ..Activation::default() };
+    let gpt_oss = ExpertConfig {
+        activation: Activation {
+            alpha: 1.702,
+            limit: Limit::Before { limit: 7.0 },
+            up_offset: 1.0,
+            ..Activation::default()
+        },
+        gate_up: GateUp::Interleaved,
+        gate_up_order: WeightOrder::InOut,
+        ..swiglu
+    };
+    let nemotron =
+        ExpertConfig { activation: with(ActivationFunction::ReluSquared), gated: false, ..swiglu };
+    let gemma = ExpertConfig { activation: with(ActivationFunction::GeluTanh), ..swiglu };
+    [swiglu, swiglu, gpt_oss, nemotron, gemma]
 }
 
 fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {

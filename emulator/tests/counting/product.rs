@@ -6,9 +6,13 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
 use half::bf16;
 use moe_emulator::Traffic;
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd, grouped_gemm_swiglu_fwd};
+use moe_kernels::ops::grouped_gemm::{
+    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd, grouped_gemm_gate_up_fwd,
+};
 use moe_kernels::ops::{combine, permute, plan, route};
-use moe_kernels::{Device, Dtype, RouterConfig, RoutingPlan, RoutingShape};
+use moe_kernels::{
+    Device, Dtype, ExpertConfig, GateUp, RouterConfig, RoutingPlan, RoutingShape, WeightOrder,
+};
 
 use crate::measure::{Counting, Schedule};
 
@@ -78,24 +82,35 @@ impl Case {
         })
     }
 
-    fn gate_up<D: Dtype + DeviceRepr + ValidAsZeroBits>(&self, n: usize, k: usize) -> Traffic {
+    fn gate_up<D: Dtype + DeviceRepr + ValidAsZeroBits>(
+        &self,
+        experts: ExpertConfig,
+        n: usize,
+        k: usize,
+    ) -> Traffic {
         let x = self.zeros::<D>(self.shape.num_tokens * k);
         let w = self.zeros::<D>(self.shape.num_experts * 2 * n * k);
         self.counting.traffic_of_one(|| {
-            let (x, w) = (x.as_view(), w.as_view());
-            let (device, stream) = (&self.device, &self.stream);
-            grouped_gemm_swiglu_fwd(device, stream, &self.plan, n, k, Rows::Gathered, &x, &w)
+            let (x, w, rows) = (x.as_view(), w.as_view(), Rows::Gathered);
+            let (device, stream, w) = (&self.device, &self.stream, GateUpWeights::fused(&w));
+            grouped_gemm_gate_up_fwd(device, stream, &self.plan, &experts, n, k, rows, &x, w, None)
                 .expect("the product runs");
         })
     }
 
-    fn down<D: Dtype + DeviceRepr + ValidAsZeroBits>(&self, n: usize, k: usize) -> Traffic {
+    fn down<D: Dtype + DeviceRepr + ValidAsZeroBits>(
+        &self,
+        order: WeightOrder,
+        n: usize,
+        k: usize,
+    ) -> Traffic {
         let x = self.zeros::<D>(self.shape.slots() * k);
         let w = self.zeros::<D>(self.shape.num_experts * n * k);
         self.counting.traffic_of_one(|| {
             let (x, w) = (x.as_view(), w.as_view());
             let (device, stream) = (&self.device, &self.stream);
-            grouped_gemm_fwd(device, stream, &self.plan, n, k, Rows::Grouped, &x, &w)
+            let w = LinearWeights { order, ..LinearWeights::new(&w) };
+            grouped_gemm_fwd(device, stream, &self.plan, n, k, Rows::Grouped, &x, w)
                 .expect("the product runs");
         })
     }
@@ -192,15 +207,23 @@ impl Product {
         let gathered = case.shape.slots() * self.k * size * self.n.div_ceil(self.columns);
         assert_near(symbol, traffic.sector_bytes(), weights + gathered + outputs, 1.02);
         assert_eq!(traffic.global_write.sector_use(), 1.0, "{symbol}");
-        assert_eq!(traffic.shared_read.conflicts(), 0, "{symbol}");
+        assert_eq!(traffic.bank_conflicts(), 0, "{symbol}");
         if size == 2 {
-            assert_eq!(traffic.bank_conflicts(), 0, "{symbol}");
             // m16n8k16 on the tiles' rows, which are padded to 32, 64 or 128.
             let products = case.shape.num_experts * self.tile_rows / 16;
             let products = products * (self.weight_rows / 8) * (self.k / 16);
             assert_eq!(traffic.operations.matrix_multiplications, products as u64, "{symbol}");
         }
     }
+}
+
+/// SwiGLU with each order of one tensor.
+fn orders() -> [ExpertConfig; 4] {
+    use GateUp::{Concatenated, Interleaved};
+    use WeightOrder::{InOut, OutIn};
+    [(Concatenated, OutIn), (Interleaved, OutIn), (Concatenated, InOut), (Interleaved, InOut)].map(
+        |(gate_up, gate_up_order)| ExpertConfig { gate_up, gate_up_order, ..Default::default() },
+    )
 }
 
 #[test]
@@ -217,7 +240,12 @@ fn products_read_weights_once_and_meet_no_bank_conflict() {
             columns: 64,
             tile_rows,
         };
-        gate_up.check(&case, &case.gate_up::<bf16>(intermediate, hidden), 2);
+        for experts in orders() {
+            gate_up.check(&case, &case.gate_up::<bf16>(experts, intermediate, hidden), 2);
+            if num_tokens == 32 {
+                gate_up.check(&case, &case.gate_up::<f32>(experts, intermediate, hidden), 4);
+            }
+        }
         let down = Product {
             rows_in: case.shape.slots(),
             weight_rows: hidden,
@@ -226,10 +254,11 @@ fn products_read_weights_once_and_meet_no_bank_conflict() {
             columns: 128,
             tile_rows,
         };
-        down.check(&case, &case.down::<bf16>(hidden, intermediate), 2);
-        if num_tokens == 32 {
-            gate_up.check(&case, &case.gate_up::<f32>(intermediate, hidden), 4);
-            down.check(&case, &case.down::<f32>(hidden, intermediate), 4);
+        for order in [WeightOrder::OutIn, WeightOrder::InOut] {
+            down.check(&case, &case.down::<bf16>(order, hidden, intermediate), 2);
+            if num_tokens == 32 {
+                down.check(&case, &case.down::<f32>(order, hidden, intermediate), 4);
+            }
         }
     }
 }
@@ -241,7 +270,12 @@ fn schedules_do_not_change_counts() {
         schedule.set();
         let mut traffic = vec![case.permute(264), case.combine(264), case.route::<f32>()];
         traffic.extend(case.plan());
-        traffic.extend([case.gate_up::<bf16>(72, 72), case.down::<f32>(64, 72)]);
+        let [plain, .., interleaved] = orders();
+        traffic.extend([
+            case.gate_up::<bf16>(plain, 72, 72),
+            case.gate_up::<bf16>(interleaved, 72, 72),
+            case.down::<f32>(WeightOrder::OutIn, 64, 72),
+        ]);
         traffic
     };
     let plain = all(Schedule(0, 1));

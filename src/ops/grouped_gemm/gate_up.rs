@@ -1,0 +1,408 @@
+//! The first half of an expert: its gate and up projections, and the activation.
+
+use cudarc::driver::{
+    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
+};
+use std::sync::Arc;
+
+use crate::abi::{
+    ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_RELU, ACTIVATION_RELU_SQUARED,
+    ACTIVATION_SILU, ACTIVATION_SILU_SOFT_CAP, ActivationArgs, GEMM_BLOCK_N, GateUpArgs,
+};
+use crate::config::{
+    Activation, ActivationFunction, ExpertConfig, GateUp, Limit, WeightOrder, WeightPosition,
+};
+use crate::device::{
+    Argument, CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream,
+};
+use crate::dtype::{DType, Dtype};
+use crate::error::{Error, Result, check_len, int, product, width};
+use crate::ops::grouped_gemm::{Layout, Rows, check_rows, launch};
+use crate::routing_plan::RoutingPlan;
+use crate::shape::RoutingShape;
+
+const OP: &str = "grouped_gemm_gate_up_fwd";
+
+/// The gate and up projections of all experts, as a checkpoint has them.
+#[derive(Debug, Clone, Copy)]
+pub struct GateUpWeights<'a, D> {
+    /// The weights.
+    pub tensors: GateUpTensors<'a, D>,
+    /// `[E, 2I]`, or `[E, I]` without a gate, in the order of the weights' features; for separate
+    /// tensors first all of gate, then all of up. Added to the f32 sums.
+    pub bias: Option<&'a CudaView<'a, D>>,
+}
+
+/// One tensor, or two; [`ExpertConfig`] says which, and how they lie.
+#[derive(Debug, Clone, Copy)]
+pub enum GateUpTensors<'a, D> {
+    /// `[E, 2I, K]`, or `[E, I, K]` without a gate; `InOut`: `[E, K, 2I]`, or `[E, K, I]`.
+    Fused(&'a CudaView<'a, D>),
+    /// Each `[E, I, K]`; `InOut`: `[E, K, I]`.
+    Separate {
+        /// What the function is applied to.
+        gate: &'a CudaView<'a, D>,
+        /// What its result multiplies.
+        up: &'a CudaView<'a, D>,
+    },
+}
+
+impl<'a, D> GateUpWeights<'a, D> {
+    /// One tensor, and no bias.
+    pub fn fused(gate_up: &'a CudaView<'a, D>) -> Self {
+        Self { tensors: GateUpTensors::Fused(gate_up), bias: None }
+    }
+}
+
+/// Device addresses for [`grouped_gemm_gate_up_fwd_raw`].
+#[derive(Debug, Clone, Copy)]
+pub struct GateUpBuffers {
+    /// `[R, I]`; written whole.
+    pub act: CUdeviceptr,
+    /// `[T, K]` or `[R, K]`.
+    pub x: CUdeviceptr,
+    /// The one tensor; for separate ones, gate.
+    pub gate_up: CUdeviceptr,
+    /// Up, where it is separate; else 0 (null).
+    pub up: CUdeviceptr,
+    /// `[E, 2I]` or `[E, I]` if there are biases, else 0 (null).
+    pub bias: CUdeviceptr,
+    /// `[T, K]` `f32` if the routing weights multiply the input or inside, else 0 (null).
+    pub weights: CUdeviceptr,
+    /// `[T * K]` `i32` where there are weights, else 0 (null).
+    pub row_of_slot: CUdeviceptr,
+    /// `[R]` `i32`, tokens below `T` for the rows in use; 0 (null) if nothing is gathered and there are no weights.
+    pub token_of_row: CUdeviceptr,
+    /// `[E + 1]` `i32`; the last is the number of rows in use.
+    pub expert_offsets: CUdeviceptr,
+    /// Four `i32` a tile: expert, first row, number of rows (1 to 128), nothing.
+    pub tiles: CUdeviceptr,
+    /// One `i32`: how many tiles there are.
+    pub num_tiles: CUdeviceptr,
+}
+
+/// `act[r, i] = activation(gate, up)`, or `activation(up)` without a gate, where gate and up are feature `i` of
+/// the row's expert times the row of `x`, plus their biases. Everything up to `act` is f32.
+///
+/// Of `experts`, this reads the activation, and all that is said of gate and up. `weights` are the
+/// routing's, `[T, K]`, if and only if they multiply the input (the sums, which is the same but for
+/// rounding) or `act`. `act` is `[T * K, I]`; any `I` and `K` from 1. Rows that no slot owns become
+/// zero. See [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into) for the rest.
+///
+/// # Errors
+/// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for a width or an
+/// option out of range, [`Error::Mismatch`] for weights, biases or tensors that `experts` does not have,
+/// or has and that are not given, and for a stream or plan of another context; and what a launch can meet.
+#[allow(clippy::too_many_arguments)]
+pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
+    device: &Device,
+    stream: &CudaStream,
+    plan: &RoutingPlan<'_>,
+    experts: &ExpertConfig,
+    intermediate: usize,
+    k: usize,
+    rows: Rows,
+    x: &CudaView<'_, D>,
+    gate_up: GateUpWeights<'_, D>,
+    weights: Option<&CudaView<'_, f32>>,
+    act: &mut CudaViewMut<'_, D>,
+) -> Result<()> {
+    let shape = plan.shape();
+    check_stream(OP, device, stream)?;
+    plan.check_stream(OP, stream)?;
+    check_rows(OP, shape, rows, k, x)?;
+    let parts = if experts.gated { 2 } else { 1 };
+    let features = product(OP, "num_experts * intermediate", shape.num_experts, intermediate)?;
+    let matrices = product(OP, "num_experts * intermediate * k", features, k)?;
+    let all = product(OP, "parts * num_experts * intermediate * k", parts, matrices)?;
+    let (first, up) = match gate_up.tensors {
+        GateUpTensors::Fused(gate_up) => {
+            check_len(OP, "gate_up", gate_up.len(), all)?;
+            (gate_up, None)
+        }
+        GateUpTensors::Separate { gate, up } => {
+            check_len(OP, "gate", gate.len(), matrices)?;
+            check_len(OP, "up", up.len(), matrices)?;
+            (gate, Some(up))
+        }
+    };
+    if let Some(bias) = gate_up.bias {
+        let wanted = product(OP, "parts * num_experts * intermediate", parts, features)?;
+        check_len(OP, "bias", bias.len(), wanted)?;
+    }
+    if let Some(weights) = weights {
+        check_len(OP, "weights", weights.len(), shape.slots())?;
+    }
+    check_len(
+        OP,
+        "act",
+        act.len(),
+        product(OP, "rows * intermediate", shape.slots(), intermediate)?,
+    )?;
+
+    let (row_of_slot, token_of_row) = (plan.row_of_slot(), plan.token_of_row());
+    let (expert_offsets, tiles, num_tiles) =
+        (plan.expert_offsets(), plan.tiles(), plan.num_tiles());
+    let (act, _act_guard) = act.device_ptr_mut(stream);
+    let (x, _x_guard) = x.device_ptr(stream);
+    let (first, _first_guard) = first.device_ptr(stream);
+    let (up, _up_guard) = up.map(|up| up.device_ptr(stream)).unzip();
+    let (bias, _bias_guard) = gate_up.bias.map(|bias| bias.device_ptr(stream)).unzip();
+    let (weights, _weights_guard) = weights.map(|weights| weights.device_ptr(stream)).unzip();
+    let (row_of_slot, _slots_guard) = row_of_slot.device_ptr(stream);
+    let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
+    let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
+    let (tiles, _tiles_guard) = tiles.device_ptr(stream);
+    let (num_tiles, _num_tiles_guard) = num_tiles.device_ptr(stream);
+    let buffers = GateUpBuffers {
+        act,
+        x,
+        gate_up: first,
+        up: up.unwrap_or(0),
+        bias: bias.unwrap_or(0),
+        weights: weights.unwrap_or(0),
+        row_of_slot: weights.map_or(0, |_| row_of_slot),
+        token_of_row,
+        expert_offsets,
+        tiles,
+        num_tiles,
+    };
+    let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
+    // SAFETY: the lengths were checked above, and a RoutingPlan's parts are those of one plan for
+    // its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    unsafe {
+        grouped_gemm_gate_up_fwd_raw(
+            device,
+            stream,
+            dtype,
+            shape,
+            experts,
+            intermediate,
+            k,
+            rows,
+            buffers,
+        )
+    }
+}
+
+/// [`grouped_gemm_gate_up_fwd_into`] a new buffer.
+///
+/// # Errors
+/// Those of [`grouped_gemm_gate_up_fwd_into`], and [`Error::Driver`] if the allocation fails.
+#[allow(clippy::too_many_arguments)]
+pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
+    device: &Device,
+    stream: &Arc<CudaStream>,
+    plan: &RoutingPlan<'_>,
+    experts: &ExpertConfig,
+    intermediate: usize,
+    k: usize,
+    rows: Rows,
+    x: &CudaView<'_, D>,
+    gate_up: GateUpWeights<'_, D>,
+    weights: Option<&CudaView<'_, f32>>,
+) -> Result<CudaSlice<D>> {
+    let len = product(OP, "rows * intermediate", plan.shape().slots(), intermediate)?;
+    // SAFETY: the operation writes every element.
+    let mut act = unsafe { alloc::<D>(OP, stream, len) }?;
+    let view = &mut act.as_view_mut();
+    grouped_gemm_gate_up_fwd_into(
+        device,
+        stream,
+        plan,
+        experts,
+        intermediate,
+        k,
+        rows,
+        x,
+        gate_up,
+        weights,
+        view,
+    )?;
+    Ok(act)
+}
+
+/// [`grouped_gemm_gate_up_fwd_into`] on addresses.
+///
+/// # Safety
+/// Each buffer has the elements that [`GateUpBuffers`], `experts` and `shape` give it, of `dtype`,
+/// `f32` or `i32`, in memory of `device`'s context that stays valid until the kernel has run;
+/// `row_of_slot`, `token_of_row`, `expert_offsets`, `tiles` and `num_tiles` are those of one plan for
+/// `shape`; `act` overlaps none of the others; `stream` is a stream of that context.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a shape, a width or an option out of range, [`Error::Mismatch`] for an address that
+/// is null and should not be, or the reverse, [`Error::Alignment`], and what a launch can meet.
+#[allow(clippy::too_many_arguments)]
+pub unsafe fn grouped_gemm_gate_up_fwd_raw(
+    device: &Device,
+    stream: CUstream,
+    dtype: DType,
+    shape: RoutingShape,
+    experts: &ExpertConfig,
+    intermediate: usize,
+    k: usize,
+    rows: Rows,
+    buffers: GateUpBuffers,
+) -> Result<()> {
+    shape.check(OP)?;
+    experts.check(OP)?;
+    let GateUpBuffers { act, x, gate_up, up, bias, weights, row_of_slot, token_of_row, .. } =
+        buffers;
+    let GateUpBuffers { expert_offsets, tiles, num_tiles, .. } = buffers;
+    for (name, address, bytes) in [
+        ("act", act, dtype.size()),
+        ("x", x, dtype.size()),
+        ("gate_up", gate_up, dtype.size()),
+        ("up", up, dtype.size()),
+        ("bias", bias, dtype.size()),
+        ("weights", weights, 4),
+        ("row_of_slot", row_of_slot, 4),
+        ("token_of_row", token_of_row, 4),
+        ("expert_offsets", expert_offsets, 4),
+        ("tiles", tiles, 4),
+        ("num_tiles", num_tiles, 4),
+    ] {
+        check_aligned(OP, name, address, bytes)?;
+    }
+    width(OP, "intermediate", intermediate)?;
+    width(OP, "k", k)?;
+    let weighted = experts.weight_position != WeightPosition::Output;
+    let gather = rows == Rows::Gathered;
+    must_be("a separate `up`", experts.gate_up == GateUp::Separate, up)?;
+    must_be("`bias`", experts.gate_up_bias, bias)?;
+    // What has an element per token may be nowhere if there are no tokens.
+    if shape.num_tokens > 0 {
+        must_be("`weights`", weighted, weights)?;
+        must_be("`row_of_slot`", weighted, row_of_slot)?;
+        must_be("`token_of_row`", gather || weighted || token_of_row != 0, token_of_row)?;
+    }
+
+    let parts = Parts::new(experts, intermediate, k);
+    let up = if experts.gate_up == GateUp::Separate { up } else { parts.up(gate_up, dtype) };
+    let up_bias = if bias == 0 { 0 } else { parts.up_bias(bias, dtype) };
+    let layout = parts.layout;
+    // Up that begins between two boundaries is as good as the pairs of which it is a half.
+    let first_up = if layout.step == 2 { gate_up } else { up };
+    let fast = layout.is_fast(dtype, k, &[x, gate_up, first_up]);
+    let args = GateUpArgs {
+        gemm: layout.args(OP, dtype, shape, intermediate, k, act, fast)?,
+        activation: activation_args(&experts.activation),
+        gated: experts.gated.into(),
+        gather: gather.into(),
+        top_k: int(OP, "top_k", shape.top_k)?,
+        weight_inside: (experts.weight_position == WeightPosition::Inside).into(),
+        bias_expert_stride: int(OP, "intermediate", parts.bias_features)?,
+        bias_feature_stride: layout.step as i32,
+    };
+    if shape.num_tokens == 0 {
+        return Ok(());
+    }
+    let columns = GEMM_BLOCK_N as usize / if experts.gated { 2 } else { 1 };
+    let launch = launch(OP, dtype, shape, intermediate, columns)?;
+    let arguments = [
+        Argument::of(&act),
+        Argument::of(&x),
+        Argument::of(&gate_up),
+        Argument::of(&up),
+        Argument::of(&bias),
+        Argument::of(&up_bias),
+        Argument::of(&weights),
+        Argument::of(&row_of_slot),
+        Argument::of(&token_of_row),
+        Argument::of(&expert_offsets),
+        Argument::of(&tiles),
+        Argument::of(&num_tiles),
+        Argument::of(&args),
+    ];
+    let kernel = match layout.order {
+        WeightOrder::InOut if fast => Kernel::GroupedGemmFwdGateUpInOut,
+        _ => Kernel::GroupedGemmFwdGateUp,
+    };
+    // SAFETY: the arguments follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd_gate_up_in_out
+    // in kernels/grouped_gemm.cu; the caller vouches for the buffers; shape and widths were checked.
+    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+}
+
+/// Holds an address against whether the configuration has what is there.
+fn must_be(what: &str, wanted: bool, address: CUdeviceptr) -> Result<()> {
+    let why = match (wanted, address != 0) {
+        (true, false) => format!("the experts' configuration has {what}, which is not given"),
+        (false, true) => format!("{what} is given, which the experts' configuration does not have"),
+        _ => return Ok(()),
+    };
+    Err(Error::Mismatch { op: OP, why })
+}
+
+/// Where up lies beside gate.
+struct Parts {
+    layout: Layout,
+    /// Elements from the first feature of gate to the first of up, in one tensor.
+    up: usize,
+    /// The same for biases.
+    up_bias: usize,
+    /// Biases of an expert.
+    bias_features: usize,
+}
+
+impl Parts {
+    fn new(experts: &ExpertConfig, intermediate: usize, k: usize) -> Self {
+        let bias_features = if experts.gated { 2 * intermediate } else { intermediate };
+        let order = experts.gate_up_order;
+        let input_distance = if order == WeightOrder::OutIn { k } else { 1 };
+        let (features, step, features_to_up) = match experts.gate_up {
+            _ if !experts.gated => (intermediate, 1, 0),
+            GateUp::Concatenated => (2 * intermediate, 1, intermediate),
+            GateUp::Interleaved => (2 * intermediate, 2, 1),
+            GateUp::Separate => (intermediate, 1, intermediate),
+        };
+        Self {
+            layout: Layout { order, features, step },
+            up: features_to_up * input_distance,
+            up_bias: features_to_up,
+            bias_features,
+        }
+    }
+
+    fn up(&self, gate: CUdeviceptr, dtype: DType) -> CUdeviceptr {
+        gate + (self.up * dtype.size()) as CUdeviceptr
+    }
+
+    fn up_bias(&self, gate: CUdeviceptr, dtype: DType) -> CUdeviceptr {
+        gate + (self.up_bias * dtype.size()) as CUdeviceptr
+    }
+}
+
+/// The activation as the kernel takes it.
+fn activation_args(activation: &Activation) -> ActivationArgs {
+    let none = f32::INFINITY;
+    let (mut limit_before, mut limit_after, mut limit_up) = (none, none, none);
+    let (mut gate_cap, mut up_cap) = (none, none);
+    let mut function = match activation.function {
+        ActivationFunction::Silu => ACTIVATION_SILU,
+        ActivationFunction::Gelu => ACTIVATION_GELU,
+        ActivationFunction::GeluTanh => ACTIVATION_GELU_TANH,
+        ActivationFunction::Relu => ACTIVATION_RELU,
+        ActivationFunction::ReluSquared => ACTIVATION_RELU_SQUARED,
+    };
+    match activation.limit {
+        Limit::None => {}
+        Limit::Before { limit } => (limit_before, limit_up) = (limit, limit),
+        Limit::After { limit } => (limit_after, limit_up) = (limit, limit),
+        Limit::SoftCap { gate, up } => {
+            (gate_cap, up_cap) = (gate, up);
+            function = ACTIVATION_SILU_SOFT_CAP;
+        }
+    }
+    let Activation { alpha, up_offset, .. } = *activation;
+    ActivationArgs {
+        function,
+        alpha,
+        limit_before,
+        limit_after,
+        limit_up,
+        up_offset,
+        gate_cap,
+        up_cap,
+    }
+}

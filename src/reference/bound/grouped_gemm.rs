@@ -1,0 +1,119 @@
+//! The bounds of the experts' products.
+
+use super::super::accum::Element;
+use super::super::activation::activate;
+use super::super::expert_weights::{GateUpWeights, LinearWeights, Part, weights_of_rows};
+use super::super::grouped_gemm::{Values, grouped_gemm_fwd, sums};
+use super::super::plan::Plan;
+use super::activation::{Inexact, activation_error};
+use super::{Bounded, U, stored, sum_error};
+use crate::config::{ExpertConfig, WeightPosition};
+use crate::dtype::{DType, Dtype};
+use crate::error::Result;
+
+/// [`grouped_gemm_fwd`] with its result stored as `out`.
+///
+/// # Errors
+/// Those of [`grouped_gemm_fwd`].
+pub fn grouped_gemm<D: Dtype>(
+    plan: &Plan,
+    n: usize,
+    k: usize,
+    x: &[impl Element<f64>],
+    weights: LinearWeights<'_, D>,
+    gather: bool,
+    out: DType,
+) -> Result<Bounded> {
+    let value = grouped_gemm_fwd::<f64, D>(plan, n, k, x, weights, gather)?;
+    let magnitude = grouped_gemm_magnitude(plan, n, k, x, weights, gather)?;
+    let adding = if weights.bias.is_some() { U } else { 0.0 };
+    let error = |(s, value): (&f64, &f64)| sum_error(k, *s) + adding * value.abs();
+    let errors = magnitude.iter().zip(&value).map(error).collect();
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd) with its result stored as `out`. Of
+/// `weights`, the bounds say how far those of the operation may be from the right ones.
+///
+/// # Errors
+/// Those of [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd).
+#[allow(clippy::too_many_arguments, reason = "those of the operation")]
+pub fn grouped_gemm_gate_up<D: Dtype>(
+    plan: &Plan,
+    experts: &ExpertConfig,
+    intermediate: usize,
+    k: usize,
+    x: &[impl Element<f64>],
+    gate_up: GateUpWeights<'_, D>,
+    weights: Option<&Bounded>,
+    gather: bool,
+    out: DType,
+) -> Result<Bounded> {
+    const OP: &str = "grouped_gemm_gate_up";
+    let (gate, up) = Part::of_gate_up(OP, plan, experts, intermediate, k, gate_up)?;
+    let of_rows = |of: fn(&Bounded) -> &Vec<f64>| {
+        weights_of_rows::<f64>(OP, plan, experts, weights.map(|weights| of(weights).as_slice()))
+    };
+    let (weight, weight_error) = (of_rows(|w| &w.value)?, of_rows(|w| &w.bound)?);
+    let weight_of = |row: usize| match (&weight, &weight_error) {
+        (Some(weight), Some(error)) => Inexact { value: weight[row], error: error[row] },
+        _ => Inexact { value: 1.0, error: 0.0 },
+    };
+    let inside = experts.weight_position == WeightPosition::Inside;
+
+    let inexact_sums = |part: Part<'_, D>| -> Result<Vec<Inexact>> {
+        let signed = sums(plan, intermediate, k, x, part, gather, Values::Signed)?;
+        let absolute = sums(plan, intermediate, k, x, part, gather, Values::Absolute)?;
+        let biases = part.biases(plan, intermediate);
+        let of_output = |(index, ((sum, magnitude), bias)): (usize, ((&f64, &f64), &f64))| {
+            let mut sum = Inexact { value: *sum, error: sum_error(k, *magnitude) };
+            if weight.is_some() && !inside {
+                sum = times(weight_of(index / intermediate), sum);
+            }
+            let value = sum.value + bias;
+            let adding = if gate_up.bias.is_some() { U * value.abs() } else { 0.0 };
+            Inexact { value, error: sum.error + adding }
+        };
+        Ok(signed.iter().zip(&absolute).zip(&biases).enumerate().map(of_output).collect())
+    };
+    let gate = gate.map(inexact_sums).transpose()?;
+    let up = inexact_sums(up)?;
+    let (mut value, mut errors) = (Vec::new(), Vec::new());
+    for (index, up) in up.into_iter().enumerate() {
+        let gate = gate.as_ref().map(|gate| gate[index]);
+        let mut act = Inexact {
+            value: activate(&experts.activation, gate.map(|gate| gate.value), up.value),
+            error: activation_error(&experts.activation, gate, up),
+        };
+        if inside {
+            act = times(weight_of(index / intermediate), act);
+        }
+        value.push(act.value);
+        errors.push(act.error);
+    }
+    // Rows that are not in use are 0, whatever the activation makes of 0.
+    let in_use = plan.rows_in_use() * intermediate;
+    value[in_use..].fill(0.0);
+    errors[in_use..].fill(0.0);
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// The magnitude `sum over i of |x_i * w_i|` of each element that [`grouped_gemm_fwd`] computes.
+pub(super) fn grouped_gemm_magnitude<D: Dtype>(
+    plan: &Plan,
+    n: usize,
+    k: usize,
+    x: &[impl Element<f64>],
+    weights: LinearWeights<'_, D>,
+    gather: bool,
+) -> Result<Vec<f64>> {
+    let part = Part::of_linear("grouped_gemm_magnitude", plan, n, k, weights)?;
+    sums(plan, n, k, x, part, gather, Values::Absolute)
+}
+
+/// The product of two numbers, rounded to f32.
+fn times(a: Inexact, b: Inexact) -> Inexact {
+    let value = a.value * b.value;
+    let error = a.error * (b.value.abs() + b.error) + a.value.abs() * b.error;
+    Inexact { value, error: error + U * value.abs() + U * DType::F32.min_positive() }
+}

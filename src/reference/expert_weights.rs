@@ -1,0 +1,363 @@
+//! The experts' weights: where each element of them lies, in whatever order a checkpoint has them.
+
+use std::ops::Range;
+
+use super::accum::{Accum, Element};
+use super::grouped_gemm::Values;
+use super::plan::Plan;
+use crate::config::{ExpertConfig, GateUp, WeightOrder, WeightPosition};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, check_len, product};
+
+/// The weights of a product for every expert.
+#[derive(Debug, Clone, Copy)]
+pub struct LinearWeights<'a, D> {
+    /// `[E, N, K]`, or `[E, K, N]`, as `order` says.
+    pub w: &'a [D],
+    /// `[E, N]`
+    pub bias: Option<&'a [D]>,
+    /// Which dimension of `w` is contiguous.
+    pub order: WeightOrder,
+}
+
+/// The gate and up projections of all experts.
+#[derive(Debug, Clone, Copy)]
+pub struct GateUpWeights<'a, D> {
+    /// The weights.
+    pub tensors: GateUpTensors<'a, D>,
+    /// `[E, 2I]`, or `[E, I]` without a gate, in the order of the weights' features; for separate
+    /// tensors first all of gate, then all of up.
+    pub bias: Option<&'a [D]>,
+}
+
+/// One tensor, or two; [`ExpertConfig`] says which, and how they lie.
+#[derive(Debug, Clone, Copy)]
+pub enum GateUpTensors<'a, D> {
+    /// `[E, 2I, K]`, or `[E, I, K]` without a gate; `InOut`: `[E, K, 2I]`, or `[E, K, I]`.
+    Fused(&'a [D]),
+    /// Each `[E, I, K]`; `InOut`: `[E, K, I]`.
+    Separate {
+        /// What the function is applied to.
+        gate: &'a [D],
+        /// What its result multiplies.
+        up: &'a [D],
+    },
+}
+
+impl<'a, D> LinearWeights<'a, D> {
+    /// `w` `[E, N, K]`, and no bias.
+    pub fn new(w: &'a [D]) -> Self {
+        Self { w, bias: None, order: WeightOrder::OutIn }
+    }
+}
+
+impl<'a, D> GateUpWeights<'a, D> {
+    /// One tensor, and no bias.
+    pub fn fused(gate_up: &'a [D]) -> Self {
+        Self { tensors: GateUpTensors::Fused(gate_up), bias: None }
+    }
+}
+
+/// The weights behind one number of an output: element `(expert, feature, i)` is at
+/// `first + expert * strides[0] + feature * strides[1] + i * strides[2]`.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a, D> {
+    w: &'a [D],
+    first: usize,
+    strides: [usize; 3],
+    bias: Option<&'a [D]>,
+    first_bias: usize,
+    bias_strides: [usize; 2],
+}
+
+/// An element of an output.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) expert: usize,
+    pub(super) row: usize,
+    pub(super) column: usize,
+}
+
+impl<'a, D: Dtype> Part<'a, D> {
+    pub(super) fn of_linear(
+        op: &'static str,
+        plan: &Plan,
+        n: usize,
+        k: usize,
+        weights: LinearWeights<'a, D>,
+    ) -> Result<Self> {
+        plan.check(op)?;
+        let LinearWeights { w, bias, order } = weights;
+        let features = product(op, "E * N", plan.num_experts(), n)?;
+        check_len(op, "w", w.len(), product(op, "E * N * K", features, k)?)?;
+        if let Some(bias) = bias {
+            check_len(op, "bias", bias.len(), features)?;
+        }
+        let strides = strides(order, n, 1, k);
+        Ok(Self { w, first: 0, strides, bias, first_bias: 0, bias_strides: [n, 1] })
+    }
+
+    /// Gate, if there is one, and up.
+    pub(super) fn of_gate_up(
+        op: &'static str,
+        plan: &Plan,
+        experts: &ExpertConfig,
+        intermediate: usize,
+        k: usize,
+        gate_up: GateUpWeights<'a, D>,
+    ) -> Result<(Option<Self>, Self)> {
+        plan.check(op)?;
+        experts.check(op)?;
+        let GateUpWeights { tensors, bias } = gate_up;
+        must_be(op, "biases of gate and up", experts.gate_up_bias, bias.is_some())?;
+        let separate = matches!(tensors, GateUpTensors::Separate { .. });
+        must_be(op, "separate tensors", experts.gate_up == GateUp::Separate, separate)?;
+        let parts = if experts.gated { 2 } else { 1 };
+        let features = product(op, "E * I", plan.num_experts(), intermediate)?;
+        let elements = product(op, "E * I * K", features, k)?;
+        let (features, both) = (
+            product(op, "2 * E * I", parts, features)?,
+            product(op, "2 * E * I * K", parts, elements)?,
+        );
+        let (first, second) = match tensors {
+            GateUpTensors::Fused(w) => {
+                check_len(op, "gate_up", w.len(), both)?;
+                (w, w)
+            }
+            GateUpTensors::Separate { gate, up } => {
+                check_len(op, "gate", gate.len(), elements)?;
+                check_len(op, "up", up.len(), elements)?;
+                (gate, up)
+            }
+        };
+        if let Some(bias) = bias {
+            check_len(op, "bias", bias.len(), features)?;
+        }
+
+        // Of an expert: features in a tensor, from one of gate to the next, and to its up.
+        let (features, step, to_up) = match experts.gate_up {
+            GateUp::Concatenated => (parts * intermediate, 1, (parts - 1) * intermediate),
+            GateUp::Interleaved => (2 * intermediate, 2, 1),
+            GateUp::Separate => (intermediate, 1, 0),
+        };
+        let strides = strides(experts.gate_up_order, features, step, k);
+        let bias_to_up = if separate { intermediate } else { to_up };
+        let bias_strides = [parts * intermediate, step];
+        let gate = Self { w: first, first: 0, strides, bias, first_bias: 0, bias_strides };
+        let first = to_up * strides[1] / step;
+        let up = Self { w: second, first, first_bias: bias_to_up, ..gate };
+        Ok((experts.gated.then_some(gate), up))
+    }
+
+    pub(super) fn bias_at<A: Accum>(self, at: Place) -> A {
+        let [expert, feature] = self.bias_strides;
+        let index = self.first_bias + at.expert * expert + at.column * feature;
+        self.bias.map_or(A::ZERO, |bias| A::from_dtype(bias[index]))
+    }
+
+    /// The biases alone, as the outputs have them; 0 for rows that are not in use.
+    pub(super) fn biases(self, plan: &Plan, width: usize) -> Vec<f64> {
+        let mut of_outputs = vec![0.0; plan.rows() * width];
+        for expert in 0..plan.num_experts() {
+            for row in plan.rows_of(expert) {
+                for column in 0..width {
+                    of_outputs[row * width + column] = self.bias_at(Place { expert, row, column });
+                }
+            }
+        }
+        of_outputs
+    }
+
+    /// Features `first..first + count` of an expert, `[count, K]`, as `A`; in `buffer` where they are not so already.
+    pub(super) fn panel<'s, A: Accum>(
+        &'s self,
+        expert: usize,
+        features: Range<usize>,
+        k: usize,
+        values: Values,
+        buffer: &'s mut Vec<A>,
+    ) -> &'s [A] {
+        let [expert_stride, feature_stride, input_stride] = self.strides;
+        let start = self.first + expert * expert_stride + features.start * feature_stride;
+        if feature_stride == k && input_stride == 1 {
+            return values.read(&self.w[start..][..features.len() * k], buffer);
+        }
+        buffer.resize(features.len() * k, A::ZERO);
+        for (feature, wide) in buffer.chunks_exact_mut(k).enumerate() {
+            let start = start + feature * feature_stride;
+            for (i, wide) in wide.iter_mut().enumerate() {
+                *wide = A::from_dtype(self.w[start + i * input_stride]);
+            }
+            values.apply(wide);
+        }
+        buffer
+    }
+}
+
+/// The strides of a tensor with so many features of each expert, of which every `step`-th is of one kind.
+fn strides(order: WeightOrder, features: usize, step: usize, k: usize) -> [usize; 3] {
+    match order {
+        WeightOrder::OutIn => [features * k, step * k, 1],
+        WeightOrder::InOut => [features * k, step, features],
+    }
+}
+
+/// The routing weight of each row, `[R]`; 0 for rows that are not in use.
+///
+/// # Errors
+/// Weights of another length, and weights where `experts` has none to multiply, or the reverse.
+pub(super) fn weights_of_rows<A: Accum>(
+    op: &'static str,
+    plan: &Plan,
+    experts: &ExpertConfig,
+    weights: Option<&[impl Element<A>]>,
+) -> Result<Option<Vec<A>>> {
+    let wanted = experts.weight_position != WeightPosition::Output;
+    must_be(op, "weights", wanted, weights.is_some())?;
+    let Some(weights) = weights else { return Ok(None) };
+    check_len(op, "weights", weights.len(), plan.row_of_slot.len())?;
+    let mut of_rows = vec![A::ZERO; plan.rows()];
+    for (&row, weight) in plan.row_of_slot.iter().zip(weights) {
+        if let Some(of_row) = usize::try_from(row).ok().and_then(|row| of_rows.get_mut(row)) {
+            *of_row = weight.widen();
+        }
+    }
+    Ok(Some(of_rows))
+}
+
+fn must_be(op: &'static str, what: &str, wanted: bool, there: bool) -> Result<()> {
+    if wanted == there {
+        return Ok(());
+    }
+    let has = |it| if it { "has" } else { "has no" };
+    let why = format!("the configuration {} {what}, the call {} {what}", has(wanted), has(there));
+    Err(Error::Mismatch { op, why })
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::super::grouped_gemm::grouped_gemm_gate_up_fwd;
+    use super::super::plan::plan_fwd;
+    use super::super::sample::Sampler;
+    use super::*;
+    use crate::config::Activation;
+    use crate::shape::RoutingShape;
+
+    /// Every layout, with biases and weights, as one sum per element.
+    #[test]
+    fn each_layout_is_the_one_it_says() {
+        let (e, i, k) = (3usize, 5usize, 4usize);
+        let shape = RoutingShape { num_tokens: 6, num_experts: e, top_k: 2 };
+        let mut sampler = Sampler::new(8);
+        let plan = sampler.plan(&shape);
+        let x: Vec<bf16> = sampler.elements(shape.num_tokens * k);
+        let weights: Vec<f32> = sampler.elements(shape.slots());
+        let (w, bias): (Vec<bf16>, Vec<bf16>) =
+            (sampler.elements(e * 2 * i * k), sampler.elements(e * 2 * i));
+        let activation = Activation { up_offset: 0.5, ..Activation::default() };
+        for (gate_up, order) in [GateUp::Concatenated, GateUp::Interleaved, GateUp::Separate]
+            .into_iter()
+            .flat_map(|gate_up| [(gate_up, WeightOrder::OutIn), (gate_up, WeightOrder::InOut)])
+        {
+            for weight_position in
+                [WeightPosition::Output, WeightPosition::Input, WeightPosition::Inside]
+            {
+                let experts = ExpertConfig {
+                    activation,
+                    gate_up,
+                    gate_up_order: order,
+                    gate_up_bias: true,
+                    weight_position,
+                    ..ExpertConfig::default()
+                };
+                // (expert, part, feature, input) of tensors as they were named.
+                let at =
+                    |tensor: &[bf16], expert: usize, part: usize, feature: usize, input: usize| {
+                        let (features, feature) = match gate_up {
+                            GateUp::Concatenated => (2 * i, part * i + feature),
+                            GateUp::Interleaved => (2 * i, 2 * feature + part),
+                            GateUp::Separate => (i, feature),
+                        };
+                        let index = match order {
+                            WeightOrder::OutIn => (expert * features + feature) * k + input,
+                            WeightOrder::InOut => (expert * k + input) * features + feature,
+                        };
+                        f64::from(tensor[index])
+                    };
+                let halves = w.split_at(e * i * k);
+                let tensors = match gate_up {
+                    GateUp::Separate => GateUpTensors::Separate { gate: halves.0, up: halves.1 },
+                    _ => GateUpTensors::Fused(&w[..]),
+                };
+                let given = (weight_position != WeightPosition::Output).then_some(&weights[..]);
+                let gate_up_weights = GateUpWeights { tensors, bias: Some(&bias) };
+                let got = grouped_gemm_gate_up_fwd::<f64, bf16>(
+                    &plan,
+                    &experts,
+                    i,
+                    k,
+                    &x,
+                    gate_up_weights,
+                    given,
+                    true,
+                )
+                .unwrap();
+                for (slot, &row) in plan.row_of_slot.iter().enumerate().filter(|(_, r)| **r >= 0) {
+                    let row = row as usize;
+                    let expert =
+                        plan.expert_offsets.iter().rposition(|&o| o <= row as i32).unwrap();
+                    let x = &x[slot / 2 * k..][..k];
+                    let p = f64::from(weights[slot]);
+                    for feature in 0..i {
+                        let sum = |part: usize| -> f64 {
+                            let tensor = match (gate_up, part) {
+                                (GateUp::Separate, 0) => halves.0,
+                                (GateUp::Separate, _) => halves.1,
+                                _ => &w[..],
+                            };
+                            let w = |input| at(tensor, expert, part, feature, input);
+                            let dot: f64 = (0..k).map(|input| x[input].to_f64() * w(input)).sum();
+                            let place = match gate_up {
+                                GateUp::Interleaved => 2 * feature + part,
+                                _ => part * i + feature,
+                            };
+                            let p = if weight_position == WeightPosition::Input { p } else { 1.0 };
+                            p * dot + bias[expert * 2 * i + place].to_f64()
+                        };
+                        let (gate, up) = (sum(0), sum(1));
+                        let p = if weight_position == WeightPosition::Inside { p } else { 1.0 };
+                        let want = p * (gate / (1.0 + (-gate).exp()) * (up + 0.5));
+                        let got = got[row * i + feature];
+                        assert!((got - want).abs() < 1e-13, "{experts}: {got} instead of {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_configuration_does_not_have() {
+        let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
+        let plan = plan_fwd(&shape, 64, &[0, 1]).unwrap();
+        let (x, w, weights) = ([0.0f32; 8], [0.0f32; 48], [1.0f32; 2]);
+        let run = |experts: &ExpertConfig, bias: Option<&[f32]>, weights: Option<&[f32]>| {
+            let gate_up = GateUpWeights { bias, ..GateUpWeights::fused(&w[..]) };
+            grouped_gemm_gate_up_fwd::<f32, f32>(&plan, experts, 3, 4, &x, gate_up, weights, true)
+        };
+        let plain = ExpertConfig::default();
+        let biased = ExpertConfig { gate_up_bias: true, ..plain };
+        let weighted = ExpertConfig { weight_position: WeightPosition::Input, ..plain };
+        assert!(run(&plain, None, None).is_ok());
+        assert!(run(&biased, Some(&w[..12]), None).is_ok());
+        assert!(run(&weighted, None, Some(&weights)).is_ok());
+        assert!(run(&plain, Some(&w[..12]), None).is_err() && run(&biased, None, None).is_err());
+        assert!(run(&biased, Some(&w[..11]), None).is_err());
+        assert!(run(&plain, None, Some(&weights)).is_err() && run(&weighted, None, None).is_err());
+        assert!(run(&weighted, None, Some(&weights[..1])).is_err());
+        let separate = ExpertConfig { gate_up: GateUp::Separate, ..plain };
+        assert!(run(&separate, None, None).is_err());
+        assert!(run(&ExpertConfig { gated: false, ..plain }, None, None).is_err());
+    }
+}
