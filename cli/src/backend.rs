@@ -135,7 +135,7 @@ fn forward_cpu<D: Element>(
         let (n, k) = (intermediate, hidden);
         let (experts, gate_up) = (&config.experts, reference::GateUpWeights::fused(&gate_up[..]));
         let none = None::<&[f32]>;
-        reference::grouped_gemm_gate_up_fwd(&plan, experts, n, k, x, gate_up, none, true)
+        reference::grouped_gemm_gate_up_fwd::<f32, D>(&plan, experts, n, k, x, gate_up, none, true)
     })?;
     let yp = steps.time(OPERATIONS[3], || {
         let down = reference::LinearWeights::new(&down[..]);
