@@ -343,7 +343,7 @@ __device__ __forceinline__ void grouped_gemm_fwd_gate_up(
   store_activations(act, shared, gate_up, tile, work.first_column, args);
 }
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA)
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
     moe_grouped_gemm_fwd_f32(float* y, const float* x, const float* w, const float* bias,
                              const int* token_of_row, const int* expert_offsets,
                              const GemmTile* tiles, const int* num_tiles,
@@ -370,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_bf16, GEMM_THREADS_MMA)
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA)
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
     moe_grouped_gemm_fwd_in_out_f32(float* y, const float* x, const float* w, const float* bias,
                                     const int* token_of_row, const int* expert_offsets,
                                     const GemmTile* tiles, const int* num_tiles,
@@ -397,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_bf16, GEMM_THREADS_MMA)
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA) moe_grouped_gemm_fwd_gate_up_f32(
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1) moe_grouped_gemm_fwd_gate_up_f32(
     float* act, const float* x, const float* gate, const float* up, const float* gate_bias,
     const float* up_bias, const float* weights, const int* row_of_slot, const int* token_of_row,
     const int* expert_offsets, const GemmTile* tiles, const int* num_tiles, const GateUpArgs args) {
@@ -426,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA) moe_grouped_gemm_
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_bf16, GEMM_THREADS_MMA)
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA)
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
     moe_grouped_gemm_fwd_gate_up_in_out_f32(float* act, const float* x, const float* gate,
                                             const float* up, const float* gate_bias,
                                             const float* up_bias, const float* weights,
