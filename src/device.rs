@@ -45,7 +45,7 @@ struct Entry {
 
 /// In the order of the variants of [`Kernel`].
 #[rustfmt::skip]
-static KERNELS: &[Entry] = &[
+const KERNELS: &[Entry] = &[
     Entry { kernel: Kernel::RouteFwdPlainNarrow, image: "route", symbol: "moe_route_fwd_plain_narrow", typed: true },
     Entry { kernel: Kernel::RouteFwdPlainWide, image: "route", symbol: "moe_route_fwd_plain_wide", typed: true },
     Entry { kernel: Kernel::RouteFwdNarrow, image: "route", symbol: "moe_route_fwd_narrow", typed: false },
