@@ -11,7 +11,8 @@ use moe_kernels::ops::grouped_gemm::{
 };
 use moe_kernels::ops::{combine, permute, plan, route};
 use moe_kernels::{
-    Device, Dtype, ExpertConfig, GateUp, RouterConfig, RoutingPlan, RoutingShape, WeightOrder,
+    Device, Dtype, ExpertConfig, GateUp, GroupScore, Groups, Masked, Normalization, RouterConfig,
+    RoutingPlan, RoutingShape, Scoring, WeightOrder,
 };
 
 use crate::measure::{Counting, Schedule};
@@ -71,6 +72,21 @@ impl Case {
             let logits = logits.as_view();
             let inputs = route::RouteInputs::new(&logits);
             route::route_fwd(&self.device, &self.stream, self.shape, &router, &inputs)
+                .expect("route runs");
+        })
+    }
+
+    fn route_biased<D: Dtype + DeviceRepr + ValidAsZeroBits>(
+        &self,
+        router: &RouterConfig,
+    ) -> Traffic {
+        let logits = self.zeros::<D>(self.shape.logits());
+        let bias = self.zeros::<f32>(self.shape.num_experts);
+        self.counting.traffic_of_one(|| {
+            let (logits, bias) = (logits.as_view(), bias.as_view());
+            let selection_bias = Some(&bias);
+            let inputs = route::RouteInputs { selection_bias, ..route::RouteInputs::new(&logits) };
+            route::route_fwd(&self.device, &self.stream, self.shape, router, &inputs)
                 .expect("route runs");
         })
     }
@@ -160,9 +176,46 @@ fn route_reads_the_logits_once_in_wide_requests() {
         // Ids and weights, a token's at a time.
         assert_eq!(traffic.global_write.bytes, 8 * case.shape.slots() as u64);
         assert_eq!(traffic.global_write.requests, 2 * 64);
-        // Two maxima of the warp for each choice and one before them; one sum.
-        assert_eq!(traffic.operations.reductions, 64 * (2 * 8 + 1));
-        assert_eq!(traffic.operations.shuffles, 64 * 5);
+        // Two maxima of the warp for each choice and one before them; a sum in two parts.
+        assert_eq!(traffic.operations.reductions, 64 * (2 * 8 + 1 + 2));
+        assert_eq!(traffic.operations.shuffles, 0);
+    }
+}
+
+/// DeepSeek-V3's router: eight choices of the four best of eight groups, by sigmoids with a bias.
+#[test]
+fn route_with_options_reads_the_logits_once_and_meets_no_bank_conflict() {
+    let case = Case::new(64, 256, 8);
+    let router = RouterConfig {
+        scoring: Scoring::Sigmoid,
+        selection_bias: true,
+        groups: Some(Groups {
+            num_groups: 8,
+            top_groups: 4,
+            score: GroupScore::TopTwoSum,
+            masked: Masked::NegativeInfinity,
+        }),
+        normalization: Normalization::Sum { epsilon: 1e-20 },
+        scale: 2.5,
+        ..RouterConfig::default()
+    };
+    for (traffic, size, sectors_per_request) in [
+        (case.route_biased::<f32>(&router), 4, 16.0),
+        (case.route_biased::<bf16>(&router), 2, 16.0),
+    ] {
+        let logits = (case.shape.logits() * size / 32) as u64;
+        let bias = 256 * 4 / 32;
+        // Each warp has the bias from the cache, in words.
+        assert_eq!(traffic.global_read.unique_sectors, logits + bias);
+        assert_eq!(traffic.global_read.sectors, logits + 64 * bias);
+        let requests = logits as f64 / sectors_per_request + 64.0 * 8.0;
+        assert_eq!(traffic.global_read.requests as f64, requests);
+        assert_eq!(traffic.global_write.bytes, 8 * case.shape.slots() as u64);
+        assert_eq!(traffic.bank_conflicts(), 0);
+        // Two maxima for each choice; of a group two steps with two keys each, and the keys of eight; a sum.
+        assert_eq!(traffic.operations.reductions, 64 * 2 * 8);
+        assert_eq!(traffic.operations.shuffles, 64 * (2 * 2 + 8 + 5));
+        assert_eq!(traffic.operations.votes, 64);
     }
 }
 

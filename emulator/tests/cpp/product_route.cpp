@@ -44,20 +44,42 @@ void check(uint64_t seed, int experts, int top_k) {
   const bool sum_all = random.between(0, 1);
   int sort_length = 1;
   while (sort_length < experts) sort_length *= 2;
-  const RouteArgs args = {tokens,      experts, top_k,
-                          sort_length, sum_all, experts * sizeof(Elem) % 16 == 0};
+  RouteArgs args = {};
+  args.num_tokens = tokens;
+  args.num_experts = experts;
+  args.top_k = top_k;
+  args.sort_length = sort_length;
+  args.vector = experts * sizeof(Elem) % 16 == 0;
+  args.elem = std::is_same_v<Elem, float> ? ELEM_F32
+              : std::is_same_v<Elem, f16> ? ELEM_F16
+                                          : ELEM_BF16;
+  args.row_words = experts + (experts + 31) / 32;
+  args.multiplier = args.scale = 1.0f;
+  args.score = sum_all ? ROUTE_SOFTMAX : ROUTE_SOFTMAX_CHOSEN;
   const Buffer<uint32_t> ids(tokens * top_k);
   const Buffer<float> weights(tokens * top_k);
   const Buffer<Elem> logits_device(logits);
   const bool sort = top_k > ROUTE_PICK_MAX_TOP_K || experts > ROUTE_WIDE_MAX_EXPERTS;
   const char* const body = sort ? "sort" : experts <= ROUTE_NARROW_MAX_EXPERTS ? "narrow" : "wide";
   constexpr int TOKENS = ROUTE_PICK_THREADS / 32;
-  const testing::Shape shape = {
-      dim3(sort ? tokens : (tokens + TOKENS - 1) / TOKENS),
-      dim3(sort ? ROUTE_SORT_THREADS : ROUTE_PICK_THREADS),
-      sort ? static_cast<size_t>(sort_length) * ROUTE_SORT_ENTRY_BYTES : 0, seed};
-  testing::run_ok(std::string("moe_route_fwd_") + body + suffix<Elem>(), shape, ids.get(),
-                  weights.get(), logits_device.get(), args);
+  const size_t words = 2 * static_cast<size_t>(args.row_words);
+  const size_t entries = static_cast<size_t>(sort_length) * ROUTE_SORT_ENTRY_BYTES;
+  // The bodies with options route without them too.
+  const bool plain = !sort && random.between(0, 1);
+  const size_t shared = sort    ? entries + 4 * words
+                        : plain ? 0
+                                : TOKENS * 4 * (words + static_cast<size_t>(top_k));
+  const testing::Shape shape = {dim3(sort ? tokens : (tokens + TOKENS - 1) / TOKENS),
+                                dim3(sort ? ROUTE_SORT_THREADS : ROUTE_PICK_THREADS), shared, seed};
+  if (plain) {
+    testing::run_ok(std::string("moe_route_fwd_plain_") + body + suffix<Elem>(), shape, ids.get(),
+                    weights.get(), logits_device.get(), args);
+  } else {
+    RouteAddresses inputs = {};
+    inputs.logits = reinterpret_cast<unsigned long long>(logits_device.get());
+    testing::run_ok(std::string("moe_route_fwd_") + body, shape, ids.get(), weights.get(), inputs,
+                    args);
+  }
 
   for (int token = 0; token < tokens; token++) {
     std::vector<float> row;
@@ -95,6 +117,103 @@ TEST(product_route) {
     check<f16>(seed, many, random.between(33, many));
     if (seed % 5 == 0) check<float>(seed, wide, random.between(1, 32));
     if (seed % 10 == 0) check<bf16>(seed, random.between(1025, 2048), random.between(1, 64));
+  }
+}
+
+// Options at random: what they compute is held against the reference elsewhere; here sanitizers look
+// at every path, and ids must be distinct and weights numbers.
+void check_options(uint64_t seed, int experts, int top_k) {
+  Random random(seed);
+  const int tokens = random.between(1, 6);
+  const std::vector<float> logits = random_logits(random, tokens * experts);
+  RouteArgs args = {};
+  args.num_tokens = tokens;
+  args.num_experts = experts;
+  args.top_k = top_k;
+  args.num_sinks = random.between(0, 2) == 0 ? random.between(0, top_k - 1) : 0;
+  args.sort_length = 1;
+  while (args.sort_length < experts) args.sort_length *= 2;
+  args.vector = experts % 4 == 0;
+  args.elem = ELEM_F32;
+  args.row_words = experts + (experts + 31) / 32;
+  args.multiplier = args.scale = 1.0f;
+  args.softcap = random.between(0, 1) ? 2.0f : 0.0f;
+  args.value = random.between(ROUTE_LOGIT, ROUTE_SQRT_SOFTPLUS);
+  args.score = random.between(ROUTE_LOGIT, ROUTE_SPARSEMIXER);
+  args.jitter = 0.1f;
+  args.divisor = random.between(ROUTE_BY_NOTHING, ROUTE_BY_NORM);
+  args.divisor_number = 1.5f;
+  const int choices = experts - args.num_sinks;
+  const int groups = random.between(0, 32);
+  if (groups > 0 && choices % groups == 0) {
+    args.num_groups = groups;
+    args.top_groups = random.between(1, groups);
+    args.group_size = choices / groups;
+    args.group_magic = ((1u << 31) + args.group_size - 1) / args.group_size;
+    while (groups << (args.group_part_bits + 1) <= 32) args.group_part_bits++;
+    args.group_sum = random.between(0, 1);
+    args.masked_zero = random.between(0, 1);
+  }
+  const bool is_given = random.between(0, 4) == 0;
+  std::vector<uint32_t> given_rows(7 * static_cast<size_t>(top_k));
+  for (uint32_t& id : given_rows) id = static_cast<uint32_t>(random.between(0, experts));
+  args.given_rows = 7;
+  const auto address = [&](const auto& buffer) {
+    const bool there = random.between(0, 1);
+    return there ? reinterpret_cast<unsigned long long>(buffer.get()) : 0;
+  };
+  const Buffer<float> logits_device(logits), bias(random.vector<float>(choices)),
+      scale(random.vector<float>(experts)), noise(random.vector<float>(logits.size())),
+      noise_logits(random.vector<float>(logits.size()));
+  const Buffer<uint32_t> given(given_rows);
+  const Buffer<uint8_t> active(std::vector<uint8_t>(tokens, 1));
+  RouteAddresses inputs = {};
+  inputs.logits = reinterpret_cast<unsigned long long>(logits_device.get());
+  inputs.selection_bias = address(bias);
+  inputs.expert_scale = address(scale);
+  inputs.noise = address(noise);
+  inputs.noise_logits = address(noise_logits);
+  if (is_given) inputs.given_ids = reinterpret_cast<unsigned long long>(given.get());
+  inputs.active = address(active);
+  // Given ids and sparsemixer do not meet.
+  if (is_given && args.score == ROUTE_SPARSEMIXER) args.score = ROUTE_SOFTMAX;
+
+  const bool sort = top_k > ROUTE_PICK_MAX_TOP_K || experts > ROUTE_WIDE_MAX_EXPERTS;
+  const char* const body = sort ? "sort" : experts <= ROUTE_NARROW_MAX_EXPERTS ? "narrow" : "wide";
+  constexpr int TOKENS = ROUTE_PICK_THREADS / 32;
+  const size_t words = 2 * static_cast<size_t>(args.row_words);
+  const size_t shared =
+      sort ? static_cast<size_t>(args.sort_length) * ROUTE_SORT_ENTRY_BYTES + 4 * words
+           : TOKENS * 4 * (words + static_cast<size_t>(top_k));
+  const Buffer<uint32_t> ids(tokens * top_k);
+  const Buffer<float> weights(tokens * top_k);
+  const testing::Shape shape = {dim3(sort ? tokens : (tokens + TOKENS - 1) / TOKENS),
+                                dim3(sort ? ROUTE_SORT_THREADS : ROUTE_PICK_THREADS), shared, seed};
+  testing::run_ok(std::string("moe_route_fwd_") + body, shape, ids.get(), weights.get(), inputs,
+                  args);
+  for (int token = 0; token < tokens; token++) {
+    std::vector<bool> seen(experts);
+    for (int k = 0; k < top_k; k++) {
+      const uint32_t id = ids[token * top_k + k];
+      const float weight = weights[token * top_k + k];
+      const bool is_new = is_given || (id < seen.size() && !seen[id]);
+      CHECK(is_new, "%s E %d K %d: id %u, seed %llu", body, experts, top_k, id,
+            static_cast<unsigned long long>(seed));
+      if (id < seen.size()) seen[id] = true;
+      CHECK(weight == weight, "%s E %d K %d: no weight, seed %llu", body, experts, top_k,
+            static_cast<unsigned long long>(seed));
+    }
+  }
+}
+
+TEST(product_route_options) {
+  for (uint64_t seed = 0; seed < testing::seeds(80); seed++) {
+    Random random(seed + 2000);
+    const int narrow = random.between(1, 8) * random.between(1, 32);
+    check_options(seed, narrow, random.between(1, std::min(narrow, 32)));
+    const int many = random.between(33, 200);
+    if (seed % 3 == 0) check_options(seed, many, random.between(33, many));
+    if (seed % 8 == 0) check_options(seed, 512, random.between(1, 32));
   }
 }
 
