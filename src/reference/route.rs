@@ -135,6 +135,18 @@ pub(super) fn route_in<N: Number, D: Dtype>(
     Ok(routing)
 }
 
+/// What the experts of each token are chosen by, in any kind of number: for tests of the choice.
+#[cfg(test)]
+pub(super) fn values_in<N: Number, D: Dtype>(
+    shape: &RoutingShape,
+    router: &RouterConfig,
+    inputs: &RouteInputs<'_, D>,
+) -> Vec<Vec<N>> {
+    let choices = shape.num_experts - router.num_sinks;
+    let token = |t| Token::new(shape, inputs, t).values(router, choices);
+    (0..shape.num_tokens).map(token).collect()
+}
+
 /// The id of a slot without an expert.
 const NO_EXPERT: u32 = u32::MAX;
 

@@ -185,3 +185,73 @@ impl Number for Interval {
         Self::around(self.mid.root(p), [root(self.low), root(self.high)], units)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{RouterConfig, Scoring};
+    use crate::reference::route::{RouteInputs, route_in, values_in};
+    use crate::reference::sample::Sampler;
+    use crate::shape::RoutingShape;
+
+    /// Where the values in f64 would choose another expert, f32 cannot tell the two apart; and that is rare.
+    #[test]
+    fn ids_differ_from_those_of_f64_only_within_the_bound() {
+        let shape = RoutingShape { num_tokens: 400, num_experts: 64, top_k: 6 };
+        for scoring in [Scoring::Sigmoid, Scoring::SqrtSoftplus, Scoring::Softmax] {
+            let plain = RouterConfig { scoring, selection_bias: true, ..RouterConfig::default() };
+            let mut differing = 0;
+            for router in [
+                plain,
+                RouterConfig { logit_softcap: Some(2.0), ..plain },
+                RouterConfig { logit_multiplier: 6.0, ..plain },
+            ] {
+                let mut sampler = Sampler::new(23);
+                let logits: Vec<f32> =
+                    sampler.elements::<f32>(shape.logits()).iter().map(|l| 14.0 * l).collect();
+                let bias = sampler.elements::<f32>(shape.num_experts).into_iter();
+                let bias: Vec<f32> = bias.map(|bias| 1e-4 * bias).collect();
+                let inputs =
+                    RouteInputs { selection_bias: Some(&bias), ..RouteInputs::new(&logits) };
+                let routing = route_in::<f32, f32>(&shape, &router, &inputs).unwrap();
+                let values = values_in::<Interval, f32>(&shape, &router, &inputs);
+                for (ids, values) in routing.expert_ids.chunks(shape.top_k).zip(values) {
+                    for (k, &id) in ids.iter().enumerate() {
+                        let chosen = values[id as usize];
+                        let left =
+                            (0..shape.num_experts).filter(|&e| !ids[..k].contains(&(e as u32)));
+                        for other in left.map(|e| values[e]) {
+                            assert!(
+                                chosen.high >= other.low,
+                                "{chosen:?} was chosen before {other:?}"
+                            );
+                            differing += usize::from(chosen.mid < other.mid);
+                        }
+                    }
+                }
+            }
+            println!("{scoring:?}: {differing} of {} choices", 3 * shape.slots());
+            assert!(
+                differing <= 3 * shape.slots() / 100,
+                "{scoring:?}: {differing} choices differ"
+            );
+        }
+    }
+
+    /// A bound that is met by chance alone is as bad as one that is not: it is a few units for what routers see.
+    #[test]
+    fn bounds_are_tight() {
+        let shape = RoutingShape { num_tokens: 100, num_experts: 64, top_k: 6 };
+        let logits: Vec<f32> = Sampler::new(5).elements(shape.logits());
+        for (scoring, most) in
+            [(Scoring::Softmax, 20.0), (Scoring::Sigmoid, 17.0), (Scoring::SqrtSoftplus, 17.0)]
+        {
+            let router = RouterConfig { scoring, ..RouterConfig::softmax_top_k(true) };
+            let routing = route_in::<Interval, f32>(&shape, &router, &RouteInputs::new(&logits));
+            for weight in routing.unwrap().weights {
+                let units = weight.bound() / (U * weight.mid);
+                assert!(units <= most, "{scoring:?}: {units} units, wanted {most}");
+            }
+        }
+    }
+}
