@@ -88,12 +88,13 @@ typedef struct RouteAddresses {
 
 typedef struct PlanArgs {
   int slots;        // T * K
-  int num_experts;  // E
+  int num_experts;  // E, the experts that have rows here.
   int top_k;        // K
   int block_m;      // Rows of a tile.
   int max_tiles;    // Tiles that the list has room for.
   int num_blocks;   // Blocks of count and place.
   int block_slots;  // Slots of a block; the last one may have fewer.
+  int first_expert;  // The id of the plan's expert 0.
 } PlanArgs;
 
 // ---- permute --------------------------------------------------------------------------------

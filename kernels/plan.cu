@@ -1,5 +1,6 @@
-// plan: groups slots by expert, stably, and cuts each expert's rows into tiles. A slot whose id is
-//       E or more (any bits) is inactive: it gets no row.
+// plan: groups slots by expert, stably, and cuts each expert's rows into tiles. The E experts here
+//       have the router's ids from first_expert on; a slot with any other id (any bits) is inactive:
+//       it gets no row. id(s) below is the router's less first_expert.
 //   expert_offsets[e] = active slots of experts below e; [E] is the number of rows in use
 //   row_of_slot[s]    = expert_offsets[id(s)] + number of slots before s with the same id, else -1
 //   token_of_row[r]   = s / K for the slot s of row r, -1 for rows that no slot has
@@ -54,7 +55,8 @@ __device__ __forceinline__ SlotRange warp_range(SlotRange block, const PlanArgs&
 __device__ __forceinline__ int expert_of(const uint32_t* expert_ids, int slot,
                                          const PlanArgs& args) {
   const uint32_t id = expert_ids == nullptr ? 0 : expert_ids[slot];
-  return (int)min(id, (uint32_t)args.num_experts);
+  // Ids below the first wrap around to more than any expert has.
+  return (int)min(id - (uint32_t)args.first_expert, (uint32_t)args.num_experts);
 }
 
 // ---- count --------------------------------------------------------------------------------------

@@ -198,10 +198,11 @@ pub struct PlanArgs {
     pub max_tiles: ::core::ffi::c_int,
     pub num_blocks: ::core::ffi::c_int,
     pub block_slots: ::core::ffi::c_int,
+    pub first_expert: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PlanArgs"][::core::mem::size_of::<PlanArgs>() - 28usize];
+    ["Size of PlanArgs"][::core::mem::size_of::<PlanArgs>() - 32usize];
     ["Alignment of PlanArgs"][::core::mem::align_of::<PlanArgs>() - 4usize];
     [
         "Offset of field: PlanArgs::slots",
@@ -224,6 +225,9 @@ const _: () = {
     [
         "Offset of field: PlanArgs::block_slots",
     ][::core::mem::offset_of!(PlanArgs, block_slots) - 24usize];
+    [
+        "Offset of field: PlanArgs::first_expert",
+    ][::core::mem::offset_of!(PlanArgs, first_expert) - 28usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -19,6 +19,7 @@ const PART_ALIGNMENT: usize = 256;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlanLayout {
     shape: RoutingShape,
+    first_expert: usize,
     num_blocks: usize,
     block_slots: usize,
     max_tiles: usize,
@@ -36,13 +37,21 @@ impl PlanLayout {
     /// # Errors
     /// [`Error::Unsupported`] for a shape out of range.
     pub fn new(shape: RoutingShape) -> Result<Self> {
-        shape.check("PlanLayout")?;
-        let (slots, experts) = (shape.slots(), shape.num_experts);
+        Self::of_experts(shape, 0..shape.num_experts)
+    }
+
+    /// The layout of a plan for some of the experts, those whose ids are in `experts`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a shape out of range, or a range that is empty or not within `E`.
+    pub fn of_experts(shape: RoutingShape, experts: Range<usize>) -> Result<Self> {
+        let shape = shape.of_experts("PlanLayout", &experts)?;
+        let (slots, num_experts) = (shape.slots(), shape.num_experts);
         let (min_block_slots, max_blocks) =
             (PLAN_MIN_BLOCK_SLOTS as usize, PLAN_MAX_BLOCKS as usize);
         let block_slots = min_block_slots * slots.div_ceil(min_block_slots * max_blocks).max(1);
         let num_blocks = slots.div_ceil(block_slots).max(1);
-        let max_tiles = slots.div_ceil(GEMM_BLOCK_M as usize) + experts;
+        let max_tiles = slots.div_ceil(GEMM_BLOCK_M as usize) + num_experts;
 
         let mut end = 0usize;
         let mut part = |len: usize, size: usize| {
@@ -60,21 +69,28 @@ impl PlanLayout {
         };
         Ok(Self {
             shape,
+            first_expert: experts.start,
             num_blocks,
             block_slots,
             max_tiles,
-            expert_offsets: part(experts + 1, size_of::<i32>())?,
-            tile_offsets: part(experts + 1, size_of::<i32>())?,
+            expert_offsets: part(num_experts + 1, size_of::<i32>())?,
+            tile_offsets: part(num_experts + 1, size_of::<i32>())?,
             tiles: part(max_tiles, size_of::<GemmTile>())?,
             row_of_slot: part(slots, size_of::<i32>())?,
             token_of_row: part(slots, size_of::<i32>())?,
-            counts: part(experts * num_blocks, size_of::<i32>())?,
+            counts: part(num_experts * num_blocks, size_of::<i32>())?,
         })
     }
 
-    /// The shape that it was made for.
+    /// The shape of the plan: `E` is how many experts it holds, which may be fewer than the router has, and
+    /// fewer than `K`.
     pub fn shape(&self) -> RoutingShape {
         self.shape
+    }
+
+    /// The router's ids of the plan's experts: expert `e` of the plan has id `experts().start + e`.
+    pub fn experts(&self) -> Range<usize> {
+        self.first_expert..self.first_expert + self.shape.num_experts
     }
 
     /// Bytes of a plan, scratch included.
@@ -178,9 +194,15 @@ impl<'a> RoutingPlan<'a> {
         }
     }
 
-    /// The shape of the routing.
+    /// The shape of the plan: `E` is how many experts it holds, which may be fewer than the router has, and
+    /// fewer than `K`. Weights of that many experts go with it.
     pub fn shape(&self) -> RoutingShape {
         self.layout.shape
+    }
+
+    /// The router's ids of the plan's experts.
+    pub fn experts(&self) -> Range<usize> {
+        self.layout.experts()
     }
 
     /// Where the parts are.

@@ -1,5 +1,7 @@
 //! The dimensions of a routing.
 
+use std::ops::Range;
+
 use crate::abi;
 use crate::error::{Error, Result, product};
 
@@ -45,23 +47,49 @@ impl RoutingShape {
 
     /// What [`RoutingShape::new`] checks; operations repeat it, since the fields are public.
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
-        let unsupported = |argument, wanted: String, got: usize| {
-            Err(Error::Unsupported { op, argument, wanted, got: got.to_string() })
-        };
-        if !(1..=MAX_EXPERTS).contains(&self.num_experts) {
-            return unsupported("num_experts", format!("1 to {MAX_EXPERTS}"), self.num_experts);
-        }
-        if self.top_k < 1 || self.top_k > self.num_experts {
+        self.check_rows(op)?;
+        if self.top_k > self.num_experts {
             let wanted = format!("1 to num_experts, which is {}", self.num_experts);
-            return unsupported("top_k", wanted, self.top_k);
+            return Err(unsupported(op, "top_k", wanted, self.top_k));
+        }
+        Ok(())
+    }
+
+    /// What operations on the rows of a plan need: its experts may be fewer than a token chooses.
+    pub(crate) fn check_rows(&self, op: &'static str) -> Result<()> {
+        if !(1..=MAX_EXPERTS).contains(&self.num_experts) {
+            let wanted = format!("1 to {MAX_EXPERTS}");
+            return Err(unsupported(op, "num_experts", wanted, self.num_experts));
+        }
+        if !(1..=MAX_EXPERTS).contains(&self.top_k) {
+            return Err(unsupported(op, "top_k", format!("1 to {MAX_EXPERTS}"), self.top_k));
         }
         let slots = product(op, "num_tokens * top_k", self.num_tokens, self.top_k)?;
         if slots > MAX_SLOTS {
-            return unsupported("num_tokens * top_k", format!("at most {MAX_SLOTS}"), slots);
+            let wanted = format!("at most {MAX_SLOTS}");
+            return Err(unsupported(op, "num_tokens * top_k", wanted, slots));
         }
         product(op, "num_tokens * num_experts", self.num_tokens, self.num_experts)?;
         Ok(())
     }
+
+    /// The shape of a plan that holds `experts` of this routing alone.
+    pub(crate) fn of_experts(&self, op: &'static str, experts: &Range<usize>) -> Result<Self> {
+        self.check(op)?;
+        if experts.is_empty() || experts.end > self.num_experts {
+            return Err(Error::Unsupported {
+                op,
+                argument: "experts",
+                wanted: format!("a range of some of {}", self.num_experts),
+                got: format!("{experts:?}"),
+            });
+        }
+        Ok(Self { num_experts: experts.len(), ..*self })
+    }
+}
+
+fn unsupported(op: &'static str, argument: &'static str, wanted: String, got: usize) -> Error {
+    Error::Unsupported { op, argument, wanted, got: got.to_string() }
 }
 
 /// Rows and slots are counted in `int` by the kernels; a tile may reach past the last row.
@@ -86,5 +114,19 @@ mod tests {
         {
             assert!(RoutingShape::new(t, e, k).is_err(), "T{t} E{e} K{k}");
         }
+    }
+
+    #[test]
+    #[allow(clippy::reversed_empty_ranges, reason = "it is what is to be refused")]
+    fn some_of_the_experts() {
+        let whole = RoutingShape::new(5, 8, 2).unwrap();
+        let part = whole.of_experts("test", &(3..4)).unwrap();
+        assert_eq!((part.num_tokens, part.num_experts, part.top_k), (5, 1, 2));
+        assert!(part.check("test").is_err() && part.check_rows("test").is_ok());
+        assert_eq!(whole.of_experts("test", &(0..8)), Ok(whole));
+        for wrong in [0..0, 8..8, 7..9, 5..3, 0..usize::MAX] {
+            assert!(whole.of_experts("test", &wrong).is_err(), "{wrong:?}");
+        }
+        assert!(RoutingShape { top_k: 0, ..part }.check_rows("test").is_err());
     }
 }

@@ -109,7 +109,7 @@ pub unsafe fn combine_fwd_raw(
     hidden: usize,
     buffers: CombineBuffers,
 ) -> Result<()> {
-    shape.check(OP)?;
+    shape.check_rows(OP)?;
     let CombineBuffers { y, yp, weights, row_of_slot } = buffers;
     check_aligned(OP, "y", y, dtype.size())?;
     check_aligned(OP, "yp", yp, dtype.size())?;

@@ -182,7 +182,7 @@ pub unsafe fn grouped_gemm_fwd_raw(
     order: WeightOrder,
     buffers: GroupedGemmBuffers,
 ) -> Result<()> {
-    shape.check(OP)?;
+    shape.check_rows(OP)?;
     let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } =
         buffers;
     for (name, address, bytes) in [

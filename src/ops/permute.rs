@@ -99,7 +99,7 @@ pub unsafe fn permute_fwd_raw(
     hidden: usize,
     buffers: PermuteBuffers,
 ) -> Result<()> {
-    shape.check(OP)?;
+    shape.check_rows(OP)?;
     let PermuteBuffers { xp, x, row_of_slot, expert_offsets } = buffers;
     for (name, address, bytes) in [
         ("xp", xp, dtype.size()),

@@ -31,7 +31,7 @@ pub struct PlanBuffers {
 /// Groups the slots by expert into `memory`, which must have [`PlanLayout::bytes`] bytes.
 ///
 /// An id of `E` or more, any bits, makes its slot inactive: it gets no row. Without ids every id is 0,
-/// so that a dense product is a grouped one with `E = 1`. Rows of an expert are in the order of their
+/// so that a dense product is a grouped one with `E = 1`. [`plan_range_fwd_into`] plans for some of the experts. Rows of an expert are in the order of their
 /// slots. Tiles have at most 128 rows. Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
@@ -42,9 +42,40 @@ pub fn plan_fwd_into<'a>(
     stream: &CudaStream,
     shape: RoutingShape,
     expert_ids: Option<&CudaView<'_, u32>>,
+    memory: CudaViewMut<'a, u8>,
+) -> Result<RoutingPlan<'a>> {
+    enqueue_into(device, stream, PlanLayout::new(shape)?, expert_ids, memory)
+}
+
+/// [`plan_fwd_into`] for the experts whose ids are in `experts`, as expert parallelism has them on a device.
+///
+/// `shape` is that of the whole routing, whose ids `expert_ids` holds. Slots of other experts are inactive.
+/// Expert `e` of the plan is the router's `experts.start + e`, so that the products which follow take the
+/// weights of these experts alone; `memory` has the bytes of [`PlanLayout::of_experts`]. The layer's output
+/// is the sum over all ranges of what `combine` makes of their plans.
+///
+/// # Errors
+/// Those of [`plan_fwd_into`], and [`Error::Unsupported`] for a range that is empty or not within `E`.
+pub fn plan_range_fwd_into<'a>(
+    device: &Device,
+    stream: &CudaStream,
+    shape: RoutingShape,
+    experts: Range<usize>,
+    expert_ids: &CudaView<'_, u32>,
+    memory: CudaViewMut<'a, u8>,
+) -> Result<RoutingPlan<'a>> {
+    let layout = PlanLayout::of_experts(shape, experts)?;
+    enqueue_into(device, stream, layout, Some(expert_ids), memory)
+}
+
+fn enqueue_into<'a>(
+    device: &Device,
+    stream: &CudaStream,
+    layout: PlanLayout,
+    expert_ids: Option<&CudaView<'_, u32>>,
     mut memory: CudaViewMut<'a, u8>,
 ) -> Result<RoutingPlan<'a>> {
-    let layout = enqueue(device, stream, shape, expert_ids, &mut memory)?;
+    enqueue(device, stream, &layout, expert_ids, &mut memory)?;
     // SAFETY: the kernels were launched on this memory; views of it carry the order.
     Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Borrowed(memory.into_view())) })
 }
@@ -59,10 +90,24 @@ pub fn plan_fwd(
     shape: RoutingShape,
     expert_ids: &CudaView<'_, u32>,
 ) -> Result<RoutingPlan<'static>> {
-    let bytes = PlanLayout::new(shape)?.bytes();
+    plan_range_fwd(device, stream, shape, 0..shape.num_experts, expert_ids)
+}
+
+/// [`plan_range_fwd_into`] new memory.
+///
+/// # Errors
+/// Those of [`plan_range_fwd_into`], and [`Error::Driver`] if the allocation fails.
+pub fn plan_range_fwd(
+    device: &Device,
+    stream: &Arc<CudaStream>,
+    shape: RoutingShape,
+    experts: Range<usize>,
+    expert_ids: &CudaView<'_, u32>,
+) -> Result<RoutingPlan<'static>> {
+    let layout = PlanLayout::of_experts(shape, experts)?;
     // SAFETY: the operation writes every part.
-    let mut memory = unsafe { alloc::<u8>(OP, stream, bytes) }?;
-    let layout = enqueue(device, stream, shape, Some(expert_ids), &mut memory.as_view_mut())?;
+    let mut memory = unsafe { alloc::<u8>(OP, stream, layout.bytes()) }?;
+    enqueue(device, stream, &layout, Some(expert_ids), &mut memory.as_view_mut())?;
     // SAFETY: the kernels were launched on this memory; views of it carry the order.
     Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Owned(memory)) })
 }
@@ -70,14 +115,13 @@ pub fn plan_fwd(
 fn enqueue(
     device: &Device,
     stream: &CudaStream,
-    shape: RoutingShape,
+    layout: &PlanLayout,
     expert_ids: Option<&CudaView<'_, u32>>,
     memory: &mut CudaViewMut<'_, u8>,
-) -> Result<PlanLayout> {
-    let layout = PlanLayout::new(shape)?;
+) -> Result<()> {
     check_stream(OP, device, stream)?;
     if let Some(expert_ids) = expert_ids {
-        check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
+        check_len(OP, "expert_ids", expert_ids.len(), layout.shape().slots())?;
     }
     if memory.len() < layout.bytes() {
         let (wanted, got) = (layout.bytes(), memory.len());
@@ -89,8 +133,7 @@ fn enqueue(
         PlanBuffers { plan, expert_ids: ids.as_ref().map_or(0, |(address, _guard)| *address) };
     // SAFETY: the lengths were checked above. The guards order the launches after earlier uses of the
     // buffers and outlive them.
-    unsafe { plan_fwd_raw(device, stream.cu_stream(), &layout, buffers) }?;
-    Ok(layout)
+    unsafe { plan_fwd_raw(device, stream.cu_stream(), layout, buffers) }
 }
 
 /// [`plan_fwd_into`] on addresses; the layout says where to find the parts.
@@ -120,6 +163,7 @@ pub unsafe fn plan_fwd_raw(
         max_tiles: int(OP, "max_tiles", layout.max_tiles())?,
         num_blocks: int(OP, "num_blocks", layout.num_blocks())?,
         block_slots: int(OP, "block_slots", layout.block_slots())?,
+        first_expert: int(OP, "first expert", layout.experts().start)?,
     };
     let at = |part: Range<usize>| plan + part.start as CUdeviceptr;
     let (expert_offsets, tile_offsets) = (at(layout.expert_offsets()), at(layout.tile_offsets()));

@@ -28,5 +28,5 @@ pub use expert_weights::{GateUpTensors, GateUpWeights, LinearWeights};
 pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
 pub use layer::{moe_layer_fwd, moe_layer_with_gate_fwd, round, router_logits};
 pub use permute::permute_fwd;
-pub use plan::{Plan, Tile, plan_fwd};
+pub use plan::{Plan, Tile, plan_fwd, plan_range_fwd};
 pub use route::{RouteInputs, Routing, route_fwd};

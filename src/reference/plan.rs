@@ -1,6 +1,6 @@
 //! The plan: slots grouped by expert.
 //!
-//! A slot `s = t*K + k` whose id is less than `E` is active and gets a row; rows are ordered by
+//! A slot `s = t*K + k` whose id is less than `E`, or in a range of experts, is active and gets a row; rows are ordered by
 //! (expert, slot), so those of an expert are contiguous and in slot order. A slot with any other id
 //! belongs to nobody here (another device's expert, or padding): it has no row.
 
@@ -86,8 +86,22 @@ impl Plan {
 /// # Errors
 /// A shape out of range, `block_m` of 0 or above `i32`, or a length that is not the shape's.
 pub fn plan_fwd(shape: &RoutingShape, block_m: usize, expert_ids: &[u32]) -> Result<Plan> {
+    plan_range_fwd(shape, 0..shape.num_experts, block_m, expert_ids)
+}
+
+/// [`plan_fwd`] for the experts whose ids are in `experts`: expert `e` of the plan is the router's
+/// `experts.start + e`, and slots of other experts are inactive.
+///
+/// # Errors
+/// Those of [`plan_fwd`], or a range that is empty or not within `E`.
+pub fn plan_range_fwd(
+    shape: &RoutingShape,
+    experts: Range<usize>,
+    block_m: usize,
+    expert_ids: &[u32],
+) -> Result<Plan> {
     const OP: &str = "plan_fwd";
-    shape.check(OP)?;
+    let shape = &shape.of_experts(OP, &experts)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     if block_m == 0 || block_m > i32::MAX as usize {
         let wanted = format!("1 to {}", i32::MAX);
@@ -98,11 +112,12 @@ pub fn plan_fwd(shape: &RoutingShape, block_m: usize, expert_ids: &[u32]) -> Res
             got: block_m.to_string(),
         });
     }
-    let active = |id: u32| (id as usize) < shape.num_experts;
+    // The plan's expert of a slot, none for an inactive one.
+    let expert_of = |id: u32| experts.contains(&(id as usize)).then(|| id as usize - experts.start);
 
     let mut expert_offsets = vec![0i32; shape.num_experts + 1];
-    for &id in expert_ids.iter().filter(|&&id| active(id)) {
-        expert_offsets[id as usize + 1] += 1;
+    for expert in expert_ids.iter().filter_map(|&id| expert_of(id)) {
+        expert_offsets[expert + 1] += 1;
     }
     for expert in 0..shape.num_experts {
         expert_offsets[expert + 1] += expert_offsets[expert];
@@ -111,9 +126,10 @@ pub fn plan_fwd(shape: &RoutingShape, block_m: usize, expert_ids: &[u32]) -> Res
     let mut next_row = expert_offsets.clone();
     let mut row_of_slot = vec![-1; shape.slots()];
     let mut token_of_row = vec![-1; shape.slots()];
-    for (slot, &id) in expert_ids.iter().enumerate().filter(|&(_, &id)| active(id)) {
-        let row = next_row[id as usize];
-        next_row[id as usize] += 1;
+    for (slot, &id) in expert_ids.iter().enumerate() {
+        let Some(expert) = expert_of(id) else { continue };
+        let row = next_row[expert];
+        next_row[expert] += 1;
         row_of_slot[slot] = row;
         token_of_row[row as usize] = (slot / shape.top_k) as i32;
     }
@@ -161,6 +177,23 @@ mod tests {
         assert_eq!((nobody.rows_in_use(), nobody.row_of_slot), (0, vec![-1, -1]));
         assert!(plan_fwd(&shape, 0, &[0, 0]).is_err());
         assert!(plan_fwd(&shape, 64, &[0]).is_err());
+    }
+
+    #[test]
+    fn some_of_the_experts() {
+        let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
+        let ids = [2, 0, 2, NONE, 3, 2];
+        let plan = plan_range_fwd(&shape, 1..3, 64, &ids).unwrap();
+        assert_eq!(plan.expert_offsets, [0, 0, 3]);
+        assert_eq!(plan.row_of_slot, [0, -1, 1, -1, -1, 2]);
+        assert_eq!(plan.token_of_row, [0, 1, 2, -1, -1, -1]);
+        assert_eq!(plan.tiles, [Tile { expert: 1, first_row: 0, num_rows: 3 }]);
+        // Fewer experts than a token chooses.
+        let plan = plan_range_fwd(&shape, 3..4, 64, &ids).unwrap();
+        assert_eq!((plan.num_experts(), plan.rows_in_use()), (1, 1));
+        assert_eq!(plan_range_fwd(&shape, 0..4, 64, &ids), plan_fwd(&shape, 64, &ids));
+        assert!(plan_range_fwd(&shape, 2..2, 64, &ids).is_err());
+        assert!(plan_range_fwd(&shape, 2..5, 64, &ids).is_err());
     }
 
     #[test]

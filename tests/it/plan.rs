@@ -1,5 +1,9 @@
 //! plan: integers, so device and reference agree bit for bit.
 
+use std::ops::Range;
+
+use moe_kernels::ops::combine;
+use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
 use moe_kernels::ops::plan::{self, PlanBuffers};
 use moe_kernels::{Error, PlanLayout, RoutingPlan, RoutingShape, reference};
 use proptest::prelude::*;
@@ -34,11 +38,16 @@ impl Parts {
     }
 
     fn reference(shape: RoutingShape, ids: &[u32]) -> Self {
-        let want = reference::plan_fwd(&shape, BLOCK_M, ids).unwrap();
+        Self::reference_of(shape, 0..shape.num_experts, ids)
+    }
+
+    fn reference_of(shape: RoutingShape, experts: Range<usize>, ids: &[u32]) -> Self {
+        let layout = PlanLayout::of_experts(shape, experts.clone()).unwrap();
+        let want = reference::plan_range_fwd(&shape, experts, BLOCK_M, ids).unwrap();
         let list =
             want.tiles.iter().flat_map(|tile| [tile.expert, tile.first_row, tile.num_rows, 0]);
         let mut tiles: Vec<i32> = list.collect();
-        tiles.resize(4 * PlanLayout::new(shape).unwrap().max_tiles(), 0);
+        tiles.resize(4 * layout.max_tiles(), 0);
         Self {
             num_tiles: vec![want.tiles.len() as i32],
             expert_offsets: want.expert_offsets,
@@ -67,8 +76,45 @@ fn check(gpu: &Gpu, shape: RoutingShape, ids: &[u32], what: &str) -> Parts {
     got
 }
 
+/// The same for some of the experts.
+fn check_range(gpu: &Gpu, shape: RoutingShape, experts: Range<usize>, ids: &[u32], what: &str) {
+    let layout = PlanLayout::of_experts(shape, experts.clone()).unwrap();
+    let mut memory = gpu.upload(&vec![POISON; layout.bytes()]);
+    let uploaded = gpu.upload(ids);
+    let plan = plan::plan_range_fwd_into(
+        &gpu.device,
+        &gpu.stream,
+        shape,
+        experts.clone(),
+        &uploaded.view(),
+        memory.view_mut(),
+    )
+    .unwrap();
+    assert_eq!((plan.experts(), plan.shape()), (experts.clone(), layout.shape()));
+    let want = Parts::reference_of(shape, experts.clone(), ids);
+    assert_eq!(Parts::download(gpu, &plan), want, "{shape} {experts:?} {what}");
+}
+
 proptest! {
     #![proptest_config(config(64))]
+
+    /// Some of the experts, one block and more, with ids of any bits among the others'.
+    #[test]
+    fn ranges_match_reference(
+        tokens in 0usize..600, experts in 1usize..80, k in 1usize..5, ends in any::<(u64, u64)>(),
+        skew in skew(), seed in any::<u64>(),
+    ) {
+        let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
+        let first = ends.0 as usize % experts;
+        let range = first..first + 1 + ends.1 as usize % (experts - first);
+        let mut ids = routing_ids(shape, skew, seed);
+        let mut rng = Rng::new(seed);
+        let bits = [u32::MAX, first as u32 | 1 << 31, (first as u32).wrapping_sub(1)];
+        ids.iter_mut().skip(1).step_by(7).for_each(|id| *id = bits[rng.below(3)]);
+        let gpu = gpu();
+        gpu.reschedule(seed);
+        check_range(&gpu, shape, range, &ids, &format!("{skew:?} seed {seed}"));
+    }
 
     #[test]
     fn matches_reference(
@@ -142,6 +188,55 @@ fn many_slots() {
     let mut rng = Rng::new(1);
     let ids: Vec<u32> = (0..shape.slots()).map(|_| rng.below(6) as u32).collect();
     check(&gpu, shape, &ids, "many slots");
+}
+
+/// The ranks of expert parallelism: each has the plan, the weights and the rows of its own experts, and
+/// their results add up to the layer's. Integers, so that every sum is exact in any order.
+#[test]
+fn ranges_add_up_to_the_layer() {
+    let gpu = gpu();
+    let (device, stream) = (&gpu.device, &gpu.stream);
+    let (hidden, n) = (24, 40);
+    let shape = RoutingShape::new(70, 6, 3).unwrap();
+    let ids = routing_ids(shape, Skew::Inactive, 4);
+    let mut rng = Rng::new(9);
+    let mut integers =
+        |len: usize| -> Vec<f32> { (0..len).map(|_| rng.below(9) as f32 - 4.0).collect() };
+    let (x, w) = (integers(shape.num_tokens * hidden), integers(6 * n * hidden));
+    let mut weights = integers(shape.slots());
+    for (weight, &id) in weights.iter_mut().zip(&ids) {
+        if id >= 6 {
+            *weight = f32::NAN; // Nobody looks at it.
+        }
+    }
+    let (ids, x, weights) = (gpu.upload(&ids), gpu.upload(&x), gpu.upload(&weights));
+    let part = |experts: Range<usize>| -> Vec<f32> {
+        let w = gpu.upload(&w[experts.start * n * hidden..experts.end * n * hidden]);
+        let plan = plan::plan_range_fwd(device, stream, shape, experts, &ids.view()).unwrap();
+        let rows = plan.shape().num_experts;
+        let rows = gpu.download(&plan.expert_offsets())[rows] as usize;
+        let (x, w) = (x.view(), w.view());
+        let yp = grouped_gemm_fwd(device, stream, &plan, n, hidden, Rows::Gathered, &x, &w);
+        // Rows past those in use are for nobody: NaN there must not show.
+        let mut yp = gpu.download(&yp.unwrap().as_view());
+        assert!(yp[rows * n..].iter().all(|&y| y == 0.0));
+        yp[rows * n..].fill(f32::NAN);
+        let yp = gpu.upload(&yp);
+        let mut y = gpu.poisoned::<f32>(shape.num_tokens * n);
+        let (yp, weights) = (yp.view(), weights.view());
+        combine::combine_fwd_into(device, stream, &plan, n, &yp, &weights, &mut y.view_mut())
+            .unwrap();
+        gpu.download(&y.view())
+    };
+    let whole = part(0..6);
+    assert!(whole.iter().all(|y| y.is_finite()) && whole.iter().any(|&y| y != 0.0));
+    for ranks in [vec![0..3, 3..6], vec![0..1, 1..2, 2..5, 5..6]] {
+        let mut sum = vec![0f32; whole.len()];
+        for experts in ranks {
+            sum.iter_mut().zip(part(experts)).for_each(|(sum, y)| *sum += y);
+        }
+        assert_eq!(sum, whole);
+    }
 }
 
 #[test]
@@ -228,6 +323,10 @@ fn errors_come_before_any_launch() {
         RoutingShape { num_tokens: 1 << 31, ..shape },
     ] {
         assert!(matches!(call(wrong, 8, 0, bytes), Err(Error::Unsupported { .. })), "{wrong:?}");
+    }
+    for wrong in [3..3, 7..9] {
+        let range = plan::plan_range_fwd(&gpu.device, &gpu.stream, shape, wrong, &ids.view());
+        assert!(matches!(range, Err(Error::Unsupported { argument: "experts", .. })));
     }
     // One token less needs less memory, so that the view may start elsewhere.
     let smaller = RoutingShape { num_tokens: 0, ..shape };

@@ -47,7 +47,7 @@ void check(uint64_t seed, int blocks) {
   const int block_slots = (r.slots() + blocks - 1) / blocks;
   const PlanArgs args = {r.slots(),    experts,   top_k,
                          GEMM_BLOCK_M, max_tiles, (r.slots() + block_slots - 1) / block_slots,
-                         block_slots};
+                         block_slots,  0};
   const Plan plan(r, max_tiles, args.num_blocks);
   const Buffer<uint32_t> ids(r.expert_ids);
   run_plan(plan, ids.get(), args, seed);

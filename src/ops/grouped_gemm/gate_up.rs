@@ -245,7 +245,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     rows: Rows,
     buffers: GateUpBuffers,
 ) -> Result<()> {
-    shape.check(OP)?;
+    shape.check_rows(OP)?;
     experts.check(OP)?;
     let GateUpBuffers { act, x, gate_up, up, bias, weights, row_of_slot, token_of_row, .. } =
         buffers;
