@@ -97,6 +97,47 @@ typedef struct PlanArgs {
   int first_expert;  // The id of the plan's expert 0.
 } PlanArgs;
 
+// ---- capacity ---------------------------------------------------------------------------------
+
+#define CAPACITY_SELECT_THREADS 256
+#define CAPACITY_TOKEN_THREADS 128
+
+// Which slots of an expert come first.
+#define CAPACITY_BY_TOKEN 0
+#define CAPACITY_BY_CHOICE 1
+#define CAPACITY_BY_WEIGHT 2
+#define CAPACITY_BY_CHOICE_AND_TOP_WEIGHT 3
+
+typedef struct CapacitySelectArgs {
+  int num_tokens;       // T
+  int num_experts;      // E, of the plan
+  int top_k;            // K
+  int first_expert;     // The id of the plan's expert 0.
+  int sequence_tokens;  // Tokens of a sequence; the last one may have fewer.
+  int capacity;         // Rows of an expert in a sequence.
+  int priority;         // CAPACITY_BY_...
+  int token_bits;       // A token's number, or for BY_TOKEN and BY_WEIGHT a slot's, has so many bits.
+  int key_bits;         // What orders slots has so many.
+  int later;            // 1: what experts hold from rounds before counts, and stays.
+} CapacitySelectArgs;
+
+typedef struct CapacityAskArgs {
+  int num_tokens;      // T
+  int num_experts;     // E, of the router
+  int top_k;           // K
+  int num_candidates;  // C
+  int later;           // 1: next_candidate says where a token goes on; 0: at its first candidate.
+} CapacityAskArgs;
+
+typedef struct CapacityNormalizeArgs {
+  int num_tokens;   // T
+  int num_experts;  // E, of the router
+  int top_k;        // K
+  int divide;       // 1: by the sum of what is kept.
+  float epsilon;    // Added to the sum.
+  float min;        // The least divisor.
+} CapacityNormalizeArgs;
+
 // ---- permute --------------------------------------------------------------------------------
 
 #define PERMUTE_THREADS 256

@@ -27,6 +27,12 @@ pub const PLAN_SCAN_THREADS: i32 = 1024;
 pub const PLAN_MAX_COUNTERS: i32 = 12000;
 pub const PLAN_MIN_BLOCK_SLOTS: i32 = 1024;
 pub const PLAN_MAX_BLOCKS: i32 = 128;
+pub const CAPACITY_SELECT_THREADS: i32 = 256;
+pub const CAPACITY_TOKEN_THREADS: i32 = 128;
+pub const CAPACITY_BY_TOKEN: i32 = 0;
+pub const CAPACITY_BY_CHOICE: i32 = 1;
+pub const CAPACITY_BY_WEIGHT: i32 = 2;
+pub const CAPACITY_BY_CHOICE_AND_TOP_WEIGHT: i32 = 3;
 pub const PERMUTE_THREADS: i32 = 256;
 pub const GEMM_BLOCK_M: i32 = 128;
 pub const GEMM_BLOCK_N: i32 = 128;
@@ -228,6 +234,127 @@ const _: () = {
     [
         "Offset of field: PlanArgs::first_expert",
     ][::core::mem::offset_of!(PlanArgs, first_expert) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CapacitySelectArgs {
+    pub num_tokens: ::core::ffi::c_int,
+    pub num_experts: ::core::ffi::c_int,
+    pub top_k: ::core::ffi::c_int,
+    pub first_expert: ::core::ffi::c_int,
+    pub sequence_tokens: ::core::ffi::c_int,
+    pub capacity: ::core::ffi::c_int,
+    pub priority: ::core::ffi::c_int,
+    pub token_bits: ::core::ffi::c_int,
+    pub key_bits: ::core::ffi::c_int,
+    pub later: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of CapacitySelectArgs",
+    ][::core::mem::size_of::<CapacitySelectArgs>() - 40usize];
+    [
+        "Alignment of CapacitySelectArgs",
+    ][::core::mem::align_of::<CapacitySelectArgs>() - 4usize];
+    [
+        "Offset of field: CapacitySelectArgs::num_tokens",
+    ][::core::mem::offset_of!(CapacitySelectArgs, num_tokens) - 0usize];
+    [
+        "Offset of field: CapacitySelectArgs::num_experts",
+    ][::core::mem::offset_of!(CapacitySelectArgs, num_experts) - 4usize];
+    [
+        "Offset of field: CapacitySelectArgs::top_k",
+    ][::core::mem::offset_of!(CapacitySelectArgs, top_k) - 8usize];
+    [
+        "Offset of field: CapacitySelectArgs::first_expert",
+    ][::core::mem::offset_of!(CapacitySelectArgs, first_expert) - 12usize];
+    [
+        "Offset of field: CapacitySelectArgs::sequence_tokens",
+    ][::core::mem::offset_of!(CapacitySelectArgs, sequence_tokens) - 16usize];
+    [
+        "Offset of field: CapacitySelectArgs::capacity",
+    ][::core::mem::offset_of!(CapacitySelectArgs, capacity) - 20usize];
+    [
+        "Offset of field: CapacitySelectArgs::priority",
+    ][::core::mem::offset_of!(CapacitySelectArgs, priority) - 24usize];
+    [
+        "Offset of field: CapacitySelectArgs::token_bits",
+    ][::core::mem::offset_of!(CapacitySelectArgs, token_bits) - 28usize];
+    [
+        "Offset of field: CapacitySelectArgs::key_bits",
+    ][::core::mem::offset_of!(CapacitySelectArgs, key_bits) - 32usize];
+    [
+        "Offset of field: CapacitySelectArgs::later",
+    ][::core::mem::offset_of!(CapacitySelectArgs, later) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CapacityAskArgs {
+    pub num_tokens: ::core::ffi::c_int,
+    pub num_experts: ::core::ffi::c_int,
+    pub top_k: ::core::ffi::c_int,
+    pub num_candidates: ::core::ffi::c_int,
+    pub later: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CapacityAskArgs"][::core::mem::size_of::<CapacityAskArgs>() - 20usize];
+    [
+        "Alignment of CapacityAskArgs",
+    ][::core::mem::align_of::<CapacityAskArgs>() - 4usize];
+    [
+        "Offset of field: CapacityAskArgs::num_tokens",
+    ][::core::mem::offset_of!(CapacityAskArgs, num_tokens) - 0usize];
+    [
+        "Offset of field: CapacityAskArgs::num_experts",
+    ][::core::mem::offset_of!(CapacityAskArgs, num_experts) - 4usize];
+    [
+        "Offset of field: CapacityAskArgs::top_k",
+    ][::core::mem::offset_of!(CapacityAskArgs, top_k) - 8usize];
+    [
+        "Offset of field: CapacityAskArgs::num_candidates",
+    ][::core::mem::offset_of!(CapacityAskArgs, num_candidates) - 12usize];
+    [
+        "Offset of field: CapacityAskArgs::later",
+    ][::core::mem::offset_of!(CapacityAskArgs, later) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CapacityNormalizeArgs {
+    pub num_tokens: ::core::ffi::c_int,
+    pub num_experts: ::core::ffi::c_int,
+    pub top_k: ::core::ffi::c_int,
+    pub divide: ::core::ffi::c_int,
+    pub epsilon: f32,
+    pub min: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of CapacityNormalizeArgs",
+    ][::core::mem::size_of::<CapacityNormalizeArgs>() - 24usize];
+    [
+        "Alignment of CapacityNormalizeArgs",
+    ][::core::mem::align_of::<CapacityNormalizeArgs>() - 4usize];
+    [
+        "Offset of field: CapacityNormalizeArgs::num_tokens",
+    ][::core::mem::offset_of!(CapacityNormalizeArgs, num_tokens) - 0usize];
+    [
+        "Offset of field: CapacityNormalizeArgs::num_experts",
+    ][::core::mem::offset_of!(CapacityNormalizeArgs, num_experts) - 4usize];
+    [
+        "Offset of field: CapacityNormalizeArgs::top_k",
+    ][::core::mem::offset_of!(CapacityNormalizeArgs, top_k) - 8usize];
+    [
+        "Offset of field: CapacityNormalizeArgs::divide",
+    ][::core::mem::offset_of!(CapacityNormalizeArgs, divide) - 12usize];
+    [
+        "Offset of field: CapacityNormalizeArgs::epsilon",
+    ][::core::mem::offset_of!(CapacityNormalizeArgs, epsilon) - 16usize];
+    [
+        "Offset of field: CapacityNormalizeArgs::min",
+    ][::core::mem::offset_of!(CapacityNormalizeArgs, min) - 20usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

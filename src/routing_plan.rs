@@ -45,7 +45,7 @@ impl PlanLayout {
     /// # Errors
     /// [`Error::Unsupported`] for a shape out of range, or a range that is empty or not within `E`.
     pub fn of_experts(shape: RoutingShape, experts: Range<usize>) -> Result<Self> {
-        let shape = shape.of_experts("PlanLayout", &experts)?;
+        let shape = shape.of_experts("PlanLayout", experts.start, experts.end)?;
         let (slots, num_experts) = (shape.slots(), shape.num_experts);
         let (min_block_slots, max_blocks) =
             (PLAN_MIN_BLOCK_SLOTS as usize, PLAN_MAX_BLOCKS as usize);

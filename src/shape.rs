@@ -1,7 +1,5 @@
 //! The dimensions of a routing.
 
-use std::ops::Range;
-
 use crate::abi;
 use crate::error::{Error, Result, product};
 
@@ -45,6 +43,17 @@ impl RoutingShape {
         self.num_tokens.saturating_mul(self.num_experts)
     }
 
+    /// The same slots, each as a token of its own: a plan for this shape lists slots where others list tokens.
+    pub fn by_slot(&self) -> Self {
+        Self { num_tokens: self.slots(), num_experts: self.num_experts, top_k: 1 }
+    }
+
+    /// How many sequences of `sequence_tokens` tokens there are, the last one perhaps shorter; without a length
+    /// the batch is one sequence.
+    pub fn sequences(&self, sequence_tokens: Option<usize>) -> usize {
+        self.num_tokens.div_ceil(sequence_tokens.unwrap_or(self.num_tokens).max(1))
+    }
+
     /// What [`RoutingShape::new`] checks; operations repeat it, since the fields are public.
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         self.check_rows(op)?;
@@ -73,18 +82,18 @@ impl RoutingShape {
         Ok(())
     }
 
-    /// The shape of a plan that holds `experts` of this routing alone.
-    pub(crate) fn of_experts(&self, op: &'static str, experts: &Range<usize>) -> Result<Self> {
+    /// The shape of a plan that holds the experts of this routing from `first` on, below `end`, alone.
+    pub(crate) fn of_experts(&self, op: &'static str, first: usize, end: usize) -> Result<Self> {
         self.check(op)?;
-        if experts.is_empty() || experts.end > self.num_experts {
+        if first >= end || end > self.num_experts {
             return Err(Error::Unsupported {
                 op,
                 argument: "experts",
                 wanted: format!("a range of some of {}", self.num_experts),
-                got: format!("{experts:?}"),
+                got: format!("{first}..{end}"),
             });
         }
-        Ok(Self { num_experts: experts.len(), ..*self })
+        Ok(Self { num_experts: end - first, ..*self })
     }
 }
 
@@ -117,15 +126,14 @@ mod tests {
     }
 
     #[test]
-    #[allow(clippy::reversed_empty_ranges, reason = "it is what is to be refused")]
     fn some_of_the_experts() {
         let whole = RoutingShape::new(5, 8, 2).unwrap();
-        let part = whole.of_experts("test", &(3..4)).unwrap();
+        let part = whole.of_experts("test", 3, 4).unwrap();
         assert_eq!((part.num_tokens, part.num_experts, part.top_k), (5, 1, 2));
         assert!(part.check("test").is_err() && part.check_rows("test").is_ok());
-        assert_eq!(whole.of_experts("test", &(0..8)), Ok(whole));
-        for wrong in [0..0, 8..8, 7..9, 5..3, 0..usize::MAX] {
-            assert!(whole.of_experts("test", &wrong).is_err(), "{wrong:?}");
+        assert_eq!(whole.of_experts("test", 0, 8), Ok(whole));
+        for (first, end) in [(0, 0), (8, 8), (7, 9), (5, 3), (0, usize::MAX)] {
+            assert!(whole.of_experts("test", first, end).is_err(), "{first}..{end}");
         }
         assert!(RoutingShape { top_k: 0, ..part }.check_rows("test").is_err());
     }

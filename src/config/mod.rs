@@ -6,6 +6,7 @@ mod field;
 mod router;
 mod steps;
 
+pub(crate) use capacity::kept_divisor;
 pub use capacity::{CapacityConfig, CapacityLimit, Priority};
 pub use experts::{
     Activation, ActivationFunction, ExpertConfig, GateUp, Limit, RmsNorm, WeightOrder,

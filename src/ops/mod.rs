@@ -8,6 +8,7 @@
 //! Views carry their element offset, and may start anywhere; where bases and rows lie at 16-byte
 //! boundaries, memory moves in 16-byte pieces.
 
+pub mod capacity;
 pub mod combine;
 pub mod grouped_gemm;
 pub mod permute;

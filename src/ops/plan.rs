@@ -31,7 +31,8 @@ pub struct PlanBuffers {
 /// Groups the slots by expert into `memory`, which must have [`PlanLayout::bytes`] bytes.
 ///
 /// An id of `E` or more, any bits, makes its slot inactive: it gets no row. Without ids every id is 0,
-/// so that a dense product is a grouped one with `E = 1`. [`plan_range_fwd_into`] plans for some of the experts. Rows of an expert are in the order of their
+/// so that a dense product is a grouped one with `E = 1`; for some of the experts, there is
+/// [`plan_range_fwd_into`]. Rows of an expert are in the order of their
 /// slots. Tiles have at most 128 rows. Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors

@@ -11,6 +11,7 @@
 mod accum;
 mod activation;
 pub mod bound;
+mod capacity;
 mod combine;
 mod expert_weights;
 mod grouped_gemm;
@@ -23,6 +24,7 @@ mod sample;
 
 pub use accum::{Accum, Element};
 pub use activation::activate;
+pub use capacity::{Candidates, Capacity, capacity_fwd, capacity_normalize_fwd};
 pub use combine::combine_fwd;
 pub use expert_weights::{GateUpTensors, GateUpWeights, LinearWeights};
 pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};

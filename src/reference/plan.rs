@@ -1,7 +1,7 @@
 //! The plan: slots grouped by expert.
 //!
-//! A slot `s = t*K + k` whose id is less than `E`, or in a range of experts, is active and gets a row; rows are ordered by
-//! (expert, slot), so those of an expert are contiguous and in slot order. A slot with any other id
+//! A slot `s = t*K + k` whose id is less than `E`, or in a range of experts, is active and gets a row;
+//! rows are ordered by (expert, slot), so those of an expert are contiguous and in slot order. A slot with any other id
 //! belongs to nobody here (another device's expert, or padding): it has no row.
 
 use std::ops::Range;
@@ -101,7 +101,7 @@ pub fn plan_range_fwd(
     expert_ids: &[u32],
 ) -> Result<Plan> {
     const OP: &str = "plan_fwd";
-    let shape = &shape.of_experts(OP, &experts)?;
+    let shape = &shape.of_experts(OP, experts.start, experts.end)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     if block_m == 0 || block_m > i32::MAX as usize {
         let wanted = format!("1 to {}", i32::MAX);

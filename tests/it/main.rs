@@ -3,6 +3,7 @@
 
 #[cfg(feature = "bindgen")]
 mod abi;
+mod capacity;
 mod combine;
 mod common;
 mod device;

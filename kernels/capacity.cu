@@ -1,0 +1,190 @@
+// capacity: an expert takes a limited number of slots; the others find no room.
+//   In each sequence n (sequence_tokens tokens, one after the other), expert e keeps the `capacity`
+//   first of its slots, in the order of `priority`, ties to the lower slot:
+//     BY_TOKEN                   slot after slot
+//     BY_CHOICE                  k, then token: all first choices come before all second ones
+//     BY_WEIGHT                  weights[t, k] descending
+//     BY_CHOICE_AND_TOP_WEIGHT   k, then weights[t, 0] descending
+//   -0 is 0 and NaN is minus infinity there. Positions count slots that are dropped too, so the slots
+//   that are kept are those of the smallest keys, which is a selection and no sort.
+// select     expert_ids'[s] = expert_ids[s] where slot s is kept, else NO_EXPERT
+//            kept[n, e] and dropped[n, e] = how many slots are and are not
+//            Grid (sequences, E + 1), block (CAPACITY_SELECT_THREADS): a block per sequence and expert
+//            finds the last key that is kept, digit by digit, and then writes its slots. The blocks
+//            past the last expert write the slots that ask no expert. The plan is of slots: its
+//            tokens are slots, so that token_of_row lists each expert's slots, ascending.
+// ask        overflow: a slot that found no room asks the next candidate of its token, in the order
+//            of candidates, that is none of the token's own expert_ids; slots in order.
+//            Grid (T / CAPACITY_TOKEN_THREADS), a thread per token. A plan of `requests` and select
+//            with later = 1 follow: experts hold what they have, and take requests while there is room.
+// normalize  weights'[s] = weights[s] / max(epsilon + sum over the token's kept slots, min), 0 for
+//            others. The sum runs from 0 in the order of k. Grid and block as for ask.
+// Bytes   select reads each slot's row a few times (once by token) and 4*T*K of ids, writes 4*T*K.
+// Writers one per element: a slot has one expert in a plan, a token one thread. Atomics add integers,
+//         where order does not show. So the result is deterministic.
+#include "kernel.cuh"
+
+constexpr uint32_t NO_EXPERT = 0xffffffffu;
+
+// ---- select -------------------------------------------------------------------------------------
+
+// Slots of the smallest keys come first. The host has seen to it that 64 bits are enough: together
+// a choice and a token have no more bits than 32, and slots have 31.
+__device__ __forceinline__ uint64_t key_of_slot(int slot, const float* weights,
+                                                const CapacitySelectArgs& args) {
+  if (args.priority == CAPACITY_BY_TOKEN) return (uint32_t)slot;
+  if (args.priority == CAPACITY_BY_WEIGHT) {
+    return (uint64_t)~order_of(weights[slot]) << args.token_bits | (uint32_t)slot;
+  }
+  const uint32_t token = slot / args.top_k, choice = slot % args.top_k;
+  if (args.priority == CAPACITY_BY_CHOICE) return (uint64_t)choice << args.token_bits | token;
+  const uint64_t top = ~order_of(weights[(int64_t)token * args.top_k]);
+  return ((uint64_t)choice << 32 | top) << args.token_bits | token;
+}
+
+// The first row from `begin` on, below `end`, whose slot is `slot` or more. Slots ascend.
+__device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin, int end,
+                                              int64_t slot) {
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (slot_of_row[middle] < slot) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS)
+moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
+                        int* kept,                  // [sequences, E] out, in and out if later
+                        int* dropped,               // [sequences, E] out, in and out if later
+                        const float* weights,       // [T, K], not read by token and by choice
+                        const int* expert_offsets,  // [E + 1]
+                        const int* row_of_slot,     // [T * K]
+                        const int* slot_of_row,     // [T * K]
+                        const CapacitySelectArgs args) {
+  SHARED_ARRAY(uint64_t, last, 1);
+  SHARED_ARRAY(int, wanted, 1);
+  SHARED_ARRAY(int, counters, DIGITS);
+  const int expert = blockIdx.y;
+  const int64_t sequence = blockIdx.x;
+  const int64_t first_token = sequence * args.sequence_tokens;
+  const int64_t end_token = min(first_token + args.sequence_tokens, (int64_t)args.num_tokens);
+  const int64_t first_slot = first_token * args.top_k, end_slot = end_token * args.top_k;
+
+  if (expert == args.num_experts) {
+    if (args.later) return;
+    for (int64_t slot = first_slot + threadIdx.x; slot < end_slot; slot += blockDim.x) {
+      if (row_of_slot[slot] == INACTIVE) expert_ids[slot] = NO_EXPERT;
+    }
+    return;
+  }
+
+  const int begin = expert_offsets[expert], end = expert_offsets[expert + 1];
+  const int first_row = first_row_from(slot_of_row, begin, end, first_slot);
+  const int end_row = first_row_from(slot_of_row, first_row, end, end_slot);
+  const int count = end_row - first_row;
+  const int64_t cell = sequence * args.num_experts + expert;
+  const int held = args.later ? kept[cell] : 0;
+  const int room = min(count, max(args.capacity - held, 0));
+
+  // Rows are in the order of slots, so by token the last one is known.
+  const bool by_token = args.priority == CAPACITY_BY_TOKEN;
+  const bool choose = 0 < room && room < count;
+  if (threadIdx.x == 0) {
+    wanted[0] = choose && !by_token ? room : 0;
+    last[0] = choose ? 0 : ~(uint64_t)0;
+    if (choose && by_token) last[0] = slot_of_row[first_row + room - 1];
+  }
+  __syncthreads();  // Also: nobody reads `kept` any more.
+  if (choose && !by_token) {
+    select_smallest<1>(last, wanted, counters, args.key_bits, [=](auto visit) {
+      for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
+        visit(0, key_of_slot(slot_of_row[row], weights, args));
+      }
+    });
+  }
+
+  const uint64_t last_key = last[0];
+  for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
+    const int slot = slot_of_row[row];
+    const bool keep = room > 0 && key_of_slot(slot, weights, args) <= last_key;
+    if (keep) {
+      expert_ids[slot] = args.first_expert + expert;
+    } else if (!args.later) {
+      expert_ids[slot] = NO_EXPERT;
+    }
+  }
+  if (threadIdx.x == 0) {
+    kept[cell] = held + room;
+    dropped[cell] = (args.later ? dropped[cell] : 0) + count - room;
+  }
+}
+EXPORT_KERNEL(moe_capacity_fwd_select, CAPACITY_SELECT_THREADS)
+
+// ---- ask ----------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
+moe_capacity_fwd_ask(uint32_t* requests,              // [T, K] out
+                     float* weights,                  // [T, K] in and out: those of what is asked
+                     int* next_candidate,             // [T] out, in and out if later
+                     const uint32_t* expert_ids,      // [T, K], the router's
+                     const uint32_t* kept_ids,        // [T, K], what select has made of them so far
+                     const uint32_t* candidates,      // [T, C]
+                     const float* candidate_weights,  // [T, C]
+                     const CapacityAskArgs args) {
+  const int64_t token = (int64_t)blockIdx.x * CAPACITY_TOKEN_THREADS + threadIdx.x;
+  if (token >= args.num_tokens) return;
+  const int64_t first_slot = token * args.top_k;
+  const uint32_t num_experts = args.num_experts;
+  const uint32_t* own = expert_ids + first_slot;
+  candidates += token * args.num_candidates;
+  candidate_weights += token * args.num_candidates;
+  int next = args.later ? next_candidate[token] : 0;
+  for (int k = 0; k < args.top_k; k++) {
+    uint32_t request = NO_EXPERT;
+    const bool asks = own[k] < num_experts && kept_ids[first_slot + k] >= num_experts;
+    while (asks && request == NO_EXPERT && next < args.num_candidates) {
+      const uint32_t candidate = candidates[next];
+      bool is_new = candidate < num_experts;
+      for (int j = 0; j < args.top_k && is_new; j++) is_new = own[j] != candidate;
+      if (is_new) {
+        request = candidate;
+        weights[first_slot + k] = candidate_weights[next];
+      }
+      next++;
+    }
+    requests[first_slot + k] = request;
+  }
+  next_candidate[token] = next;
+}
+EXPORT_KERNEL(moe_capacity_fwd_ask, CAPACITY_TOKEN_THREADS)
+
+// ---- normalize ----------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
+moe_capacity_fwd_normalize(float* normalized,           // [T, K] out
+                           const uint32_t* expert_ids,  // [T, K], what select has made of them
+                           const float* weights,        // [T, K]
+                           const CapacityNormalizeArgs args) {
+  const int64_t token = (int64_t)blockIdx.x * CAPACITY_TOKEN_THREADS + threadIdx.x;
+  if (token >= args.num_tokens) return;
+  const int64_t first_slot = token * args.top_k, end_slot = first_slot + args.top_k;
+  const uint32_t num_experts = args.num_experts;
+  float divisor = 1.0f;
+  if (args.divide) {
+    float sum = 0.0f;
+    for (int64_t slot = first_slot; slot < end_slot; slot++) {
+      if (expert_ids[slot] < num_experts) sum = __fadd_rn(sum, weights[slot]);
+    }
+    divisor = __fadd_rn(sum, args.epsilon);
+    if (divisor < args.min) divisor = args.min;  // Not for NaN, which stays.
+  }
+  for (int64_t slot = first_slot; slot < end_slot; slot++) {
+    const bool is_kept = expert_ids[slot] < num_experts;
+    normalized[slot] = is_kept ? __fdiv_rn(weights[slot], divisor) : 0.0f;
+  }
+}
+EXPORT_KERNEL(moe_capacity_fwd_normalize, CAPACITY_TOKEN_THREADS)

@@ -1,0 +1,259 @@
+//! What happens to slots token by token: those without room ask elsewhere, and what is kept is normalised.
+
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+
+use crate::abi::{CAPACITY_TOKEN_THREADS, CapacityAskArgs, CapacityNormalizeArgs};
+use crate::config::{Normalization, kept_divisor};
+use crate::device::{
+    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream,
+};
+use crate::dtype::DType;
+use crate::error::{Result, check_len, int, product};
+use crate::shape::RoutingShape;
+
+const ASK: &str = "capacity_ask_fwd";
+const NORMALIZE: &str = "capacity_normalize_fwd";
+
+/// Device addresses for [`capacity_ask_fwd_raw`].
+#[derive(Debug, Clone, Copy)]
+pub struct CapacityAskBuffers {
+    /// `[T, K]` `u32`, written whole.
+    pub requests: CUdeviceptr,
+    /// `[T, K]` `f32`, written where a slot asks.
+    pub weights: CUdeviceptr,
+    /// `[T]` `u32`, written whole; from the second time on it holds what the time before has left.
+    pub next_candidate: CUdeviceptr,
+    /// `[T, K]` `u32`
+    pub expert_ids: CUdeviceptr,
+    /// `[T, K]` `u32`
+    pub kept_ids: CUdeviceptr,
+    /// `[T, C]` `u32`
+    pub candidates: CUdeviceptr,
+    /// `[T, C]` `f32`
+    pub candidate_weights: CUdeviceptr,
+}
+
+/// What the slots that found no room ask next: their token's next candidate.
+///
+/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights: what `route` gives
+/// with a larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` what the rounds so far have made of
+/// them. A slot without room asks the next candidate that is an expert and none of its token's own
+/// `expert_ids`, the slots of a token in order, and every candidate is asked once. `requests` `[T, K]` has
+/// that expert, `u32::MAX` where nothing is asked; `weights` `[T, K]` takes the candidate's weight.
+/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too.
+/// Asynchronous, ordered on `stream`; exact.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
+/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+#[allow(clippy::too_many_arguments)]
+pub fn capacity_ask_fwd_into(
+    device: &Device,
+    stream: &CudaStream,
+    shape: RoutingShape,
+    num_candidates: usize,
+    first: bool,
+    expert_ids: &CudaView<'_, u32>,
+    kept_ids: &CudaView<'_, u32>,
+    candidates: &CudaView<'_, u32>,
+    candidate_weights: &CudaView<'_, f32>,
+    next_candidate: &mut CudaViewMut<'_, u32>,
+    requests: &mut CudaViewMut<'_, u32>,
+    weights: &mut CudaViewMut<'_, f32>,
+) -> Result<()> {
+    shape.check(ASK)?;
+    check_stream(ASK, device, stream)?;
+    let listed = product(ASK, "num_tokens * candidates", shape.num_tokens, num_candidates)?;
+    for (name, len, wanted) in [
+        ("expert_ids", expert_ids.len(), shape.slots()),
+        ("kept_ids", kept_ids.len(), shape.slots()),
+        ("candidates", candidates.len(), listed),
+        ("candidate_weights", candidate_weights.len(), listed),
+        ("next_candidate", next_candidate.len(), shape.num_tokens),
+        ("requests", requests.len(), shape.slots()),
+        ("weights", weights.len(), shape.slots()),
+    ] {
+        check_len(ASK, name, len, wanted)?;
+    }
+    let (requests, _requests_guard) = requests.device_ptr_mut(stream);
+    let (weights, _weights_guard) = weights.device_ptr_mut(stream);
+    let (next_candidate, _next_guard) = next_candidate.device_ptr_mut(stream);
+    let (expert_ids, _ids_guard) = expert_ids.device_ptr(stream);
+    let (kept_ids, _kept_guard) = kept_ids.device_ptr(stream);
+    let (candidates, _candidates_guard) = candidates.device_ptr(stream);
+    let (candidate_weights, _of_candidates_guard) = candidate_weights.device_ptr(stream);
+    let buffers = CapacityAskBuffers {
+        requests,
+        weights,
+        next_candidate,
+        expert_ids,
+        kept_ids,
+        candidates,
+        candidate_weights,
+    };
+    let stream = stream.cu_stream();
+    // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
+    // buffers and outlive it.
+    unsafe { capacity_ask_fwd_raw(device, stream, shape, num_candidates, first, buffers) }
+}
+
+/// [`capacity_ask_fwd_into`] on addresses.
+///
+/// # Safety
+/// Each buffer has the elements that [`CapacityAskBuffers`] gives it, in memory of `device`'s context that
+/// stays valid until the kernel has run; none that is written overlaps another; unless `first`,
+/// `next_candidate` holds what an earlier call has left; `stream` is a stream of that context.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
+/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+pub unsafe fn capacity_ask_fwd_raw(
+    device: &Device,
+    stream: CUstream,
+    shape: RoutingShape,
+    num_candidates: usize,
+    first: bool,
+    buffers: CapacityAskBuffers,
+) -> Result<()> {
+    shape.check(ASK)?;
+    let CapacityAskBuffers {
+        requests,
+        weights,
+        next_candidate,
+        expert_ids,
+        kept_ids,
+        candidates,
+        candidate_weights,
+    } = buffers;
+    for (name, address) in [
+        ("requests", requests),
+        ("weights", weights),
+        ("next_candidate", next_candidate),
+        ("expert_ids", expert_ids),
+        ("kept_ids", kept_ids),
+        ("candidates", candidates),
+        ("candidate_weights", candidate_weights),
+    ] {
+        check_aligned(ASK, name, address, 4)?;
+    }
+    let args = CapacityAskArgs {
+        num_tokens: int(ASK, "num_tokens", shape.num_tokens)?,
+        num_experts: int(ASK, "num_experts", shape.num_experts)?,
+        top_k: int(ASK, "top_k", shape.top_k)?,
+        num_candidates: int(ASK, "candidates of a token", num_candidates)?,
+        later: (!first).into(),
+    };
+    if shape.num_tokens == 0 {
+        return Ok(());
+    }
+    let arguments = [
+        Argument::of(&requests),
+        Argument::of(&weights),
+        Argument::of(&next_candidate),
+        Argument::of(&expert_ids),
+        Argument::of(&kept_ids),
+        Argument::of(&candidates),
+        Argument::of(&candidate_weights),
+        Argument::of(&args),
+    ];
+    let launch = thread_per_token(shape);
+    // SAFETY: the arguments follow moe_capacity_fwd_ask in kernels/capacity.cu; the caller vouches for the
+    // buffers; the shape was checked above.
+    unsafe { device.launch(stream, Kernel::CapacityFwdAsk, DType::F32, launch, &arguments) }
+}
+
+/// Weights of what is kept: `weights[t, k]` divided by the sum over the token's kept slots, 0 for other slots.
+///
+/// `expert_ids` `[T, K]` are those that [`capacity_fwd_into`](crate::ops::capacity::capacity_fwd_into) has
+/// written. A slot counts where its id is less than `E`; sums are f32, in the order of `k`.
+/// [`Normalization::None`] divides by nothing. Asynchronous, ordered on `stream`; the same bits on every device.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
+/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+pub fn capacity_normalize_fwd_into(
+    device: &Device,
+    stream: &CudaStream,
+    shape: RoutingShape,
+    normalization: Normalization,
+    expert_ids: &CudaView<'_, u32>,
+    weights: &CudaView<'_, f32>,
+    normalized: &mut CudaViewMut<'_, f32>,
+) -> Result<()> {
+    shape.check(NORMALIZE)?;
+    check_stream(NORMALIZE, device, stream)?;
+    check_len(NORMALIZE, "expert_ids", expert_ids.len(), shape.slots())?;
+    check_len(NORMALIZE, "weights", weights.len(), shape.slots())?;
+    check_len(NORMALIZE, "normalized", normalized.len(), shape.slots())?;
+    let (normalized, _normalized_guard) = normalized.device_ptr_mut(stream);
+    let (expert_ids, _ids_guard) = expert_ids.device_ptr(stream);
+    let (weights, _weights_guard) = weights.device_ptr(stream);
+    let buffers = CapacityNormalizeBuffers { normalized, expert_ids, weights };
+    let stream = stream.cu_stream();
+    // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
+    // buffers and outlive it.
+    unsafe { capacity_normalize_fwd_raw(device, stream, shape, normalization, buffers) }
+}
+
+/// Device addresses for [`capacity_normalize_fwd_raw`].
+#[derive(Debug, Clone, Copy)]
+pub struct CapacityNormalizeBuffers {
+    /// `[T, K]` `f32`, written whole.
+    pub normalized: CUdeviceptr,
+    /// `[T, K]` `u32`
+    pub expert_ids: CUdeviceptr,
+    /// `[T, K]` `f32`
+    pub weights: CUdeviceptr,
+}
+
+/// [`capacity_normalize_fwd_into`] on addresses.
+///
+/// # Safety
+/// Each buffer has `T * K` elements in memory of `device`'s context that stays valid until the kernel has run;
+/// `normalized` overlaps none of the others; `stream` is a stream of that context.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
+/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+pub unsafe fn capacity_normalize_fwd_raw(
+    device: &Device,
+    stream: CUstream,
+    shape: RoutingShape,
+    normalization: Normalization,
+    buffers: CapacityNormalizeBuffers,
+) -> Result<()> {
+    shape.check(NORMALIZE)?;
+    let CapacityNormalizeBuffers { normalized, expert_ids, weights } = buffers;
+    check_aligned(NORMALIZE, "normalized", normalized, 4)?;
+    check_aligned(NORMALIZE, "expert_ids", expert_ids, 4)?;
+    check_aligned(NORMALIZE, "weights", weights, 4)?;
+    let (divide, epsilon, min) = kept_divisor(NORMALIZE, normalization)?;
+    let args = CapacityNormalizeArgs {
+        num_tokens: int(NORMALIZE, "num_tokens", shape.num_tokens)?,
+        num_experts: int(NORMALIZE, "num_experts", shape.num_experts)?,
+        top_k: int(NORMALIZE, "top_k", shape.top_k)?,
+        divide: divide.into(),
+        epsilon,
+        min,
+    };
+    if shape.num_tokens == 0 {
+        return Ok(());
+    }
+    let arguments = [
+        Argument::of(&normalized),
+        Argument::of(&expert_ids),
+        Argument::of(&weights),
+        Argument::of(&args),
+    ];
+    let launch = thread_per_token(shape);
+    // SAFETY: the arguments follow moe_capacity_fwd_normalize in kernels/capacity.cu; the caller vouches for
+    // the buffers; the shape was checked above.
+    unsafe { device.launch(stream, Kernel::CapacityFwdNormalize, DType::F32, launch, &arguments) }
+}
+
+fn thread_per_token(shape: RoutingShape) -> Launch {
+    let blocks = shape.num_tokens.div_ceil(CAPACITY_TOKEN_THREADS as usize);
+    Launch { grid: [blocks as u32, 1, 1], threads: CAPACITY_TOKEN_THREADS as u32, shared_bytes: 0 }
+}
