@@ -138,6 +138,18 @@ typedef struct CapacityNormalizeArgs {
   float min;        // The least divisor.
 } CapacityNormalizeArgs;
 
+// ---- expert_choice ----------------------------------------------------------------------------
+
+#define EXPERT_CHOICE_THREADS 256
+#define EXPERT_CHOICE_COLUMN_BYTES 32  // A block's columns of a row of scores: one sector of memory.
+
+typedef struct ExpertChoiceArgs {
+  int num_tokens;   // T
+  int num_experts;  // E
+  int capacity;     // Tokens of an expert, at most T.
+  int token_bits;   // A token's number has so many bits.
+} ExpertChoiceArgs;
+
 // ---- permute --------------------------------------------------------------------------------
 
 #define PERMUTE_THREADS 256

@@ -33,6 +33,8 @@ pub const CAPACITY_BY_TOKEN: i32 = 0;
 pub const CAPACITY_BY_CHOICE: i32 = 1;
 pub const CAPACITY_BY_WEIGHT: i32 = 2;
 pub const CAPACITY_BY_CHOICE_AND_TOP_WEIGHT: i32 = 3;
+pub const EXPERT_CHOICE_THREADS: i32 = 256;
+pub const EXPERT_CHOICE_COLUMN_BYTES: i32 = 32;
 pub const PERMUTE_THREADS: i32 = 256;
 pub const GEMM_BLOCK_M: i32 = 128;
 pub const GEMM_BLOCK_N: i32 = 128;
@@ -355,6 +357,33 @@ const _: () = {
     [
         "Offset of field: CapacityNormalizeArgs::min",
     ][::core::mem::offset_of!(CapacityNormalizeArgs, min) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ExpertChoiceArgs {
+    pub num_tokens: ::core::ffi::c_int,
+    pub num_experts: ::core::ffi::c_int,
+    pub capacity: ::core::ffi::c_int,
+    pub token_bits: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ExpertChoiceArgs"][::core::mem::size_of::<ExpertChoiceArgs>() - 16usize];
+    [
+        "Alignment of ExpertChoiceArgs",
+    ][::core::mem::align_of::<ExpertChoiceArgs>() - 4usize];
+    [
+        "Offset of field: ExpertChoiceArgs::num_tokens",
+    ][::core::mem::offset_of!(ExpertChoiceArgs, num_tokens) - 0usize];
+    [
+        "Offset of field: ExpertChoiceArgs::num_experts",
+    ][::core::mem::offset_of!(ExpertChoiceArgs, num_experts) - 4usize];
+    [
+        "Offset of field: ExpertChoiceArgs::capacity",
+    ][::core::mem::offset_of!(ExpertChoiceArgs, capacity) - 8usize];
+    [
+        "Offset of field: ExpertChoiceArgs::token_bits",
+    ][::core::mem::offset_of!(ExpertChoiceArgs, token_bits) - 12usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

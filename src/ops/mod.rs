@@ -10,6 +10,7 @@
 
 pub mod capacity;
 pub mod combine;
+pub mod expert_choice;
 pub mod grouped_gemm;
 pub mod permute;
 pub mod plan;

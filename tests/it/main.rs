@@ -7,6 +7,7 @@ mod capacity;
 mod combine;
 mod common;
 mod device;
+mod expert_choice;
 mod grouped_gemm;
 mod large;
 mod layer;
