@@ -150,6 +150,32 @@ typedef struct ExpertChoiceArgs {
   int token_bits;   // A token's number has so many bits.
 } ExpertChoiceArgs;
 
+// ---- noise ------------------------------------------------------------------------------------
+
+#define NOISE_THREADS 256
+
+#define NOISE_UNIFORM 0
+#define NOISE_NORMAL 1
+#define NOISE_GUMBEL 2
+
+typedef struct NoiseArgs {
+  unsigned long long seed;
+  unsigned long long offset;  // The number of the first element in the seed's sequence.
+  long long len;
+  int distribution;  // NOISE_...
+  int vector;        // 1: every group of four elements starts at a 16-byte boundary.
+} NoiseArgs;
+
+// ---- jitter -----------------------------------------------------------------------------------
+
+#define JITTER_THREADS 256
+
+typedef struct JitterArgs {
+  long long len;  // T * H
+  float epsilon;
+  int vector;  // 1: all buffers start at a 16-byte boundary.
+} JitterArgs;
+
 // ---- permute --------------------------------------------------------------------------------
 
 #define PERMUTE_THREADS 256

@@ -35,6 +35,11 @@ pub const CAPACITY_BY_WEIGHT: i32 = 2;
 pub const CAPACITY_BY_CHOICE_AND_TOP_WEIGHT: i32 = 3;
 pub const EXPERT_CHOICE_THREADS: i32 = 256;
 pub const EXPERT_CHOICE_COLUMN_BYTES: i32 = 32;
+pub const NOISE_THREADS: i32 = 256;
+pub const NOISE_UNIFORM: i32 = 0;
+pub const NOISE_NORMAL: i32 = 1;
+pub const NOISE_GUMBEL: i32 = 2;
+pub const JITTER_THREADS: i32 = 256;
 pub const PERMUTE_THREADS: i32 = 256;
 pub const GEMM_BLOCK_M: i32 = 128;
 pub const GEMM_BLOCK_N: i32 = 128;
@@ -384,6 +389,56 @@ const _: () = {
     [
         "Offset of field: ExpertChoiceArgs::token_bits",
     ][::core::mem::offset_of!(ExpertChoiceArgs, token_bits) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct NoiseArgs {
+    pub seed: ::core::ffi::c_ulonglong,
+    pub offset: ::core::ffi::c_ulonglong,
+    pub len: ::core::ffi::c_longlong,
+    pub distribution: ::core::ffi::c_int,
+    pub vector: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of NoiseArgs"][::core::mem::size_of::<NoiseArgs>() - 32usize];
+    ["Alignment of NoiseArgs"][::core::mem::align_of::<NoiseArgs>() - 8usize];
+    [
+        "Offset of field: NoiseArgs::seed",
+    ][::core::mem::offset_of!(NoiseArgs, seed) - 0usize];
+    [
+        "Offset of field: NoiseArgs::offset",
+    ][::core::mem::offset_of!(NoiseArgs, offset) - 8usize];
+    [
+        "Offset of field: NoiseArgs::len",
+    ][::core::mem::offset_of!(NoiseArgs, len) - 16usize];
+    [
+        "Offset of field: NoiseArgs::distribution",
+    ][::core::mem::offset_of!(NoiseArgs, distribution) - 24usize];
+    [
+        "Offset of field: NoiseArgs::vector",
+    ][::core::mem::offset_of!(NoiseArgs, vector) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct JitterArgs {
+    pub len: ::core::ffi::c_longlong,
+    pub epsilon: f32,
+    pub vector: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of JitterArgs"][::core::mem::size_of::<JitterArgs>() - 16usize];
+    ["Alignment of JitterArgs"][::core::mem::align_of::<JitterArgs>() - 8usize];
+    [
+        "Offset of field: JitterArgs::len",
+    ][::core::mem::offset_of!(JitterArgs, len) - 0usize];
+    [
+        "Offset of field: JitterArgs::epsilon",
+    ][::core::mem::offset_of!(JitterArgs, epsilon) - 8usize];
+    [
+        "Offset of field: JitterArgs::vector",
+    ][::core::mem::offset_of!(JitterArgs, vector) - 12usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -3,6 +3,7 @@
 mod capacity;
 mod experts;
 mod field;
+mod noise;
 mod router;
 mod steps;
 
@@ -12,6 +13,7 @@ pub use experts::{
     Activation, ActivationFunction, ExpertConfig, GateUp, Limit, RmsNorm, WeightOrder,
     WeightPosition,
 };
+pub use noise::NoiseDistribution;
 pub use router::{GroupScore, Groups, Masked, Normalization, RouterConfig, Scoring, Selection};
 
 pub(crate) use steps::{RouteLengths, Score};

@@ -12,6 +12,8 @@ pub mod capacity;
 pub mod combine;
 pub mod expert_choice;
 pub mod grouped_gemm;
+pub mod jitter;
+pub mod noise;
 pub mod permute;
 pub mod plan;
 pub mod route;

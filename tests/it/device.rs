@@ -3,9 +3,10 @@
 use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::permute::{self, PermuteBuffers};
-use moe_kernels::ops::{combine, plan, route};
+use moe_kernels::ops::{capacity, combine, expert_choice, jitter, plan, route};
 use moe_kernels::{
-    DType, Device, Error, RouterConfig, RoutingShape, Workspace, kernel_files, kernel_symbols,
+    CapacityConfig, CapacityLimit, DType, Device, Error, Priority, RouterConfig, RoutingShape,
+    Workspace, kernel_files, kernel_symbols,
 };
 
 use crate::common::gpu;
@@ -21,7 +22,20 @@ fn warm_up_loads_every_kernel() {
 #[test]
 fn every_kernel_file_is_in_the_binary() {
     let names: Vec<_> = kernel_files().map(|file| file.name).collect();
-    assert_eq!(names, ["combine", "grouped_gemm", "permute", "plan", "route"]);
+    assert_eq!(
+        names,
+        [
+            "capacity",
+            "combine",
+            "expert_choice",
+            "grouped_gemm",
+            "jitter",
+            "noise",
+            "permute",
+            "plan",
+            "route",
+        ]
+    );
 }
 
 /// The software device knows every kernel of the table, and no other of ours; a GPU has them all.
@@ -96,10 +110,14 @@ fn every_operation_holds_device_stream_and_plan_together() {
     let (weights, rows) = (four.slice(..2), Rows::Grouped);
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
     let router = RouterConfig::top_k_softmax();
+    let limit = CapacityLimit::Rows { rows: 1 };
+    let one_row = CapacityConfig { limit, priority: Priority::Token, overflow: 0 };
     let mut errors = vec![
         route::route_fwd(device, &gpu.stream, shape, &router, &route::RouteInputs::new(&four))
             .err(),
         plan::plan_fwd(device, &gpu.stream, shape, &ids.view()).err(),
+        jitter::jitter_fwd(device, &gpu.stream, 0.1, &four, &four).err(),
+        expert_choice::expert_choice_fwd(device, &gpu.stream, 2, 2, 1, &four).err(),
     ];
     // The device is another's, then the plan is.
     for stream in [&gpu.stream, &stream] {
@@ -108,6 +126,7 @@ fn every_operation_holds_device_stream_and_plan_together() {
             grouped_gemm_fwd(device, stream, &plan, 2, 2, rows, &four, LinearWeights::new(&eight))
                 .err(),
             combine::combine_fwd(device, stream, &plan, 2, &four, &weights).err(),
+            capacity::capacity_fwd(device, stream, &plan, shape, &one_row, None, &weights).err(),
         ]);
     }
     for error in errors {

@@ -1,0 +1,104 @@
+//! Random numbers `[len]` that depend on the seed and their number alone.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtrMut};
+
+use crate::abi::{NOISE_GUMBEL, NOISE_NORMAL, NOISE_THREADS, NOISE_UNIFORM, NoiseArgs};
+use crate::config::NoiseDistribution;
+use crate::device::{
+    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
+    vector_rows,
+};
+use crate::dtype::DType;
+use crate::error::{Result, int};
+
+const OP: &str = "noise_fwd";
+
+/// Elements that one counter of the generator gives.
+const GROUP: usize = 4;
+
+/// Fills `noise` with elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence that belongs to `seed`.
+///
+/// An element depends on its number alone: parts that are drawn apart fit together, and drawing again gives
+/// the same. Sequences of different distributions with one seed are not independent of each other.
+/// The generator is Philox4x32-10. Asynchronous, ordered on `stream`; the same bits on every device.
+///
+/// # Errors
+/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+pub fn noise_fwd_into(
+    device: &Device,
+    stream: &CudaStream,
+    distribution: NoiseDistribution,
+    seed: u64,
+    offset: u64,
+    noise: &mut CudaViewMut<'_, f32>,
+) -> Result<()> {
+    check_stream(OP, device, stream)?;
+    let len = noise.len();
+    let (noise, _guard) = noise.device_ptr_mut(stream);
+    // SAFETY: the view has `len` elements. The guard orders the launch after earlier uses and outlives it.
+    unsafe { noise_fwd_raw(device, stream.cu_stream(), distribution, seed, offset, len, noise) }
+}
+
+/// [`noise_fwd_into`] a new buffer.
+///
+/// # Errors
+/// Those of [`noise_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+pub fn noise_fwd(
+    device: &Device,
+    stream: &Arc<CudaStream>,
+    distribution: NoiseDistribution,
+    seed: u64,
+    offset: u64,
+    len: usize,
+) -> Result<CudaSlice<f32>> {
+    // SAFETY: the operation writes every element.
+    let mut noise = unsafe { alloc::<f32>(OP, stream, len) }?;
+    noise_fwd_into(device, stream, distribution, seed, offset, &mut noise.as_view_mut())?;
+    Ok(noise)
+}
+
+/// [`noise_fwd_into`] on an address.
+///
+/// # Safety
+/// `noise` has `len` `f32` in memory of `device`'s context that stays valid until the kernel has run;
+/// `stream` is a stream of that context.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a `len` that no grid reaches,
+/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+pub unsafe fn noise_fwd_raw(
+    device: &Device,
+    stream: CUstream,
+    distribution: NoiseDistribution,
+    seed: u64,
+    offset: u64,
+    len: usize,
+    noise: CUdeviceptr,
+) -> Result<()> {
+    check_aligned(OP, "noise", noise, 4)?;
+    let skipped = (offset % GROUP as u64) as usize;
+    // The view may be of any length, but a group has to have a number, and a thread.
+    let threads = len.saturating_add(skipped).div_ceil(GROUP);
+    let blocks = int(OP, "blocks of 1024 elements", threads.div_ceil(NOISE_THREADS as usize))?;
+    let args = NoiseArgs {
+        seed,
+        offset,
+        len: len as i64,
+        distribution: match distribution {
+            NoiseDistribution::Uniform => NOISE_UNIFORM,
+            NoiseDistribution::Normal => NOISE_NORMAL,
+            NoiseDistribution::Gumbel => NOISE_GUMBEL,
+        },
+        vector: (skipped == 0 && vector_rows(0, &[noise])).into(),
+    };
+    if len == 0 {
+        return Ok(());
+    }
+    let launch =
+        Launch { grid: [blocks as u32, 1, 1], threads: NOISE_THREADS as u32, shared_bytes: 0 };
+    let arguments = [Argument::of(&noise), Argument::of(&args)];
+    // SAFETY: the arguments follow moe_noise_fwd in kernels/noise.cu; the caller vouches for the buffer.
+    unsafe { device.launch(stream, Kernel::NoiseFwd, DType::F32, launch, &arguments) }
+}
