@@ -4,10 +4,14 @@
 //! `main.rs` runs them under criterion, the program's `bench` for tables, files and pictures. A
 //! module per operation says how it is called; `common/` has what they share.
 
+mod capacity;
 mod combine;
 mod common;
+mod expert_choice;
 mod grouped_gemm;
+mod jitter;
 mod layer;
+mod noise;
 mod permute;
 mod plan;
 mod route;
@@ -28,6 +32,14 @@ pub use common::values::normal;
 pub enum Op {
     /// From logits to ids and weights.
     Route,
+    /// Random numbers, one for each logit.
+    Noise,
+    /// Tokens times factors near 1.
+    Jitter,
+    /// From ids and weights to what experts have room for.
+    Capacity,
+    /// From scores to each expert's tokens.
+    ExpertChoice,
     /// From ids to maps.
     Plan,
     /// Rows in expert order.
@@ -48,8 +60,12 @@ pub enum Op {
 
 impl Op {
     /// All of them, in the order of a forward pass.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Route,
+        Self::Noise,
+        Self::Jitter,
+        Self::Capacity,
+        Self::ExpertChoice,
         Self::Plan,
         Self::Permute,
         Self::GateUp,
@@ -64,6 +80,10 @@ impl Op {
     pub fn name(self) -> &'static str {
         match self {
             Self::Route => "route",
+            Self::Noise => "noise",
+            Self::Jitter => "jitter",
+            Self::Capacity => "capacity",
+            Self::ExpertChoice => "expert_choice",
             Self::Plan => "plan",
             Self::Permute => "permute",
             Self::GateUp => "gate_up",
@@ -79,6 +99,10 @@ impl Op {
     pub fn boundary(self) -> &'static str {
         match self {
             Self::Route => "router alone",
+            Self::Noise => "noise alone",
+            Self::Jitter => "jitter alone",
+            Self::Capacity => "capacity from a plan",
+            Self::ExpertChoice => "expert choice alone",
             Self::Plan => "plan alone",
             Self::Permute => "permute alone",
             Self::GateUp | Self::Down | Self::Experts => "GEMM alone",

@@ -68,6 +68,11 @@ pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f6
     let product = 2.0 * rows * h * i;
     let (bytes, flops) = match op {
         Op::Route => (t * e * size + 2.0 * list, 0.0),
+        Op::Noise => (4.0 * t * e, 0.0),
+        Op::Jitter => (x + 4.0 * t * h + x, 0.0),
+        // The plan's slots, weights and ids.
+        Op::Capacity => (3.0 * list + 4.0 * (e + 1.0) + 8.0 * e, 0.0),
+        Op::ExpertChoice => (t * e * size + 8.0 * t * e, 0.0),
         Op::Plan => (list + 2.0 * list + 4.0 * (e + 1.0), 0.0),
         Op::Permute => (x + list + yp, 0.0),
         Op::GateUp => (x + 2.0 * matrix + act, 2.0 * product),

@@ -8,7 +8,9 @@ use crate::common::model::Model;
 use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu, Target};
 use crate::common::values::normal;
-use crate::{Op, combine, grouped_gemm, layer, permute, plan, route};
+use crate::{
+    Op, capacity, combine, expert_choice, grouped_gemm, jitter, layer, noise, permute, plan, route,
+};
 
 /// Bytes that leave nothing of what was before them in any cache.
 const COLD_BYTES: f64 = 256e6;
@@ -101,6 +103,10 @@ impl<'g, D: Element> Stage<'g, D> {
         let mut workload = match &self.place {
             Place::Cpu(weights) => match op {
                 Op::Route => route::on_cpu::<D>(model, draw),
+                Op::Noise => noise::on_cpu(draw),
+                Op::Jitter => jitter::on_cpu::<D>(model, draw),
+                Op::Capacity => capacity::on_cpu(draw),
+                Op::ExpertChoice => expert_choice::on_cpu::<D>(draw),
                 Op::Plan => plan::on_cpu(draw),
                 Op::Permute => permute::on_cpu::<D>(model, draw),
                 Op::GateUp | Op::Down | Op::Experts => {
@@ -111,6 +117,10 @@ impl<'g, D: Element> Stage<'g, D> {
             },
             Place::Gpu(gpu, weights) => match op {
                 Op::Route => route::on_gpu::<D>(gpu, model, draw),
+                Op::Noise => noise::on_gpu(gpu, draw),
+                Op::Jitter => jitter::on_gpu::<D>(gpu, model, draw),
+                Op::Capacity => capacity::on_gpu(gpu, draw),
+                Op::ExpertChoice => expert_choice::on_gpu::<D>(gpu, draw),
                 Op::Plan => plan::on_gpu(gpu, draw),
                 Op::Permute => permute::on_gpu::<D>(gpu, model, draw),
                 Op::GateUp | Op::Down | Op::Experts => {

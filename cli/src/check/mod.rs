@@ -1,6 +1,7 @@
 //! `check`: every operation and the layer, a device against the reference in f64.
 
 mod case;
+mod choice;
 mod ops;
 
 use std::fmt::Write;

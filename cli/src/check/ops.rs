@@ -21,6 +21,7 @@ use moe_kernels::{
 };
 
 use super::case::{Case, ROUTERS};
+use super::choice;
 use crate::backend::Element;
 use crate::device::Gpu;
 use crate::error::Result;
@@ -29,6 +30,10 @@ use crate::error::Result;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Op {
     Route,
+    Noise,
+    Jitter,
+    Capacity,
+    ExpertChoice,
     Plan,
     Permute,
     /// Both with the gather and without
@@ -40,13 +45,28 @@ pub enum Op {
 }
 
 impl Op {
-    pub const NAMES: [&'static str; 7] =
-        ["route", "plan", "permute", "grouped-gemm", "gate-up", "combine", "layer"];
+    pub const NAMES: [&'static str; 11] = [
+        "route",
+        "noise",
+        "jitter",
+        "capacity",
+        "expert-choice",
+        "plan",
+        "permute",
+        "grouped-gemm",
+        "gate-up",
+        "combine",
+        "layer",
+    ];
 
     /// One case on the device.
     pub fn run<D: Element>(self, gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         match self {
             Op::Route => route(gpu, case),
+            Op::Noise => choice::noise(gpu, case),
+            Op::Jitter => choice::jitter(gpu, case),
+            Op::Capacity => choice::capacity(gpu, case),
+            Op::ExpertChoice => choice::expert_choice(gpu, case),
             Op::Plan => plan(gpu, case),
             Op::Permute => permute(gpu, case),
             Op::GroupedGemm => grouped_gemm(gpu, case),
@@ -82,7 +102,7 @@ impl Worst {
     }
 
     /// Nothing was compared yet.
-    fn nothing() -> Self {
+    pub fn nothing() -> Self {
         Self { of_bound: 0.0, error: 0.0, bound: 0.0, exact: true, what: String::new() }
     }
 
@@ -95,7 +115,7 @@ impl Worst {
     }
 
     /// Integers and copies.
-    fn of_bits<T: PartialEq + fmt::Debug>(name: &str, got: &[T], wanted: &[T]) -> Self {
+    pub fn of_bits<T: PartialEq + fmt::Debug>(name: &str, got: &[T], wanted: &[T]) -> Self {
         let differs = (0..got.len().max(wanted.len())).find(|&i| got.get(i) != wanted.get(i));
         let what = differs.map_or_else(String::new, |i| {
             let show =
@@ -359,23 +379,23 @@ fn layer<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     Ok(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted))
 }
 
-fn bytes<D: Dtype>(values: &[D]) -> &[u8] {
+pub fn bytes<D: Dtype>(values: &[D]) -> &[u8] {
     bytemuck::cast_slice(values)
 }
 
 impl Gpu {
-    fn upload<T: DeviceRepr>(&self, values: &[T]) -> Result<CudaSlice<T>> {
+    pub fn upload<T: DeviceRepr>(&self, values: &[T]) -> Result<CudaSlice<T>> {
         self.stream.clone_htod(values).map_err(self.failed("upload"))
     }
 
     /// Memory full of NaN, or of -1: what an operation must overwrite.
-    fn poisoned<T: DeviceRepr + bytemuck::Pod>(&self, len: usize) -> Result<CudaSlice<T>> {
+    pub fn poisoned<T: DeviceRepr + bytemuck::Pod>(&self, len: usize) -> Result<CudaSlice<T>> {
         let mut values = vec![T::zeroed(); len];
         bytemuck::cast_slice_mut::<T, u8>(&mut values).fill(0xff);
         self.upload(&values)
     }
 
-    fn download<T: DeviceRepr>(&self, values: &CudaView<'_, T>) -> Result<Vec<T>> {
+    pub fn download<T: DeviceRepr>(&self, values: &CudaView<'_, T>) -> Result<Vec<T>> {
         self.stream.clone_dtoh(values).map_err(self.failed("download"))
     }
 }

@@ -98,7 +98,7 @@ fn what_cannot_be_measured_is_refused_first() {
     let folder = Folder::new();
     for (arguments, words) in [
         (["--model", "gpt-5"], "known are mixtral-8x7b,"),
-        (["--op", "softmax"], "known are route, plan,"),
+        (["--op", "softmax"], "known are route, noise,"),
         (["--tokens", "0"], "0 is not in 1..="),
         (["--routing", "left"], "possible values"),
         (["--dtype", "f64"], "wanted f32, f16 or bf16"),

@@ -9,7 +9,19 @@ fn the_emulator_passes() {
         ["--shapes", "T5H33I7E7K3,T1H1I1E1K1", "--dtypes", "f32,bf16", "--skews", "zipf,inactive"];
     let done = program(&[&["check", "--device", "emulator", "--seeds", "7"], &lists[..]].concat());
     assert_eq!(done.status, Some(0), "{done:?}");
-    for op in ["route", "plan", "permute", "grouped-gemm", "gate-up", "combine", "layer"] {
+    for op in [
+        "route",
+        "noise",
+        "jitter",
+        "capacity",
+        "expert-choice",
+        "plan",
+        "permute",
+        "grouped-gemm",
+        "gate-up",
+        "combine",
+        "layer",
+    ] {
         for dtype in ["f32", "bf16"] {
             let row =
                 done.stdout.lines().find(|line| line.split_whitespace().take(2).eq([op, dtype]));

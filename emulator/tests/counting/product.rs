@@ -9,10 +9,11 @@ use moe_emulator::Traffic;
 use moe_kernels::ops::grouped_gemm::{
     GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd, grouped_gemm_gate_up_fwd,
 };
-use moe_kernels::ops::{combine, permute, plan, route};
+use moe_kernels::ops::{capacity, combine, expert_choice, jitter, noise, permute, plan, route};
 use moe_kernels::{
-    Device, Dtype, ExpertConfig, GateUp, GroupScore, Groups, Masked, Normalization, RouterConfig,
-    RoutingPlan, RoutingShape, Scoring, WeightOrder,
+    CapacityConfig, CapacityLimit, Device, Dtype, ExpertConfig, GateUp, GroupScore, Groups, Masked,
+    NoiseDistribution, Normalization, Priority, RouterConfig, RoutingPlan, RoutingShape, Scoring,
+    WeightOrder,
 };
 
 use crate::measure::{Counting, Schedule};
@@ -88,6 +89,59 @@ impl Case {
             let inputs = route::RouteInputs { selection_bias, ..route::RouteInputs::new(&logits) };
             route::route_fwd(&self.device, &self.stream, self.shape, router, &inputs)
                 .expect("route runs");
+        })
+    }
+
+    fn expert_choice<D: Dtype + DeviceRepr>(&self, capacity: usize) -> Traffic {
+        let RoutingShape { num_tokens, num_experts, .. } = self.shape;
+        // Distinct within an expert, in no order: 7 and the number of tokens have no common divisor.
+        let scores: Vec<D> = (0..self.shape.logits())
+            .map(|i| D::from_f64((i / num_experts * 7 % num_tokens) as f64 - 100.0))
+            .collect();
+        let scores = self.stream.clone_htod(&scores).expect("memory");
+        self.counting.traffic_of_one(|| {
+            let (device, stream) = (&self.device, &self.stream);
+            let scores = scores.as_view();
+            expert_choice::expert_choice_fwd(
+                device,
+                stream,
+                num_tokens,
+                num_experts,
+                capacity,
+                &scores,
+            )
+            .expect("experts choose");
+        })
+    }
+
+    fn jitter(&self, hidden: usize) -> Traffic {
+        let x = self.zeros::<bf16>(self.shape.num_tokens * hidden);
+        let u = self.zeros::<f32>(self.shape.num_tokens * hidden);
+        self.counting.traffic_of_one(|| {
+            let (x, u) = (x.as_view(), u.as_view());
+            jitter::jitter_fwd(&self.device, &self.stream, 0.1, &x, &u).expect("jitter runs");
+        })
+    }
+
+    fn noise(&self) -> Traffic {
+        self.counting.traffic_of_one(|| {
+            let (kind, len) = (NoiseDistribution::Normal, self.shape.logits());
+            noise::noise_fwd(&self.device, &self.stream, kind, 1, 0, len).expect("noise runs");
+        })
+    }
+
+    /// By token, with room for all or for half.
+    fn capacity(&self, factor: f32, priority: Priority) -> Traffic {
+        let by_slot = self.shape.by_slot();
+        let (device, stream) = (&self.device, &self.stream);
+        let plan = plan::plan_fwd(device, stream, by_slot, &self.ids.as_view()).expect("a plan");
+        let weights = self.zeros::<f32>(self.shape.slots());
+        let limit = CapacityLimit::Factor { factor };
+        let config = CapacityConfig { limit, priority, overflow: 0 };
+        self.counting.traffic_of_one(|| {
+            let weights = weights.as_view();
+            capacity::capacity_fwd(device, stream, &plan, self.shape, &config, None, &weights)
+                .expect("capacity runs");
         })
     }
 
@@ -216,6 +270,53 @@ fn route_with_options_reads_the_logits_once_and_meets_no_bank_conflict() {
         assert_eq!(traffic.operations.reductions, 64 * 2 * 8);
         assert_eq!(traffic.operations.shuffles, 64 * (2 * 2 + 8 + 5));
         assert_eq!(traffic.operations.votes, 64);
+    }
+}
+
+/// A sector holds all of a block's columns of a row: nothing that is read or written is half of one.
+#[test]
+fn expert_choice_reads_whole_sectors() {
+    let case = Case::new(512, 64, 8);
+    for (traffic, size) in
+        [(case.expert_choice::<f32>(100), 4), (case.expert_choice::<bf16>(100), 2)]
+    {
+        let read = (case.shape.logits() * size / 32) as u64;
+        assert_eq!(traffic.global_read.unique_sectors, read);
+        // The last pass, and one for each digit that is looked at: of a score and, with ties, of a token.
+        let passes = traffic.global_read.sectors / read;
+        assert_eq!(traffic.global_read.sectors, passes * read);
+        assert!((3..=5).contains(&passes), "{passes} passes");
+        let written = (8 * case.shape.logits() / 32) as u64;
+        assert_eq!(traffic.global_write.sectors, written);
+    }
+}
+
+#[test]
+fn noise_and_jitter_move_the_ideal_bytes() {
+    let case = Case::new(64, 128, 8);
+    let noise = case.noise();
+    assert_eq!((noise.global_read.bytes, noise.global_write.sectors_per_request()), (0, 16.0));
+    assert_eq!(noise.global_write.bytes, 4 * case.shape.logits() as u64);
+    let hidden = 2048;
+    let jitter = case.jitter(hidden);
+    assert_near("jitter, DRAM", jitter.dram_bytes(), 64 * hidden * 8, 1.0);
+    assert_eq!(jitter.global_write.sectors_per_request(), 16.0);
+}
+
+/// With room for all, or by token, a slot's row is read once and its id written once.
+#[test]
+fn capacity_looks_at_slots_once_where_their_order_is_known() {
+    let case = Case::new(600, 32, 8);
+    let (slots, cells) = (case.shape.slots(), 32);
+    for (factor, priority) in [(1.0, Priority::Weight), (0.5, Priority::Token)] {
+        let traffic = case.capacity(factor, priority);
+        let written = 4 * slots + 8 * cells;
+        assert_eq!(traffic.global_write.bytes, written as u64);
+        // Rows, the map of slots, and a binary search by every thread of a block.
+        let weights = if priority == Priority::Weight { 4 * slots } else { 0 };
+        let least = 8 * slots + weights;
+        let unique = 32 * traffic.global_read.unique_sectors as usize;
+        assert!((least..least + least / 4).contains(&unique), "{unique} of {least}");
     }
 }
 

@@ -1,0 +1,110 @@
+//! What stands around the router's choice: noise, jitter, capacity, and experts that choose. All of it bit for bit.
+
+use moe_kernels::ops::capacity::capacity_fwd_into;
+use moe_kernels::ops::expert_choice::expert_choice_fwd_into;
+use moe_kernels::ops::jitter::jitter_fwd_into;
+use moe_kernels::ops::noise::noise_fwd_into;
+use moe_kernels::ops::plan::plan_fwd;
+use moe_kernels::{
+    CapacityConfig, CapacityLimit, NoiseDistribution, Priority, RoutingShape, reference,
+};
+
+use super::case::Case;
+use super::ops::{Worst, bytes};
+use crate::backend::Element;
+use crate::device::Gpu;
+use crate::error::Result;
+
+const SEED: u64 = 7;
+
+/// Every distribution, from an element that is not the first of a group.
+pub fn noise<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let len = case.shape.logits();
+    let mut worst = Worst::nothing();
+    for distribution in NoiseDistribution::ALL {
+        let mut noise = gpu.poisoned::<f32>(len)?;
+        let view = &mut noise.as_view_mut();
+        noise_fwd_into(&gpu.device, &gpu.stream, distribution, SEED, 3, view)?;
+        let wanted = reference::noise_fwd(distribution, SEED, 3, len);
+        let got = gpu.download(&noise.as_view())?;
+        worst.take(Worst::of_bits("noise", bytes(&got), bytes(&wanted)));
+    }
+    Ok(worst)
+}
+
+pub fn jitter<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    const EPSILON: f32 = 0.1;
+    let u = reference::noise_fwd(NoiseDistribution::Uniform, SEED, 0, case.x.len());
+    let wanted = reference::jitter_fwd(EPSILON, &case.x, &u)?;
+    let (x, u) = (gpu.upload(&case.x)?, gpu.upload(&u)?);
+    let mut jittered = gpu.poisoned::<D>(wanted.len())?;
+    let view = &mut jittered.as_view_mut();
+    jitter_fwd_into(&gpu.device, &gpu.stream, EPSILON, &x.as_view(), &u.as_view(), view)?;
+    let got = gpu.download(&jittered.as_view())?;
+    Ok(Worst::of_bits("jittered", bytes(&got), bytes(&wanted)))
+}
+
+/// Every priority, in sequences of a third of the tokens.
+pub fn capacity<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let shape = case.shape;
+    let tokens = Some(shape.num_tokens.div_ceil(3));
+    let cells = shape.sequences(tokens) * shape.num_experts;
+    let (device, stream) = (&gpu.device, &gpu.stream);
+    let (ids, weights) = (gpu.upload(&case.expert_ids)?, gpu.upload(&case.weights)?);
+    let plan = plan_fwd(device, stream, shape.by_slot(), &ids.as_view())?;
+    let mut worst = Worst::nothing();
+    for priority in
+        [Priority::Token, Priority::Choice, Priority::Weight, Priority::ChoiceByTopWeight]
+    {
+        let limit = CapacityLimit::Factor { factor: 0.75 };
+        let config = CapacityConfig { limit, priority, overflow: 0 };
+        let mut kept_ids = gpu.poisoned::<u32>(shape.slots())?;
+        let (mut kept, mut dropped) = (gpu.poisoned::<u32>(cells)?, gpu.poisoned::<u32>(cells)?);
+        capacity_fwd_into(
+            device,
+            stream,
+            &plan,
+            shape,
+            &config,
+            tokens,
+            &weights.as_view(),
+            &mut kept_ids.as_view_mut(),
+            &mut kept.as_view_mut(),
+            &mut dropped.as_view_mut(),
+        )?;
+        let (ids, weights) = (&case.expert_ids, &case.weights);
+        let wanted = reference::capacity_fwd(&shape, &config, tokens, ids, weights, None)?;
+        for (name, got, wanted) in [
+            ("expert_ids", &kept_ids, &wanted.expert_ids),
+            ("kept", &kept, &wanted.kept),
+            ("dropped", &dropped, &wanted.dropped),
+        ] {
+            worst.take(Worst::of_bits(name, &gpu.download(&got.as_view())?, wanted));
+        }
+    }
+    Ok(worst)
+}
+
+/// The logits as scores, and as many tokens of an expert as it has with tokens that choose.
+pub fn expert_choice<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let RoutingShape { num_tokens, num_experts, .. } = case.shape;
+    let (capacity, len) = (case.shape.slots().div_ceil(num_experts), case.shape.logits());
+    let scores = gpu.upload(&case.logits)?;
+    let (mut ids, mut weights) = (gpu.poisoned::<u32>(len)?, gpu.poisoned::<f32>(len)?);
+    expert_choice_fwd_into(
+        &gpu.device,
+        &gpu.stream,
+        num_tokens,
+        num_experts,
+        capacity,
+        &scores.as_view(),
+        &mut ids.as_view_mut(),
+        &mut weights.as_view_mut(),
+    )?;
+    let (wanted_ids, wanted_weights) =
+        reference::expert_choice_fwd(num_tokens, num_experts, capacity, &case.logits)?;
+    let mut worst = Worst::of_bits("expert_ids", &gpu.download(&ids.as_view())?, &wanted_ids);
+    let weights = gpu.download(&weights.as_view())?;
+    worst.take(Worst::of_bits("weights", bytes(&weights), bytes(&wanted_weights)));
+    Ok(worst)
+}
