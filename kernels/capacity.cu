@@ -24,7 +24,6 @@
 //         where order does not show. So the result is deterministic.
 #include "kernel.cuh"
 
-constexpr uint32_t NO_EXPERT = 0xffffffffu;
 
 // ---- select -------------------------------------------------------------------------------------
 

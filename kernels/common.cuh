@@ -7,6 +7,9 @@ using f16 = __half;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr int WARP_SIZE = 32;
 
+// The id of a slot that belongs to no expert.
+constexpr uint32_t NO_EXPERT = 0xffffffffu;
+
 // ---- Elem: the type of activations and weights ------------------------------------------------
 // Kernels load Elem, compute in f32 and store Elem, rounded to nearest even.
 

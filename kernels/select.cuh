@@ -4,7 +4,6 @@
 // ---- Keys: unsigned integers in the order of numbers --------------------------------------------
 // No number has key 0, which marks an expert that is taken or does not exist.
 
-constexpr uint32_t NO_EXPERT = 0xffffffffu;
 
 // NaN counts as -inf. Adding +0 turns -0 into +0 and leaves every other number alone.
 __device__ __forceinline__ float cleaned(float value) {
