@@ -70,8 +70,13 @@ const KERNELS: &[Entry] = &[
     Entry { kernel: Kernel::PermuteFwd, image: "permute", symbol: "moe_permute_fwd", typed: true },
     Entry { kernel: Kernel::GroupedGemmFwd, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd", typed: true },
     Entry { kernel: Kernel::GroupedGemmFwdInOut, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_in_out", typed: true },
-    Entry { kernel: Kernel::GroupedGemmFwdGateUp, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up", typed: true },
-    Entry { kernel: Kernel::GroupedGemmFwdGateUpInOut, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up_in_out", typed: true },
+    Entry {
+        kernel: Kernel::GroupedGemmFwdGateUp, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up", typed: true,
+    },
+    Entry {
+        kernel: Kernel::GroupedGemmFwdGateUpInOut, image: "grouped_gemm",
+        symbol: "moe_grouped_gemm_fwd_gate_up_in_out", typed: true,
+    },
     Entry { kernel: Kernel::CombineFwd, image: "combine", symbol: "moe_combine_fwd", typed: true },
 ];
 

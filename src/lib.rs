@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! logits [T, E] -route-> expert_ids [T, K], weights [T, K] -plan-> RoutingPlan
-//! x [T, H] -grouped_gemm + SwiGLU (gate_up [E, 2I, H])-> act [R, I]
+//! x [T, H] -grouped_gemm + activation (gate_up [E, 2I, H])-> act [R, I]
 //!          -grouped_gemm (down [E, H, I])-> yp [R, H] -combine-> y [T, H]
 //! ```
 //!

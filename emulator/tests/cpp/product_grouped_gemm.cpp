@@ -15,24 +15,42 @@ std::vector<Elem> integers(Random& random, size_t n) {
   return values;
 }
 
+// How the weights lie: [E, features, K], or [E, K, features] with gate and up in turn.
+enum class Order { kOutIn, kInOut };
+
 template <class Elem>
-void check(uint64_t seed, bool gated) {
+void check(uint64_t seed, bool gated, Order order) {
   Random random(seed);
+  const bool in_out = order == Order::kInOut;
   const int tokens = random.between(1, 60), top_k = random.between(1, 3);
-  const int experts = random.between(1, 4), k = random.between(1, 150), n = random.between(1, 90);
+  const int experts = random.between(1, 4), step = in_out ? 8 : 1;
+  const int k = random.between(1, 150 / step) * step, n = random.between(1, 90 / step) * step;
   const Routing r = make_routing(random, tokens, top_k, experts, seed % 3 * 25);
   const bool gather = random.between(0, 1);
-  const int parts = gated ? 2 : 1, x_rows = gather ? tokens : r.slots();
+  const int parts = gated ? 2 : 1, x_rows = gather ? tokens : r.slots(), features = parts * n;
   const std::vector<Elem> x = integers<Elem>(random, static_cast<size_t>(x_rows) * k);
-  const std::vector<Elem> w = integers<Elem>(random, static_cast<size_t>(experts) * parts * n * k);
+  const std::vector<Elem> w = integers<Elem>(random, static_cast<size_t>(experts) * features * k);
+  const std::vector<Elem> bias = integers<Elem>(random, static_cast<size_t>(experts) * features);
+  std::vector<float> weights(r.slots());  // powers of two, which keep sums exact
+  for (float& weight : weights) weight = 0.5f * static_cast<float>(random.between(1, 2));
+  const auto feature_of = [&](int part, int column) {
+    return gated && in_out ? 2 * column + part : part * n + column;
+  };
+  const auto index_of = [&](int expert, int feature, int i) {
+    const int row = in_out ? i : feature, at = in_out ? feature : i;
+    return static_cast<size_t>(expert) * features * k +
+           static_cast<size_t>(row) * (in_out ? features : k) + at;
+  };
 
-  const Buffer<Elem> y(static_cast<size_t>(r.slots()) * n), x_device(x), w_device(w);
-  const Buffer<int> tokens_of_rows(r.token_of_row), offsets(r.expert_offsets);
+  const Buffer<Elem> y(static_cast<size_t>(r.slots()) * n), x_device(x), w_device(w),
+      b_device(bias);
+  const Buffer<float> weights_device(weights);
+  const Buffer<int> tokens_of_rows(r.token_of_row), offsets(r.expert_offsets), rows(r.row_of_slot);
   const Buffer<GemmTile> tiles(r.tiles);
   const Buffer<int> num_tiles(std::vector<int>{static_cast<int>(r.tiles.size())});
-  const GroupedGemmArgs args = {static_cast<long long>(parts) * n * k,
-                                k,
-                                1,
+  const GroupedGemmArgs args = {static_cast<long long>(features) * k,
+                                in_out ? parts : k,
+                                in_out ? features : 1,
                                 r.slots(),
                                 n,
                                 k,
@@ -45,30 +63,39 @@ void check(uint64_t seed, bool gated) {
                      ((n + columns - 1) / columns);
   const int threads = sizeof(Elem) == 4 ? GEMM_THREADS_FMA : GEMM_THREADS_MMA;
   const testing::Shape grid = {dim3(blocks), dim3(threads), GROUPED_GEMM_SMEM_BYTES, seed};
-  const std::string symbol = "moe_grouped_gemm_fwd";
+  const std::string end = std::string(in_out ? "_in_out" : "") + suffix<Elem>();
   if (gated) {
     const ActivationArgs silu = {ACTIVATION_SILU, 1.0f, INFINITY, INFINITY,
                                  INFINITY,        0.0f, 1.0f,     1.0f};
-    const GateUpArgs gate_up = {args, silu, 1, gather, top_k, 0, 0, 0};
-    testing::run_ok(symbol + "_gate_up" + suffix<Elem>(), grid, y.get(), x_device.get(),
-                    w_device.get(), w_device.get() + static_cast<size_t>(n) * k, nullptr, nullptr,
-                    nullptr, nullptr, tokens_of_rows.get(), offsets.get(), tiles.get(),
-                    num_tiles.get(), gate_up);
+    const GateUpArgs gate_up = {args, silu, 1, gather, top_k, 0, features, in_out ? 2 : 1};
+    testing::run_ok("moe_grouped_gemm_fwd_gate_up" + end, grid, y.get(), x_device.get(),
+                    w_device.get(), w_device.get() + index_of(0, feature_of(1, 0), 0),
+                    b_device.get(), b_device.get() + feature_of(1, 0), weights_device.get(),
+                    rows.get(), tokens_of_rows.get(), offsets.get(), tiles.get(), num_tiles.get(),
+                    gate_up);
   } else {
-    testing::run_ok(symbol + suffix<Elem>(), grid, y.get(), x_device.get(), w_device.get(), nullptr,
-                    gather ? tokens_of_rows.get() : nullptr, offsets.get(), tiles.get(),
-                    num_tiles.get(), args);
+    testing::run_ok("moe_grouped_gemm_fwd" + end, grid, y.get(), x_device.get(), w_device.get(),
+                    b_device.get(), gather ? tokens_of_rows.get() : nullptr, offsets.get(),
+                    tiles.get(), num_tiles.get(), args);
   }
 
+  std::vector<float> weight_of_row(r.slots());
+  for (int slot = 0; slot < r.slots(); slot++) {
+    if (r.row_of_slot[slot] >= 0) weight_of_row[r.row_of_slot[slot]] = weights[slot];
+  }
   int expert = 0;
   for (int row = 0; row < r.slots(); row++) {
     while (expert < experts && row >= r.expert_offsets[expert + 1]) expert++;
     for (int column = 0; column < n; column++) {
       double sums[2] = {0.0, 0.0};
       for (int part = 0; part < parts && expert < experts; part++) {
-        const Elem* weights = &w[((static_cast<size_t>(expert) * parts + part) * n + column) * k];
+        const int feature = feature_of(part, column);
         const Elem* values = &x[static_cast<size_t>(gather ? r.token_of_row[row] : row) * k];
-        for (int i = 0; i < k; i++) sums[part] += double(to_f32(weights[i])) * to_f32(values[i]);
+        for (int i = 0; i < k; i++) {
+          sums[part] += double(to_f32(w[index_of(expert, feature, i)])) * to_f32(values[i]);
+        }
+        if (gated) sums[part] *= weight_of_row[row];
+        sums[part] += to_f32(bias[static_cast<size_t>(expert) * features + feature]);
       }
       const double want = gated ? sums[0] / (1.0 + std::exp(-sums[0])) * sums[1] : sums[0];
       const double got = to_f32(y[static_cast<size_t>(row) * n + column]);
@@ -78,8 +105,9 @@ void check(uint64_t seed, bool gated) {
                                (gated ? 0x1p-20 * std::fabs(want) + 1e-30 : 0.0) +
                                (sizeof(Elem) == 2 ? 0x1p-24 : 0.0);
       CHECK(std::fabs(got - want) <= tolerance,
-            "R %d N %d K %d E %d gated %d [%d, %d]: %g, want %g, seed %llu", r.slots(), n, k,
-            experts, gated, row, column, got, want, static_cast<unsigned long long>(seed));
+            "R %d N %d K %d E %d gated %d in_out %d [%d, %d]: %g, want %g, seed %llu", r.slots(), n,
+            k, experts, gated, in_out, row, column, got, want,
+            static_cast<unsigned long long>(seed));
     }
   }
 }
@@ -87,9 +115,11 @@ void check(uint64_t seed, bool gated) {
 TEST(product_grouped_gemm) {
   for (uint64_t seed = 0; seed < testing::seeds(20); seed++) {
     for (bool gated : {false, true}) {
-      check<float>(seed, gated);
-      check<f16>(seed, gated);
-      check<bf16>(seed, gated);
+      for (Order order : {Order::kOutIn, Order::kInOut}) {
+        check<float>(seed, gated, order);
+        check<f16>(seed, gated, order);
+        check<bf16>(seed, gated, order);
+      }
     }
   }
 }
