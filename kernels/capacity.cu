@@ -24,7 +24,6 @@
 //         where order does not show. So the result is deterministic.
 #include "kernel.cuh"
 
-
 // ---- select -------------------------------------------------------------------------------------
 
 // Slots of the smallest keys come first. The host has seen to it that 64 bits are enough: together

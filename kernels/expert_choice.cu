@@ -12,7 +12,6 @@
 // Writers one per element. Atomics add integers, where order does not show: deterministic, and exact.
 #include "kernel.cuh"
 
-
 // Bits that scores of a type can differ in, from the top, once they are f32.
 template <typename Elem>
 constexpr int SCORE_BITS = 32;

@@ -4,7 +4,6 @@
 // ---- Keys: unsigned integers in the order of numbers --------------------------------------------
 // No number has key 0, which marks an expert that is taken or does not exist.
 
-
 // NaN counts as -inf. Adding +0 turns -0 into +0 and leaves every other number alone.
 __device__ __forceinline__ float cleaned(float value) {
   return __fadd_rn(value != value ? -INFINITY : value, 0.0f);
