@@ -55,7 +55,7 @@ struct Sections {
 
 impl Sections {
     fn new(config: &MoeConfig, dtype: DType, num_tokens: usize) -> Result<Self> {
-        config.check()?;
+        config.check_layer()?;
         let shape = config.routing(num_tokens);
         shape.check(OP)?;
         let slots = shape.slots();
@@ -89,7 +89,7 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Unsupported`](crate::Error::Unsupported), which names the field.
     pub fn new(device: &Device, config: MoeConfig) -> Result<Self> {
-        config.check()?;
+        config.check_layer()?;
         Ok(Self { device: device.clone(), config })
     }
 
@@ -225,7 +225,7 @@ impl MoeLayer {
             intermediate,
             Rows::Grouped,
             &act,
-            LinearWeights::new(down),
+            LinearWeights { w: down, bias: None, order: self.config.experts.down_order },
             &mut yp,
         )?;
         combine_fwd_into(device, stream, &plan, hidden, &yp.as_view(), &weights.as_view(), y)

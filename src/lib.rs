@@ -80,7 +80,6 @@ pub mod ops;
 pub mod reference;
 mod routing_plan;
 mod shape;
-mod tensors;
 mod workspace;
 
 pub use config::*;
@@ -90,8 +89,4 @@ pub use error::{Error, Result};
 pub use layer::{Experts, MoeLayer};
 pub use routing_plan::{PlanLayout, RoutingPlan};
 pub use shape::{MAX_EXPERTS, RoutingShape};
-pub use tensors::{
-    ExpertWeights, GateUpWeights, Host, Inputs, LatentWeights, Memory, Owned, RouterWeights,
-    SharedWeights, Typed, Weights,
-};
 pub use workspace::Workspace;

@@ -188,6 +188,51 @@ impl MoeConfig {
         self.capacity.map_or(Ok(()), |capacity| capacity.check(OP))
     }
 
+    /// [`check`](Self::check), and refuses what the operations compute and a whole layer does not put together.
+    pub(crate) fn check_layer(&self) -> Result<()> {
+        self.check()?;
+        let at = Checked { op: "MoeLayer" };
+        let Self { projection, router, experts, .. } = self;
+        let plain = self.projection == ProjectionConfig::default();
+        at.say(
+            "projection",
+            plain,
+            "logits in the layer's type, without bias and norm",
+            format!("{projection:?}"),
+        )?;
+        let alone = router.selection != Selection::Given;
+        at.say(
+            "router.selection",
+            alone,
+            "a choice by logits; `route` takes ids that are given",
+            "given",
+        )?;
+        let wanted = "none in a layer; the operations have it";
+        for (field, there) in [
+            ("router.selection_bias", router.selection_bias),
+            ("router.expert_scale", router.expert_scale),
+            ("zero_experts", self.zero_experts.is_some()),
+            ("capacity", self.capacity.is_some()),
+            ("experts.gate_up_bias", experts.gate_up_bias),
+            ("experts.down_bias", experts.down_bias),
+            ("experts.output_bias", experts.output_bias),
+            ("experts.post_norm", experts.post_norm.is_some()),
+            ("latent", self.latent.is_some()),
+            ("shared", self.shared.is_some()),
+        ] {
+            at.say(field, !there, wanted, "there")?;
+        }
+        let fused = experts.gate_up != GateUp::Separate;
+        at.say("experts.gate_up", fused, "one tensor in a layer", "separate")?;
+        let on_output = experts.weight_position == WeightPosition::Output;
+        at.say(
+            "experts.weight_position",
+            on_output,
+            "output in a layer",
+            format!("{:?}", experts.weight_position),
+        )
+    }
+
     /// Experts that the router chooses from: those with weights, and those without.
     pub fn router_experts(&self) -> usize {
         self.num_experts.saturating_add(self.zero_experts.map_or(0, |zero| zero.count))

@@ -157,7 +157,10 @@ pub fn moe_layer<D: Dtype>(
     let (hidden, intermediate) = (config.hidden, config.intermediate);
     let weights = &routing.weights;
 
-    let (gate_up, down) = (GateUpWeights::fused(gate_up), LinearWeights::new(down));
+    let (gate_up, down) = (
+        GateUpWeights::fused(gate_up),
+        LinearWeights { w: down, bias: None, order: config.experts.down_order },
+    );
     let act = grouped_gemm_gate_up(
         &plan,
         &config.experts,
@@ -176,7 +179,7 @@ pub fn moe_layer<D: Dtype>(
     let yp_error: Vec<f64> = yp.bound.iter().zip(from_act).map(|(a, b)| a + 1.01 * b).collect();
 
     let y = combine(&shape, &plan, hidden, &yp.value, weights, D::DTYPE)?;
-    let from_yp = combine_fwd::<f64>(&shape, &plan, hidden, &yp_error, weights)?;
+    let from_yp = combine_fwd::<f64>(&shape, &plan, hidden, &yp_error, &magnitudes(weights))?;
     let (_, weight_error) = route(&shape, &config.router, &RouteInputs::new(logits))?;
     let yp_most: Vec<f64> = yp.value.iter().zip(&yp_error).map(|(v, e)| v.abs() + e).collect();
     let from_weights = combine_fwd::<f64>(&shape, &plan, hidden, &yp_most, &weight_error)?;

@@ -27,7 +27,10 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
     let (routing, plan) = route_and_plan::<A, D>(config, x, logits)?;
     let shape = config.routing(x.len() / config.hidden);
     let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let (gate_up, down) = (GateUpWeights::fused(gate_up), LinearWeights::new(down));
+    let (gate_up, down) = (
+        GateUpWeights::fused(gate_up),
+        LinearWeights { w: down, bias: None, order: config.experts.down_order },
+    );
     let act = grouped_gemm_gate_up_fwd::<A, D>(
         &plan,
         &config.experts,
@@ -70,7 +73,7 @@ pub fn router_logits<A: Accum, D: Dtype>(
     gate: &[D],
 ) -> Result<Vec<A>> {
     const OP: &str = "router_logits";
-    config.check()?;
+    config.check_layer()?;
     let num_tokens = num_tokens(OP, config, x.len())?;
     check_len(OP, "gate", gate.len(), product(OP, "E * H", config.num_experts, config.hidden)?)?;
     // A dense product is a grouped one with a single expert.
@@ -95,7 +98,7 @@ pub(super) fn route_and_plan<A: Accum, D: Dtype>(
     x: &[impl Element<A>],
     logits: &[D],
 ) -> Result<(Routing<A>, Plan)> {
-    config.check()?;
+    config.check_layer()?;
     let shape = config.routing(num_tokens("moe_layer_fwd", config, x.len())?);
     let routing = route_fwd(&shape, &config.router, &RouteInputs::new(logits))?;
     // Tiles are for kernels; the products of this module cut rows on their own.

@@ -3,7 +3,7 @@
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::ops::expert_choice::{self, ExpertChoiceBuffers};
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
+use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::{combine, plan};
 use moe_kernels::{DType, Dtype, Error, RoutingShape, reference};
 use proptest::prelude::*;
@@ -128,11 +128,29 @@ fn a_layer_of_chosen_tokens() {
     let plan = plan::plan_fwd(device, stream, shape, &choice.expert_ids.as_view()).unwrap();
     let (x_device, up_device, down_device) = (gpu.upload(&x), gpu.upload(&up), gpu.upload(&down));
     let (x_view, up_view, down_view) = (x_device.view(), up_device.view(), down_device.view());
-    let act = grouped_gemm_fwd(device, stream, &plan, n, hidden, Rows::Gathered, &x_view, &up_view)
-        .unwrap();
+    let act = grouped_gemm_fwd(
+        device,
+        stream,
+        &plan,
+        n,
+        hidden,
+        Rows::Gathered,
+        &x_view,
+        LinearWeights::new(&up_view),
+    )
+    .unwrap();
     let act = act.as_view();
-    let yp = grouped_gemm_fwd(device, stream, &plan, hidden, n, Rows::Grouped, &act, &down_view)
-        .unwrap();
+    let yp = grouped_gemm_fwd(
+        device,
+        stream,
+        &plan,
+        hidden,
+        n,
+        Rows::Grouped,
+        &act,
+        LinearWeights::new(&down_view),
+    )
+    .unwrap();
     let (yp, weights) = (yp.as_view(), choice.weights.as_view());
     let y = combine::combine_fwd(device, stream, &plan, hidden, &yp, &weights).unwrap();
     let y = gpu.download(&y.as_view());

@@ -5,11 +5,14 @@ use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::reference::{self, bound};
 use moe_kernels::{
-    DType, Device, Dtype, Error, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace,
+    Activation, ActivationFunction, CapacityConfig, CapacityLimit, DType, Device, Dtype, Error,
+    ExpertConfig, Experts, GateUp, LatentConfig, Limit, MoeConfig, MoeLayer, Priority,
+    ProjectionConfig, RmsNorm, RouterConfig, Selection, SharedConfig, WeightOrder, WeightPosition,
+    Workspace, ZeroExperts, ZeroOutput,
 };
 use proptest::prelude::*;
 
-use crate::common::{Gpu, assert_within, bits, config, gpu, values};
+use crate::common::{self, Gpu, Rng, assert_within, bits, config, gpu, values};
 
 fn moe_config(
     hidden: usize,
@@ -21,12 +24,40 @@ fn moe_config(
     MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) }
 }
 
-fn router() -> impl Strategy<Value = RouterConfig> {
-    proptest::sample::select(vec![
-        RouterConfig::softmax_top_k(true),
-        RouterConfig::softmax_top_k(false),
-        RouterConfig::top_k_softmax(),
-    ])
+/// Any router that reads logits alone.
+fn router(rng: &mut Rng, num_experts: usize, top_k: usize) -> RouterConfig {
+    let mut router = common::router(rng, num_experts, top_k);
+    if router.selection == Selection::Given {
+        router.selection = Selection::Logit;
+    }
+    RouterConfig { selection_bias: false, expert_scale: false, ..router }
+}
+
+/// Any experts of two tensors.
+fn experts(rng: &mut Rng) -> ExpertConfig {
+    let orders = [WeightOrder::OutIn, WeightOrder::InOut];
+    let gated = rng.below(4) > 0;
+    let functions = [
+        ActivationFunction::Silu,
+        ActivationFunction::Gelu,
+        ActivationFunction::GeluTanh,
+        ActivationFunction::Relu,
+        ActivationFunction::ReluSquared,
+    ];
+    ExpertConfig {
+        activation: Activation {
+            function: functions[rng.below(functions.len())],
+            limit: [Limit::None, Limit::Before { limit: 0.5 }, Limit::After { limit: 0.5 }]
+                [rng.below(3)],
+            up_offset: if gated { rng.below(2) as f32 } else { 0.0 },
+            ..Activation::default()
+        },
+        gated,
+        gate_up: [GateUp::Concatenated, GateUp::Interleaved][if gated { rng.below(2) } else { 0 }],
+        gate_up_order: orders[rng.below(2)],
+        down_order: orders[rng.below(2)],
+        ..ExpertConfig::default()
+    }
 }
 
 /// Inputs of a layer on the host.
@@ -103,10 +134,14 @@ proptest! {
 
     #[test]
     fn matches_reference(
-        tokens in 0usize..40, experts in 1usize..12, k in 1usize..5, hidden in 1usize..140,
-        intermediate in 1usize..140, router in router(), seed in any::<u64>(),
+        tokens in 0usize..40, num_experts in 1usize..12, k in 1usize..5, hidden in 1usize..140,
+        intermediate in 1usize..140, seed in any::<u64>(),
     ) {
-        let config = moe_config(hidden, intermediate, experts, k.min(experts), router);
+        let mut rng = Rng::new(seed);
+        let top_k = k.min(num_experts);
+        let router = router(&mut rng, num_experts, top_k);
+        let config = moe_config(hidden, intermediate, num_experts, top_k, router);
+        let config = MoeConfig { experts: experts(&mut rng), ..config };
         let gpu = gpu();
         gpu.reschedule(seed);
         let what = format!("T{tokens} {config} seed {seed}");
@@ -264,6 +299,12 @@ fn errors_come_before_any_launch() {
     ] {
         assert!(matches!(MoeLayer::new(&gpu.device, bad), Err(Error::Unsupported { .. })), "{bad}");
     }
+    for (field, bad) in beyond_a_layer(config) {
+        bad.check().unwrap();
+        let error = MoeLayer::workspace_bytes(&bad, DType::F32, 3).unwrap_err().to_string();
+        assert!(error.contains(field), "{error} does not name {field}");
+        assert!(MoeLayer::new(&gpu.device, bad).is_err(), "{bad}");
+    }
     let layer = MoeLayer::new(&gpu.device, config).unwrap();
     let case = Case::<f32>::new(config, 3, 0);
     let (x, logits) = (gpu.upload(&case.x), gpu.upload(&case.logits));
@@ -311,4 +352,48 @@ fn errors_come_before_any_launch() {
     let mut misaligned = Workspace::borrow(memory.slice_mut(1..));
     let error = layer.forward(&gpu.stream, &x, &logits, &experts, &mut misaligned, y).unwrap_err();
     assert!(matches!(error, Error::Alignment { argument: "workspace", .. }), "{error}");
+}
+
+/// What the operations compute and a layer does not put together, each with the field that says so.
+fn beyond_a_layer(config: MoeConfig) -> Vec<(&'static str, MoeConfig)> {
+    let router = |router| MoeConfig { router, ..config };
+    let experts = |experts| MoeConfig { experts, ..config };
+    let (plain_router, plain) = (config.router, config.experts);
+    let norm = RmsNorm { epsilon: 1e-6, offset: 0.0, scale_first: false };
+    let capacity = CapacityConfig {
+        limit: CapacityLimit::Factor { factor: 1.0 },
+        priority: Priority::Token,
+        overflow: 0,
+    };
+    let shared = SharedConfig {
+        intermediate: 8,
+        activation: Activation::default(),
+        gated: true,
+        sigmoid_gate: false,
+        average: false,
+    };
+    let zero = ZeroExperts { count: 1, output: ZeroOutput::Identity };
+    let f32_logits = ProjectionConfig { f32_logits: true, ..ProjectionConfig::default() };
+    vec![
+        ("`projection`", MoeConfig { projection: f32_logits, ..config }),
+        (
+            "`router.selection`",
+            router(RouterConfig { selection: Selection::Given, ..plain_router }),
+        ),
+        ("`router.selection_bias`", router(RouterConfig { selection_bias: true, ..plain_router })),
+        ("`router.expert_scale`", router(RouterConfig { expert_scale: true, ..plain_router })),
+        ("`zero_experts`", MoeConfig { zero_experts: Some(zero), ..config }),
+        ("`capacity`", MoeConfig { capacity: Some(capacity), ..config }),
+        ("`experts.gate_up_bias`", experts(ExpertConfig { gate_up_bias: true, ..plain })),
+        ("`experts.down_bias`", experts(ExpertConfig { down_bias: true, ..plain })),
+        ("`experts.output_bias`", experts(ExpertConfig { output_bias: true, ..plain })),
+        ("`experts.post_norm`", experts(ExpertConfig { post_norm: Some(norm), ..plain })),
+        ("`experts.gate_up`", experts(ExpertConfig { gate_up: GateUp::Separate, ..plain })),
+        (
+            "`experts.weight_position`",
+            experts(ExpertConfig { weight_position: WeightPosition::Input, ..plain }),
+        ),
+        ("`latent`", MoeConfig { latent: Some(LatentConfig { hidden: 8, norm: None }), ..config }),
+        ("`shared`", MoeConfig { shared: Some(shared), ..config }),
+    ]
 }

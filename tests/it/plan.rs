@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use moe_kernels::ops::combine;
-use moe_kernels::ops::grouped_gemm::{Rows, grouped_gemm_fwd};
+use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::plan::{self, PlanBuffers};
 use moe_kernels::{Error, PlanLayout, RoutingPlan, RoutingShape, reference};
 use proptest::prelude::*;
@@ -216,7 +216,16 @@ fn ranges_add_up_to_the_layer() {
         let rows = plan.shape().num_experts;
         let rows = gpu.download(&plan.expert_offsets())[rows] as usize;
         let (x, w) = (x.view(), w.view());
-        let yp = grouped_gemm_fwd(device, stream, &plan, n, hidden, Rows::Gathered, &x, &w);
+        let yp = grouped_gemm_fwd(
+            device,
+            stream,
+            &plan,
+            n,
+            hidden,
+            Rows::Gathered,
+            &x,
+            LinearWeights::new(&w),
+        );
         // Rows past those in use are for nobody: NaN there must not show.
         let mut yp = gpu.download(&yp.unwrap().as_view());
         assert!(yp[rows * n..].iter().all(|&y| y == 0.0));

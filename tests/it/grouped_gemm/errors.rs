@@ -94,7 +94,7 @@ fn errors_come_before_any_launch() {
         raw(shape, 6, 5, GroupedGemmBuffers { num_tiles: 2, ..null }),
         misaligned("num_tiles", 2)
     );
-    unsupported(raw(RoutingShape { top_k: 4, ..shape }, 6, 5, null), "top_k");
+    unsupported(raw(RoutingShape { num_experts: 0, ..shape }, 6, 5, null), "num_experts");
     unsupported(raw(shape, (1 << 30) + 1, 5, null), "n");
     unsupported(raw(shape, 6, (1 << 30) + 1, null), "k");
     let long = RoutingShape { num_tokens: 1 << 29, ..shape };
