@@ -78,7 +78,7 @@ pub struct Arguments {
 #[derive(Clone)]
 enum Named {
     All,
-    One(Model),
+    One(Box<Model>),
 }
 
 fn parse_model(name: &str) -> std::result::Result<Named, String> {
@@ -86,7 +86,9 @@ fn parse_model(name: &str) -> std::result::Result<Named, String> {
         return Ok(Named::All);
     }
     let known = || models().into_iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
-    Model::find(name).map(Named::One).ok_or_else(|| format!("known are {} and all", known()))
+    Model::find(name)
+        .map(|model| Named::One(Box::new(model)))
+        .ok_or_else(|| format!("known are {} and all", known()))
 }
 
 #[derive(Clone)]
@@ -141,7 +143,7 @@ impl Request {
         let by = arguments.shrink.unwrap_or(if place == Place::Emulator { 32 } else { 1 });
         let chosen = arguments.model.iter().flat_map(|named| match named {
             Named::All => models(),
-            Named::One(model) => vec![model.clone()],
+            Named::One(model) => vec![Model::clone(model)],
         });
         let mut tokens: Vec<usize> = arguments.tokens.iter().map(|&t| t as usize).collect();
         if tokens.is_empty() && place != Place::Cuda {

@@ -170,7 +170,7 @@ impl Number for Interval {
         // kernels/exact.cuh says how much it is off, and that small numbers count as 0.
         let wide = f64::from(p);
         let end = |x: f64, sign: f64| {
-            if !(x > 0.0) {
+            if x.is_nan() || x <= 0.0 {
                 return 0.0;
             }
             let units = 2.0 + 5.0 * wide * x.ln().abs();

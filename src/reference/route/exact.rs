@@ -179,7 +179,7 @@ fn exp(x: f32) -> f32 {
         return 0.0;
     }
     const ROUND: f32 = 12582912.0;
-    let shifted = x.mul_add(1.44269504, ROUND);
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000);
     let whole = shifted - ROUND;
     let r = whole.mul_add(1.90465430e-9, whole.mul_add(-0.693147182, x));
