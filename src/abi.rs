@@ -547,7 +547,9 @@ pub struct GroupedGemmArgs {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of GroupedGemmArgs"][::core::mem::size_of::<GroupedGemmArgs>() - 40usize];
-    ["Alignment of GroupedGemmArgs"][::core::mem::align_of::<GroupedGemmArgs>() - 8usize];
+    [
+        "Alignment of GroupedGemmArgs",
+    ][::core::mem::align_of::<GroupedGemmArgs>() - 8usize];
     [
         "Offset of field: GroupedGemmArgs::expert_stride",
     ][::core::mem::offset_of!(GroupedGemmArgs, expert_stride) - 0usize];
