@@ -28,8 +28,8 @@ fn the_cpu_gets_a_table_and_a_record() {
     assert_eq!(record["complete"], true);
     assert_eq!(record["device"]["kind"], "cpu");
     assert!(record["ceilings"]["dense_flops_per_second"].as_f64().unwrap() > 0.0);
-    // Nine operations, two numbers of tokens, two routings; with the gate there is no hot expert.
-    assert_eq!(rows(&record).len(), 34);
+    // Thirteen operations, two numbers of tokens, two routings; with the gate there is no hot expert.
+    assert_eq!(rows(&record).len(), 50);
     for row in rows(&record) {
         let at = |key: &str| row["seconds"][key].as_f64().unwrap();
         assert!(0.0 < at("p10") && at("p10") <= at("median") && at("median") <= at("p90"), "{row}");
