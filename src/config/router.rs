@@ -5,7 +5,7 @@ use crate::error::Result;
 
 /// How each token's experts are chosen and weighed.
 ///
-/// With `l` the logits of one token, [`reference::route`](crate::reference::route) computes, step by step and in f32:
+/// With `l` the logits of one token, [`reference::route_fwd`](crate::reference::route_fwd) computes, step by step and in f32:
 ///
 /// 1. `z = l * logit_multiplier`, then `c * tanh(z / c)` where there is a soft-cap `c`;
 /// 2. the scores `s` of all experts, as [`scoring`](Self::scoring) says;
