@@ -1,6 +1,7 @@
 //! combine: the weighted sum of each token's rows.
 
-use moe_kernels::{ops, reference};
+use moe_kernels::ops::combine::{CombineInputs, combine_fwd_into};
+use moe_kernels::reference;
 
 use crate::common::error::Result;
 use crate::common::target::{Element, Gpu};
@@ -23,7 +24,8 @@ pub(crate) fn on_gpu<'a, D: Element>(
     let mut y = gpu.zeros::<D>(draw.shape.num_tokens * hidden)?;
     Ok(Workload::new(move |_| {
         let (yp, weights, y) = (yp.as_view(), weights.as_view(), &mut y.as_view_mut());
-        ops::combine::combine_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &yp, &weights, y)?;
+        let inputs = CombineInputs::new(&yp, &weights);
+        combine_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &inputs, y)?;
         Ok(())
     }))
 }
@@ -34,7 +36,8 @@ pub(crate) fn on_cpu<D: Element>(model: &Model, draw: &Draw) -> Result<Workload<
     let yp = normal::<D>(shape.slots() * hidden, 1.0, YP);
     let weights = draw.weights.clone();
     Ok(Workload::new(move |_| {
-        std::hint::black_box(reference::combine_fwd::<f32>(&shape, &plan, hidden, &yp, &weights)?);
+        let inputs = reference::CombineInputs::new(&yp, &weights);
+        std::hint::black_box(reference::combine_fwd::<f32>(&shape, &plan, hidden, &inputs)?);
         Ok(())
     }))
 }

@@ -14,6 +14,8 @@ mod layer;
 mod noise;
 mod permute;
 mod plan;
+mod project;
+mod rms_norm;
 mod route;
 
 pub use common::ceiling::{Ceilings, Dense};
@@ -30,6 +32,8 @@ pub use common::values::normal;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Op {
+    /// From tokens to logits.
+    Project,
     /// From logits to ids and weights.
     Route,
     /// Random numbers, one for each logit.
@@ -50,6 +54,8 @@ pub enum Op {
     Down,
     /// Both products.
     Experts,
+    /// A norm of each row of the second product.
+    RmsNorm,
     /// The weighted sum of a token's rows.
     Combine,
     /// The layer from its logits.
@@ -60,7 +66,8 @@ pub enum Op {
 
 impl Op {
     /// All of them, in the order of a forward pass.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
+        Self::Project,
         Self::Route,
         Self::Noise,
         Self::Jitter,
@@ -71,6 +78,7 @@ impl Op {
         Self::GateUp,
         Self::Down,
         Self::Experts,
+        Self::RmsNorm,
         Self::Combine,
         Self::Layer,
         Self::LayerFromX,
@@ -79,6 +87,7 @@ impl Op {
     /// As on the command line.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Project => "project",
             Self::Route => "route",
             Self::Noise => "noise",
             Self::Jitter => "jitter",
@@ -89,6 +98,7 @@ impl Op {
             Self::GateUp => "gate_up",
             Self::Down => "down",
             Self::Experts => "experts",
+            Self::RmsNorm => "rms_norm",
             Self::Combine => "combine",
             Self::Layer => "layer",
             Self::LayerFromX => "layer_from_x",
@@ -98,6 +108,7 @@ impl Op {
     /// From what to what: a time without it cannot be compared.
     pub fn boundary(self) -> &'static str {
         match self {
+            Self::Project => "router projection alone",
             Self::Route => "router alone",
             Self::Noise => "noise alone",
             Self::Jitter => "jitter alone",
@@ -106,6 +117,7 @@ impl Op {
             Self::Plan => "plan alone",
             Self::Permute => "permute alone",
             Self::GateUp | Self::Down | Self::Experts => "GEMM alone",
+            Self::RmsNorm => "norm alone",
             Self::Combine => "combine alone",
             Self::Layer => "layer from logits",
             Self::LayerFromX => "layer from x with the gate",
@@ -118,8 +130,16 @@ impl Op {
         self != Self::LayerFromX || routing == Routing::Uniform
     }
 
-    /// Whether it reads the experts' weights, which are then most of its bytes.
+    /// Whether it reads weights of the layer, which are then most of its bytes.
     pub fn has_weights(self) -> bool {
-        matches!(self, Self::GateUp | Self::Down | Self::Experts | Self::Layer | Self::LayerFromX)
+        matches!(
+            self,
+            Self::Project
+                | Self::GateUp
+                | Self::Down
+                | Self::Experts
+                | Self::Layer
+                | Self::LayerFromX
+        )
     }
 }

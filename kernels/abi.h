@@ -262,9 +262,53 @@ typedef struct GateUpArgs {
 #define COMBINE_THREADS 256  // at most
 
 typedef struct CombineArgs {
-  int hidden;  // H
-  int top_k;   // K
-  int vector;  // 1: every row of y and yp starts at a 16-byte boundary.
+  int hidden;          // H
+  int top_k;           // K
+  int first_identity;  // The ids of experts that return the token itself ...
+  int num_identity;    // ... and how many there are; with 0 nobody reads expert_ids and x.
+  int average;         // 1: what comes out is halved.
+  int vector;          // 1: every row of H elements starts at a 16-byte boundary.
 } CombineArgs;
+
+// ---- rms_norm ---------------------------------------------------------------------------------
+
+#define RMS_NORM_THREADS 256  // at most
+
+typedef struct RmsNormArgs {
+  int hidden;       // H
+  int num_experts;  // E: expert_offsets[E] is the number of rows in use, where there is such a list.
+  float epsilon;    // Added to the mean square.
+  float offset;     // Added to every weight.
+  int scale_first;  // 1: rows are multiplied by their weights before the norm, not after it.
+  int vector;       // 1: every row, and the weights, start at a 16-byte boundary.
+} RmsNormArgs;
+
+// ---- project ----------------------------------------------------------------------------------
+
+// A sum over H in the one order that all bodies have: segments of columns, in them runs of columns
+// that PROJECT_LANES lanes take in turns. A step is a run for each lane.
+#define PROJECT_RUN 8
+#define PROJECT_LANES 8
+#define PROJECT_STEP (PROJECT_RUN * PROJECT_LANES)
+#define PROJECT_SEGMENT 512
+// one and few: the segments that a block sums side by side, a power of two.
+#define PROJECT_MIN_SLOTS 4
+#define PROJECT_MAX_SLOTS 32
+#define PROJECT_MAX_THREADS (PROJECT_MAX_SLOTS * PROJECT_LANES)
+#define PROJECT_FEW_TOKENS 8
+#define PROJECT_FEW_EXPERTS 4
+// tile: what a block computes, and the steps that its pipeline holds.
+#define PROJECT_TILE_TOKENS 64
+#define PROJECT_TILE_EXPERTS 32
+#define PROJECT_TILE_THREADS 256
+#define PROJECT_STAGES 3
+
+typedef struct ProjectArgs {
+  int num_tokens;   // T
+  int num_experts;  // E
+  int hidden;       // H
+  int f32_logits;   // 1: logits are stored as f32, else as Elem.
+  int vector;       // 1: every row of x and gate starts at a 16-byte boundary.
+} ProjectArgs;
 
 #endif  // MOE_ABI_H

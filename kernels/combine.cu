@@ -1,98 +1,191 @@
-// combine: each token's result is the weighted sum of its rows.
-//   y[t, h] = sum over k = 0 .. K-1 of weights[t, k] * yp[row_of_slot[t*K + k], h]
-//   In f32: fma after fma from 0 in the order of k, rounded to Elem once at the end. An inactive
-//   slot is left out: neither a row nor its weight is looked at. A token without active slots gets 0.
+// combine: each token's result is the weighted sum of its rows, and of what else the layer adds.
+//   y[t, h] = (sum over k = 0 .. K-1 of weights[t, k] * v[k, h]  + output_bias[h]
+//              + sigmoid(shared_gate[t]) * shared[t, h]) * (average ? 1/2 : 1)
+//   v[k, :] is yp[row_of_slot[t*K + k], :]; a slot without a row whose id is an identity expert's has
+//   x[t, :] instead. Any other slot without a row is left out: neither a row nor its weight is looked
+//   at. Without weights each is 1; bias, shared and its gate are left out where they are null.
+//   In f32: fma after fma from 0 in the order of k, then the bias is added, then the shared row (with
+//   a gate as one fma), then it is halved, and rounded to Elem once at the end. A token without
+//   anything to add gets 0.
 // Launch  grid (T, blocks to cover H), block (whole warps, at most COMBINE_THREADS): a thread has one
 //         vector of columns, or as many single elements where rows are not aligned.
-// Bytes   reads R*H*s + 8*T*K, writes T*H*s: at T4096 H7168 K8 bf16, 470 MB + 59 MB.
+// Bytes   reads R*H*s + 8*T*K, writes T*H*s: at T4096 H7168 K8 bf16, 470 MB + 59 MB. Identity slots and
+//         the shared row read H*s more each.
 // Why     COMBINE_LOADS rows are asked for before the first is used, as memory is far away; more at
-//         once would take registers from threads that hide the rest.
+//         once would take registers from threads that hide the rest. A lane looks up one slot and
+//         hands it to its warp, so that map and weights cost a load for 32 slots, not for each.
 // Writers one per element of y, and a fixed order of summation: the result is deterministic.
 #include "kernel.cuh"
 
 constexpr int COMBINE_LOADS = 4;
+constexpr int COMBINE_BLOCKS = 4;  // On an SM side by side: the registers of a thread follow.
+static_assert(WARP_SIZE % COMBINE_LOADS == 0, "a group of loads is of one look-up");
 
-template <typename Elem>
-__device__ __forceinline__ void combine_fwd(Elem* y,                 // [T, H] out
-                                            const Elem* yp,          // [R, H]
-                                            const float* weights,    // [T, K]
-                                            const int* row_of_slot,  // [T, K], -1: inactive
-                                            const CombineArgs& args) {
-  constexpr int LEN = Vec<Elem>::LEN;
-  const int hidden = args.hidden;
-  const int64_t token = blockIdx.x;
-  const int first_column = blockIdx.y * blockDim.x * LEN;
-  y += token * hidden;
-  weights += token * args.top_k;
-  row_of_slot += token * args.top_k;
+// In the place of a row: the token itself.
+constexpr int IDENTITY = -2;
+static_assert(IDENTITY != INACTIVE, "two kinds of slots without a row");
 
-  if (args.vector) {
-    const int h = first_column + threadIdx.x * LEN;
-    if (h >= hidden) return;
-    const Elem* column = yp + h;
-    float sum[LEN] = {};
-    for (int k = 0; k < args.top_k; k += COMBINE_LOADS) {
-      int row[COMBINE_LOADS];
-      Vec<Elem> value[COMBINE_LOADS];
+// A thread's columns of a row: one vector, or as many single elements, a block apart so that warps
+// read runs. In the place of columns past H it reads some of the row, and stores nothing.
+template <typename Elem, bool VECTOR>
+struct Columns {
+  static constexpr int LEN = Vec<Elem>::LEN;
+  int first, stride, hidden;
+
+  __device__ __forceinline__ explicit Columns(int hidden)
+      : first(blockIdx.y * blockDim.x * LEN + threadIdx.x * (VECTOR ? LEN : 1)),
+        stride(blockDim.x),
+        hidden(hidden) {}
+
+  // Where `load` starts from, in the place of the row's first element.
+  __device__ __forceinline__ const Elem* of(const Elem* row) const {
+    return VECTOR && first < hidden ? row + first : row;
+  }
+
+  __device__ __forceinline__ Vec<Elem> load(const Elem* row_columns) const {
+    if constexpr (VECTOR) {
+      return load_vec(row_columns);
+    } else {
+      Vec<Elem> value;
 #pragma unroll
-      for (int j = 0; j < COMBINE_LOADS; j++) {
-        row[j] = k + j < args.top_k ? row_of_slot[k + j] : INACTIVE;
-        if (row[j] != INACTIVE) value[j] = load_vec(column + (int64_t)row[j] * hidden);
+      for (int i = 0; i < LEN; i++) value.at[i] = row_columns[min(first + i * stride, hidden - 1)];
+      return value;
+    }
+  }
+
+  __device__ __forceinline__ void store(Elem* row, const Vec<Elem>& value) const {
+    if constexpr (VECTOR) {
+      if (first < hidden) store_vec(row + first, value);
+    } else {
+#pragma unroll
+      for (int i = 0; i < LEN; i++) {
+        const int h = first + i * stride;
+        if (h < hidden) row[h] = value.at[i];
+      }
+    }
+  }
+};
+
+// The rows of a combination; those after row_of_slot may be null.
+template <typename Elem>
+struct CombineInputs {
+  const Elem* yp;
+  const int* row_of_slot;
+  const float* weights;
+  const uint32_t* expert_ids;
+  const Elem* x;
+  const Elem* output_bias;
+  const Elem* shared;
+  const float* shared_gate;
+};
+
+template <typename Elem, bool VECTOR>
+__device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Elem>& in,
+                                                const CombineArgs& args) {
+  constexpr int LEN = Vec<Elem>::LEN;
+  constexpr int LOADS = VECTOR ? COMBINE_LOADS : 1;  // A row of single elements is LEN loads.
+  const int64_t token = blockIdx.x;
+  const int64_t first_slot = token * args.top_k;
+  const Columns<Elem, VECTOR> columns(args.hidden);
+  const Elem* yp = columns.of(in.yp);
+  const Elem* x = args.num_identity != 0 ? columns.of(in.x) + token * args.hidden : nullptr;
+  float sum[LEN] = {};
+
+  // Threads past H stay: their lanes look up slots for the others.
+  for (int begin = 0; begin < args.top_k; begin += WARP_SIZE) {
+    const int lane = begin + threadIdx.x % WARP_SIZE;
+    int lane_row = INACTIVE;
+    float lane_weight = 1.0f;
+    if (lane < args.top_k) {
+      lane_row = in.row_of_slot[first_slot + lane];
+      if (in.weights != nullptr) lane_weight = in.weights[first_slot + lane];
+      if (lane_row == INACTIVE && args.num_identity != 0) {
+        const uint32_t identity = in.expert_ids[first_slot + lane] - (uint32_t)args.first_identity;
+        if (identity < (uint32_t)args.num_identity) lane_row = IDENTITY;
+      }
+    }
+    const int count = min(WARP_SIZE, args.top_k - begin);
+    for (int k = 0; k < count; k += LOADS) {
+      int row[LOADS];
+      Vec<Elem> value[LOADS];
+#pragma unroll
+      for (int j = 0; j < LOADS; j++) {
+        row[j] = __shfl_sync(FULL_WARP, lane_row, k + j);  // INACTIVE past the last slot
+        if (row[j] == INACTIVE) continue;
+        const int64_t offset = (uint64_t)(uint32_t)row[j] * (uint32_t)args.hidden;
+        value[j] = columns.load(row[j] == IDENTITY ? x : yp + offset);
       }
 #pragma unroll
-      for (int j = 0; j < COMBINE_LOADS; j++) {
+      for (int j = 0; j < LOADS; j++) {
+        const float weight = __shfl_sync(FULL_WARP, lane_weight, k + j);
         if (row[j] == INACTIVE) continue;
-        const float weight = weights[k + j];
 #pragma unroll
         for (int i = 0; i < LEN; i++) sum[i] = __fmaf_rn(weight, to_f32(value[j].at[i]), sum[i]);
       }
     }
-    Vec<Elem> result;
-#pragma unroll
-    for (int i = 0; i < LEN; i++) result.at[i] = from_f32<Elem>(sum[i]);
-    store_vec(y + h, result);
-    return;
   }
 
-  // The block has the same columns, but a thread's are a block apart, so that warps read runs.
-  const int end = min(first_column + (int)blockDim.x * LEN, hidden);
-  for (int h = first_column + threadIdx.x; h < end; h += blockDim.x) {
-    const Elem* column = yp + h;
-    float sum = 0.0f;
-    for (int k = 0; k < args.top_k; k += COMBINE_LOADS) {
-      int row[COMBINE_LOADS];
-      Elem value[COMBINE_LOADS];
+  if (in.output_bias != nullptr) {
+    const Vec<Elem> bias = columns.load(columns.of(in.output_bias));
 #pragma unroll
-      for (int j = 0; j < COMBINE_LOADS; j++) {
-        row[j] = k + j < args.top_k ? row_of_slot[k + j] : INACTIVE;
-        if (row[j] != INACTIVE) value[j] = column[(int64_t)row[j] * hidden];
-      }
-#pragma unroll
-      for (int j = 0; j < COMBINE_LOADS; j++) {
-        if (row[j] != INACTIVE) sum = __fmaf_rn(weights[k + j], to_f32(value[j]), sum);
-      }
+    for (int i = 0; i < LEN; i++) sum[i] = __fadd_rn(sum[i], to_f32(bias.at[i]));
+  }
+  if (in.shared != nullptr) {
+    const Vec<Elem> shared = columns.load(columns.of(in.shared) + token * args.hidden);
+    float weight = 1.0f;  // An fma by 1 is an addition.
+    if (in.shared_gate != nullptr) {
+      weight = __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-in.shared_gate[token])));
     }
-    y[h] = from_f32<Elem>(sum);
+#pragma unroll
+    for (int i = 0; i < LEN; i++) sum[i] = __fmaf_rn(weight, to_f32(shared.at[i]), sum[i]);
+  }
+  const float factor = args.average ? 0.5f : 1.0f;
+  Vec<Elem> result;
+#pragma unroll
+  for (int i = 0; i < LEN; i++) result.at[i] = from_f32<Elem>(__fmul_rn(sum[i], factor));
+  columns.store(y + token * args.hidden, result);
+}
+
+template <typename Elem>
+__device__ __forceinline__ void combine_fwd(Elem* y,                     // [T, H] out
+                                            const Elem* yp,              // [R, H]
+                                            const float* weights,        // [T, K] or null
+                                            const Elem* x,               // [T, H], for identities
+                                            const Elem* output_bias,     // [H] or null
+                                            const Elem* shared,          // [T, H] or null
+                                            const float* shared_gate,    // [T] or null
+                                            const int* row_of_slot,      // [T, K], -1: inactive
+                                            const uint32_t* expert_ids,  // [T, K], for identities
+                                            const CombineArgs& args) {
+  const CombineInputs<Elem> in = {yp, row_of_slot, weights,    expert_ids,
+                                  x,  output_bias, shared, shared_gate};
+  if (args.vector) {
+    combine_columns<Elem, true>(y, in, args);
+  } else {
+    combine_columns<Elem, false>(y, in, args);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
-moe_combine_fwd_f32(float* y, const float* yp, const float* weights, const int* row_of_slot,
-                    const CombineArgs args) {
-  combine_fwd(y, yp, weights, row_of_slot, args);
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
+moe_combine_fwd_f32(float* y, const float* yp, const float* weights, const float* x, const float* output_bias,
+                   const float* shared, const float* shared_gate, const int* row_of_slot,
+                   const uint32_t* expert_ids, const CombineArgs args) {
+  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
 }
 EXPORT_KERNEL(moe_combine_fwd_f32, COMBINE_THREADS)
 
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
-moe_combine_fwd_f16(f16* y, const f16* yp, const float* weights, const int* row_of_slot,
-                    const CombineArgs args) {
-  combine_fwd(y, yp, weights, row_of_slot, args);
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
+moe_combine_fwd_f16(f16* y, const f16* yp, const float* weights, const f16* x, const f16* output_bias,
+                   const f16* shared, const float* shared_gate, const int* row_of_slot,
+                   const uint32_t* expert_ids, const CombineArgs args) {
+  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
 }
 EXPORT_KERNEL(moe_combine_fwd_f16, COMBINE_THREADS)
 
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
-moe_combine_fwd_bf16(bf16* y, const bf16* yp, const float* weights, const int* row_of_slot,
-                     const CombineArgs args) {
-  combine_fwd(y, yp, weights, row_of_slot, args);
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
+moe_combine_fwd_bf16(bf16* y, const bf16* yp, const float* weights, const bf16* x, const bf16* output_bias,
+                   const bf16* shared, const float* shared_gate, const int* row_of_slot,
+                   const uint32_t* expert_ids, const CombineArgs args) {
+  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
 }
 EXPORT_KERNEL(moe_combine_fwd_bf16, COMBINE_THREADS)

@@ -55,6 +55,20 @@ pub const ACTIVATION_RELU: i32 = 3;
 pub const ACTIVATION_RELU_SQUARED: i32 = 4;
 pub const ACTIVATION_SILU_SOFT_CAP: i32 = 5;
 pub const COMBINE_THREADS: i32 = 256;
+pub const RMS_NORM_THREADS: i32 = 256;
+pub const PROJECT_RUN: i32 = 8;
+pub const PROJECT_LANES: i32 = 8;
+pub const PROJECT_STEP: i32 = 64;
+pub const PROJECT_SEGMENT: i32 = 512;
+pub const PROJECT_MIN_SLOTS: i32 = 4;
+pub const PROJECT_MAX_SLOTS: i32 = 32;
+pub const PROJECT_MAX_THREADS: i32 = 256;
+pub const PROJECT_FEW_TOKENS: i32 = 8;
+pub const PROJECT_FEW_EXPERTS: i32 = 4;
+pub const PROJECT_TILE_TOKENS: i32 = 64;
+pub const PROJECT_TILE_EXPERTS: i32 = 32;
+pub const PROJECT_TILE_THREADS: i32 = 256;
+pub const PROJECT_STAGES: i32 = 3;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RouteArgs {
@@ -624,11 +638,14 @@ const _: () = {
 pub struct CombineArgs {
     pub hidden: ::core::ffi::c_int,
     pub top_k: ::core::ffi::c_int,
+    pub first_identity: ::core::ffi::c_int,
+    pub num_identity: ::core::ffi::c_int,
+    pub average: ::core::ffi::c_int,
     pub vector: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CombineArgs"][::core::mem::size_of::<CombineArgs>() - 12usize];
+    ["Size of CombineArgs"][::core::mem::size_of::<CombineArgs>() - 24usize];
     ["Alignment of CombineArgs"][::core::mem::align_of::<CombineArgs>() - 4usize];
     [
         "Offset of field: CombineArgs::hidden",
@@ -637,6 +654,77 @@ const _: () = {
         "Offset of field: CombineArgs::top_k",
     ][::core::mem::offset_of!(CombineArgs, top_k) - 4usize];
     [
+        "Offset of field: CombineArgs::first_identity",
+    ][::core::mem::offset_of!(CombineArgs, first_identity) - 8usize];
+    [
+        "Offset of field: CombineArgs::num_identity",
+    ][::core::mem::offset_of!(CombineArgs, num_identity) - 12usize];
+    [
+        "Offset of field: CombineArgs::average",
+    ][::core::mem::offset_of!(CombineArgs, average) - 16usize];
+    [
         "Offset of field: CombineArgs::vector",
-    ][::core::mem::offset_of!(CombineArgs, vector) - 8usize];
+    ][::core::mem::offset_of!(CombineArgs, vector) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RmsNormArgs {
+    pub hidden: ::core::ffi::c_int,
+    pub num_experts: ::core::ffi::c_int,
+    pub epsilon: f32,
+    pub offset: f32,
+    pub scale_first: ::core::ffi::c_int,
+    pub vector: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RmsNormArgs"][::core::mem::size_of::<RmsNormArgs>() - 24usize];
+    ["Alignment of RmsNormArgs"][::core::mem::align_of::<RmsNormArgs>() - 4usize];
+    [
+        "Offset of field: RmsNormArgs::hidden",
+    ][::core::mem::offset_of!(RmsNormArgs, hidden) - 0usize];
+    [
+        "Offset of field: RmsNormArgs::num_experts",
+    ][::core::mem::offset_of!(RmsNormArgs, num_experts) - 4usize];
+    [
+        "Offset of field: RmsNormArgs::epsilon",
+    ][::core::mem::offset_of!(RmsNormArgs, epsilon) - 8usize];
+    [
+        "Offset of field: RmsNormArgs::offset",
+    ][::core::mem::offset_of!(RmsNormArgs, offset) - 12usize];
+    [
+        "Offset of field: RmsNormArgs::scale_first",
+    ][::core::mem::offset_of!(RmsNormArgs, scale_first) - 16usize];
+    [
+        "Offset of field: RmsNormArgs::vector",
+    ][::core::mem::offset_of!(RmsNormArgs, vector) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ProjectArgs {
+    pub num_tokens: ::core::ffi::c_int,
+    pub num_experts: ::core::ffi::c_int,
+    pub hidden: ::core::ffi::c_int,
+    pub f32_logits: ::core::ffi::c_int,
+    pub vector: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProjectArgs"][::core::mem::size_of::<ProjectArgs>() - 20usize];
+    ["Alignment of ProjectArgs"][::core::mem::align_of::<ProjectArgs>() - 4usize];
+    [
+        "Offset of field: ProjectArgs::num_tokens",
+    ][::core::mem::offset_of!(ProjectArgs, num_tokens) - 0usize];
+    [
+        "Offset of field: ProjectArgs::num_experts",
+    ][::core::mem::offset_of!(ProjectArgs, num_experts) - 4usize];
+    [
+        "Offset of field: ProjectArgs::hidden",
+    ][::core::mem::offset_of!(ProjectArgs, hidden) - 8usize];
+    [
+        "Offset of field: ProjectArgs::f32_logits",
+    ][::core::mem::offset_of!(ProjectArgs, f32_logits) - 12usize];
+    [
+        "Offset of field: ProjectArgs::vector",
+    ][::core::mem::offset_of!(ProjectArgs, vector) - 16usize];
 };

@@ -13,6 +13,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result, product};
 use crate::images::{IMAGES, Image};
 
+pub(crate) use crate::buffer::{check_aligned, optional, vector_rows};
 pub use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
 /// A kernel, by the name of its entry without the element type.
@@ -39,6 +40,13 @@ pub(crate) enum Kernel {
     GroupedGemmFwdGateUp,
     GroupedGemmFwdGateUpInOut,
     CombineFwd,
+    RmsNormFwd,
+    ProjectFwdOne,
+    ProjectFwdFew,
+    ProjectFwdTile,
+    ProjectFwdOneGate32,
+    ProjectFwdFewGate32,
+    ProjectFwdTileGate32,
 }
 
 /// Where a kernel is: the stem of its file, its symbol, and whether the symbol ends in an element type.
@@ -78,7 +86,27 @@ const KERNELS: &[Entry] = &[
         symbol: "moe_grouped_gemm_fwd_gate_up_in_out", typed: true,
     },
     Entry { kernel: Kernel::CombineFwd, image: "combine", symbol: "moe_combine_fwd", typed: true },
+    Entry { kernel: Kernel::RmsNormFwd, image: "rms_norm", symbol: "moe_rms_norm_fwd", typed: true },
+    Entry { kernel: Kernel::ProjectFwdOne, image: "project", symbol: "moe_project_fwd_one", typed: true },
+    Entry { kernel: Kernel::ProjectFwdFew, image: "project", symbol: "moe_project_fwd_few", typed: true },
+    Entry { kernel: Kernel::ProjectFwdTile, image: "project", symbol: "moe_project_fwd_tile", typed: true },
+    Entry { kernel: Kernel::ProjectFwdOneGate32, image: "project", symbol: "moe_project_fwd_one_gate32", typed: true },
+    Entry { kernel: Kernel::ProjectFwdFewGate32, image: "project", symbol: "moe_project_fwd_few_gate32", typed: true },
+    Entry { kernel: Kernel::ProjectFwdTileGate32, image: "project", symbol: "moe_project_fwd_tile_gate32", typed: true },
 ];
+
+impl Entry {
+    /// The element types that the symbol exists with.
+    fn dtypes(&self) -> &'static [DType] {
+        use Kernel::{ProjectFwdFewGate32, ProjectFwdOneGate32, ProjectFwdTileGate32};
+        match self.kernel {
+            // With f32 tokens a gate of f32 is one of the tokens' type.
+            ProjectFwdOneGate32 | ProjectFwdFewGate32 | ProjectFwdTileGate32 => &DType::ALL[1..],
+            _ if self.typed => &DType::ALL,
+            _ => &DType::ALL[..1],
+        }
+    }
+}
 
 /// More than any kernel takes.
 const MAX_ARGUMENTS: usize = 16;
@@ -188,7 +216,10 @@ impl Device {
     /// # Errors
     /// [`Error::KernelsNotBuilt`], [`Error::UnsupportedDevice`], or [`Error::Driver`].
     pub fn warm_up(&self, dtype: DType) -> Result<()> {
-        KERNELS.iter().try_for_each(|entry| self.function(entry.kernel, dtype).map(|_| ()))
+        let there = KERNELS.iter().filter(|entry| !entry.typed || entry.dtypes().contains(&dtype));
+        there
+            .map(|entry| entry.kernel)
+            .try_for_each(|kernel| self.function(kernel, dtype).map(|_| ()))
     }
 
     /// Enqueues one kernel on `stream`; the only launch of this crate.
@@ -343,10 +374,7 @@ pub fn kernel_files() -> impl Iterator<Item = KernelFile> {
 
 /// The symbols of all kernels of this crate.
 pub fn kernel_symbols() -> impl Iterator<Item = String> {
-    KERNELS.iter().flat_map(|entry| {
-        let dtypes = if entry.typed { &DType::ALL[..] } else { &DType::ALL[..1] };
-        dtypes.iter().map(|&dtype| symbol(entry.kernel, dtype))
-    })
+    KERNELS.iter().flat_map(|entry| entry.dtypes().iter().map(|&dtype| symbol(entry.kernel, dtype)))
 }
 
 /// Holds the stream of a call against the device of the call.
@@ -359,25 +387,6 @@ pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStrea
         let why = "the stream belongs to another CudaContext than the device".into();
         Err(Error::Mismatch { op, why })
     }
-}
-
-/// Holds an address against the element type that the kernel reads there.
-pub(crate) fn check_aligned(
-    op: &'static str,
-    argument: &'static str,
-    address: CUdeviceptr,
-    bytes: usize,
-) -> Result<()> {
-    if address.is_multiple_of(bytes as u64) {
-        Ok(())
-    } else {
-        Err(Error::Alignment { op, argument, wanted: bytes, got: address })
-    }
-}
-
-/// Whether rows of `row_bytes` can be moved in 16-byte pieces in all of these buffers.
-pub(crate) fn vector_rows(row_bytes: usize, addresses: &[CUdeviceptr]) -> bool {
-    row_bytes.is_multiple_of(16) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
 /// Device memory for what an operation returns; `len` may be 0, which the driver itself refuses.

@@ -6,7 +6,7 @@ use crate::config::MoeConfig;
 use crate::device::Device;
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, product};
-use crate::ops::combine::combine_fwd_into;
+use crate::ops::combine::{CombineInputs, combine_fwd_into};
 use crate::ops::grouped_gemm::{
     GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
 };
@@ -228,7 +228,8 @@ impl MoeLayer {
             LinearWeights { w: down, bias: None, order: self.config.experts.down_order },
             &mut yp,
         )?;
-        combine_fwd_into(device, stream, &plan, hidden, &yp.as_view(), &weights.as_view(), y)
+        let (yp, weights) = (yp.as_view(), weights.as_view());
+        combine_fwd_into(device, stream, &plan, hidden, &CombineInputs::new(&yp, &weights), y)
     }
 
     /// Holds the buffers against the configuration before anything is launched.

@@ -69,6 +69,7 @@ mod abi;
 mod abi {
     include!(concat!(env!("OUT_DIR"), "/abi.rs"));
 }
+mod buffer;
 mod config;
 mod device;
 mod dtype;

@@ -52,7 +52,7 @@ pub struct Floor {
 /// The least work of `op` on `tokens` tokens, with elements of `size` bytes.
 ///
 /// `distinct` experts have a row; its expectation under uniform routing is [`expected_distinct`].
-/// Logits and the gate have the element type, ids and maps 4 bytes, weights of the choice 4.
+/// Logits and the gate have the element type (but for the f32 logits of `project`), ids and maps 4 bytes, weights of the choice 4.
 pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f64) -> Work {
     let [t, h, i, e, k] =
         [tokens, config.hidden, config.intermediate, config.num_experts, config.top_k]
@@ -67,6 +67,7 @@ pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f6
     let matrix = distinct * h * i * size;
     let product = 2.0 * rows * h * i;
     let (bytes, flops) = match op {
+        Op::Project => (x + e * h * size + 4.0 * t * e, 2.0 * t * h * e),
         Op::Route => (t * e * size + 2.0 * list, 0.0),
         Op::Noise => (4.0 * t * e, 0.0),
         Op::Jitter => (x + 4.0 * t * h + x, 0.0),
@@ -78,6 +79,7 @@ pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f6
         Op::GateUp => (x + 2.0 * matrix + act, 2.0 * product),
         Op::Down => (act + matrix + yp, product),
         Op::Experts => (x + 3.0 * matrix + yp, 3.0 * product),
+        Op::RmsNorm => (2.0 * yp, 0.0),
         Op::Combine => (yp + 2.0 * list + y, 2.0 * rows * h),
         Op::Layer => (x + t * e * size + 3.0 * matrix + y, 3.0 * product),
         Op::LayerFromX => (x + e * h * size + 3.0 * matrix + y, 3.0 * product + 2.0 * t * h * e),

@@ -9,7 +9,8 @@ use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu, Target};
 use crate::common::values::normal;
 use crate::{
-    Op, capacity, combine, expert_choice, grouped_gemm, jitter, layer, noise, permute, plan, route,
+    Op, capacity, combine, expert_choice, grouped_gemm, jitter, layer, noise, permute, plan, project,
+    rms_norm, route,
 };
 
 /// Bytes that leave nothing of what was before them in any cache.
@@ -102,6 +103,7 @@ impl<'g, D: Element> Stage<'g, D> {
         let model = &self.model;
         let mut workload = match &self.place {
             Place::Cpu(weights) => match op {
+                Op::Project => project::on_cpu(model, weights, draw),
                 Op::Route => route::on_cpu::<D>(model, draw),
                 Op::Noise => noise::on_cpu(draw),
                 Op::Jitter => jitter::on_cpu::<D>(model, draw),
@@ -112,10 +114,12 @@ impl<'g, D: Element> Stage<'g, D> {
                 Op::GateUp | Op::Down | Op::Experts => {
                     grouped_gemm::on_cpu(op, model, weights, draw)
                 }
+                Op::RmsNorm => rms_norm::on_cpu::<D>(model, draw),
                 Op::Combine => combine::on_cpu::<D>(model, draw),
                 Op::Layer | Op::LayerFromX => layer::on_cpu(op, model, weights, draw),
             },
             Place::Gpu(gpu, weights) => match op {
+                Op::Project => project::on_gpu(gpu, model, weights, draw),
                 Op::Route => route::on_gpu::<D>(gpu, model, draw),
                 Op::Noise => noise::on_gpu(gpu, draw),
                 Op::Jitter => jitter::on_gpu::<D>(gpu, model, draw),
@@ -126,6 +130,7 @@ impl<'g, D: Element> Stage<'g, D> {
                 Op::GateUp | Op::Down | Op::Experts => {
                     grouped_gemm::on_gpu(op, gpu, model, weights, draw)
                 }
+                Op::RmsNorm => rms_norm::on_gpu::<D>(gpu, model, draw),
                 Op::Combine => combine::on_gpu::<D>(gpu, model, draw),
                 Op::Layer | Op::LayerFromX => layer::on_gpu(op, gpu, model, weights, draw),
             },

@@ -142,7 +142,8 @@ fn forward_cpu<D: Element>(
         reference::grouped_gemm_fwd::<f32, D>(&plan, hidden, intermediate, &act, down, false)
     })?;
     let y = steps.time(OPERATIONS[4], || {
-        reference::combine_fwd::<f32>(&shape, &plan, hidden, &yp, &routing.weights)
+        let inputs = reference::CombineInputs::new(&yp, &routing.weights);
+        reference::combine_fwd::<f32>(&shape, &plan, hidden, &inputs)
     })?;
     steps.add(FORWARD, OPERATIONS.iter().map(|operation| steps.of(operation)).sum());
     Ok(Output {

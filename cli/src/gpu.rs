@@ -1,7 +1,7 @@
 //! A layer on a CUDA device: weights go up expert by expert, the library does the rest.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::ops::combine::combine_fwd;
+use moe_kernels::ops::combine::{CombineInputs, combine_fwd};
 use moe_kernels::ops::grouped_gemm::{
     GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd, grouped_gemm_gate_up_fwd,
 };
@@ -108,7 +108,13 @@ impl Gpu {
         })?;
         let y = steps.time(OPERATIONS[4], || {
             let (yp, weights) = (yp.as_view(), routing.weights.as_view());
-            self.done(combine_fwd(device, stream, &plan, hidden, &yp, &weights)?)
+            self.done(combine_fwd(
+                device,
+                stream,
+                &plan,
+                hidden,
+                &CombineInputs::new(&yp, &weights),
+            )?)
         })?;
         let expert_ids =
             stream.clone_dtoh(&routing.expert_ids).map_err(self.failed("read the expert ids"))?;

@@ -1,5 +1,7 @@
-//! Adds up each token's experts: `yp` `[R, H]` and `weights` `[T, K]` to `y` `[T, H]`.
+//! Adds up what each token gets: its experts' rows `yp` `[R, H]` with `weights` `[T, K]`, and what the
+//! layer has beside them, to `y` `[T, H]`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{
@@ -9,7 +11,7 @@ use cudarc::driver::{
 use crate::abi::{COMBINE_THREADS, CombineArgs};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows,
+    optional, vector_rows,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -24,24 +26,87 @@ const VECTOR_BYTES: usize = 16;
 /// The second dimension of a grid.
 const MAX_GRID_Y: usize = 65535;
 
-/// Device addresses for [`combine_fwd_raw`].
-#[derive(Debug, Clone, Copy)]
+/// What is added up.
+pub struct CombineInputs<'a, D> {
+    /// `[R, H]`, the experts' outputs.
+    pub yp: &'a CudaView<'a, D>,
+    /// `[T, K]`; each is 1 where there are none, as for weights that the experts' inputs were multiplied by.
+    pub weights: Option<&'a CudaView<'a, f32>>,
+    /// Experts that return the token itself.
+    pub identity: Option<Identity<'a, D>>,
+    /// `[H]`, which no weight multiplies.
+    pub output_bias: Option<&'a CudaView<'a, D>>,
+    /// The expert that every token goes to.
+    pub shared: Option<Shared<'a, D>>,
+}
+
+/// Experts without weights that return the token.
+pub struct Identity<'a, D> {
+    /// Their ids.
+    pub experts: Range<u32>,
+    /// `[T, K]`, looked at where a slot has no row.
+    pub expert_ids: &'a CudaView<'a, u32>,
+    /// `[T, H]`
+    pub x: &'a CudaView<'a, D>,
+}
+
+/// A shared expert's part.
+pub struct Shared<'a, D> {
+    /// `[T, H]`, its output.
+    pub y: &'a CudaView<'a, D>,
+    /// `[T]`: its output is multiplied by the sigmoid of these, as
+    /// [`project_fwd`](crate::ops::project) makes them with one row for a gate.
+    pub gate: Option<&'a CudaView<'a, f32>>,
+    /// The result is the mean of both parts, not their sum.
+    pub average: bool,
+}
+
+impl<'a, D> CombineInputs<'a, D> {
+    /// Rows and weights alone.
+    pub fn new(yp: &'a CudaView<'a, D>, weights: &'a CudaView<'a, f32>) -> Self {
+        Self { yp, weights: Some(weights), identity: None, output_bias: None, shared: None }
+    }
+}
+
+/// Device addresses for [`combine_fwd_raw`]; 0 where one may be left out.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct CombineBuffers {
     /// `[T, H]`, written whole.
     pub y: CUdeviceptr,
     /// `[R, H]`
     pub yp: CUdeviceptr,
-    /// `[T, K]` `f32`
-    pub weights: CUdeviceptr,
     /// `[T * K]` `i32`: rows below `T * K`, or -1.
     pub row_of_slot: CUdeviceptr,
+    /// `[T, K]` `f32`, or 0.
+    pub weights: CUdeviceptr,
+    /// `[T, K]` `u32`, or 0 without identity experts.
+    pub expert_ids: CUdeviceptr,
+    /// `[T, H]`, or 0 without identity experts.
+    pub x: CUdeviceptr,
+    /// `[H]`, or 0.
+    pub output_bias: CUdeviceptr,
+    /// `[T, H]`, or 0.
+    pub shared: CUdeviceptr,
+    /// `[T]` `f32`, or 0; only beside `shared`.
+    pub shared_gate: CUdeviceptr,
 }
 
-/// `y[t, :] = sum over k of weights[t, k] * yp[row_of_slot[t * K + k], :]`, in f32 and in the order of `k`.
+/// The numbers beside them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CombineOptions {
+    /// Ids of experts that return the token itself.
+    pub identity: Range<u32>,
+    /// The result is halved: the mean of the routed and the shared part.
+    pub average: bool,
+}
+
+/// `y[t, :] = sum over k of weights[t, k] * yp[row_of_slot[t * K + k], :]`, plus what else there is: in
+/// f32, in the order of `k`, then the bias, then the shared row, rounded once.
 ///
-/// `yp` is `[T * K, H]` and `y` is `[T, H]`, any `H`. Inactive slots are left out: neither their weight
-/// nor any row is looked at; a token without active slots becomes 0. Rows of 16-byte multiples that
-/// start at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`.
+/// `yp` is `[T * K, H]` and `y` is `[T, H]`, any `H`. A slot without a row adds its weight times `x` if its
+/// id is an identity expert's; otherwise it is left out: neither its weight nor any row is looked at. A
+/// token without anything to add becomes 0. Rows of 16-byte multiples that start at 16-byte boundaries
+/// move fastest. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
 /// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for `H` of more
@@ -51,25 +116,58 @@ pub fn combine_fwd_into<D: Dtype>(
     stream: &CudaStream,
     plan: &RoutingPlan<'_>,
     hidden: usize,
-    yp: &CudaView<'_, D>,
-    weights: &CudaView<'_, f32>,
+    inputs: &CombineInputs<'_, D>,
     y: &mut CudaViewMut<'_, D>,
 ) -> Result<()> {
     let shape = plan.shape();
     check_stream(OP, device, stream)?;
     plan.check_stream(OP, stream)?;
-    check_len(OP, "yp", yp.len(), product(OP, "rows * hidden", shape.slots(), hidden)?)?;
-    check_len(OP, "weights", weights.len(), shape.slots())?;
-    check_len(OP, "y", y.len(), product(OP, "num_tokens * hidden", shape.num_tokens, hidden)?)?;
+    let slots = shape.slots();
+    let tokens = product(OP, "num_tokens * hidden", shape.num_tokens, hidden)?;
+    let CombineInputs { yp, weights, identity, output_bias, shared } = inputs;
+    check_len(OP, "yp", yp.len(), product(OP, "rows * hidden", slots, hidden)?)?;
+    let check = |argument, got: Option<usize>, wanted| {
+        got.map_or(Ok(()), |got| check_len(OP, argument, got, wanted))
+    };
+    check("weights", weights.map(CudaView::len), slots)?;
+    check("expert_ids", identity.as_ref().map(|identity| identity.expert_ids.len()), slots)?;
+    check("x", identity.as_ref().map(|identity| identity.x.len()), tokens)?;
+    check("output_bias", output_bias.map(CudaView::len), hidden)?;
+    let gate = shared.as_ref().and_then(|shared| shared.gate);
+    check("shared.y", shared.as_ref().map(|shared| shared.y.len()), tokens)?;
+    check("shared.gate", gate.map(CudaView::len), shape.num_tokens)?;
+    check_len(OP, "y", y.len(), tokens)?;
+
     let row_of_slot = plan.row_of_slot();
     let (y, _y_guard) = y.device_ptr_mut(stream);
     let (yp, _yp_guard) = yp.device_ptr(stream);
-    let (weights, _weights_guard) = weights.device_ptr(stream);
     let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
-    let buffers = CombineBuffers { y, yp, weights, row_of_slot };
+    let (weights, _weights_guard) = optional(*weights, stream);
+    let (expert_ids, _ids_guard) = optional(identity.as_ref().map(|i| i.expert_ids), stream);
+    let (x, _x_guard) = optional(identity.as_ref().map(|i| i.x), stream);
+    let (output_bias, _bias_guard) = optional(*output_bias, stream);
+    let (shared_gate, _gate_guard) = optional(gate, stream);
+    let (shared_y, _shared_guard) = optional(shared.as_ref().map(|shared| shared.y), stream);
+    let buffers = CombineBuffers {
+        y,
+        yp,
+        row_of_slot,
+        weights,
+        expert_ids,
+        x,
+        output_bias,
+        shared: shared_y,
+        shared_gate,
+    };
+    let options = CombineOptions {
+        identity: identity.as_ref().map_or(0..0, |identity| identity.experts.clone()),
+        average: shared.as_ref().is_some_and(|shared| shared.average),
+    };
     // SAFETY: the lengths were checked above, and a RoutingPlan's maps are valid for its shape. The
     // guards order the launch after earlier uses of the buffers and outlive it.
-    unsafe { combine_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, buffers) }
+    unsafe {
+        combine_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, &options, buffers)
+    }
 }
 
 /// [`combine_fwd_into`] a new buffer.
@@ -81,40 +179,69 @@ pub fn combine_fwd<D: Dtype + DeviceRepr>(
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,
     hidden: usize,
-    yp: &CudaView<'_, D>,
-    weights: &CudaView<'_, f32>,
+    inputs: &CombineInputs<'_, D>,
 ) -> Result<CudaSlice<D>> {
     let len = product(OP, "num_tokens * hidden", plan.shape().num_tokens, hidden)?;
     // SAFETY: the operation writes every element.
     let mut y = unsafe { alloc::<D>(OP, stream, len) }?;
-    combine_fwd_into(device, stream, plan, hidden, yp, weights, &mut y.as_view_mut())?;
+    combine_fwd_into(device, stream, plan, hidden, inputs, &mut y.as_view_mut())?;
     Ok(y)
 }
 
 /// [`combine_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`CombineBuffers`] and `shape` give it, of `dtype`, `f32` or `i32`,
-/// in memory of `device`'s context that stays valid until the kernel has run; `row_of_slot` holds values
-/// below `shape.slots()`, or -1; `y` overlaps none of the others; `stream` is a stream of that context.
+/// Each buffer that is not 0 has the elements that [`CombineBuffers`] and `shape` give it, of `dtype` or the
+/// type that stands there, in memory of `device`'s context that stays valid until the kernel has run;
+/// `row_of_slot` holds values below `shape.slots()`, or -1; `y` overlaps none of the others; `stream` is a
+/// stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape or an `H` out of range, [`Error::Alignment`], and what a launch can
-/// meet.
+/// [`Error::Unsupported`] for a shape or an `H` out of range, [`Error::Alignment`],
+/// [`Error::Mismatch`] where an option lacks its buffer, and what a launch can meet.
 pub unsafe fn combine_fwd_raw(
     device: &Device,
     stream: CUstream,
     dtype: DType,
     shape: RoutingShape,
     hidden: usize,
+    options: &CombineOptions,
     buffers: CombineBuffers,
 ) -> Result<()> {
     shape.check_rows(OP)?;
-    let CombineBuffers { y, yp, weights, row_of_slot } = buffers;
-    check_aligned(OP, "y", y, dtype.size())?;
-    check_aligned(OP, "yp", yp, dtype.size())?;
-    check_aligned(OP, "weights", weights, 4)?;
-    check_aligned(OP, "row_of_slot", row_of_slot, 4)?;
+    let CombineBuffers {
+        y,
+        yp,
+        row_of_slot,
+        weights,
+        expert_ids,
+        x,
+        output_bias,
+        shared,
+        shared_gate,
+    } = buffers;
+    let elements =
+        [("y", y), ("yp", yp), ("x", x), ("output_bias", output_bias), ("shared", shared)];
+    for (argument, address) in elements {
+        check_aligned(OP, argument, address, dtype.size())?;
+    }
+    let words = [
+        ("row_of_slot", row_of_slot),
+        ("weights", weights),
+        ("expert_ids", expert_ids),
+        ("shared_gate", shared_gate),
+    ];
+    for (argument, address) in words {
+        check_aligned(OP, argument, address, 4)?;
+    }
+    let needs = |good: bool, why: &str| {
+        if good { Ok(()) } else { Err(Error::Mismatch { op: OP, why: why.into() }) }
+    };
+    let identity = &options.identity;
+    let some = identity.is_empty() || expert_ids != 0 && x != 0;
+    needs(some, "identity experts need expert_ids and x")?;
+    needs(shared_gate == 0 || shared != 0, "a shared gate needs shared")?;
+    needs(!options.average || shared != 0, "an average needs shared")?;
 
     // Blocks no wider than the row needs, in whole warps.
     let columns = VECTOR_BYTES / dtype.size();
@@ -132,7 +259,10 @@ pub unsafe fn combine_fwd_raw(
     let args = CombineArgs {
         hidden: width(OP, "hidden", hidden)?,
         top_k: int(OP, "top_k", shape.top_k)?,
-        vector: vector_rows(hidden * dtype.size(), &[y, yp]).into(),
+        first_identity: int(OP, "identity", identity.start as usize)?,
+        num_identity: int(OP, "identity", identity.len())?,
+        average: options.average.into(),
+        vector: vector_rows(hidden * dtype.size(), &elements.map(|(_, address)| address)).into(),
     };
     if shape.num_tokens == 0 {
         return Ok(());
@@ -146,7 +276,12 @@ pub unsafe fn combine_fwd_raw(
         Argument::of(&y),
         Argument::of(&yp),
         Argument::of(&weights),
+        Argument::of(&x),
+        Argument::of(&output_bias),
+        Argument::of(&shared),
+        Argument::of(&shared_gate),
         Argument::of(&row_of_slot),
+        Argument::of(&expert_ids),
         Argument::of(&args),
     ];
     // SAFETY: the arguments follow moe_combine_fwd in kernels/combine.cu; the caller vouches for the

@@ -64,6 +64,9 @@ pub trait Accum:
     /// 1 less the error function.
     fn erfc(self) -> Self;
 
+    /// The square root.
+    fn sqrt(self) -> Self;
+
     /// The number without its sign.
     fn abs(self) -> Self;
 
@@ -102,6 +105,10 @@ impl Accum for f32 {
 
     fn erfc(self) -> f32 {
         libm::erfcf(self)
+    }
+
+    fn sqrt(self) -> f32 {
+        f32::sqrt(self)
     }
 
     fn abs(self) -> f32 {
@@ -154,6 +161,10 @@ impl Accum for f64 {
 
     fn erfc(self) -> f64 {
         libm::erfc(self)
+    }
+
+    fn sqrt(self) -> f64 {
+        f64::sqrt(self)
     }
 
     fn abs(self) -> f64 {

@@ -21,7 +21,8 @@
 //!   `bound/activation.rs`.
 //! - **Weights** of the router are computed in intervals, which hold what each of its operations may
 //!   round to.
-//! - **Combine** is a sum of `K` products as above.
+//! - **Combine** is a sum of `K` products as above, and of up to two terms more. **Projections** are
+//!   sums as above. An **RMS norm** has one such sum under a root, which halves what it is off.
 //! - **The layer** rounds twice on the way if its element type is narrow: `u_mid` is that of `act`
 //!   and of `yp`. Errors of `act` reach `yp` through `|down|`, so the sum over `I` of
 //!   `|d act| * |down|` is computed, not guessed; errors of `yp` and of the weights reach `y`
@@ -31,14 +32,16 @@
 //! failure.
 
 mod activation;
+mod dense;
 mod grouped_gemm;
 mod interval;
 
+pub use dense::{combine, project, rms_norm};
 pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up};
 use interval::Interval;
 
 use super::accum::Element;
-use super::combine::combine_fwd;
+use super::combine::{CombineInputs, combine_fwd};
 use super::expert_weights::{GateUpWeights, LinearWeights};
 use super::layer::route_and_plan;
 use super::plan::Plan;
@@ -122,25 +125,6 @@ pub fn route<D: Dtype>(
     Ok((Routing { expert_ids, weights }, bound))
 }
 
-/// [`combine_fwd`] with its result stored as `out`.
-///
-/// # Errors
-/// Those of [`combine_fwd`].
-pub fn combine(
-    shape: &RoutingShape,
-    plan: &Plan,
-    hidden: usize,
-    yp: &[impl Element<f64>],
-    weights: &[impl Element<f64>],
-    out: DType,
-) -> Result<Bounded> {
-    let value = combine_fwd::<f64>(shape, plan, hidden, yp, weights)?;
-    let (yp, weights) = (magnitudes(yp), magnitudes(weights));
-    let magnitude = combine_fwd::<f64>(shape, plan, hidden, &yp, &weights)?;
-    let errors = magnitude.iter().map(|s| sum_error(shape.top_k, *s)).collect();
-    Ok(Bounded { bound: stored(&value, errors, out), value })
-}
-
 /// [`moe_layer_fwd`](super::moe_layer_fwd) with `act`, `yp` and `y` stored as `D`.
 ///
 /// # Errors
@@ -178,11 +162,13 @@ pub fn moe_layer<D: Dtype>(
     // orders.
     let yp_error: Vec<f64> = yp.bound.iter().zip(from_act).map(|(a, b)| a + 1.01 * b).collect();
 
-    let y = combine(&shape, &plan, hidden, &yp.value, weights, D::DTYPE)?;
-    let from_yp = combine_fwd::<f64>(&shape, &plan, hidden, &yp_error, &magnitudes(weights))?;
+    let inputs = |yp, weights| CombineInputs::<f64, f64>::new(yp, weights);
+    let y = combine(&shape, &plan, hidden, &inputs(&yp.value, weights), D::DTYPE)?;
+    let sizes = magnitudes(weights);
+    let from_yp = combine_fwd::<f64>(&shape, &plan, hidden, &inputs(&yp_error, &sizes))?;
     let (_, weight_error) = route(&shape, &config.router, &RouteInputs::new(logits))?;
     let yp_most: Vec<f64> = yp.value.iter().zip(&yp_error).map(|(v, e)| v.abs() + e).collect();
-    let from_weights = combine_fwd::<f64>(&shape, &plan, hidden, &yp_most, &weight_error)?;
+    let from_weights = combine_fwd::<f64>(&shape, &plan, hidden, &inputs(&yp_most, &weight_error))?;
     let passed_on = from_yp.iter().zip(from_weights).map(|(a, b)| 1.01 * (a + b));
     let bound = y.bound.iter().zip(passed_on).map(|(a, b)| a + b).collect();
     Ok(Bounded { value: y.value, bound })
@@ -332,9 +318,11 @@ mod tests {
         let (plan, hidden) = (sampler.plan(&shape), 8);
         let yp: Vec<bf16> = sampler.elements(shape.slots() * hidden);
         let mut weights: Vec<f32> = sampler.elements(shape.slots());
-        let bounded = combine(&shape, &plan, hidden, &yp, &weights, DType::BF16).unwrap();
+        let inputs = CombineInputs::new(&yp, &weights);
+        let bounded = combine(&shape, &plan, hidden, &inputs, DType::BF16).unwrap();
         let run = |weights: &[f32]| -> Vec<bf16> {
-            round(&combine_fwd::<f32>(&shape, &plan, hidden, &yp, weights).unwrap())
+            let inputs = CombineInputs::new(&yp, weights);
+            round(&combine_fwd::<f32>(&shape, &plan, hidden, &inputs).unwrap())
         };
         assert!(worst(&bounded, &run(&weights)) <= 1.0);
         let active = plan.row_of_slot.iter().position(|&row| row >= 0).unwrap();
@@ -364,7 +352,7 @@ mod tests {
             weights[0] = 0.0;
         }
         let shape = config.routing(x.len() / h);
-        round(&combine_fwd::<f32>(&shape, &plan, h, &yp, &weights).unwrap())
+        round(&combine_fwd::<f32>(&shape, &plan, h, &CombineInputs::new(&yp, &weights)).unwrap())
     }
 
     fn check_layer<D: Dtype>(router: RouterConfig) {

@@ -1,13 +1,63 @@
-//! The weighted sum of each token's experts: `y[t, :] = sum over k of weights[t, k] * yp[row, :]`
-//! with `row = row_of_slot[t*K + k]`, in the order `k = 0..K`. An inactive slot contributes
-//! nothing, not even `0 * yp`.
+//! What a token gets: the weighted sum of its experts, and what stands beside them.
+//!
+//! `y[t, :] = sum over k of weights[t, k] * yp[row, :]` with `row = row_of_slot[t*K + k]`, in the order
+//! `k = 0..K`, plus `output_bias`, plus the shared expert's row, which a sigmoid may gate; halved where
+//! the two are averaged. A slot without a row that names an identity expert adds `weights[t, k] * x[t, :]`;
+//! any other slot without a row contributes nothing, not even `0 * yp`.
+
+use std::ops::Range;
 
 use super::accum::{Accum, Element};
 use super::plan::Plan;
 use crate::error::{Result, check_len, product};
 use crate::shape::RoutingShape;
 
-/// Adds up the rows of each token: `yp` `[R, H]` and `weights` `[T, K]` to `[T, H]`.
+/// What [`combine_fwd`] adds up. Rows may be unrounded results (`Y`), tokens and biases are what a
+/// checkpoint or a caller has (`D`).
+#[derive(Debug, Clone)]
+pub struct CombineInputs<'a, Y, W = f32, D = Y> {
+    /// `[R, H]`, the experts' outputs.
+    pub yp: &'a [Y],
+    /// `[T, K]`; each is 1 where there are none.
+    pub weights: Option<&'a [W]>,
+    /// Experts that return the token itself.
+    pub identity: Option<Identity<'a, D>>,
+    /// `[H]`, which no weight multiplies.
+    pub output_bias: Option<&'a [D]>,
+    /// The expert that every token goes to.
+    pub shared: Option<Shared<'a, Y, W>>,
+}
+
+/// Experts without weights that return the token.
+#[derive(Debug, Clone)]
+pub struct Identity<'a, D> {
+    /// Their ids.
+    pub experts: Range<u32>,
+    /// `[T, K]`
+    pub expert_ids: &'a [u32],
+    /// `[T, H]`
+    pub x: &'a [D],
+}
+
+/// A shared expert's part.
+#[derive(Debug, Clone)]
+pub struct Shared<'a, Y, W = f32> {
+    /// `[T, H]`, its output.
+    pub y: &'a [Y],
+    /// `[T]`: its output is multiplied by the sigmoid of these.
+    pub gate: Option<&'a [W]>,
+    /// The result is the mean of both parts, not their sum.
+    pub average: bool,
+}
+
+impl<'a, Y, W> CombineInputs<'a, Y, W> {
+    /// Rows and weights alone.
+    pub fn new(yp: &'a [Y], weights: &'a [W]) -> Self {
+        Self { yp, weights: Some(weights), identity: None, output_bias: None, shared: None }
+    }
+}
+
+/// Adds up what each token gets, to `[T, H]`.
 ///
 /// # Errors
 /// A length that is not the shape's, or a plan of another shape.
@@ -15,30 +65,81 @@ pub fn combine_fwd<A: Accum>(
     shape: &RoutingShape,
     plan: &Plan,
     hidden: usize,
-    yp: &[impl Element<A>],
-    weights: &[impl Element<A>],
+    inputs: &CombineInputs<'_, impl Element<A>, impl Element<A>, impl Element<A>>,
 ) -> Result<Vec<A>> {
-    const OP: &str = "combine_fwd";
-    shape.check(OP)?;
-    plan.check(OP)?;
-    check_len(OP, "plan.row_of_slot", plan.row_of_slot.len(), shape.slots())?;
-    check_len(OP, "plan.token_of_row", plan.rows(), shape.slots())?;
-    check_len(
-        OP,
-        "yp",
-        yp.len(),
-        product(OP, "num_tokens * top_k * hidden", shape.slots(), hidden)?,
-    )?;
-    check_len(OP, "weights", weights.len(), shape.slots())?;
-    let mut y = vec![A::ZERO; shape.num_tokens * hidden];
-    for (slot, &row) in plan.row_of_slot.iter().enumerate().filter(|&(_, &row)| row >= 0) {
-        let (token, row, weight) = (slot / shape.top_k, row as usize, weights[slot].widen());
-        let y = &mut y[token * hidden..][..hidden];
-        for (y, yp) in y.iter_mut().zip(&yp[row * hidden..][..hidden]) {
-            *y += weight * yp.widen();
+    let tokens = check(shape, plan, hidden, inputs)?;
+    let mut y = vec![A::ZERO; tokens];
+    for (token, y) in y.chunks_exact_mut(hidden.max(1)).enumerate() {
+        let columns = |row: usize| row * hidden..(row + 1) * hidden;
+        for slot in token * shape.top_k..(token + 1) * shape.top_k {
+            let weight = inputs.weights.map_or(A::ONE, |weights| weights[slot].widen());
+            if let Ok(row) = usize::try_from(plan.row_of_slot[slot]) {
+                add(y, weight, &inputs.yp[columns(row)]);
+            } else if let Some(Identity { experts, expert_ids, x }) = &inputs.identity
+                && experts.contains(&expert_ids[slot])
+            {
+                add(y, weight, &x[columns(token)]);
+            }
+        }
+        if let Some(bias) = inputs.output_bias {
+            add(y, A::ONE, bias);
+        }
+        if let Some(shared) = &inputs.shared {
+            let gate = shared.gate.map_or(A::ONE, |gate| sigmoid(gate[token].widen()));
+            add(y, gate, &shared.y[columns(token)]);
+            if shared.average {
+                y.iter_mut().for_each(|y| *y = *y / (A::ONE + A::ONE));
+            }
         }
     }
     Ok(y)
+}
+
+/// `y += weight * row`
+fn add<A: Accum>(y: &mut [A], weight: A, row: &[impl Element<A>]) {
+    for (y, value) in y.iter_mut().zip(row) {
+        *y += weight * value.widen();
+    }
+}
+
+/// `1 / (1 + exp(-z))`
+pub(super) fn sigmoid<A: Accum>(z: A) -> A {
+    A::ONE / (A::ONE + (-z).exp())
+}
+
+/// Holds every length against the shape; returns `T * H`.
+fn check<Y, W, D>(
+    shape: &RoutingShape,
+    plan: &Plan,
+    hidden: usize,
+    inputs: &CombineInputs<'_, Y, W, D>,
+) -> Result<usize> {
+    const OP: &str = "combine_fwd";
+    shape.check(OP)?;
+    plan.check(OP)?;
+    let slots = shape.slots();
+    check_len(OP, "plan.row_of_slot", plan.row_of_slot.len(), slots)?;
+    check_len(OP, "plan.token_of_row", plan.rows(), slots)?;
+    let rows = product(OP, "num_tokens * top_k * hidden", slots, hidden)?;
+    let tokens = shape.num_tokens * hidden;
+    check_len(OP, "yp", inputs.yp.len(), rows)?;
+    if let Some(weights) = inputs.weights {
+        check_len(OP, "weights", weights.len(), slots)?;
+    }
+    if let Some(identity) = &inputs.identity {
+        check_len(OP, "expert_ids", identity.expert_ids.len(), slots)?;
+        check_len(OP, "x", identity.x.len(), tokens)?;
+    }
+    if let Some(bias) = inputs.output_bias {
+        check_len(OP, "output_bias", bias.len(), hidden)?;
+    }
+    if let Some(shared) = &inputs.shared {
+        check_len(OP, "shared.y", shared.y.len(), tokens)?;
+        if let Some(gate) = shared.gate {
+            check_len(OP, "shared.gate", gate.len(), shape.num_tokens)?;
+        }
+    }
+    Ok(tokens)
 }
 
 #[cfg(test)]
@@ -55,10 +156,34 @@ mod tests {
         let plan = plan_fwd(&shape, 64, &[2, 0, 1, 7]).unwrap();
         let inf = f32::INFINITY;
         let yp = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, inf, inf].map(bf16::from_f32);
-        let y = combine_fwd::<f64>(&shape, &plan, 2, &yp, &[0.5f32, 0.25, 2.0, 0.0]).unwrap();
+        let run = |hidden, weights: &[f32]| {
+            combine_fwd::<f64>(&shape, &plan, hidden, &CombineInputs::new(&yp, weights))
+        };
+        let y = run(2, &[0.5, 0.25, 2.0, 0.0]).unwrap();
         assert_eq!(y, [0.5 * 5.0 + 0.25, 0.5 * 6.0 + 0.25 * 2.0, 6.0, 8.0]);
-        assert!(combine_fwd::<f64>(&shape, &plan, 2, &yp, &[0.5f32; 3]).is_err());
-        assert!(combine_fwd::<f64>(&shape, &plan, 3, &yp, &[0.5f32; 4]).is_err());
+        assert!(run(2, &[0.5; 3]).is_err());
+        assert!(run(3, &[0.5; 4]).is_err());
+    }
+
+    #[test]
+    fn everything_by_hand() {
+        let shape = RoutingShape { num_tokens: 2, num_experts: 3, top_k: 2 };
+        // Token 0 goes to expert 2 and to the identity 4, token 1 to expert 1 and to 5, which is none.
+        let ids = [2, 4, 1, 5];
+        let plan = plan_fwd(&shape, 64, &ids).unwrap();
+        let inputs = CombineInputs {
+            yp: &[1.0f64, 2.0, f64::NAN, f64::NAN],
+            weights: Some(&[3.0f64, 0.5, -1.0, f64::NAN]),
+            identity: Some(Identity { experts: 3..5, expert_ids: &ids, x: &[8.0f64, 16.0] }),
+            output_bias: Some(&[100.0f64]),
+            shared: Some(Shared { y: &[40.0, 20.0], gate: Some(&[0.0, 0.0]), average: true }),
+        };
+        let inputs = CombineInputs { yp: &inputs.yp[..4], ..inputs };
+        let y = combine_fwd::<f64>(&shape, &plan, 1, &inputs).unwrap();
+        assert_eq!(y, [(2.0 * 3.0 + 4.0 + 100.0 + 20.0) / 2.0, (-1.0 + 100.0 + 10.0) / 2.0]);
+        let unweighted = CombineInputs { weights: None, shared: None, ..inputs };
+        let y = combine_fwd::<f64>(&shape, &plan, 1, &unweighted).unwrap();
+        assert_eq!(y, [2.0 + 8.0 + 100.0, 1.0 + 100.0]);
     }
 
     /// In f32 `(1e8 + 1) - 1e8` is 0: the order of slots shows.
@@ -67,9 +192,8 @@ mod tests {
         let shape = RoutingShape { num_tokens: 1, num_experts: 3, top_k: 3 };
         let plan = plan_fwd(&shape, 64, &[2, 0, 1]).unwrap();
         // Rows are in the order of experts 0, 1, 2, slots in the order 2, 0, 1.
-        let y = combine_fwd::<f32>(&shape, &plan, 1, &[1.0f32, -1e8, 1e8], &[1.0f32; 3]).unwrap();
-        assert_eq!(y, [0.0]);
-        let y = combine_fwd::<f64>(&shape, &plan, 1, &[1.0f32, -1e8, 1e8], &[1.0f32; 3]).unwrap();
-        assert_eq!(y, [1.0]);
+        let inputs = CombineInputs::new(&[1.0f32, -1e8, 1e8], &[1.0f32; 3]);
+        assert_eq!(combine_fwd::<f32>(&shape, &plan, 1, &inputs).unwrap(), [0.0]);
+        assert_eq!(combine_fwd::<f64>(&shape, &plan, 1, &inputs).unwrap(), [1.0]);
     }
 }

@@ -1,7 +1,7 @@
 //! The layer: the operations one after the other, without rounding in between.
 
 use super::accum::{Accum, Element};
-use super::combine::combine_fwd;
+use super::combine::{CombineInputs, combine_fwd};
 use super::expert_weights::{GateUpWeights, LinearWeights};
 use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
 use super::plan::{Plan, plan_fwd};
@@ -42,7 +42,7 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
         true,
     )?;
     let yp = grouped_gemm_fwd::<A, D>(&plan, hidden, intermediate, &act, down, false)?;
-    combine_fwd(&shape, &plan, hidden, &yp, &routing.weights)
+    combine_fwd(&shape, &plan, hidden, &CombineInputs::new(&yp, &routing.weights))
 }
 
 /// A whole layer with its router projection: `gate` `[E, H]`, the rest as in [`moe_layer_fwd`].

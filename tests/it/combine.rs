@@ -1,7 +1,9 @@
 //! combine: a short sum in f32, in a stated order.
 
 use half::{bf16, f16};
-use moe_kernels::ops::combine::{self, CombineBuffers};
+use moe_kernels::ops::combine::{
+    self, CombineBuffers, CombineInputs, CombineOptions, Identity, Shared,
+};
 use moe_kernels::ops::plan;
 use moe_kernels::{DType, Dtype, Error, RoutingShape, reference};
 use proptest::prelude::*;
@@ -9,51 +11,146 @@ use proptest::prelude::*;
 use crate::common::{Gpu, Skew, assert_within, bits, config, gpu, routing_ids, skew, values};
 use cudarc::driver::DeviceRepr;
 
-/// What one combination starts from. Rows in no use and weights of inactive slots are NaN: nobody
-/// may look at them.
+/// What there is beside rows and weights.
+#[derive(Debug, Clone, Copy, Default)]
+struct Options {
+    /// Every weight is 1.
+    unweighted: bool,
+    /// The two ids behind the experts' return the token.
+    identity: bool,
+    output_bias: bool,
+    shared: bool,
+    shared_gate: bool,
+    average: bool,
+}
+
+impl Options {
+    /// The bits of a number, each an option.
+    fn new(number: u64) -> Self {
+        let bit = |bit: u32| number >> bit & 1 == 1;
+        let shared = bit(3);
+        Self {
+            unweighted: bit(0),
+            identity: bit(1),
+            output_bias: bit(2),
+            shared,
+            shared_gate: shared && bit(4),
+            average: shared && bit(5),
+        }
+    }
+}
+
+/// What one combination starts from. Rows in no use, weights of inactive slots and tokens without
+/// identities are NaN: nobody may look at them.
 struct Case<D> {
     shape: RoutingShape,
     hidden: usize,
+    options: Options,
     ids: Vec<u32>,
     plan: reference::Plan,
     yp: Vec<D>,
     weights: Vec<f32>,
+    x: Vec<D>,
+    output_bias: Vec<D>,
+    shared: Vec<D>,
+    shared_gate: Vec<f32>,
 }
 
 impl<D: Dtype + DeviceRepr> Case<D> {
     fn new(shape: RoutingShape, skew: Skew, hidden: usize, seed: u64) -> Self {
-        let ids = routing_ids(shape, skew, seed);
-        let plan = reference::plan_fwd(&shape, 128, &ids).unwrap();
-        let mut yp = values::<D>(shape.slots() * hidden, 2.0, seed ^ 1);
-        let mut weights = values::<f32>(shape.slots(), 1.0, seed ^ 2);
-        yp[plan.rows_in_use() * hidden..].fill(D::from_f32(f32::NAN));
-        for (weight, row) in weights.iter_mut().zip(&plan.row_of_slot) {
-            if *row < 0 {
-                *weight = f32::NAN;
+        Self::with(shape, skew, hidden, seed, Options::default())
+    }
+
+    fn with(shape: RoutingShape, skew: Skew, hidden: usize, seed: u64, options: Options) -> Self {
+        let mut ids = routing_ids(shape, skew, seed);
+        if options.identity {
+            // Two identities, and one past them.
+            for (slot, id) in ids.iter_mut().enumerate().skip(seed as usize % 2).step_by(4) {
+                *id = (shape.num_experts + slot / 4 % 3) as u32;
             }
         }
-        Self { shape, hidden, ids, plan, yp, weights }
+        let plan = reference::plan_fwd(&shape, 128, &ids).unwrap();
+        let tokens = shape.num_tokens * hidden;
+        let mut case = Self {
+            shape,
+            hidden,
+            options,
+            yp: values::<D>(shape.slots() * hidden, 2.0, seed ^ 1),
+            weights: values::<f32>(shape.slots(), 1.0, seed ^ 2),
+            x: values::<D>(tokens, 2.0, seed ^ 3),
+            output_bias: values::<D>(hidden, 1.0, seed ^ 4),
+            shared: values::<D>(tokens, 2.0, seed ^ 5),
+            shared_gate: values::<f32>(shape.num_tokens, 9.0, seed ^ 6),
+            ids,
+            plan,
+        };
+        case.yp[case.plan.rows_in_use() * hidden..].fill(D::from_f32(f32::NAN));
+        for slot in 0..shape.slots() {
+            if case.plan.row_of_slot[slot] < 0 && !case.is_identity(slot) {
+                case.weights[slot] = f32::NAN;
+            }
+        }
+        for token in 0..shape.num_tokens {
+            let mut slots = token * shape.top_k..(token + 1) * shape.top_k;
+            if !slots.any(|slot| case.is_identity(slot)) {
+                case.x[token * hidden..][..hidden].fill(D::from_f32(f32::NAN));
+            }
+        }
+        case
+    }
+
+    fn is_identity(&self, slot: usize) -> bool {
+        let experts = self.shape.num_experts as u32;
+        self.options.identity && (experts..experts + 2).contains(&self.ids[slot])
     }
 
     /// Combines with `yp` and `y` starting `offset` elements into their buffers; checks what lies before.
     fn run(&self, gpu: &Gpu, offset: usize) -> Vec<D> {
-        self.run_apart(gpu, offset, offset)
+        self.run_apart(gpu, [offset; 5])
     }
 
-    /// The same, with an offset for each.
-    fn run_apart(&self, gpu: &Gpu, yp_offset: usize, offset: usize) -> Vec<D> {
+    /// The same, with an offset for each of `yp`, `y`, `x`, `output_bias` and `shared`.
+    fn run_apart(&self, gpu: &Gpu, offsets: [usize; 5]) -> Vec<D> {
+        let upload = |offset: usize, values: &[D]| {
+            gpu.upload(&[&vec![D::from_f32(f32::NAN); offset], values].concat())
+        };
         let ids = gpu.upload(&self.ids);
-        let yp = gpu.upload(&[&vec![D::from_f32(f32::NAN); yp_offset], &self.yp[..]].concat());
-        let weights = gpu.upload(&self.weights);
-        let mut y = gpu.poisoned::<D>(offset + self.shape.num_tokens * self.hidden);
         let plan = plan::plan_fwd(&gpu.device, &gpu.stream, self.shape, &ids.view()).unwrap();
+        let yp = upload(offsets[0], &self.yp);
+        let x = upload(offsets[2], &self.x);
+        let output_bias = upload(offsets[3], &self.output_bias);
+        let shared = upload(offsets[4], &self.shared);
+        let (weights, gate) = (gpu.upload(&self.weights), gpu.upload(&self.shared_gate));
+        let (yp, x) = (yp.view(), x.view());
+        let (output_bias, shared) = (output_bias.view(), shared.view());
+        let (yp, x) = (yp.slice(offsets[0]..), x.slice(offsets[2]..));
+        let (output_bias, shared) = (output_bias.slice(offsets[3]..), shared.slice(offsets[4]..));
+        let (ids, weights, gate) = (ids.view(), weights.view(), gate.view());
+        let options = self.options;
+        let experts = self.shape.num_experts as u32;
+        let inputs = CombineInputs {
+            yp: &yp,
+            weights: (!options.unweighted).then_some(&weights),
+            identity: options.identity.then_some(Identity {
+                experts: experts..experts + 2,
+                expert_ids: &ids,
+                x: &x,
+            }),
+            output_bias: options.output_bias.then_some(&output_bias),
+            shared: options.shared.then_some(Shared {
+                y: &shared,
+                gate: options.shared_gate.then_some(&gate),
+                average: options.average,
+            }),
+        };
+        let offset = offsets[1];
+        let mut y = gpu.poisoned::<D>(offset + self.shape.num_tokens * self.hidden);
         combine::combine_fwd_into(
             &gpu.device,
             &gpu.stream,
             &plan,
             self.hidden,
-            &yp.view().slice(yp_offset..),
-            &weights.view(),
+            &inputs,
             &mut y.view_mut().slice_mut(offset..),
         )
         .unwrap();
@@ -67,32 +164,63 @@ impl<D: Dtype + DeviceRepr> Case<D> {
 
     /// The kernel's own arithmetic: one fma after the other, rounded once.
     fn exact(&self) -> Vec<D> {
-        let (k, hidden) = (self.shape.top_k, self.hidden);
+        let (k, hidden, options) = (self.shape.top_k, self.hidden, self.options);
         let element = |index: usize| {
             let (token, column) = (index / hidden, index % hidden);
-            let slots = token * k..(token + 1) * k;
-            let active = slots.filter(|&slot| self.plan.row_of_slot[slot] >= 0);
-            let sum = active.fold(0.0f32, |sum, slot| {
-                let row = self.plan.row_of_slot[slot] as usize;
-                self.weights[slot].mul_add(self.yp[row * hidden + column].to_f32(), sum)
-            });
-            D::from_f32(sum)
+            let mut sum = 0.0f32;
+            for slot in token * k..(token + 1) * k {
+                let value = match self.plan.row_of_slot[slot] {
+                    row if row >= 0 => self.yp[row as usize * hidden + column],
+                    _ if self.is_identity(slot) => self.x[index],
+                    _ => continue,
+                };
+                let weight = if options.unweighted { 1.0 } else { self.weights[slot] };
+                sum = weight.mul_add(value.to_f32(), sum);
+            }
+            if options.output_bias {
+                sum += self.output_bias[column].to_f32();
+            }
+            if options.shared {
+                let gate = 1.0 / (1.0 + (-self.shared_gate[token]).exp());
+                let gate = if options.shared_gate { gate } else { 1.0 };
+                sum = gate.mul_add(self.shared[index].to_f32(), sum);
+            }
+            D::from_f32(if options.average { 0.5 * sum } else { sum })
         };
         (0..self.shape.num_tokens * hidden).map(element).collect()
     }
 
     fn check(&self, gpu: &Gpu, offset: usize) {
-        let what = format!("{} H{} {} offset {offset}", self.shape, self.hidden, D::DTYPE);
+        let options = self.options;
+        let what =
+            format!("{} H{} {} offset {offset} {options:?}", self.shape, self.hidden, D::DTYPE);
         let got = self.run(gpu, offset);
         // The bound sums magnitudes, of inactive slots' weights too, so they get numbers there.
         let weights: Vec<f32> =
             self.weights.iter().map(|w| if w.is_nan() { 0.0 } else { *w }).collect();
+        let experts = self.shape.num_experts as u32;
+        let inputs = reference::CombineInputs {
+            yp: &self.yp[..],
+            weights: (!options.unweighted).then_some(&weights[..]),
+            identity: options.identity.then_some(reference::Identity {
+                experts: experts..experts + 2,
+                expert_ids: &self.ids,
+                x: &self.x[..],
+            }),
+            output_bias: options.output_bias.then_some(&self.output_bias[..]),
+            shared: options.shared.then_some(reference::Shared {
+                y: &self.shared[..],
+                gate: options.shared_gate.then_some(&self.shared_gate[..]),
+                average: options.average,
+            }),
+        };
         let (shape, plan) = (&self.shape, &self.plan);
-        let want =
-            reference::bound::combine(shape, plan, self.hidden, &self.yp, &weights, D::DTYPE)
-                .unwrap();
+        let want = reference::bound::combine(shape, plan, self.hidden, &inputs, D::DTYPE).unwrap();
         assert_within(&got, &want, &what);
-        assert_eq!(bits(&got), bits(&self.exact()), "{what}: the order of summation");
+        // A GPU has another exp than the host.
+        if gpu.emulated || !options.shared_gate {
+            assert_eq!(bits(&got), bits(&self.exact()), "{what}: the order of summation");
+        }
     }
 }
 
@@ -102,50 +230,60 @@ fn check<D: Dtype + DeviceRepr>(
     skew: Skew,
     hidden: usize,
     seed: u64,
+    options: Options,
 ) {
-    Case::<D>::new(shape, skew, hidden, seed).check(gpu, (seed % 3) as usize);
+    Case::<D>::with(shape, skew, hidden, seed, options).check(gpu, (seed % 3) as usize);
 }
 
 proptest! {
-    #![proptest_config(config(48))]
+    #![proptest_config(config(64))]
 
     #[test]
     fn matches_reference(
-        tokens in 0usize..12, experts in 1usize..20, k in 1usize..11, hidden in 1usize..600,
-        skew in skew(), seed in any::<u64>(),
+        tokens in 0usize..12, experts in 1usize..50, k in 1usize..40, hidden in 1usize..600,
+        skew in skew(), options in 0u64..64, seed in any::<u64>(),
     ) {
         let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
-        let gpu = gpu();
+        let (gpu, options) = (gpu(), Options::new(options));
         gpu.reschedule(seed);
-        check::<f32>(&gpu, shape, skew, hidden, seed);
-        check::<f16>(&gpu, shape, skew, hidden, seed);
-        check::<bf16>(&gpu, shape, skew, hidden, seed);
+        check::<f32>(&gpu, shape, skew, hidden, seed, options);
+        check::<f16>(&gpu, shape, skew, hidden, seed, options);
+        check::<bf16>(&gpu, shape, skew, hidden, seed, options);
     }
 }
 
 /// Aligned rows and others, rows of one block and of several, and every K around the unrolling.
 #[test]
 fn edges() {
-    let gpu = gpu();
+    let (gpu, plain, all) = (gpu(), Options::default(), Options::new(0b11_1110));
     for hidden in [1, 7, 8, 248, 256, 1024, 1032, 2048, 2049, 4104] {
         for k in [1, 3, 4, 5, 8, 9] {
             let shape = RoutingShape::new(2, 9, k).unwrap();
-            check::<f32>(&gpu, shape, Skew::Uniform, hidden, 3 * hidden as u64);
-            check::<bf16>(&gpu, shape, Skew::Inactive, hidden, 3 * hidden as u64);
-            check::<f16>(&gpu, shape, Skew::OneHot, hidden, 3 * hidden as u64 + 1);
+            check::<f32>(&gpu, shape, Skew::Uniform, hidden, 3 * hidden as u64, plain);
+            check::<bf16>(&gpu, shape, Skew::Inactive, hidden, 3 * hidden as u64, plain);
+            check::<f16>(&gpu, shape, Skew::OneHot, hidden, 3 * hidden as u64 + 1, all);
         }
     }
-    check::<f16>(&gpu, RoutingShape::new(0, 4, 2).unwrap(), Skew::Uniform, 16, 0);
-    check::<f16>(&gpu, RoutingShape::new(1, 1, 1).unwrap(), Skew::Uniform, 16, 0);
+    // More slots than a warp looks up at once.
+    for k in [31, 32, 33, 64, 65] {
+        let shape = RoutingShape::new(3, 65, k).unwrap();
+        check::<bf16>(&gpu, shape, Skew::Inactive, 72, 6, all);
+        check::<f32>(&gpu, shape, Skew::Uniform, 33, 7, plain);
+    }
+    check::<f16>(&gpu, RoutingShape::new(0, 4, 2).unwrap(), Skew::Uniform, 16, 0, all);
+    check::<f16>(&gpu, RoutingShape::new(1, 1, 1).unwrap(), Skew::Uniform, 16, 0, plain);
 }
 
 /// Rows of whole vectors, of which one buffer's alone do not start at a 16-byte boundary.
 #[test]
-fn either_view_may_start_anywhere() {
+fn any_view_may_start_anywhere() {
     let gpu = gpu();
-    let case = Case::<bf16>::new(RoutingShape::new(4, 5, 3).unwrap(), Skew::Uniform, 64, 4);
-    for (yp_offset, y_offset) in [(1, 0), (0, 1)] {
-        assert_eq!(bits(&case.run_apart(&gpu, yp_offset, y_offset)), bits(&case.exact()));
+    let shape = RoutingShape::new(4, 5, 3).unwrap();
+    let case = Case::<bf16>::with(shape, Skew::Uniform, 64, 4, Options::new(0b10_1110));
+    for buffer in 0..5 {
+        let mut offsets = [0; 5];
+        offsets[buffer] = 1;
+        assert_eq!(bits(&case.run_apart(&gpu, offsets)), bits(&case.exact()), "buffer {buffer}");
     }
 }
 
@@ -161,6 +299,37 @@ fn a_token_without_experts_is_zero() {
     assert_eq!(bits(&y[..hidden]), vec![0; hidden]);
     assert_eq!(bits(&y[2 * hidden..]), vec![0; hidden]);
     assert_eq!(bits(&y), bits(&case.exact()));
+}
+
+/// Ids next to the identities, and those that no `int` holds, are nobody's.
+#[test]
+fn identities_are_a_range_of_ids() {
+    let gpu = gpu();
+    let (shape, hidden) = (RoutingShape::new(6, 4, 1).unwrap(), 8);
+    let options = Options { identity: true, unweighted: true, ..Options::default() };
+    let mut case = Case::<f32>::with(shape, Skew::Uniform, hidden, 1, options);
+    case.ids = vec![4, 5, 6, u32::MAX, 1 << 31, i32::MAX as u32];
+    case.plan = reference::plan_fwd(&shape, 128, &case.ids).unwrap();
+    case.yp.fill(f32::NAN);
+    case.x = values::<f32>(6 * hidden, 1.0, 9);
+    case.x[2 * hidden..].fill(f32::NAN);
+    let y = case.run(&gpu, 0);
+    assert_eq!(y[..2 * hidden], case.x[..2 * hidden]);
+    assert_eq!(bits(&y[2 * hidden..]), vec![0; 4 * hidden]);
+}
+
+/// Gates whose exponential overflows, and those that are no numbers.
+#[test]
+fn shared_gates_of_any_bits() {
+    let gpu = gpu();
+    let (shape, hidden) = (RoutingShape::new(8, 3, 2).unwrap(), 16);
+    let options = Options { shared: true, shared_gate: true, ..Options::default() };
+    let mut case = Case::<f32>::with(shape, Skew::Uniform, hidden, 2, options);
+    case.shared_gate =
+        vec![-200.0, -89.0, -87.0, 0.0, 40.0, f32::INFINITY, f32::NEG_INFINITY, -0.0];
+    case.check(&gpu, 0);
+    case.shared_gate = vec![f32::NAN; 8];
+    assert!(case.run(&gpu, 0).iter().all(|y| y.is_nan()));
 }
 
 /// A NaN or an infinity in a row that a token does use belongs into its result, and nowhere else.
@@ -180,7 +349,8 @@ fn undefined_rows_stay_with_their_token() {
 #[test]
 fn schedules_do_not_change_bits() {
     let gpu = gpu();
-    let case = Case::<f16>::new(RoutingShape::new(20, 9, 3).unwrap(), Skew::Zipf, 72, 5);
+    let shape = RoutingShape::new(20, 9, 3).unwrap();
+    let case = Case::<f16>::with(shape, Skew::Zipf, 72, 5, Options::new(0b11_1110));
     let runs: Vec<_> = (0..12)
         .map(|seed| {
             gpu.reschedule(seed);
@@ -197,8 +367,9 @@ fn the_allocating_form_agrees() {
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, case.shape, &gpu.upload(&case.ids).view())
         .unwrap();
     let (yp, weights) = (gpu.upload(&case.yp), gpu.upload(&case.weights));
-    let y = combine::combine_fwd(&gpu.device, &gpu.stream, &plan, 48, &yp.view(), &weights.view())
-        .unwrap();
+    let (yp, weights) = (yp.view(), weights.view());
+    let inputs = CombineInputs::new(&yp, &weights);
+    let y = combine::combine_fwd(&gpu.device, &gpu.stream, &plan, 48, &inputs).unwrap();
     assert_eq!(bits(&gpu.download(&y.as_view())), bits(&case.run(&gpu, 0)));
 }
 
@@ -208,66 +379,86 @@ fn errors_come_before_any_launch() {
     let shape = RoutingShape::new(4, 4, 2).unwrap();
     let ids = gpu.upload(&routing_ids(shape, Skew::Uniform, 0));
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
-    let yp = gpu.upload(&values::<f32>(8 * 8, 1.0, 0));
-    let weights = gpu.upload(&values::<f32>(8, 1.0, 0));
+    let values = gpu.upload(&values::<f32>(8 * 8, 1.0, 0));
     let mut y = gpu.poisoned::<f32>(4 * 8);
-    let mut call = |hidden: usize, lens: [usize; 3]| {
-        combine::combine_fwd_into(
-            &gpu.device,
-            &gpu.stream,
-            &plan,
-            hidden,
-            &yp.view().slice(..lens[0]),
-            &weights.view().slice(..lens[1]),
-            &mut y.view_mut().slice_mut(..lens[2]),
-        )
+    let mut call = |hidden: usize, lens: [usize; 8]| {
+        let values = values.view();
+        let [yp, weights, x, output_bias, shared, gate] =
+            [0, 1, 4, 5, 6, 7].map(|at| values.slice(..lens[at]));
+        let ids = ids.view();
+        let ids = ids.slice(..lens[3]);
+        let inputs = CombineInputs {
+            yp: &yp,
+            weights: Some(&weights),
+            identity: Some(Identity { experts: 4..6, expert_ids: &ids, x: &x }),
+            output_bias: Some(&output_bias),
+            shared: Some(Shared { y: &shared, gate: Some(&gate), average: true }),
+        };
+        let y = &mut y.view_mut();
+        let y = &mut y.slice_mut(..lens[2]);
+        combine::combine_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &inputs, y)
     };
-    let length =
-        |argument, wanted, got| Err(Error::Length { op: "combine_fwd", argument, wanted, got });
-    assert_eq!(call(8, [63, 8, 32]), length("yp", 64, 63));
-    assert_eq!(call(8, [64, 7, 32]), length("weights", 8, 7));
-    assert_eq!(call(8, [64, 8, 31]), length("y", 32, 31));
-    assert!(matches!(
-        call(usize::MAX, [64, 8, 32]),
-        Err(Error::Unsupported { op: "combine_fwd", .. })
-    ));
-    assert!(call(8, [64, 8, 32]).is_ok());
-    assert!(matches!(call(0, [0, 8, 0]), Err(Error::Unsupported { argument: "hidden", .. })));
+    let good = [64, 8, 32, 8, 32, 8, 32, 4];
+    for (at, argument) in
+        ["yp", "weights", "y", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"]
+            .into_iter()
+            .enumerate()
+    {
+        let mut lens = good;
+        lens[at] -= 1;
+        let (wanted, got) = (good[at], lens[at]);
+        let error = Err(Error::Length { op: "combine_fwd", argument, wanted, got });
+        assert_eq!(call(8, lens), error);
+    }
+    assert!(matches!(call(usize::MAX, good), Err(Error::Unsupported { op: "combine_fwd", .. })));
+    assert!(call(8, good).is_ok());
+    let none = call(0, [0, 8, 0, 8, 0, 0, 0, 4]);
+    assert!(matches!(none, Err(Error::Unsupported { argument: "hidden", .. })));
 }
 
 #[test]
 fn raw_arguments_are_checked() {
     let gpu = gpu();
     let shape = RoutingShape::new(1, 4, 2).unwrap();
-    let good = CombineBuffers { y: 256, yp: 256, weights: 256, row_of_slot: 256 };
-    let call = |hidden: usize, buffers: CombineBuffers| {
+    let good = CombineBuffers { y: 256, yp: 256, row_of_slot: 256, ..CombineBuffers::default() };
+    let call = |hidden: usize, options: &CombineOptions, buffers: CombineBuffers| {
+        let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
         // SAFETY: every call here fails before it launches anything.
         unsafe {
-            combine::combine_fwd_raw(
-                &gpu.device,
-                gpu.stream.cu_stream(),
-                DType::F16,
-                shape,
-                hidden,
-                buffers,
-            )
+            combine::combine_fwd_raw(device, stream, DType::F16, shape, hidden, options, buffers)
         }
     };
+    let none = CombineOptions::default();
     for (argument, buffers) in [
         ("y", CombineBuffers { y: 257, ..good }),
         ("yp", CombineBuffers { yp: 257, ..good }),
-        ("weights", CombineBuffers { weights: 258, ..good }),
+        ("x", CombineBuffers { x: 257, ..good }),
+        ("output_bias", CombineBuffers { output_bias: 257, ..good }),
+        ("shared", CombineBuffers { shared: 257, ..good }),
         ("row_of_slot", CombineBuffers { row_of_slot: 258, ..good }),
+        ("weights", CombineBuffers { weights: 258, ..good }),
+        ("expert_ids", CombineBuffers { expert_ids: 258, ..good }),
+        ("shared_gate", CombineBuffers { shared: 256, shared_gate: 258, ..good }),
     ] {
-        let result = call(8, buffers);
+        let result = call(8, &none, buffers);
         assert!(
             matches!(result, Err(Error::Alignment { argument: got, .. }) if got == argument),
             "{result:?}"
         );
     }
+    let identity = CombineOptions { identity: 4..6, ..CombineOptions::default() };
+    let average = CombineOptions { average: true, ..CombineOptions::default() };
+    for (options, buffers) in [
+        (&identity, CombineBuffers { x: 256, ..good }),
+        (&identity, CombineBuffers { expert_ids: 256, ..good }),
+        (&average, good),
+        (&none, CombineBuffers { shared_gate: 256, ..good }),
+    ] {
+        assert!(matches!(call(8, options, buffers), Err(Error::Mismatch { .. })));
+    }
     // More than a grid has blocks for, and more than an int holds.
     for hidden in [1 << 30, 1 << 40] {
-        let too_wide = call(hidden, good);
+        let too_wide = call(hidden, &none, good);
         assert!(
             matches!(too_wide, Err(Error::Unsupported { argument: "hidden", .. })),
             "{too_wide:?}"

@@ -1,12 +1,17 @@
 //! The device: images, argument sizes, and errors that do not belong to one operation.
 
 use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
+use moe_kernels::ops::combine::CombineInputs;
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::permute::{self, PermuteBuffers};
-use moe_kernels::ops::{capacity, combine, expert_choice, jitter, plan, route};
+use moe_kernels::ops::project::ProjectInputs;
+use moe_kernels::ops::rms_norm::RmsNormInputs;
+use moe_kernels::ops::{
+    capacity, combine, expert_choice, jitter, plan, project, rms_norm, route,
+};
 use moe_kernels::{
-    CapacityConfig, CapacityLimit, DType, Device, Error, Priority, RouterConfig, RoutingShape,
-    Workspace, kernel_files, kernel_symbols,
+    CapacityConfig, CapacityLimit, DType, Device, Error, Priority, RmsNorm, RouterConfig,
+    RoutingShape, Workspace, kernel_files, kernel_symbols,
 };
 
 use crate::common::gpu;
@@ -33,6 +38,8 @@ fn every_kernel_file_is_in_the_binary() {
             "noise",
             "permute",
             "plan",
+            "project",
+            "rms_norm",
             "route",
         ]
     );
@@ -112,12 +119,16 @@ fn every_operation_holds_device_stream_and_plan_together() {
     let router = RouterConfig::top_k_softmax();
     let limit = CapacityLimit::Rows { rows: 1 };
     let one_row = CapacityConfig { limit, priority: Priority::Token, overflow: 0 };
+    let norm = RmsNorm { epsilon: 0.0, offset: 0.0, scale_first: false };
+    let with_plan = RmsNormInputs { plan: Some(&plan), ..RmsNormInputs::default() };
+    let projected = ProjectInputs { x: &four, gate: &four, bias: None };
     let mut errors = vec![
         route::route_fwd(device, &gpu.stream, shape, &router, &route::RouteInputs::new(&four))
             .err(),
         plan::plan_fwd(device, &gpu.stream, shape, &ids.view()).err(),
         jitter::jitter_fwd(device, &gpu.stream, 0.1, &four, &four).err(),
         expert_choice::expert_choice_fwd(device, &gpu.stream, 2, 2, 1, &four).err(),
+        project::project_fwd::<f32, f32, f32>(device, &gpu.stream, 2, 2, &projected).err(),
     ];
     // The device is another's, then the plan is.
     for stream in [&gpu.stream, &stream] {
@@ -125,8 +136,10 @@ fn every_operation_holds_device_stream_and_plan_together() {
             permute::permute_fwd(device, stream, &plan, 2, &four).err(),
             grouped_gemm_fwd(device, stream, &plan, 2, 2, rows, &four, LinearWeights::new(&eight))
                 .err(),
-            combine::combine_fwd(device, stream, &plan, 2, &four, &weights).err(),
+            combine::combine_fwd(device, stream, &plan, 2, &CombineInputs::new(&four, &weights))
+                .err(),
             capacity::capacity_fwd(device, stream, &plan, shape, &one_row, None, &weights).err(),
+            rms_norm::rms_norm_fwd(device, stream, &norm, 2, &four, &with_plan).err(),
         ]);
     }
     for error in errors {

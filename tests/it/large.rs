@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 use half::{bf16, f16};
-use moe_kernels::ops::combine::{CombineBuffers, combine_fwd_raw};
+use moe_kernels::ops::combine::{CombineBuffers, CombineInputs, CombineOptions, combine_fwd_raw};
 use moe_kernels::ops::grouped_gemm::{
     GroupedGemmBuffers, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_fwd_raw,
 };
@@ -66,8 +66,7 @@ fn rows_past_2_31_elements() {
         stream,
         &plan,
         hidden,
-        &xp.as_view(),
-        &weights.view(),
+        &CombineInputs::new(&xp.as_view(), &weights.view()),
         &mut y.view_mut(),
     )
     .unwrap();
@@ -151,11 +150,13 @@ fn unaligned_rows_past_2_31_elements() {
         let (xp, _xp) = xp.device_ptr_mut(&gpu.stream);
         let (y, _y) = y.device_ptr_mut(&gpu.stream);
         let permuted = PermuteBuffers { xp, x, row_of_slot, expert_offsets };
-        let combined = CombineBuffers { y, yp: xp, weights, row_of_slot };
+        let combined =
+            CombineBuffers { y, yp: xp, weights, row_of_slot, ..CombineBuffers::default() };
+        let options = CombineOptions::default();
         // SAFETY: the buffers are as long as the shape says, and live on.
         unsafe {
             permute_fwd_raw(device, stream, DType::F16, shape, hidden, permuted).unwrap();
-            combine_fwd_raw(device, stream, DType::F16, shape, hidden, combined).unwrap();
+            combine_fwd_raw(device, stream, DType::F16, shape, hidden, &options, combined).unwrap();
         }
     }
     let x = gpu.download(&x.view().slice(127 * hidden..));

@@ -15,5 +15,7 @@ mod layer;
 mod noise;
 mod permute;
 mod plan;
+mod project;
+mod rms_norm;
 mod route;
 mod tidy;

@@ -47,8 +47,8 @@ pub struct Arguments {
     #[arg(long, default_value = "bf16")]
     dtype: DType,
 
-    /// Operations: route, noise, jitter, capacity, expert_choice, plan, permute, gate_up, down,
-    /// experts, combine, layer, layer_from_x, or `all`
+    /// Operations: project, route, noise, jitter, capacity, expert_choice, plan, permute, gate_up,
+    /// down, experts, rms_norm, combine, layer, layer_from_x, or `all`
     #[arg(long, value_delimiter = ',', value_name = "OPS", default_value = "all", value_parser = parse_op)]
     op: Vec<NamedOp>,
 

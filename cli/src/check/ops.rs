@@ -6,18 +6,20 @@ use std::fmt;
 
 use clap::ValueEnum;
 use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
-use moe_kernels::ops::combine::combine_fwd_into;
+use moe_kernels::ops::combine::{CombineInputs, Identity, Shared, combine_fwd_into};
 use moe_kernels::ops::grouped_gemm::{
     GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
 };
 use moe_kernels::ops::permute::permute_fwd_into;
 use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
+use moe_kernels::ops::project::{ProjectInputs, project_fwd_into};
+use moe_kernels::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
 use moe_kernels::ops::route::{RouteInputs, route_fwd_into};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::reference::{self, Tile};
 use moe_kernels::{
-    Activation, ActivationFunction, Dtype, ExpertConfig, Experts, GateUp, Limit, MoeConfig,
-    MoeLayer, PlanLayout, RoutingPlan, WeightOrder, Workspace,
+    Activation, ActivationFunction, DType, Dtype, ExpertConfig, Experts, GateUp, Limit, MoeConfig,
+    MoeLayer, PlanLayout, RmsNorm, RoutingPlan, WeightOrder, Workspace,
 };
 
 use super::case::{Case, ROUTERS};
@@ -29,6 +31,8 @@ use crate::error::Result;
 /// What can be checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Op {
+    /// With a gate in the tokens' type and one in f32
+    Project,
     Route,
     Noise,
     Jitter,
@@ -40,12 +44,16 @@ pub enum Op {
     GroupedGemm,
     /// The same, with the activation: a few families' experts, and orders of weights
     GateUp,
+    /// With the factor before and after
+    RmsNorm,
+    /// Rows alone, and with everything that may stand beside them
     Combine,
     Layer,
 }
 
 impl Op {
-    pub const NAMES: [&'static str; 11] = [
+    pub const NAMES: [&'static str; 13] = [
+        "project",
         "route",
         "noise",
         "jitter",
@@ -55,6 +63,7 @@ impl Op {
         "permute",
         "grouped-gemm",
         "gate-up",
+        "rms-norm",
         "combine",
         "layer",
     ];
@@ -62,6 +71,7 @@ impl Op {
     /// One case on the device.
     pub fn run<D: Element>(self, gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         match self {
+            Op::Project => project(gpu, case),
             Op::Route => route(gpu, case),
             Op::Noise => choice::noise(gpu, case),
             Op::Jitter => choice::jitter(gpu, case),
@@ -71,6 +81,7 @@ impl Op {
             Op::Permute => permute(gpu, case),
             Op::GroupedGemm => grouped_gemm(gpu, case),
             Op::GateUp => gate_up(gpu, case),
+            Op::RmsNorm => rms_norm(gpu, case),
             Op::Combine => combine(gpu, case),
             Op::Layer => layer(gpu, case),
         }
@@ -339,23 +350,98 @@ fn experts() -> [ExpertConfig; 5] {
     [swiglu, swiglu, gpt_oss, nemotron, gemma]
 }
 
-fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn project<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    // Any rows of H numbers are a gate: these are experts' first rows.
+    let (num_experts, hidden) = (case.config.num_experts, case.config.hidden);
+    let gate: Vec<D> = case.gate_up.iter().copied().take(num_experts * hidden).collect();
+    let wide: Vec<f32> = gate.iter().map(|value| value.to_f32()).collect();
+    let mut worst = project_by(gpu, case, &gate)?;
+    worst.take(project_by(gpu, case, &wide)?);
+    Ok(worst)
+}
+
+fn project_by<D: Element, G: Element>(gpu: &Gpu, case: &Case<D>, gate: &[G]) -> Result<Worst> {
+    let (num_experts, hidden) = (case.config.num_experts, case.config.hidden);
+    let (x, gate_device) = (gpu.upload(&case.x)?, gpu.upload(gate)?);
+    let (x, gate_device) = (x.as_view(), gate_device.as_view());
+    let mut logits = gpu.poisoned::<f32>(case.shape.logits())?;
+    let inputs = ProjectInputs { x: &x, gate: &gate_device, bias: None };
+    let to = &mut logits.as_view_mut();
+    project_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, to)?;
+    let inputs = reference::ProjectInputs { x: &case.x[..], gate, bias: None };
+    let wanted = bound::project(num_experts, hidden, &inputs, DType::F32)?;
+    Ok(Worst::of_bounded("logits", &gpu.download(&logits.as_view())?, &wanted))
+}
+
+fn rms_norm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+//MERGE-CHECK
     let hidden = case.config.hidden;
     let plan = device_plan(gpu, case)?;
+    // A token is as long as a weight.
+    let weight = &case.x[..hidden];
+    let (yp, weight_device) = (gpu.upload(&case.yp)?, gpu.upload(weight)?);
+    let (yp, weight_device) = (yp.as_view(), weight_device.as_view());
+    let mut worst = Worst::nothing();
+    for scale_first in [false, true] {
+        let norm = RmsNorm { epsilon: 1e-6, offset: 1.0, scale_first };
+        let mut y = gpu.poisoned::<D>(case.yp.len())?;
+        let inputs = RmsNormInputs { weight: Some(&weight_device), plan: Some(&plan) };
+        let to = &mut y.as_view_mut();
+        rms_norm_fwd_into(&gpu.device, &gpu.stream, &norm, hidden, &yp, &inputs, to)?;
+        let inputs = reference::RmsNormInputs {
+            x: &case.yp[..],
+            weight: Some(weight),
+            plan: Some(&case.plan),
+        };
+        let wanted = bound::rms_norm(&norm, hidden, &inputs, D::DTYPE)?;
+        worst.take(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted));
+    }
+    Ok(worst)
+}
+
+fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    let hidden = case.config.hidden;
+    // Of the ids that are no expert's, one is an identity's.
+    let experts = case.config.num_experts as u32..case.config.num_experts as u32 + 1;
+    let plan = device_plan(gpu, case)?;
     let (yp, weights) = (gpu.upload(&case.yp)?, gpu.upload(&case.weights)?);
-    let mut y = gpu.poisoned::<D>(case.shape.num_tokens * hidden)?;
-    combine_fwd_into(
-        &gpu.device,
-        &gpu.stream,
-        &plan,
-        hidden,
-        &yp.as_view(),
-        &weights.as_view(),
-        &mut y.as_view_mut(),
-    )?;
-    let wanted =
-        bound::combine(&case.shape, &case.plan, hidden, &case.yp, &case.weights, D::DTYPE)?;
-    Ok(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted))
+    let (ids, x) = (gpu.upload(&case.expert_ids)?, gpu.upload(&case.x)?);
+    let (yp, weights, ids, x) = (yp.as_view(), weights.as_view(), ids.as_view(), x.as_view());
+    let tokens = case.shape.num_tokens;
+    let gate = case.weights.iter().copied().step_by(case.shape.top_k).collect::<Vec<f32>>();
+    let (gate_device, bias) = (gpu.upload(&gate)?, x.slice(..hidden));
+    let gate_device = gate_device.as_view();
+    let mut worst = Worst::nothing();
+    for all in [false, true] {
+        let mut y = gpu.poisoned::<D>(tokens * hidden)?;
+        let inputs = CombineInputs {
+            yp: &yp,
+            weights: Some(&weights),
+            identity: all.then_some(Identity { experts: experts.clone(), expert_ids: &ids, x: &x }),
+            output_bias: all.then_some(&bias),
+            shared: all.then_some(Shared { y: &x, gate: Some(&gate_device), average: true }),
+        };
+        let to = &mut y.as_view_mut();
+        combine_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &inputs, to)?;
+        let inputs = reference::CombineInputs {
+            yp: &case.yp[..],
+            weights: Some(&case.weights[..]),
+            identity: all.then_some(reference::Identity {
+                experts: experts.clone(),
+                expert_ids: &case.expert_ids,
+                x: &case.x[..],
+            }),
+            output_bias: all.then_some(&case.x[..hidden]),
+            shared: all.then_some(reference::Shared {
+                y: &case.x[..],
+                gate: Some(&gate[..]),
+                average: true,
+            }),
+        };
+        let wanted = bound::combine(&case.shape, &case.plan, hidden, &inputs, D::DTYPE)?;
+        worst.take(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted));
+    }
+    Ok(worst)
 }
 
 fn layer<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {

@@ -10,6 +10,7 @@ fn the_emulator_passes() {
     let done = program(&[&["check", "--device", "emulator", "--seeds", "7"], &lists[..]].concat());
     assert_eq!(done.status, Some(0), "{done:?}");
     for op in [
+        "project",
         "route",
         "noise",
         "jitter",
@@ -19,6 +20,7 @@ fn the_emulator_passes() {
         "permute",
         "grouped-gemm",
         "gate-up",
+        "rms-norm",
         "combine",
         "layer",
     ] {

@@ -61,7 +61,8 @@ impl Case {
         let weights = self.zeros::<f32>(self.shape.slots());
         self.counting.traffic_of_one(|| {
             let (yp, weights) = (yp.as_view(), weights.as_view());
-            combine::combine_fwd(&self.device, &self.stream, &self.plan, hidden, &yp, &weights)
+            let inputs = combine::CombineInputs::new(&yp, &weights);
+            combine::combine_fwd(&self.device, &self.stream, &self.plan, hidden, &inputs)
                 .expect("combine runs");
         })
     }

@@ -7,8 +7,9 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// y[t, h] = the sum of weight * row over the token's active slots: f32, fma after fma, in the order
-// of k, so the result is the same bits.
+// y[t, h] = the sum of weight * row over the token's active slots, and with `all` of weight * token
+// over those of the experts from E on, of a bias and of half a shared row: f32, fma after fma, in the
+// order of k, so the result is the same bits.
 template <class Elem>
 void check(uint64_t seed) {
   Random random(seed);
@@ -17,28 +18,45 @@ void check(uint64_t seed) {
   const Routing r = make_routing(random, tokens, top_k, experts, seed % 3 * 25);
   const std::vector<Elem> yp = random.vector<Elem>(static_cast<size_t>(r.slots()) * hidden);
   const std::vector<float> weights = random.vector<float>(r.slots());
+  const bool all = seed % 2 == 1;
+  const size_t size = static_cast<size_t>(tokens) * hidden;
+  const std::vector<Elem> x = random.vector<Elem>(size), shared = random.vector<Elem>(size);
+  const std::vector<Elem> bias = random.vector<Elem>(hidden);
   std::vector<Elem> want;
   for (int token = 0; token < tokens; token++) {
     for (int h = 0; h < hidden; h++) {
       float sum = 0.0f;
       for (int slot = token * top_k; slot < (token + 1) * top_k; slot++) {
         const int row = r.row_of_slot[slot];
-        if (row < 0) continue;
-        sum = std::fma(weights[slot], to_f32(yp[static_cast<size_t>(row) * hidden + h]), sum);
+        const size_t at = static_cast<size_t>(row < 0 ? token : row) * hidden + h;
+        if (row < 0 && !all) continue;
+        sum = std::fma(weights[slot], to_f32(row < 0 ? x[at] : yp[at]), sum);
       }
-      want.push_back(from_f32<Elem>(sum));
+      // A gate of 0 is a half.
+      if (all) sum = std::fma(0.5f, to_f32(shared[want.size()]), sum + to_f32(bias[h]));
+      want.push_back(from_f32<Elem>(all ? 0.5f * sum : sum));
     }
   }
   const Buffer<Elem> y(want.size()), yp_device(yp);
   const Buffer<float> weights_device(weights);
+  const Buffer<Elem> x_device(x), shared_device(shared), bias_device(bias);
+  const Buffer<float> gate(std::vector<float>(tokens, 0.0f));
   const Buffer<int> rows(r.row_of_slot);
-  const CombineArgs args = {hidden, top_k, hidden * sizeof(Elem) % 16 == 0};
+  const Buffer<uint32_t> ids(r.expert_ids);
+  const CombineArgs args = {hidden,
+                            top_k,
+                            experts,
+                            all ? INT32_MAX : 0,
+                            all,
+                            hidden * sizeof(Elem) % 16 == 0};
   const int length = 16 / sizeof(Elem);
   const int threads = std::min(((hidden + length - 1) / length + 31) / 32 * 32, COMBINE_THREADS);
   const int blocks = (hidden + threads * length - 1) / (threads * length);
   testing::run_ok(std::string("moe_combine_fwd") + suffix<Elem>(),
                   {dim3(tokens, blocks), dim3(threads), 0, seed}, y.get(), yp_device.get(),
-                  weights_device.get(), rows.get(), args);
+                  weights_device.get(), all ? x_device.get() : nullptr,
+                  all ? bias_device.get() : nullptr, all ? shared_device.get() : nullptr,
+                  all ? gate.get() : nullptr, rows.get(), all ? ids.get() : nullptr, args);
   CHECK(same_bits(y.get(), want.data(), want.size() * sizeof(Elem)), "T %d K %d H %d, seed %llu",
         tokens, top_k, hidden, static_cast<unsigned long long>(seed));
 }

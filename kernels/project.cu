@@ -1,0 +1,455 @@
+// project: the router's product, tokens times the rows of a gate.
+//   logits[t, e] = sum over h of x[t, h] * gate[e, h]  (+ bias[e])
+//   x is Elem, gate and bias are Elem or f32 (Gate), the sum is f32 by FFMA, never TF32. Logits are
+//   stored as f32, or rounded to Elem once.
+// Order   a logit's bits depend on H and its own operands, not on T, E, alignment or body. H is cut
+//         into segments of 512 columns. In a segment, sum p of 8 goes from 0, fma after fma in the
+//         order of h, over the h with h / 8 % 8 = p; the eight are added as ((0+4) + (2+6)) +
+//         ((1+5) + (3+7)); segments are added to 0 in order, and the bias last. Columns past H may
+//         take part as products 0 * 0: they could but turn a -0 into 0, and from 0 no sum is -0.
+//         So eight lanes share a sum, each with runs of 8 columns: 16-byte loads that make whole
+//         lines, sums that stay in registers, and segments that other warps add up at the same time.
+// Bodies  one   T up to a few. A block per token and expert, eight lanes for each segment.
+//         few   the same for 8 tokens times 4 experts, where tile would leave most SMs idle.
+//               Both read runs straight from memory; one of f32 is two loads of the same sectors.
+//         tile  a block per 64 tokens and 32 experts: eight lanes have 8 by 8 of them, steps of 64
+//               columns pass through shared memory, PROJECT_STAGES of them under way.
+// Launch  a grid of blocks_of(experts) * blocks_of(tokens), experts fastest, as x is the larger
+//         operand; one, few: PROJECT_LANES threads for each of 4 to 32 segments at a time (slots);
+//         tile: PROJECT_TILE_THREADS and dynamic shared memory for the stages.
+// Floor   bytes T*H*s + E*H*g + T*E*4 and 2*T*E*H FLOPs: at T1 H7168 E256 with f32 gates 7.3 MB, at
+//         T16384 bf16 and f32 259 MB and 60 GFLOP.
+// Writers one per logit, and the order above: the result is deterministic.
+#include "kernel.cuh"
+
+constexpr int RUN = PROJECT_RUN;
+constexpr int LANES = PROJECT_LANES;
+constexpr int STEP = PROJECT_STEP;
+constexpr int SEGMENT_STEPS = PROJECT_SEGMENT / STEP;
+static_assert(LANES == 8 && WARP_SIZE % LANES == 0, "what lanes_sum adds up");
+static_assert(PROJECT_SEGMENT % STEP == 0, "segments are whole steps");
+
+// ---- Runs of columns ----------------------------------------------------------------------------
+
+struct Run {
+  float at[RUN];
+};
+
+// The run of a row from column `h` on, 0 from H on.
+template <bool VECTOR, typename T>
+__device__ __forceinline__ Run load_run(const T* row, int h, int hidden) {
+  constexpr int LEN = Vec<T>::LEN;
+  Run run;
+  if constexpr (VECTOR) {
+#pragma unroll
+    for (int i = 0; i < RUN; i += LEN) {
+      Vec<T> value = {};
+      if (h + i < hidden) value = load_vec(row + h + i);
+#pragma unroll
+      for (int j = 0; j < LEN; j++) run.at[i + j] = to_f32(value.at[j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < RUN; i++) run.at[i] = h + i < hidden ? to_f32(row[h + i]) : 0.0f;
+  }
+  return run;
+}
+
+// sum[t, e] += the products of one run, in the order of columns.
+template <int TOKENS, int EXPERTS>
+__device__ __forceinline__ void add_products(float (&sum)[TOKENS * EXPERTS], const Run (&x)[TOKENS],
+                                             const Run (&gate)[EXPERTS]) {
+#pragma unroll
+  for (int e = 0; e < EXPERTS; e++) {
+#pragma unroll
+    for (int i = 0; i < RUN; i++) {
+#pragma unroll
+      for (int t = 0; t < TOKENS; t++) {
+        float& s = sum[t * EXPERTS + e];
+        s = __fmaf_rn(x[t].at[i], gate[e].at[i], s);
+      }
+    }
+  }
+}
+
+// ---- Sums over the eight lanes ------------------------------------------------------------------
+
+// Adds up sum[i] of eight neighbouring lanes for each i. N of 8 or more are shared out: lane p has
+// those of i = p * N / 8 and on in its first N / 8 places. One alone goes to every lane.
+template <int N, int BIT = LANES / 2, int COUNT = N>
+__device__ __forceinline__ void lanes_sum(float (&sum)[N]) {
+  static_assert(N == 1 || N % LANES == 0, "a share for each lane");
+  if constexpr (BIT > 0) {
+    constexpr int HALF = COUNT / 2;
+    const bool upper = threadIdx.x & BIT;
+    if constexpr (N == 1) sum[0] = __fadd_rn(sum[0], __shfl_xor_sync(FULL_WARP, sum[0], BIT));
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+      const float keep = upper ? sum[HALF + i] : sum[i];
+      const float give = upper ? sum[i] : sum[HALF + i];
+      sum[i] = __fadd_rn(keep, __shfl_xor_sync(FULL_WARP, give, BIT));
+    }
+    lanes_sum<N, BIT / 2, HALF>(sum);
+  }
+}
+
+template <typename Elem, typename Gate>
+__device__ __forceinline__ void store_logit(void* logits, const Gate* bias, float sum, int token,
+                                            int expert, const ProjectArgs& args) {
+  if (token >= args.num_tokens || expert >= args.num_experts) return;
+  if (bias != nullptr) sum = __fadd_rn(sum, to_f32(bias[expert]));
+  const int64_t at = (int64_t)token * args.num_experts + expert;
+  if (args.f32_logits) {
+    static_cast<float*>(logits)[at] = sum;
+  } else {
+    static_cast<Elem*>(logits)[at] = from_f32<Elem>(sum);
+  }
+}
+
+// ---- one, few: a block for TOKENS times EXPERTS, its segments side by side ----------------------
+
+// On an SM side by side, at least. One leaves the compiler the registers to have all loads of a
+// segment under way, which is what a product with one token waits for.
+constexpr int ONE_BLOCKS = 1;
+
+// AHEAD steps are asked for before the first is used.
+template <int TOKENS, int EXPERTS, int AHEAD, bool VECTOR, typename Elem, typename Gate>
+__device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, f32 or Elem
+                                              const Elem* x,     // [T, H]
+                                              const Gate* gate,  // [E, H]
+                                              const Gate* bias,  // [E] or null
+                                              const ProjectArgs& args) {
+  constexpr int N = TOKENS * EXPERTS;
+  constexpr int SHARE = N == 1 ? 1 : N / LANES;
+  static_assert(N <= PROJECT_MIN_SLOTS * LANES, "a thread for each logit");
+  SHARED_ARRAY(float, segment_sums, PROJECT_MAX_SLOTS * N);
+  const int slot = threadIdx.x / LANES, num_slots = blockDim.x / LANES;
+  const int lane = threadIdx.x % LANES;
+  const int expert_blocks = (args.num_experts + EXPERTS - 1) / EXPERTS;
+  const int first_token = blockIdx.x / expert_blocks * TOKENS;
+  const int first_expert = blockIdx.x % expert_blocks * EXPERTS;
+  const int segments = (args.hidden + PROJECT_SEGMENT - 1) / PROJECT_SEGMENT;
+
+  // Past the last token and expert, the last one is multiplied again, and not stored.
+  const Elem* x_rows[TOKENS];
+  const Gate* gate_rows[EXPERTS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) {
+    x_rows[t] = x + (int64_t)min(first_token + t, args.num_tokens - 1) * args.hidden;
+  }
+#pragma unroll
+  for (int e = 0; e < EXPERTS; e++) {
+    gate_rows[e] = gate + (int64_t)min(first_expert + e, args.num_experts - 1) * args.hidden;
+  }
+
+  float total = 0.0f;
+  for (int begin = 0; begin < segments; begin += num_slots) {
+    float sum[N] = {};
+    // Lanes whose segment is past H go along, with zeros: a warp has several segments.
+    const int first_column = (begin + slot) * PROJECT_SEGMENT + lane * RUN;
+#pragma unroll 1
+    for (int step = 0; step < SEGMENT_STEPS; step += AHEAD) {
+      Run x_run[AHEAD][TOKENS], gate_run[AHEAD][EXPERTS];
+#pragma unroll
+      for (int a = 0; a < AHEAD; a++) {
+        const int h = first_column + (step + a) * STEP;
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+          x_run[a][t] = load_run<VECTOR>(x_rows[t], h, args.hidden);
+        }
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++) {
+          gate_run[a][e] = load_run<VECTOR>(gate_rows[e], h, args.hidden);
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < AHEAD; a++) {
+        add_products<TOKENS, EXPERTS>(sum, x_run[a], gate_run[a]);
+      }
+    }
+    lanes_sum(sum);
+    if (N > 1 || lane == 0) {
+#pragma unroll
+      for (int i = 0; i < SHARE; i++) segment_sums[slot * N + lane * SHARE + i] = sum[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < N) {
+      for (int s = 0; s < min(num_slots, segments - begin); s++) {
+        total = __fadd_rn(total, segment_sums[s * N + threadIdx.x]);
+      }
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x < N) {
+    const int token = first_token + threadIdx.x / EXPERTS;
+    const int expert = first_expert + threadIdx.x % EXPERTS;
+    store_logit<Elem>(logits, bias, total, token, expert, args);
+  }
+}
+
+// ---- tile: 64 tokens by 32 experts, steps of columns through shared memory ----------------------
+
+constexpr int TILE_RUNS = 8;  // Rows of either operand that eight lanes have.
+constexpr int TILE_N = TILE_RUNS * TILE_RUNS;
+constexpr int TILE_EXPERT_GROUPS = PROJECT_TILE_EXPERTS / TILE_RUNS;
+static_assert(PROJECT_TILE_TOKENS * PROJECT_TILE_EXPERTS / TILE_N * LANES == PROJECT_TILE_THREADS,
+              "eight lanes for each 8 by 8");
+
+// A step's columns of ROWS rows. A run is one or two 16-byte vectors; the first ones of all runs come
+// first, so that eight lanes read 128 bytes in a row. The second ones change halves, so that a row
+// that is written in the order of columns meets every bank once as well.
+template <typename T, int ROWS>
+struct StepRows {
+  static constexpr int LEN = Vec<T>::LEN;
+  static constexpr int ROW_VECTORS = STEP / LEN;
+  static constexpr int LOADS = ROWS * ROW_VECTORS / PROJECT_TILE_THREADS;
+  static_assert(ROWS * ROW_VECTORS % PROJECT_TILE_THREADS == 0, "as many for each thread");
+  T at[ROWS * STEP];
+
+  __device__ __forceinline__ static int place(int row, int run, int i) {
+    const int vector = i / LEN;
+    return row * STEP + (vector * LANES + (run ^ (vector * LANES / 2))) * LEN;
+  }
+
+  // Brings the columns from `h` on of rows first, first + 1, ...; past the last row it comes again.
+  template <bool VECTOR>
+  __device__ __forceinline__ void fill(const T* rows, int first, int num_rows, int h, int hidden) {
+#pragma unroll
+    for (int load = 0; load < LOADS; load++) {
+      const int index = load * PROJECT_TILE_THREADS + threadIdx.x;
+      const int row = index / ROW_VECTORS, column = index % ROW_VECTORS * LEN;
+      const T* source = rows + (int64_t)min(first + row, num_rows - 1) * hidden;
+      T* target = at + place(row, column / RUN, column % RUN);
+      const int begin = h + column;
+      if constexpr (VECTOR) {
+        const bool inside = begin < hidden;
+        ptx::cp_async16(ptx::smem_u32(target), inside ? source + begin : source, inside ? 16 : 0);
+      } else {
+        Vec<T> value;
+#pragma unroll
+        for (int i = 0; i < LEN; i++) {
+          value.at[i] = begin + i < hidden ? source[begin + i] : from_f32<T>(0.0f);
+        }
+        store_vec(target, value);
+      }
+    }
+  }
+
+  __device__ __forceinline__ Run run(int row, int lane) const {
+    Run run;
+#pragma unroll
+    for (int i = 0; i < RUN; i += LEN) {
+      const Vec<T> value = load_vec(at + place(row, lane, i));
+#pragma unroll
+      for (int j = 0; j < LEN; j++) run.at[i + j] = to_f32(value.at[j]);
+    }
+    return run;
+  }
+};
+
+template <typename Elem, typename Gate>
+struct alignas(16) ProjectStage {
+  StepRows<Elem, PROJECT_TILE_TOKENS> x;
+  StepRows<Gate, PROJECT_TILE_EXPERTS> gate;
+};
+static_assert(sizeof(ProjectStage<bf16, float>) ==
+                  STEP * (PROJECT_TILE_TOKENS * 2 + PROJECT_TILE_EXPERTS * 4),
+              "what the launch asks for");
+
+template <bool VECTOR, typename Elem, typename Gate>
+__device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 or Elem
+                                          const Elem* x,     // [T, H]
+                                          const Gate* gate,  // [E, H]
+                                          const Gate* bias,  // [E] or null
+                                          const ProjectArgs& args) {
+  SHARED_DYNAMIC(shared);
+  auto* stages = reinterpret_cast<ProjectStage<Elem, Gate>*>(shared);
+  const int expert_blocks = (args.num_experts + PROJECT_TILE_EXPERTS - 1) / PROJECT_TILE_EXPERTS;
+  const int first_token = blockIdx.x / expert_blocks * PROJECT_TILE_TOKENS;
+  const int first_expert = blockIdx.x % expert_blocks * PROJECT_TILE_EXPERTS;
+  const int group = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  const int token_row = group / TILE_EXPERT_GROUPS * TILE_RUNS;
+  const int expert_row = group % TILE_EXPERT_GROUPS * TILE_RUNS;
+  const int steps = (args.hidden + STEP - 1) / STEP;
+
+  // Every step closes a group of copies, even one without any, so that a wait can count them.
+  auto fill = [&](int step) {
+    if (step < steps) {
+      auto& stage = stages[step % PROJECT_STAGES];
+      stage.x.template fill<VECTOR>(x, first_token, args.num_tokens, step * STEP, args.hidden);
+      stage.gate.template fill<VECTOR>(gate, first_expert, args.num_experts, step * STEP,
+                                       args.hidden);
+    }
+    ptx::cp_async_commit();
+  };
+#pragma unroll
+  for (int step = 0; step < PROJECT_STAGES - 1; step++) fill(step);
+
+  float total[TILE_RUNS] = {};
+  float sum[TILE_N] = {};
+  for (int step = 0; step < steps; step++) {
+    ptx::cp_async_wait<PROJECT_STAGES - 2>();
+    // The step has come for everybody, and everybody is done with the stage that is filled next.
+    __syncthreads();
+    fill(step + PROJECT_STAGES - 1);
+
+    const auto& stage = stages[step % PROJECT_STAGES];
+    Run x_run[TILE_RUNS], gate_run[TILE_RUNS];
+#pragma unroll
+    for (int i = 0; i < TILE_RUNS; i++) {
+      x_run[i] = stage.x.run(token_row + i, lane);
+      gate_run[i] = stage.gate.run(expert_row + i, lane);
+    }
+    add_products<TILE_RUNS, TILE_RUNS>(sum, x_run, gate_run);
+    if (step % SEGMENT_STEPS == SEGMENT_STEPS - 1 || step == steps - 1) {
+      lanes_sum(sum);
+#pragma unroll
+      for (int e = 0; e < TILE_RUNS; e++) total[e] = __fadd_rn(total[e], sum[e]);
+#pragma unroll
+      for (int i = 0; i < TILE_N; i++) sum[i] = 0.0f;
+    }
+  }
+  // Of the group's 8 by 8 logits a lane has got those of one token.
+#pragma unroll
+  for (int e = 0; e < TILE_RUNS; e++) {
+    store_logit<Elem>(logits, bias, total[e], first_token + token_row + lane,
+                      first_expert + expert_row + e, args);
+  }
+}
+
+// ---- The entries: for each body, a gate of the tokens' type and one of f32 ----------------------
+
+template <typename Elem, typename Gate>
+__device__ __forceinline__ void project_one(void* logits, const Elem* x, const Gate* gate,
+                                            const Gate* bias, const ProjectArgs& args) {
+  if (args.vector) {
+    segments_body<1, 1, SEGMENT_STEPS, true>(logits, x, gate, bias, args);
+  } else {
+    segments_body<1, 1, 1, false>(logits, x, gate, bias, args);
+  }
+}
+
+template <typename Elem, typename Gate>
+__device__ __forceinline__ void project_few(void* logits, const Elem* x, const Gate* gate,
+                                            const Gate* bias, const ProjectArgs& args) {
+  if (args.vector) {
+    segments_body<PROJECT_FEW_TOKENS, PROJECT_FEW_EXPERTS, 1, true>(logits, x, gate, bias, args);
+  } else {
+    segments_body<PROJECT_FEW_TOKENS, PROJECT_FEW_EXPERTS, 1, false>(logits, x, gate, bias, args);
+  }
+}
+
+template <typename Elem, typename Gate>
+__device__ __forceinline__ void project_tile(void* logits, const Elem* x, const Gate* gate,
+                                             const Gate* bias, const ProjectArgs& args) {
+  if (args.vector) {
+    tile_body<true>(logits, x, gate, bias, args);
+  } else {
+    tile_body<false>(logits, x, gate, bias, args);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
+moe_project_fwd_one_f32(void* logits, const float* x, const float* gate, const float* bias,
+                        const ProjectArgs args) {
+  project_one(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_one_f32, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
+moe_project_fwd_one_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+                        const ProjectArgs args) {
+  project_one(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_one_f16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
+moe_project_fwd_one_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+                         const ProjectArgs args) {
+  project_one(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_one_bf16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
+moe_project_fwd_one_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+                               const ProjectArgs args) {
+  project_one(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_one_gate32_f16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
+moe_project_fwd_one_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+                                const ProjectArgs args) {
+  project_one(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_one_gate32_bf16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
+moe_project_fwd_few_f32(void* logits, const float* x, const float* gate, const float* bias,
+                        const ProjectArgs args) {
+  project_few(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_few_f32, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
+moe_project_fwd_few_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+                        const ProjectArgs args) {
+  project_few(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_few_f16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
+moe_project_fwd_few_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+                         const ProjectArgs args) {
+  project_few(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_few_bf16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
+moe_project_fwd_few_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+                               const ProjectArgs args) {
+  project_few(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_few_gate32_f16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
+moe_project_fwd_few_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+                                const ProjectArgs args) {
+  project_few(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_few_gate32_bf16, PROJECT_MAX_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
+moe_project_fwd_tile_f32(void* logits, const float* x, const float* gate, const float* bias,
+                         const ProjectArgs args) {
+  project_tile(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_tile_f32, PROJECT_TILE_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
+moe_project_fwd_tile_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+                         const ProjectArgs args) {
+  project_tile(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_tile_f16, PROJECT_TILE_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
+moe_project_fwd_tile_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+                          const ProjectArgs args) {
+  project_tile(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_tile_bf16, PROJECT_TILE_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
+moe_project_fwd_tile_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+                                const ProjectArgs args) {
+  project_tile(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_tile_gate32_f16, PROJECT_TILE_THREADS)
+
+extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
+moe_project_fwd_tile_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+                                 const ProjectArgs args) {
+  project_tile(logits, x, gate, bias, args);
+}
+EXPORT_KERNEL(moe_project_fwd_tile_gate32_bf16, PROJECT_TILE_THREADS)

@@ -1,0 +1,287 @@
+//! The router's product: tokens `x` `[T, H]` times `gate` `[E, H]` to `logits` `[T, E]`.
+
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
+};
+
+use crate::abi::{
+    PROJECT_FEW_EXPERTS, PROJECT_FEW_TOKENS, PROJECT_LANES, PROJECT_MAX_SLOTS, PROJECT_MIN_SLOTS,
+    PROJECT_SEGMENT, PROJECT_STAGES, PROJECT_STEP, PROJECT_TILE_EXPERTS, PROJECT_TILE_THREADS,
+    PROJECT_TILE_TOKENS, ProjectArgs,
+};
+use crate::device::{
+    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
+    optional, vector_rows,
+};
+use crate::dtype::{DType, Dtype};
+use crate::error::{Error, Result, check_len, int, product, width};
+use crate::shape::MAX_EXPERTS;
+
+const OP: &str = "project_fwd";
+
+/// What is multiplied. The gate is of the tokens' type or `f32`; its bias is of the gate's type, as both
+/// are parameters of one linear layer, which a checkpoint stores alike.
+pub struct ProjectInputs<'a, D, G = D> {
+    /// `[T, H]`
+    pub x: &'a CudaView<'a, D>,
+    /// `[E, H]`
+    pub gate: &'a CudaView<'a, G>,
+    /// `[E]`
+    pub bias: Option<&'a CudaView<'a, G>>,
+}
+
+/// Device addresses for [`project_fwd_raw`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ProjectBuffers {
+    /// `[T, E]`, written whole.
+    pub logits: CUdeviceptr,
+    /// `[T, H]`
+    pub x: CUdeviceptr,
+    /// `[E, H]`
+    pub gate: CUdeviceptr,
+    /// `[E]`, or 0.
+    pub bias: CUdeviceptr,
+}
+
+/// The types of [`project_fwd_raw`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProjectTypes {
+    /// Of the tokens.
+    pub x: DType,
+    /// Of the gate and its bias: that of the tokens, or f32.
+    pub gate: DType,
+    /// Of the logits: that of the tokens, or f32.
+    pub logits: DType,
+}
+
+/// The dimensions of [`project_fwd_raw`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProjectShape {
+    /// `T`
+    pub num_tokens: usize,
+    /// `E`
+    pub num_experts: usize,
+    /// `H`
+    pub hidden: usize,
+}
+
+/// One of the kernel's bodies, which all give the same bits.
+///
+/// For tests and measurements; every other caller leaves the choice to the operation.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProjectBody {
+    /// A block for each logit.
+    One,
+    /// A block for 8 tokens and 4 experts.
+    Few,
+    /// A block for 64 tokens and 32 experts.
+    Tile,
+}
+
+impl ProjectBody {
+    /// The one that suits a shape best. It decides nothing but the time.
+    fn of(ProjectShape { num_tokens, num_experts, .. }: ProjectShape) -> Self {
+        /// Up to so many tokens weights are read once for each of them, mostly from cache, as more blocks
+        /// bring them in sooner.
+        const MAX_ONE_TOKENS: usize = 4;
+        /// Fewer experts leave most of a tile idle, and fewer tiles most of a GPU.
+        const MIN_TILE_EXPERTS: usize = PROJECT_TILE_EXPERTS as usize / 2 + 1;
+        const MIN_TILES: usize = 96;
+        let tiles = num_tokens.div_ceil(PROJECT_TILE_TOKENS as usize)
+            * num_experts.div_ceil(PROJECT_TILE_EXPERTS as usize);
+        match () {
+            () if num_tokens <= MAX_ONE_TOKENS => Self::One,
+            () if num_experts >= MIN_TILE_EXPERTS && tiles >= MIN_TILES => Self::Tile,
+            () => Self::Few,
+        }
+    }
+
+    /// Tokens and experts of a block.
+    fn block(self) -> (usize, usize) {
+        match self {
+            Self::One => (1, 1),
+            Self::Few => (PROJECT_FEW_TOKENS as usize, PROJECT_FEW_EXPERTS as usize),
+            Self::Tile => (PROJECT_TILE_TOKENS as usize, PROJECT_TILE_EXPERTS as usize),
+        }
+    }
+
+    fn kernel(self, wide_gate: bool) -> Kernel {
+        match (self, wide_gate) {
+            (Self::One, false) => Kernel::ProjectFwdOne,
+            (Self::Few, false) => Kernel::ProjectFwdFew,
+            (Self::Tile, false) => Kernel::ProjectFwdTile,
+            (Self::One, true) => Kernel::ProjectFwdOneGate32,
+            (Self::Few, true) => Kernel::ProjectFwdFewGate32,
+            (Self::Tile, true) => Kernel::ProjectFwdTileGate32,
+        }
+    }
+}
+
+/// `logits[t, e] = sum over h of x[t, h] * gate[e, h]  (+ bias[e])`: products and sums in f32, never
+/// TF32, in an order that depends on `H` alone, rounded to the logits' type once.
+///
+/// So a token's logits are the same bits however many tokens there are, and wherever among them it
+/// stands. `x` is `[T, H]`, `gate` `[E, H]` with up to 4096 rows, any `H`; gate and logits are of the tokens'
+/// type or `f32`. With one row the product is a shared expert's gate. Rows of 16-byte multiples that start
+/// at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`.
+///
+/// # Errors
+/// [`Error::Length`] for a buffer that does not fit, [`Error::Unsupported`] for a dimension out of range or
+/// types that do not go together, [`Error::Mismatch`] for a stream of another context, and what a launch
+/// can meet.
+pub fn project_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
+    device: &Device,
+    stream: &CudaStream,
+    num_experts: usize,
+    hidden: usize,
+    inputs: &ProjectInputs<'_, D, G>,
+    logits: &mut CudaViewMut<'_, L>,
+) -> Result<()> {
+    let ProjectInputs { x, gate, bias } = *inputs;
+    check_stream(OP, device, stream)?;
+    width(OP, "hidden", hidden)?;
+    let shape = ProjectShape { num_tokens: x.len() / hidden, num_experts, hidden };
+    check_len(OP, "x", x.len(), shape.num_tokens * hidden)?;
+    check_len(OP, "gate", gate.len(), product(OP, "num_experts * hidden", num_experts, hidden)?)?;
+    if let Some(bias) = bias {
+        check_len(OP, "bias", bias.len(), num_experts)?;
+    }
+    let len = product(OP, "num_tokens * num_experts", shape.num_tokens, num_experts)?;
+    check_len(OP, "logits", logits.len(), len)?;
+    let types = ProjectTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
+    let (logits, _logits_guard) = logits.device_ptr_mut(stream);
+    let (x, _x_guard) = x.device_ptr(stream);
+    let (gate, _gate_guard) = gate.device_ptr(stream);
+    let (bias, _bias_guard) = optional(bias, stream);
+    let buffers = ProjectBuffers { logits, x, gate, bias };
+    // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
+    // buffers and outlive it.
+    unsafe { project_fwd_raw(device, stream.cu_stream(), types, shape, buffers) }
+}
+
+/// [`project_fwd_into`] a new buffer.
+///
+/// # Errors
+/// Those of [`project_fwd_into`], and [`Error::Driver`] if the allocation fails.
+pub fn project_fwd<D: Dtype, G: Dtype, L: Dtype + DeviceRepr>(
+    device: &Device,
+    stream: &Arc<CudaStream>,
+    num_experts: usize,
+    hidden: usize,
+    inputs: &ProjectInputs<'_, D, G>,
+) -> Result<CudaSlice<L>> {
+    width(OP, "hidden", hidden)?;
+    let num_tokens = inputs.x.len() / hidden;
+    let len = product(OP, "num_tokens * num_experts", num_tokens, num_experts)?;
+    // SAFETY: the operation writes every element.
+    let mut logits = unsafe { alloc::<L>(OP, stream, len) }?;
+    project_fwd_into(device, stream, num_experts, hidden, inputs, &mut logits.as_view_mut())?;
+    Ok(logits)
+}
+
+/// [`project_fwd_into`] on addresses.
+///
+/// # Safety
+/// Each buffer that is not 0 has the elements that [`ProjectBuffers`] and `shape` give it, of the type in
+/// `types`, in memory of `device`'s context that stays valid until the kernel has run; `logits` overlaps none
+/// of the others; `stream` is a stream of that context.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a dimension out of range or types that do not go together,
+/// [`Error::Alignment`], and what a launch can meet.
+pub unsafe fn project_fwd_raw(
+    device: &Device,
+    stream: CUstream,
+    types: ProjectTypes,
+    shape: ProjectShape,
+    buffers: ProjectBuffers,
+) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { project_fwd_with(device, stream, ProjectBody::of(shape), types, shape, buffers) }
+}
+
+/// [`project_fwd_raw`] by a certain body.
+///
+/// # Safety
+/// That of [`project_fwd_raw`].
+///
+/// # Errors
+/// Those of [`project_fwd_raw`].
+#[doc(hidden)]
+pub unsafe fn project_fwd_with(
+    device: &Device,
+    stream: CUstream,
+    body: ProjectBody,
+    types: ProjectTypes,
+    shape: ProjectShape,
+    buffers: ProjectBuffers,
+) -> Result<()> {
+    let ProjectShape { num_tokens, num_experts, hidden } = shape;
+    let ProjectBuffers { logits, x, gate, bias } = buffers;
+    let unsupported = |argument, wanted: String, got: String| {
+        Err(Error::Unsupported { op: OP, argument, wanted, got })
+    };
+    for (argument, dtype) in [("gate", types.gate), ("logits", types.logits)] {
+        if dtype != types.x && dtype != DType::F32 {
+            return unsupported(argument, format!("{} or f32", types.x), dtype.to_string());
+        }
+    }
+    if !(1..=MAX_EXPERTS).contains(&num_experts) {
+        let wanted = format!("1 to {MAX_EXPERTS}");
+        return unsupported("num_experts", wanted, num_experts.to_string());
+    }
+    check_aligned(OP, "logits", logits, types.logits.size())?;
+    check_aligned(OP, "x", x, types.x.size())?;
+    check_aligned(OP, "gate", gate, types.gate.size())?;
+    check_aligned(OP, "bias", bias, types.gate.size())?;
+    let rows_of = |dtype: DType, address| vector_rows(hidden * dtype.size(), &[address]);
+    let args = ProjectArgs {
+        num_tokens: int(OP, "num_tokens", num_tokens)?,
+        num_experts: int(OP, "num_experts", num_experts)?,
+        hidden: width(OP, "hidden", hidden)?,
+        f32_logits: (types.logits == DType::F32).into(),
+        vector: (rows_of(types.x, x) && rows_of(types.gate, gate)).into(),
+    };
+    let (tokens, experts) = body.block();
+    let blocks = product(OP, "blocks", num_tokens.div_ceil(tokens), num_experts.div_ceil(experts))?;
+    let grid = int(OP, "num_tokens * num_experts", blocks)? as u32;
+    if num_tokens == 0 {
+        return Ok(());
+    }
+    let launch = match body {
+        ProjectBody::Tile => Launch {
+            grid: [grid, 1, 1],
+            threads: PROJECT_TILE_THREADS as u32,
+            shared_bytes: tile_bytes(types),
+        },
+        ProjectBody::One | ProjectBody::Few => {
+            let segments = hidden.div_ceil(PROJECT_SEGMENT as usize) as u32;
+            let slots = segments.next_power_of_two();
+            let slots = slots.clamp(PROJECT_MIN_SLOTS as u32, PROJECT_MAX_SLOTS as u32);
+            let threads = slots * PROJECT_LANES as u32;
+            Launch { grid: [grid, 1, 1], threads, shared_bytes: 0 }
+        }
+    };
+    let arguments = [
+        Argument::of(&logits),
+        Argument::of(&x),
+        Argument::of(&gate),
+        Argument::of(&bias),
+        Argument::of(&args),
+    ];
+    let kernel = body.kernel(types.gate != types.x);
+    // SAFETY: the arguments follow moe_project_fwd in kernels/project.cu; the caller vouches for the
+    // buffers; the entry is that of the types, which were checked above.
+    unsafe { device.launch(stream, kernel, types.x, launch, &arguments) }
+}
+
+/// Bytes of the stages of a tile.
+fn tile_bytes(types: ProjectTypes) -> u32 {
+    let row = |dtype: DType| PROJECT_STEP as usize * dtype.size();
+    let stage = PROJECT_TILE_TOKENS as usize * row(types.x)
+        + PROJECT_TILE_EXPERTS as usize * row(types.gate);
+    (PROJECT_STAGES as usize * stage) as u32
+}

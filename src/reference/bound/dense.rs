@@ -1,0 +1,110 @@
+//! Bounds of the operations that work on rows and tokens, not on experts: combine, norm and projection.
+
+use super::{Bounded, U, magnitudes, stored, sum_error};
+use crate::config::RmsNorm;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::reference::accum::Element;
+use crate::reference::combine::{CombineInputs, Identity, Shared, combine_fwd, sigmoid};
+use crate::reference::plan::Plan;
+use crate::reference::project::{ProjectInputs, project_fwd};
+use crate::reference::rms_norm::{RmsNormInputs, rms_norm_fwd};
+use crate::shape::RoutingShape;
+
+/// [`combine_fwd`] with its result stored as `out`.
+///
+/// # Errors
+/// Those of [`combine_fwd`].
+pub fn combine(
+    shape: &RoutingShape,
+    plan: &Plan,
+    hidden: usize,
+    inputs: &CombineInputs<'_, impl Element<f64>, impl Element<f64>, impl Element<f64>>,
+    out: DType,
+) -> Result<Bounded> {
+    let value = combine_fwd::<f64>(shape, plan, hidden, inputs)?;
+    let yp = magnitudes(inputs.yp);
+    let weights = inputs.weights.map(magnitudes);
+    let x = inputs.identity.as_ref().map(|identity| magnitudes(identity.x));
+    let output_bias = inputs.output_bias.map(magnitudes);
+    let shared = inputs.shared.as_ref().map(|shared| magnitudes(shared.y));
+    // Gates stay as they are: a sigmoid is positive.
+    let gate: Option<Vec<f64>> = inputs.shared.as_ref().and_then(|shared| shared.gate).map(widen);
+    let magnitude = CombineInputs {
+        yp: &yp,
+        weights: weights.as_deref(),
+        identity: inputs.identity.as_ref().zip(x.as_deref()).map(|(identity, x)| Identity {
+            experts: identity.experts.clone(),
+            expert_ids: identity.expert_ids,
+            x,
+        }),
+        output_bias: output_bias.as_deref(),
+        shared: inputs.shared.as_ref().zip(shared.as_deref()).map(|(inputs, y)| Shared {
+            y,
+            gate: gate.as_deref(),
+            average: inputs.average,
+        }),
+    };
+    let magnitudes = combine_fwd::<f64>(shape, plan, hidden, &magnitude)?;
+    // The bias and the shared row are two more terms.
+    let terms = shape.top_k + usize::from(output_bias.is_some()) + usize::from(shared.is_some());
+    let mut errors: Vec<f64> = magnitudes.iter().map(|s| sum_error(terms, *s)).collect();
+    if let (Some(gate), Some(shared)) = (gate, shared) {
+        let rows = errors.chunks_exact_mut(hidden).zip(shared.chunks_exact(hidden));
+        for ((errors, shared), gate) in rows.zip(gate) {
+            let gate_error = sigmoid_error(gate);
+            errors.iter_mut().zip(shared).for_each(|(error, y)| *error += gate_error * y);
+        }
+    }
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// How far a sigmoid in f32 is off: three operations of few units each, and where `exp(-z)` overflows it
+/// comes out as 0.
+fn sigmoid_error(z: f64) -> f64 {
+    8.0 * U * sigmoid(z) + 2f64.powi(-125)
+}
+
+/// [`rms_norm_fwd`] with its result stored as `out`.
+///
+/// The mean square is a sum of `H` squares, and its root halves what that is off; the factor, its
+/// product and those with the root and its inverse round a few times more. A square that is no normal
+/// number, or past f32's range, is not covered.
+///
+/// # Errors
+/// Those of [`rms_norm_fwd`].
+pub fn rms_norm(
+    norm: &RmsNorm,
+    hidden: usize,
+    inputs: &RmsNormInputs<'_, impl Element<f64>, impl Element<f64>>,
+    out: DType,
+) -> Result<Bounded> {
+    let value = rms_norm_fwd::<f64>(norm, hidden, inputs)?;
+    // `offset + weight` may cancel: its rounding is relative to the sum, which is exact but for one.
+    let units = super::SUM * (hidden as f64).sqrt() / 2.0 + 10.0;
+    let errors = value.iter().map(|y| units * U * y.abs() + DType::F32.min_positive()).collect();
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// [`project_fwd`] with its result stored as `out`.
+///
+/// # Errors
+/// Those of [`project_fwd`].
+pub fn project(
+    num_experts: usize,
+    hidden: usize,
+    inputs: &ProjectInputs<'_, impl Element<f64>, impl Element<f64>>,
+    out: DType,
+) -> Result<Bounded> {
+    let value = project_fwd::<f64>(num_experts, hidden, inputs)?;
+    let (x, gate) = (magnitudes(inputs.x), magnitudes(inputs.gate));
+    let bias = inputs.bias.map(magnitudes);
+    let magnitude = ProjectInputs { x: &x, gate: &gate, bias: bias.as_deref() };
+    let magnitude = project_fwd::<f64>(num_experts, hidden, &magnitude)?;
+    let errors = magnitude.iter().map(|s| sum_error(hidden + 1, *s)).collect();
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+fn widen<X: Element<f64>>(values: &[X]) -> Vec<f64> {
+    values.iter().map(|value| value.widen()).collect()
+}

@@ -1,0 +1,129 @@
+//! The RMS norm of each row: `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`, or the same with the
+//! factor before the mean square is taken.
+
+use super::accum::{Accum, Element};
+use super::plan::Plan;
+use crate::config::RmsNorm;
+use crate::error::{Result, check_len, product};
+
+/// What [`rms_norm_fwd`] reads.
+#[derive(Debug, Clone)]
+pub struct RmsNormInputs<'a, X, D = X> {
+    /// `[R, H]`
+    pub x: &'a [X],
+    /// `[H]`; without it there is neither a weight nor an offset.
+    pub weight: Option<&'a [D]>,
+    /// The rows are a plan's: those that no slot owns become 0.
+    pub plan: Option<&'a Plan>,
+}
+
+/// Norms each row of `x` `[R, H]`.
+///
+/// # Errors
+/// A length that is not a whole number of rows, or a plan of other rows.
+pub fn rms_norm_fwd<A: Accum>(
+    norm: &RmsNorm,
+    hidden: usize,
+    inputs: &RmsNormInputs<'_, impl Element<A>, impl Element<A>>,
+) -> Result<Vec<A>> {
+    let rows = check(norm, hidden, inputs)?;
+    let mut y = vec![A::ZERO; inputs.x.len()];
+    let used = inputs.plan.map_or(rows, Plan::rows_in_use);
+    for (x, y) in inputs.x.chunks_exact(hidden).zip(y.chunks_exact_mut(hidden)).take(used) {
+        rms_norm_row(norm, x, inputs.weight, y);
+    }
+    Ok(y)
+}
+
+fn rms_norm_row<A: Accum>(
+    norm: &RmsNorm,
+    x: &[impl Element<A>],
+    weight: Option<&[impl Element<A>]>,
+    y: &mut [A],
+) {
+    let factor = |h: usize| match weight {
+        Some(weight) => A::from_dtype(norm.offset) + weight[h].widen(),
+        None => A::ONE,
+    };
+    let (before, after) = if norm.scale_first { (true, false) } else { (false, true) };
+    for (h, (y, x)) in y.iter_mut().zip(x).enumerate() {
+        *y = if before { x.widen() * factor(h) } else { x.widen() };
+    }
+    let square_sum: A = y.iter().map(|&v| v * v).sum();
+    let mean = square_sum / A::from_dtype(y.len() as f32);
+    let inverse = A::ONE / (mean + A::from_dtype(norm.epsilon)).sqrt();
+    for (h, y) in y.iter_mut().enumerate() {
+        *y = *y * inverse * if after { factor(h) } else { A::ONE };
+    }
+}
+
+/// Holds every length; returns `R`.
+fn check<X, D>(norm: &RmsNorm, hidden: usize, inputs: &RmsNormInputs<'_, X, D>) -> Result<usize> {
+    const OP: &str = "rms_norm_fwd";
+    norm.check(OP, "norm")?;
+    crate::error::width(OP, "hidden", hidden)?;
+    let mut rows = inputs.x.len() / hidden;
+    if let Some(plan) = inputs.plan {
+        plan.check(OP)?;
+        rows = plan.rows();
+    }
+    check_len(OP, "x", inputs.x.len(), product(OP, "rows * hidden", rows, hidden)?)?;
+    if let Some(weight) = inputs.weight {
+        check_len(OP, "weight", weight.len(), hidden)?;
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::plan_fwd;
+    use super::*;
+    use crate::shape::RoutingShape;
+
+    const PLAIN: RmsNorm = RmsNorm { epsilon: 0.0, offset: 0.0, scale_first: false };
+
+    #[test]
+    fn by_hand() {
+        // The mean squares are 25 and 1.
+        let x = [1.0f32, -7.0, 1.0, 1.0];
+        let run = |norm: RmsNorm, weight: Option<&[f32]>| {
+            rms_norm_fwd::<f64>(&norm, 2, &RmsNormInputs { x: &x, weight, plan: None }).unwrap()
+        };
+        assert_eq!(run(PLAIN, None), [0.2, -1.4, 1.0, 1.0]);
+        let weight = [4.0f32, 9.0];
+        let centred = RmsNorm { offset: 1.0, ..PLAIN };
+        assert_eq!(run(centred, Some(&weight)), [1.0, -14.0, 5.0, 10.0]);
+        // Without weights there is no factor at all.
+        assert_eq!(run(centred, None), run(PLAIN, None));
+        assert_eq!(run(RmsNorm { epsilon: 3.0, ..PLAIN }, None)[2..], [0.5, 0.5]);
+    }
+
+    #[test]
+    fn the_factor_may_come_first() {
+        let x = [2.0f32, 1.0];
+        let norm = RmsNorm { scale_first: true, offset: 1.0, ..PLAIN };
+        let inputs = RmsNormInputs { x: &x, weight: Some(&[-0.5f32, 6.0]), plan: None };
+        // 1 and 7, whose mean square is 25.
+        assert_eq!(rms_norm_fwd::<f64>(&norm, 2, &inputs).unwrap(), [0.2, 1.4]);
+    }
+
+    #[test]
+    fn nobodys_rows_are_zero() {
+        let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
+        let plan = plan_fwd(&shape, 64, &[7, 1]).unwrap();
+        let inputs =
+            RmsNormInputs { x: &[3.0f32, f32::NAN], weight: None::<&[f32]>, plan: Some(&plan) };
+        assert_eq!(rms_norm_fwd::<f64>(&PLAIN, 1, &inputs).unwrap(), [1.0, 0.0]);
+    }
+
+    #[test]
+    fn wrong_lengths() {
+        let run = |hidden, x: &[f32], weight: &[f32]| {
+            let inputs = RmsNormInputs { x, weight: Some(weight), plan: None };
+            rms_norm_fwd::<f32>(&PLAIN, hidden, &inputs).is_ok()
+        };
+        assert!(run(2, &[1.0; 4], &[1.0; 2]) && run(2, &[], &[1.0; 2]));
+        assert!(!run(2, &[1.0; 3], &[1.0; 2]) && !run(2, &[1.0; 4], &[1.0; 3]));
+        assert!(!run(0, &[], &[]));
+    }
+}
