@@ -4,6 +4,7 @@
 #[path = "../it/common.rs"]
 #[allow(dead_code, reason = "written for the tests of the plain device, which use all of it")]
 mod common;
+mod dense;
 mod device;
 mod exact;
 mod hopper;

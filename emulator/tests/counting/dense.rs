@@ -1,0 +1,158 @@
+//! What works on rows and tokens, not on experts: combine's look-ups, the norm and the projection.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits};
+use half::bf16;
+use moe_emulator::Traffic;
+use moe_kernels::ops::combine::{CombineInputs, combine_fwd};
+use moe_kernels::ops::plan::plan_fwd;
+use moe_kernels::ops::project::{
+    ProjectBody, ProjectBuffers, ProjectShape, ProjectTypes, project_fwd_with,
+};
+use moe_kernels::ops::rms_norm::{RmsNormInputs, rms_norm_fwd};
+use moe_kernels::{Device, Dtype, RmsNorm, RoutingShape};
+
+use crate::measure::Counting;
+
+struct Case {
+    counting: Counting,
+    stream: Arc<CudaStream>,
+    device: Device,
+}
+
+impl Case {
+    fn new() -> Self {
+        let counting = Counting::new();
+        let stream = counting.stream.clone();
+        let device = Device::new(stream.context()).expect("a device");
+        Self { counting, stream, device }
+    }
+
+    fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> CudaSlice<T> {
+        self.stream.alloc_zeros(len).expect("memory")
+    }
+
+    fn project<D, G>(&self, body: ProjectBody, shape: ProjectShape) -> Traffic
+    where
+        D: Dtype + DeviceRepr + ValidAsZeroBits,
+        G: Dtype + DeviceRepr + ValidAsZeroBits,
+    {
+        let ProjectShape { num_tokens, num_experts, hidden } = shape;
+        let x = self.zeros::<D>(num_tokens * hidden);
+        let gate = self.zeros::<G>(num_experts * hidden);
+        let mut logits = self.zeros::<f32>(num_tokens * num_experts);
+        let types = ProjectTypes { x: D::DTYPE, gate: G::DTYPE, logits: f32::DTYPE };
+        self.counting.traffic_of_one(|| {
+            let (x, _x) = x.device_ptr(&self.stream);
+            let (gate, _gate) = gate.device_ptr(&self.stream);
+            let (logits, _logits) = logits.device_ptr_mut(&self.stream);
+            let buffers = ProjectBuffers { logits, x, gate, bias: 0 };
+            let stream = self.stream.cu_stream();
+            // SAFETY: the buffers have the shape's lengths, and the caller waits for the kernel.
+            unsafe { project_fwd_with(&self.device, stream, body, types, shape, buffers) }
+                .expect("project runs");
+        })
+    }
+}
+
+/// Bytes from memory are at least `ideal`, and at most `times` as many.
+#[track_caller]
+fn assert_near(traffic: &Traffic, got: u64, ideal: usize, times: f64) {
+    let ratio = got as f64 / ideal as f64;
+    assert!((1.0..=times).contains(&ratio), "{}: {got} of {ideal}, {ratio:.4}", traffic.symbol);
+}
+
+/// A warp looks up all slots of its token at once: beside the rows themselves two loads.
+#[test]
+fn combine_looks_slots_up_once() {
+    let case = Case::new();
+    let (num_tokens, hidden) = (8, 2048);
+    for top_k in [1, 2, 8, 32] {
+        let shape = RoutingShape::new(num_tokens, 32, top_k).expect("a shape");
+        let ids: Vec<u32> =
+            (0..num_tokens).flat_map(|t| (0..top_k).map(move |k| ((t + k) % 32) as u32)).collect();
+        let ids = case.stream.clone_htod(&ids).expect("memory");
+        let plan = plan_fwd(&case.device, &case.stream, shape, &ids.as_view()).expect("a plan");
+        let yp = case.zeros::<bf16>(shape.slots() * hidden);
+        let weights = case.zeros::<f32>(shape.slots());
+        let traffic = case.counting.traffic_of_one(|| {
+            let (yp, weights) = (yp.as_view(), weights.as_view());
+            let inputs = CombineInputs::new(&yp, &weights);
+            combine_fwd(&case.device, &case.stream, &plan, hidden, &inputs).expect("combine runs");
+        });
+        assert_eq!(traffic.global_read.requests, traffic.warps * (top_k as u64 + 2));
+    }
+}
+
+#[test]
+fn rms_norm_reads_rows_twice_and_writes_them_once() {
+    let case = Case::new();
+    let (rows, hidden) = (32, 2048);
+    let norm = RmsNorm { epsilon: 1e-6, offset: 1.0, scale_first: false };
+    let x = case.zeros::<bf16>(rows * hidden);
+    let weight = case.zeros::<bf16>(hidden);
+    let traffic = case.counting.traffic_of_one(|| {
+        let (x, weight) = (x.as_view(), weight.as_view());
+        let inputs = RmsNormInputs { weight: Some(&weight), plan: None };
+        rms_norm_fwd(&case.device, &case.stream, &norm, hidden, &x, &inputs).expect("it runs");
+    });
+    let bytes = 2 * rows * hidden;
+    assert_near(&traffic, traffic.dram_bytes(), 2 * bytes + 2 * hidden, 1.01);
+    // The second time, and the weights for each row, are for L1.
+    assert_eq!(traffic.global_read.sectors as usize * 32, 3 * bytes);
+    assert_eq!(traffic.global_read.sectors_per_request(), 16.0);
+    assert_eq!(traffic.global_write.sectors_per_request(), 16.0);
+    assert_eq!(traffic.bank_conflicts(), 0);
+}
+
+/// What a product with `blocks` of `rows` moves, for elements of `sizes`, each for tokens and experts.
+struct Product {
+    shape: ProjectShape,
+    blocks: [usize; 2],
+    rows: [usize; 2],
+    sizes: [usize; 2],
+}
+
+impl Product {
+    #[track_caller]
+    fn check(&self, traffic: &Traffic) {
+        let Self { shape: ProjectShape { num_tokens, num_experts, hidden }, .. } = *self;
+        let [x_size, gate_size] = self.sizes;
+        let logits = 4 * num_tokens * num_experts;
+        let least = hidden * (num_tokens * x_size + num_experts * gate_size) + logits;
+        assert_near(traffic, traffic.dram_bytes(), least, 1.01);
+        let blocks = self.blocks[0] * self.blocks[1] * hidden;
+        let read = |times: [usize; 2]| {
+            let bytes = |i: usize| times[i] * self.rows[i] * self.sizes[i];
+            blocks * (bytes(0) + bytes(1))
+        };
+        assert_near(traffic, traffic.global_read.bytes, read([1, 1]), 1.0);
+        // A lane's run of f32 is two loads, and the second one's sectors are in L1 already. A tile comes
+        // in whole lines.
+        let tile = traffic.symbol.contains("tile");
+        let loads = self.sizes.map(|size| if size == 4 && !tile { 2 } else { 1 });
+        assert_near(traffic, 32 * traffic.global_read.sectors, read(loads), 1.0);
+    }
+}
+
+#[test]
+fn projections_move_what_their_blocks_need() {
+    let case = Case::new();
+    let of = |num_tokens, num_experts| ProjectShape { num_tokens, num_experts, hidden: 1024 };
+    let (one, few, tile) = (of(1, 24), of(16, 24), of(128, 64));
+    let product = |shape, blocks, rows| move |sizes| Product { shape, blocks, rows, sizes };
+    let product_one = product(one, [1, 24], [1, 1]);
+    product_one([2, 2]).check(&case.project::<bf16, bf16>(ProjectBody::One, one));
+    product_one([2, 4]).check(&case.project::<bf16, f32>(ProjectBody::One, one));
+    let product_few = product(few, [2, 6], [8, 4]);
+    product_few([2, 4]).check(&case.project::<bf16, f32>(ProjectBody::Few, few));
+    for (traffic, sizes) in [
+        (case.project::<f32, f32>(ProjectBody::Tile, tile), [4, 4]),
+        (case.project::<bf16, bf16>(ProjectBody::Tile, tile), [2, 2]),
+        (case.project::<bf16, f32>(ProjectBody::Tile, tile), [2, 4]),
+    ] {
+        product(tile, [2, 2], [64, 32])(sizes).check(&traffic);
+        assert_eq!(traffic.bank_conflicts(), 0, "{}", traffic.symbol);
+    }
+}
