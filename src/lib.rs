@@ -50,6 +50,8 @@
 //! # Features
 //!
 //! - `serde`: `Serialize` and `Deserialize` for the configuration types.
+//! - `hf`: [`MoeConfig::from_hf`] and the names of the tensors, for every family of Hugging Face's transformers
+//!   whose block is a routed FFN.
 //! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, handed on to cudarc. Without
 //!   one, cudarc takes that of the `nvcc` on `PATH`, or its newest. CUDA 12.0 is the oldest.
 //! - `bindgen`: generates the argument structs afresh in the build, instead of the committed copy.
@@ -74,6 +76,9 @@ mod config;
 mod device;
 mod dtype;
 mod error;
+pub mod format;
+#[cfg(feature = "hf")]
+pub mod hf;
 mod images;
 mod layer;
 mod matmul;

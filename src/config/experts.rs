@@ -265,8 +265,12 @@ impl std::fmt::Display for ExpertConfig {
             WeightPosition::Input => f.write_str(", weight on the input")?,
             WeightPosition::Inside => f.write_str(", weight inside")?,
         }
-        if self.post_norm.is_some() {
-            f.write_str(", outputs normed")?;
+        if let Some(RmsNorm { scale_first, .. }) = self.post_norm {
+            f.write_str(if scale_first {
+                ", outputs scaled and normed"
+            } else {
+                ", outputs normed"
+            })?;
         }
         match (self.gate_up, self.gated) {
             (GateUp::Concatenated, _) | (_, false) => {}

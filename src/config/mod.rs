@@ -58,6 +58,9 @@ pub struct MoeConfig {
     /// An expert that every token goes to.
     #[cfg_attr(feature = "serde", serde(default))]
     pub shared: Option<SharedConfig>,
+    /// An RMS norm of the layer's output, the shared expert's part included.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub output_norm: Option<RmsNorm>,
 }
 
 /// The router's product: `logits = x * gate^T`.
@@ -143,7 +146,9 @@ impl MoeConfig {
             capacity: None,
             experts: ExpertConfig::default(),
             latent: None,
+            latent_norm: None,
             shared: None,
+            output_norm: None,
         }
     }
 
@@ -182,8 +187,19 @@ impl MoeConfig {
         self.routing(0).check(OP)?;
         self.router.check(OP, self.router_experts(), self.top_k)?;
         self.experts.check(OP)?;
-        if let Some(norm) = self.projection.norm {
-            norm.check(OP, "projection.norm")?;
+        at.say(
+            "latent_norm",
+            self.latent_norm.is_none() || self.latent.is_some(),
+            "a latent width beside it",
+            "a norm alone",
+        )?;
+        let norms = [
+            (self.projection.norm, "projection.norm"),
+            (self.latent_norm, "latent_norm"),
+            (self.output_norm, "output_norm"),
+        ];
+        for (norm, name) in norms {
+            norm.map_or(Ok(()), |norm| norm.check(OP, name))?;
         }
         self.capacity.map_or(Ok(()), |capacity| capacity.check(OP))
     }
@@ -266,7 +282,17 @@ const MAX_WIDTH: usize = 1 << 24;
 impl std::fmt::Display for MoeConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { hidden, intermediate, num_experts, top_k, .. } = self;
-        write!(f, "H{hidden} I{intermediate} E{num_experts} K{top_k}, {}", self.router)?;
+        write!(f, "H{hidden} I{intermediate} E{num_experts} K{top_k}, ")?;
+        if self.projection.norm.is_some() {
+            f.write_str("normed tokens, ")?;
+        }
+        match (self.projection.f32_logits, self.projection.bias) {
+            (false, false) => {}
+            (true, false) => f.write_str("f32 logits, ")?,
+            (false, true) => f.write_str("logits + bias, ")?,
+            (true, true) => f.write_str("f32 logits + bias, ")?,
+        }
+        write!(f, "{}", self.router)?;
         if let Some(ZeroExperts { count, output }) = self.zero_experts {
             let output = if output == ZeroOutput::Identity { "identity" } else { "skip" };
             write!(f, "; {count} {output} experts")?;
@@ -280,6 +306,9 @@ impl std::fmt::Display for MoeConfig {
         if let Some(latent) = self.latent {
             let norm = if latent.norm.is_some() { ", normed" } else { "" };
             write!(f, "; latent {}{norm}", latent.hidden)?;
+        }
+        if self.latent_norm.is_some() {
+            f.write_str(", normed")?;
         }
         if let Some(SharedConfig { intermediate, activation, gated, sigmoid_gate, average }) =
             self.shared
@@ -295,6 +324,9 @@ impl std::fmt::Display for MoeConfig {
             if average {
                 f.write_str(", averaged")?;
             }
+        }
+        if self.output_norm.is_some() {
+            f.write_str("; output normed")?;
         }
         Ok(())
     }
@@ -399,6 +431,20 @@ mod tests {
             (
                 acts(Activation { function: ActivationFunction::Relu, alpha: 2.0, ..act }),
                 "`activation.alpha`",
+            ),
+            (
+                MoeConfig {
+                    latent_norm: Some(RmsNorm { epsilon: 1e-5, offset: 0.0, scale_first: false }),
+                    ..plain
+                },
+                "`latent_norm`",
+            ),
+            (
+                MoeConfig {
+                    output_norm: Some(RmsNorm { epsilon: -1.0, offset: 0.0, scale_first: false }),
+                    ..plain
+                },
+                "`output_norm`",
             ),
             (
                 MoeConfig {

@@ -9,6 +9,8 @@ mod common;
 mod device;
 mod expert_choice;
 mod grouped_gemm;
+#[cfg(feature = "hf")]
+mod hf;
 mod jitter;
 mod large;
 mod layer;

@@ -1,0 +1,126 @@
+//! The names of tensors that several families share.
+
+use crate::config::{GateUp, WeightOrder};
+use crate::hf::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames, Stored};
+
+/// Decoders without a wrapping.
+pub const DECODER: &[&str] = &["model.layers.{layer}.", "layers.{layer}."];
+
+/// Decoders beside a vision tower, as the Hub and as transformers nest them.
+pub const TEXT: &[&str] = &[
+    "model.language_model.layers.{layer}.",
+    "language_model.model.layers.{layer}.",
+    "language_model.layers.{layer}.",
+    "model.layers.{layer}.",
+    "layers.{layer}.",
+];
+
+const NO_EXPERTS: ExpertNames = ExpertNames {
+    gate: "",
+    up: "",
+    down: "",
+    up_bias: "",
+    down_bias: "",
+    output_bias: "",
+    post_norm: "",
+    gate_up: GateUp::Concatenated,
+    gate_up_order: WeightOrder::OutIn,
+    down_order: WeightOrder::OutIn,
+    flat: false,
+    stored: Stored::Plain,
+    sinks: ("", ""),
+};
+
+/// The Hub's names of most families: three matrices for each expert.
+pub const EACH: Layout = Layout {
+    router: RouterNames {
+        gate: "mlp.gate.weight",
+        transposed: false,
+        bias: "",
+        norm: "",
+        selection_bias: "mlp.gate.e_score_correction_bias",
+        row: (0, 0),
+        expert_scale: "",
+        table: "",
+    },
+    experts: ExpertNames {
+        gate: "mlp.experts.{expert}.gate_proj.weight",
+        up: "mlp.experts.{expert}.up_proj.weight",
+        down: "mlp.experts.{expert}.down_proj.weight",
+        ..NO_EXPERTS
+    },
+    latent: LatentNames { into: "", norm: "", out: "" },
+    shared: shared(
+        "mlp.shared_experts.gate_proj.weight",
+        "mlp.shared_experts.up_proj.weight",
+        "mlp.shared_experts.down_proj.weight",
+    ),
+    output_norm: "",
+};
+
+/// The names of transformers' modules since version 5, in a state dict that was saved as it is.
+pub const FUSED: Layout =
+    EACH.with_experts(fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj"));
+
+/// Mixtral's names.
+pub const MIXTRAL: Layout = Layout {
+    router: RouterNames {
+        gate: "block_sparse_moe.gate.weight",
+        selection_bias: "block_sparse_moe.e_score_correction_bias",
+        ..EACH.router
+    },
+    experts: each(
+        "block_sparse_moe.experts.{expert}.w1.weight",
+        "block_sparse_moe.experts.{expert}.w3.weight",
+        "block_sparse_moe.experts.{expert}.w2.weight",
+    ),
+    shared: shared(
+        "block_sparse_moe.shared_experts.gate_proj.weight",
+        "block_sparse_moe.shared_experts.up_proj.weight",
+        "block_sparse_moe.shared_experts.down_proj.weight",
+    ),
+    ..EACH
+};
+
+/// Qwen's shared expert, and its gate.
+pub const QWEN_SHARED: SharedNames = SharedNames {
+    sigmoid_gate: "mlp.shared_expert_gate.weight",
+    ..shared(
+        "mlp.shared_expert.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight",
+        "mlp.shared_expert.down_proj.weight",
+    )
+};
+
+/// Two tensors for all experts, as `nn.Linear` has them.
+pub const fn fused(gate_up: &'static str, down: &'static str) -> ExpertNames {
+    ExpertNames { up: gate_up, down, ..NO_EXPERTS }
+}
+
+/// Three tensors: for each expert, or, without `{expert}` in the names, for all.
+pub const fn each(gate: &'static str, up: &'static str, down: &'static str) -> ExpertNames {
+    ExpertNames { gate, up, down, ..NO_EXPERTS }
+}
+
+/// The shared expert's three matrices.
+pub const fn shared(gate: &'static str, up: &'static str, down: &'static str) -> SharedNames {
+    SharedNames { gate, up, down, sigmoid_gate: "" }
+}
+
+impl Layout {
+    pub(super) const fn with_experts(self, experts: ExpertNames) -> Self {
+        Self { experts, ..self }
+    }
+
+    pub(super) const fn with_shared(self, shared: SharedNames) -> Self {
+        Self { shared, ..self }
+    }
+
+    pub(super) const fn with_gate(self, gate: &'static str) -> Self {
+        Self { router: RouterNames { gate, ..self.router }, ..self }
+    }
+
+    pub(super) const fn with_bias(self, selection_bias: &'static str) -> Self {
+        Self { router: RouterNames { selection_bias, ..self.router }, ..self }
+    }
+}

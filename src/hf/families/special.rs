@@ -1,0 +1,360 @@
+//! Families that share their rule with no other.
+
+use super::layouts::{EACH, FUSED, MIXTRAL, TEXT, each, fused};
+use super::softmax::{MIXTRAL_KEYS, PLAIN, QWEN_KEYS};
+use crate::config::{
+    ActivationFunction, CapacityConfig, CapacityLimit, Normalization, Priority, RmsNorm,
+    RouterConfig, Scoring, WeightOrder, ZeroExperts, ZeroOutput,
+};
+use crate::error::Result;
+use crate::hf::family::{
+    Family, Flag, Function, Rule, SOFTMAX, Scale, SizeKeys, function, shared_count,
+};
+use crate::hf::keys::Keys;
+use crate::hf::names::{ExpertNames, Layout, RouterNames};
+use crate::hf::{Block, LogitsFrom};
+
+const BIASED_SOFTMAX: Rule = Rule {
+    base: RouterConfig { selection_bias: true, ..RouterConfig::softmax_top_k(false) },
+    ..SOFTMAX
+};
+
+/// Sums of two experts are told from 0 by the smallest difference of f32.
+const NLLB_SUM: Normalization = Normalization::SumAtLeast { min: f32::EPSILON };
+
+const ERNIE: Family = Family {
+    model_types: &["ernie4_5_moe"],
+    keys: SizeKeys {
+        experts: &["moe_num_experts", "num_experts"],
+        top_k: &["moe_k", "num_experts_per_tok"],
+        ..QWEN_KEYS
+    },
+    sizes: [2560, 1536, 64, 6],
+    f32_logits: true,
+    rule: Rule { renormalize: Flag::Always, ..BIASED_SOFTMAX },
+    shared: shared_count(&["moe_num_shared_experts"], 2),
+    special: ernie,
+    layouts: &[ernie_names(EACH, "mlp.gate.weight", false, (0, 1))],
+    ..PLAIN
+};
+
+const fn ernie_names(
+    layout: Layout,
+    gate: &'static str,
+    transposed: bool,
+    row: (usize, usize),
+) -> Layout {
+    let selection_bias = "mlp.moe_statics.e_score_correction_bias";
+    Layout {
+        router: RouterNames { gate, transposed, selection_bias, row, ..layout.router },
+        ..layout
+    }
+}
+
+const GEMMA: Family = Family {
+    model_types: &["gemma4", "gemma4_text"],
+    path: &[&["text_config"]],
+    keys: SizeKeys { top_k: &["top_k_experts"], ..QWEN_KEYS },
+    sizes: [2304, 0, 0, 0],
+    activation: Function::Key("hidden_activation", "gelu_pytorch_tanh"),
+    rule: Rule { renormalize: Flag::Always, ..SOFTMAX },
+    logits: LogitsFrom::ProjectionOfResidual,
+    special: gemma4,
+    prefixes: TEXT,
+    layouts: &[GEMMA_NAMES],
+    ..PLAIN
+};
+
+const GEMMA_NAMES: Layout = Layout {
+    router: RouterNames {
+        gate: "router.proj.weight",
+        norm: "router.scale",
+        expert_scale: "router.per_expert_scale",
+        ..EACH.router
+    },
+    ..FUSED.with_experts(fused("experts.gate_up_proj", "experts.down_proj"))
+};
+
+const SWITCH: Family = Family {
+    model_types: &["switch_transformers"],
+    part: "encoder",
+    keys: SizeKeys {
+        hidden: &["d_model", "hidden_size"],
+        intermediate: &["d_ff"],
+        experts: &["num_experts"],
+        top_k: &[],
+    },
+    sizes: [768, 2048, 8, 1],
+    activation: Function::Key("dense_act_fn", "relu"),
+    gated: false,
+    f32_logits: true,
+    rule: SOFTMAX,
+    special: switch,
+    prefixes: &["encoder.block.{layer}.layer.1."],
+    layouts: &[Layout {
+        router: RouterNames {
+            gate: "mlp.router.classifier.weight",
+            bias: "mlp.router.classifier.bias",
+            ..EACH.router
+        },
+        experts: fused(
+            "mlp.experts.expert_{expert}.wi.weight",
+            "mlp.experts.expert_{expert}.wo.weight",
+        ),
+        ..EACH
+    }],
+    ..PLAIN
+};
+
+const NLLB: Family = Family {
+    model_types: &["nllb-moe"],
+    part: "encoder",
+    keys: SizeKeys { intermediate: &["encoder_ffn_dim"], ..SWITCH.keys },
+    sizes: [1024, 4096, 128, 2],
+    activation: Function::Key("activation_function", "relu"),
+    // transformers 5's block runs experts 0 and 1 alone, with the weights of others. This is the block that the model
+    // was trained with, and that transformers 4 ran.
+    rule: Rule { renormalize: Flag::Always, normalization: NLLB_SUM, ..SOFTMAX },
+    special: nllb,
+    prefixes: &["model.encoder.layers.{layer}.", "encoder.layers.{layer}."],
+    layouts: &[Layout {
+        router: RouterNames {
+            gate: "ffn.router.classifier.weight",
+            bias: "ffn.router.classifier.bias",
+            ..EACH.router
+        },
+        experts: ExpertNames {
+            up_bias: "ffn.experts.expert_{expert}.fc1.bias",
+            down_bias: "ffn.experts.expert_{expert}.fc2.bias",
+            ..fused(
+                "ffn.experts.expert_{expert}.fc1.weight",
+                "ffn.experts.expert_{expert}.fc2.weight",
+            )
+        },
+        ..EACH
+    }],
+    ..SWITCH
+};
+
+pub const FAMILIES: &[Family] = &[
+    ERNIE,
+    Family {
+        model_types: &["ernie4_5_vl_moe", "ernie4_5_vl_moe_text"],
+        path: &[&["text_config"]],
+        part: "text",
+        element: Some(0),
+        prefixes: TEXT,
+        layouts: &[ernie_names(EACH, "mlp.gate.weight", true, (0, 2))],
+        ..ERNIE
+    },
+    Family {
+        model_types: &["ernie4_5_vl_moe", "ernie4_5_vl_moe_text"],
+        path: &[&["text_config"]],
+        part: "vision",
+        element: Some(1),
+        sizes: [2560, 512, 64, 6],
+        special: ernie_vision,
+        prefixes: TEXT,
+        layouts: &[ernie_names(EACH, "mlp.gate.weight_1", true, (1, 2))],
+        ..ERNIE
+    },
+    Family {
+        model_types: &["phimoe"],
+        sizes: [4096, 6400, 16, 2],
+        rule: SOFTMAX,
+        special: phimoe,
+        layouts: &[MIXTRAL, FUSED.with_gate("mlp.router.weight")],
+        ..PLAIN
+    },
+    Family {
+        model_types: &["dbrx"],
+        path: &[&["ffn_config"]],
+        keys: SizeKeys {
+            hidden: &["hidden_size"],
+            intermediate: &["ffn_hidden_size"],
+            experts: &["moe_num_experts"],
+            top_k: &["moe_top_k"],
+        },
+        sizes: [2048, 3584, 4, 1],
+        activation: Function::Fixed(ActivationFunction::Silu),
+        rule: SOFTMAX,
+        special: dbrx,
+        prefixes: &["transformer.blocks.{layer}."],
+        layouts: &[EACH.with_gate("ffn.router.layer.weight").with_experts(ExpertNames {
+            flat: true,
+            down_order: WeightOrder::InOut,
+            ..each("ffn.experts.mlp.w1", "ffn.experts.mlp.v1", "ffn.experts.mlp.w2")
+        })],
+        ..PLAIN
+    },
+    GEMMA,
+    Family {
+        model_types: &["diffusion_gemma", "diffusion_gemma_text"],
+        special: gemma,
+        prefixes: &[
+            "model.encoder.language_model.layers.{layer}.",
+            "model.decoder.layers.{layer}.",
+            "model.language_model.layers.{layer}.",
+        ],
+        ..GEMMA
+    },
+    Family {
+        model_types: &["longcat_flash"],
+        keys: SizeKeys {
+            intermediate: &["expert_ffn_hidden_size", "moe_intermediate_size"],
+            experts: &["n_routed_experts", "num_local_experts"],
+            top_k: &["moe_topk", "num_experts_per_tok"],
+            ..MIXTRAL_KEYS
+        },
+        sizes: [6144, 2048, 512, 12],
+        f32_logits: true,
+        rule: Rule {
+            scale: Scale::Key(&["routed_scaling_factor"], 6.0),
+            only: &[("zero_expert_type", &["identity"])],
+            ..BIASED_SOFTMAX
+        },
+        // transformers makes a bias of the logits if `router_bias` is set, and does not add it; nor is it here.
+        special: longcat,
+        layouts: &[EACH
+            .with_gate("mlp.router.classifier.weight")
+            .with_bias("mlp.router.e_score_correction_bias")],
+        ..PLAIN
+    },
+    Family {
+        model_types: &["zaya"],
+        keys: QWEN_KEYS,
+        sizes: [2048, 2048, 16, 1],
+        rule: BIASED_SOFTMAX,
+        logits: LogitsFrom::Caller,
+        special: zaya,
+        layouts: &[
+            FUSED.with_bias("mlp.gate.balancing_biases"),
+            EACH.with_bias("mlp.gate.balancing_biases"),
+        ],
+        ..PLAIN
+    },
+    SWITCH,
+    Family { part: "decoder", prefixes: &["decoder.block.{layer}.layer.2."], ..SWITCH },
+    NLLB,
+    Family {
+        part: "decoder",
+        keys: SizeKeys { intermediate: &["decoder_ffn_dim"], ..NLLB.keys },
+        prefixes: &["model.decoder.layers.{layer}.", "decoder.layers.{layer}."],
+        ..NLLB
+    },
+];
+
+fn ernie(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    keys.off("use_bias", "false: shared experts have no biases here")?;
+    let min = keys.f32(&["moe_norm_min"], 1e-12)?;
+    block.config.router.normalization = Normalization::SumAtLeast { min };
+    Ok(())
+}
+
+/// The second of two sets of experts, of different widths; a token's modality says which it goes to. The numbers of its
+/// experts follow those of the first, and the shared expert is the same.
+fn ernie_vision(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    ernie(keys, block)?;
+    let mut first = keys.clone();
+    first.element = 0;
+    block.first_expert = first.size(ERNIE.keys.experts, 64)?;
+    block.config.shared = ERNIE.shared.read(
+        &first,
+        first.size(ERNIE.keys.intermediate, 1536)?,
+        block.config.experts.activation,
+        true,
+    )?;
+    Ok(())
+}
+
+fn phimoe(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    // In training it is the range of a jitter; here it says which logits are near the largest.
+    let jitter = keys.f32(&["router_jitter_noise"], 0.01)?;
+    block.config.router.scoring = Scoring::Sparsemixer { jitter };
+    Ok(())
+}
+
+fn dbrx(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    let config = &mut block.config;
+    config.hidden = keys.top().size(&["d_model"], 2048)?;
+    config.experts.activation.function =
+        function(&keys.clone().nested(&["ffn_act_fn"])?, "name", "silu")?;
+    if let Some(p) = keys.number(&["moe_normalize_expert_weights"], Some(1.0))? {
+        config.router.normalization = Normalization::PNorm { p: p as f32 };
+    }
+    Ok(())
+}
+
+fn gemma4(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    if !keys.boolean(&["enable_moe_block"], false)? {
+        let wanted = "true: without it the model has no experts";
+        return Err(keys.error("enable_moe_block", &false.into(), wanted));
+    }
+    gemma(keys, block)
+}
+
+/// The router reads the layer's residual through a norm of its own, with a learned scale and one over the root of `H`.
+/// The dense MLP beside it has norms before and behind it: it is not the block's shared expert.
+fn gemma(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    let config = &mut block.config;
+    let epsilon = keys.f32(&["rms_norm_eps"], 1e-6)?;
+    config.projection.norm = Some(RmsNorm { epsilon, offset: 0.0, scale_first: false });
+    config.router.logit_multiplier = (config.hidden as f64).powf(-0.5) as f32;
+    config.router.expert_scale = true;
+    Ok(())
+}
+
+fn longcat(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    let count = keys.count(&["zero_expert_num"], 256)?;
+    let output = ZeroOutput::Identity;
+    block.config.zero_experts = (count > 0).then_some(ZeroExperts { count, output });
+    Ok(())
+}
+
+/// A class behind the experts skips the token.
+fn zaya(_: &Keys<'_>, block: &mut Block) -> Result<()> {
+    block.config.zero_experts = Some(ZeroExperts { count: 1, output: ZeroOutput::Zero });
+    Ok(())
+}
+
+/// In each sequence an expert takes the first tokens that come, and those beyond its capacity get nothing.
+fn switch(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    block.config.projection.bias = keys.boolean(&["router_bias"], false)?;
+    keys.word(&["router_dtype"], "float32", &[("float32", ())])?;
+    let limit = CapacityLimit::Rows { rows: keys.size(&["expert_capacity"], 64)? };
+    block.config.capacity = Some(CapacityConfig { limit, priority: Priority::Token, overflow: 0 });
+    Ok(())
+}
+
+fn nllb(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    let config = &mut block.config;
+    config.projection.bias = keys.boolean(&["router_bias"], false)?;
+    keys.word(&["router_dtype"], "float32", &[("float32", ())])?;
+    // The other policies draw the second expert at random, in evaluation too.
+    keys.word(&["second_expert_policy"], "all", &[("all", ())])?;
+    config.experts.gate_up_bias = true;
+    config.experts.down_bias = true;
+    // Outputs were dropped with this probability in training, without scaling what was left.
+    config.router.scale = 1.0 - keys.f32(&["moe_token_dropout"], 0.2)?;
+
+    // In evaluation an expert takes this share of all tokens. All of them is no limit, since a token's experts differ.
+    let name = "moe_eval_capacity_token_fraction";
+    let fraction = keys.f32(&[name], 1.0)?;
+    let limit = if fraction > 0.0 {
+        let factor = fraction * config.num_experts as f32 / config.top_k as f32;
+        (fraction < 1.0).then_some(CapacityLimit::Factor { factor })
+    } else {
+        Some(CapacityLimit::Rows { rows: keys.size(&["expert_capacity"], 64)? })
+    };
+    let Some(limit) = limit else { return Ok(()) };
+    let before = "normalize_router_prob_before_dropping";
+    if !keys.boolean(&[before], false)? {
+        let wanted =
+            "true where experts have a capacity: weights are normalised before slots are dropped";
+        return Err(keys.error(before, &false.into(), wanted));
+    }
+    let prioritized = keys.boolean(&["batch_prioritized_routing"], false)?;
+    let priority = if prioritized { Priority::ChoiceByTopWeight } else { Priority::Choice };
+    config.capacity = Some(CapacityConfig { limit, priority, overflow: 0 });
+    Ok(())
+}

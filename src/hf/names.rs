@@ -1,0 +1,403 @@
+//! The names of a block's tensors, and how each role is put together from them.
+
+use std::ops::Range;
+
+use crate::config::{GateUp, MoeConfig, Selection, WeightOrder};
+use crate::error::{Error, Result};
+use crate::hf::{Block, LogitsFrom};
+
+/// What an array of a block is for. Shapes are those in memory, `E'` being the experts that the router sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Role {
+    /// The router's weights `[E', H]`.
+    RouterGate,
+    /// The bias of the logits `[E']`.
+    RouterBias,
+    /// The weights `[H]` of the norm that the router reads tokens through.
+    RouterNorm,
+    /// What is added for the selection alone, `[E']` less the sinks.
+    SelectionBias,
+    /// What multiplies the weight of each expert, `[E']`.
+    ExpertScale,
+    /// Expert ids by token id, `[V, K]`.
+    Table,
+    /// Gate and up in one, `[E, 2I, H]` or `[E, H, 2I]`; up alone for experts without a gate.
+    GateUp,
+    /// Gate where it is apart from up, `[E, I, H]` or `[E, H, I]`.
+    Gate,
+    /// Up where it is apart from gate.
+    Up,
+    /// The biases of gate and up, `[E, 2I]`, in the order of the weights' features; of up alone without a gate.
+    GateUpBias,
+    /// `[E, H, I]` or `[E, I, H]`
+    Down,
+    /// `[E, H]`
+    DownBias,
+    /// The bias `[H]` of the layer's routed output.
+    OutputBias,
+    /// The weights `[H]` of the norm of each expert's output.
+    PostNorm,
+    /// The projection to the latent width, `[L, H]`.
+    LatentInto,
+    /// The weights `[L]` of the norm behind it.
+    LatentNorm,
+    /// The projection from the latent width, `[H, L]`.
+    LatentOut,
+    /// The shared expert's gate and then its up, `[2I, H]`; up alone `[I, H]` without a gate.
+    SharedGateUp,
+    /// The shared expert's down, `[H, I]`.
+    SharedDown,
+    /// The vector `[H]` of the shared expert's own sigmoid gate.
+    SharedSigmoidGate,
+    /// The weights `[H]` of the norm of the layer's output.
+    OutputNorm,
+}
+
+/// How the numbers of a tensor are stored, where that is not one of its own element type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stored {
+    /// As they are, or as FP8 with the scales of their blocks in `<name>_scale_inv`.
+    Plain,
+    /// As MXFP4: blocks in `<name>_blocks`, scales in `<name>_scales`.
+    Mxfp4,
+}
+
+/// A tensor of a checkpoint, or a piece of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its whole name.
+    pub name: String,
+    /// Its whole shape on disk.
+    pub shape: Vec<usize>,
+    /// The elements of it that are meant.
+    pub elements: Range<usize>,
+    /// How they are stored.
+    pub stored: Stored,
+}
+
+/// An array that a layer needs: its parts one behind the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Array {
+    /// What it is for.
+    pub role: Role,
+    /// Its shape in memory.
+    pub shape: Vec<usize>,
+    /// Where its elements come from.
+    pub parts: Vec<Part>,
+    /// The parts have the transpose of a matrix of this shape.
+    pub transposed: bool,
+    /// The parts have one element, which every element of the array is.
+    pub repeated: bool,
+}
+
+/// The names that a family's tensors have in one kind of checkpoint, behind the layer's prefix. `{expert}` stands for
+/// a number; an empty name is a tensor that no checkpoint of this kind has.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    pub(super) router: RouterNames,
+    pub(super) experts: ExpertNames,
+    pub(super) latent: LatentNames,
+    pub(super) shared: SharedNames,
+    pub(super) output_norm: &'static str,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RouterNames {
+    pub gate: &'static str,
+    /// The gate is stored as `[H, E']`.
+    pub transposed: bool,
+    pub bias: &'static str,
+    pub norm: &'static str,
+    pub selection_bias: &'static str,
+    /// The selection bias is a row of a tensor: which, and of how many.
+    pub row: (usize, usize),
+    pub expert_scale: &'static str,
+    pub table: &'static str,
+}
+
+/// Names of the experts' tensors. Those with `{expert}` are stacked; without a name for the gate, `up` has both.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExpertNames {
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+    pub up_bias: &'static str,
+    pub down_bias: &'static str,
+    pub output_bias: &'static str,
+    pub post_norm: &'static str,
+    /// The order of gate and up where they are one tensor.
+    pub gate_up: GateUp,
+    pub gate_up_order: WeightOrder,
+    pub down_order: WeightOrder,
+    /// The experts' dimension is not one of its own: `[E * I, H]`.
+    pub flat: bool,
+    pub stored: Stored,
+    /// Experts behind the others, that the router takes for every token: their gate and up, and their down.
+    pub sinks: (&'static str, &'static str),
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LatentNames {
+    pub into: &'static str,
+    pub norm: &'static str,
+    pub out: &'static str,
+}
+
+/// Without a name for the gate, `up` has both.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SharedNames {
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+    pub sigmoid_gate: &'static str,
+}
+
+impl Layout {
+    /// The experts' layout, as this kind of checkpoint has it.
+    fn apply(&self, config: &mut MoeConfig) {
+        let names = &self.experts;
+        let experts = &mut config.experts;
+        experts.gate_up_order = names.gate_up_order;
+        experts.down_order = names.down_order;
+        experts.gate_up = match (experts.gated, names.gate.is_empty()) {
+            (false, _) => GateUp::Concatenated,
+            (true, true) => names.gate_up,
+            (true, false) if names.up.contains(EXPERT) => GateUp::Concatenated,
+            (true, false) => GateUp::Separate,
+        };
+    }
+
+    /// The configuration of a block with the order in which weights of this kind of checkpoint lie.
+    pub fn config(&self, block: &Block) -> MoeConfig {
+        let mut config = block.config;
+        self.apply(&mut config);
+        config
+    }
+
+    /// Every array of a block, in checkpoints of this kind, whose layers begin with `prefix`.
+    ///
+    /// # Errors
+    /// [`Error::Json`](crate::Error::Json) where the configuration asks for a tensor that this kind of checkpoint has
+    /// no name for.
+    pub fn arrays(&self, block: &Block, prefix: &str) -> Result<Vec<Array>> {
+        let arrays = Arrays { block, prefix, config: self.config(block), arrays: Vec::new() };
+        arrays.router(&self.router)?.experts(&self.experts)?.latent(&self.latent)?.shared(self)
+    }
+}
+
+const EXPERT: &str = "{expert}";
+
+/// Collects the arrays of a block.
+struct Arrays<'a> {
+    block: &'a Block,
+    prefix: &'a str,
+    config: MoeConfig,
+    arrays: Vec<Array>,
+}
+
+impl Arrays<'_> {
+    fn part(&self, role: Role, name: &str, shape: &[usize]) -> Result<Part> {
+        if name.is_empty() {
+            return Err(Error::Json {
+                key: "model_type".into(),
+                got: format!("{:?}", self.block.model_type),
+                wanted: format!("a family with a tensor for {role:?}"),
+            });
+        }
+        Ok(Part {
+            name: format!("{}{name}", self.prefix),
+            shape: shape.to_vec(),
+            elements: 0..product(shape),
+            stored: Stored::Plain,
+        })
+    }
+
+    fn push(&mut self, role: Role, shape: &[usize], parts: Vec<Part>) {
+        let shape = shape.to_vec();
+        self.arrays.push(Array { role, shape, parts, transposed: false, repeated: false });
+    }
+
+    /// An array that is a tensor of the same shape.
+    fn whole(&mut self, role: Role, name: &str, shape: &[usize]) -> Result<()> {
+        let part = self.part(role, name, shape)?;
+        self.push(role, shape, vec![part]);
+        Ok(())
+    }
+
+    fn router(mut self, names: &RouterNames) -> Result<Self> {
+        let MoeConfig { hidden, top_k, projection, router, .. } = self.config;
+        let experts = self.config.router_experts();
+        if self.block.logits != LogitsFrom::Caller {
+            let shape = [experts, hidden];
+            let on_disk = if names.transposed { [hidden, experts] } else { shape };
+            let part = self.part(Role::RouterGate, names.gate, &on_disk)?;
+            self.arrays.push(Array {
+                role: Role::RouterGate,
+                shape: shape.to_vec(),
+                parts: vec![part],
+                transposed: names.transposed,
+                repeated: false,
+            });
+        }
+        if projection.bias {
+            self.whole(Role::RouterBias, names.bias, &[experts])?;
+        }
+        if projection.norm.is_some() {
+            self.whole(Role::RouterNorm, names.norm, &[hidden])?;
+        }
+        if router.selection_bias {
+            let routed = experts.saturating_sub(router.num_sinks);
+            let (row, rows) = names.row;
+            let shape = if rows == 0 { vec![routed] } else { vec![rows, routed] };
+            let mut part = self.part(Role::SelectionBias, names.selection_bias, &shape)?;
+            let first = row.saturating_mul(routed);
+            part.elements = first..first.saturating_add(routed);
+            self.push(Role::SelectionBias, &[routed], vec![part]);
+        }
+        if router.expert_scale {
+            // Inkling has one number for all.
+            let repeated = router.num_sinks > 0;
+            let on_disk = if repeated { 1 } else { experts };
+            let part = self.part(Role::ExpertScale, names.expert_scale, &[on_disk])?;
+            let (shape, parts) = (vec![experts], vec![part]);
+            let role = Role::ExpertScale;
+            self.arrays.push(Array { role, shape, parts, transposed: false, repeated });
+        }
+        if router.selection == Selection::Given {
+            self.whole(Role::Table, names.table, &[self.block.vocabulary, top_k])?;
+        }
+        Ok(self)
+    }
+
+    fn experts(mut self, names: &ExpertNames) -> Result<Self> {
+        let MoeConfig { intermediate, experts, .. } = self.config;
+        let hidden = self.config.expert_hidden();
+        let features = |parts: usize| parts.saturating_mul(intermediate);
+        let both = if experts.gated { 2 } else { 1 };
+        let gate_up = |parts| match names.gate_up_order {
+            WeightOrder::OutIn => [features(parts), hidden],
+            WeightOrder::InOut => [hidden, features(parts)],
+        };
+        let down = match names.down_order {
+            WeightOrder::OutIn => [hidden, intermediate],
+            WeightOrder::InOut => [intermediate, hidden],
+        };
+        match experts.gate_up {
+            GateUp::Separate => {
+                self.stack(Role::Gate, &[(names.gate, &gate_up(1))], &gate_up(1), names, "")?;
+                self.stack(Role::Up, &[(names.up, &gate_up(1))], &gate_up(1), names, "")?;
+            }
+            _ if experts.gated && !names.gate.is_empty() => {
+                let parts: [(&str, &[usize]); 2] =
+                    [(names.gate, &gate_up(1)), (names.up, &gate_up(1))];
+                self.stack(Role::GateUp, &parts, &gate_up(2), names, "")?;
+            }
+            _ => {
+                let shape = gate_up(both);
+                let (role, sinks) = (Role::GateUp, names.sinks.0);
+                self.stack(role, &[(names.up, &shape)], &shape, names, sinks)?;
+            }
+        }
+        self.stack(Role::Down, &[(names.down, &down)], &down, names, names.sinks.1)?;
+        let plain = ExpertNames { stored: Stored::Plain, flat: false, ..*names };
+        if experts.gate_up_bias {
+            let shape = [features(both)];
+            self.stack(Role::GateUpBias, &[(names.up_bias, &shape)], &shape, &plain, "")?;
+        }
+        if experts.down_bias {
+            self.stack(Role::DownBias, &[(names.down_bias, &[hidden])], &[hidden], &plain, "")?;
+        }
+        if experts.output_bias {
+            self.whole(Role::OutputBias, names.output_bias, &[self.config.hidden])?;
+        }
+        if experts.post_norm.is_some() {
+            self.whole(Role::PostNorm, names.post_norm, &[hidden])?;
+        }
+        Ok(self)
+    }
+
+    /// An array with one matrix, or vector, of `shape` for each expert: `parts` of every expert, or one tensor of all
+    /// and then, where there is a name for them, one of the sinks.
+    fn stack(
+        &mut self,
+        role: Role,
+        parts: &[(&str, &[usize])],
+        shape: &[usize],
+        names: &ExpertNames,
+        sinks: &str,
+    ) -> Result<()> {
+        let experts = self.config.num_experts;
+        let num_sinks = self.config.router.num_sinks;
+        let mut found = Vec::new();
+        for expert in 0..experts {
+            for (name, shape) in parts.iter().filter(|(name, _)| name.contains(EXPERT)) {
+                let number = self.block.first_expert.saturating_add(expert).to_string();
+                found.push(self.part(role, &name.replace(EXPERT, &number), shape)?);
+            }
+        }
+        if found.is_empty() {
+            let apart = if sinks.is_empty() { 0 } else { num_sinks };
+            for (name, shape) in parts {
+                found.push(self.part(role, name, &stacked(experts - apart, shape, names.flat))?);
+            }
+            if apart > 0 {
+                found.push(self.part(role, sinks, &stacked(apart, shape, names.flat))?);
+            }
+        }
+        for part in &mut found {
+            part.stored = names.stored;
+        }
+        self.push(role, &stacked(experts, shape, false), found);
+        Ok(())
+    }
+
+    fn latent(mut self, names: &LatentNames) -> Result<Self> {
+        let hidden = self.config.hidden;
+        if let Some(latent) = self.config.latent {
+            self.whole(Role::LatentInto, names.into, &[latent, hidden])?;
+            if self.config.latent_norm.is_some() {
+                self.whole(Role::LatentNorm, names.norm, &[latent])?;
+            }
+            self.whole(Role::LatentOut, names.out, &[hidden, latent])?;
+        }
+        Ok(self)
+    }
+
+    fn shared(mut self, layout: &Layout) -> Result<Vec<Array>> {
+        let hidden = self.config.hidden;
+        if let Some(shared) = self.config.shared {
+            let SharedNames { gate, up, down, sigmoid_gate } = layout.shared;
+            let (role, width) = (Role::SharedGateUp, shared.intermediate);
+            let both = if shared.gated { 2 * width } else { width };
+            if shared.gated && !gate.is_empty() {
+                let gate = self.part(role, gate, &[width, hidden])?;
+                let up = self.part(role, up, &[width, hidden])?;
+                self.push(role, &[both, hidden], vec![gate, up]);
+            } else {
+                self.whole(role, up, &[both, hidden])?;
+            }
+            self.whole(Role::SharedDown, down, &[hidden, width])?;
+            if shared.sigmoid_gate {
+                let part = self.part(Role::SharedSigmoidGate, sigmoid_gate, &[1, hidden])?;
+                self.push(Role::SharedSigmoidGate, &[hidden], vec![part]);
+            }
+        }
+        if self.config.output_norm.is_some() {
+            self.whole(Role::OutputNorm, layout.output_norm, &[hidden])?;
+        }
+        Ok(self.arrays)
+    }
+}
+
+fn product(shape: &[usize]) -> usize {
+    shape.iter().fold(1, |product: usize, size| product.saturating_mul(*size))
+}
+
+/// `[E, ...]`, or `[E * I, H]`.
+fn stacked(experts: usize, shape: &[usize], flat: bool) -> Vec<usize> {
+    match shape {
+        [rows, rest @ ..] if flat => [&[experts.saturating_mul(*rows)], rest].concat(),
+        _ => [&[experts], shape].concat(),
+    }
+}
