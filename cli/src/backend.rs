@@ -1,12 +1,13 @@
 //! A layer on the device of this process: the CPU reference, or the kernels.
 
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
-use moe_kernels::{Dtype, reference};
+use moe_kernels::{Dtype, MoeConfig, RouterConfig, reference};
 
 use crate::checkpoint::Layer;
 use crate::device::{Gpu, Place};
-use crate::error::Result;
-use crate::progress::{Progress, Steps};
+use crate::error::{Error, Result};
+use crate::progress::Steps;
+use crate::weights::{HostWeights, RouterGate};
 
 /// An element type that the CPU and the device know.
 pub trait Element: Dtype + DeviceRepr + ValidAsZeroBits {}
@@ -98,6 +99,44 @@ impl Backend {
     }
 }
 
+/// The weights of a layer that the backends run.
+pub struct Plain<D> {
+    /// [E, H]
+    pub gate: Vec<D>,
+    /// [E, 2I, H]
+    pub gate_up: Vec<D>,
+    /// [E, H, I]
+    pub down: Vec<D>,
+}
+
+impl<D: Element> Plain<D> {
+    /// Fails for layers that the backends do not run: they know softmax routers and SwiGLU experts.
+    pub fn read(layer: &Layer<'_>) -> Result<Self> {
+        let config = &layer.config;
+        let MoeConfig { hidden, intermediate, num_experts, top_k, router, .. } = *config;
+        let plain =
+            MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) };
+        let routers = [
+            RouterConfig::softmax_top_k(false),
+            RouterConfig::softmax_top_k(true),
+            RouterConfig::top_k_softmax(),
+        ];
+        if *config == plain && routers.contains(&router) {
+            let weights = HostWeights::<D>::read(layer)?;
+            if let HostWeights {
+                router_gate: Some(RouterGate::Elem(gate)),
+                gate_up: Some(gate_up),
+                down: Some(down),
+                ..
+            } = weights
+            {
+                return Ok(Self { gate, gate_up, down });
+            }
+        }
+        Err(Error::Layer { model_type: layer.block.model_type, config: config.to_string() })
+    }
+}
+
 /// The reference, computing in f32; what lies between two operations is not rounded to `D`.
 fn forward_cpu<D: Element>(
     layer: &Layer<'_>,
@@ -106,19 +145,7 @@ fn forward_cpu<D: Element>(
     steps: &mut Steps,
 ) -> Result<Output<D>> {
     let config = &layer.config;
-    let (gate, gate_up, down) = steps.measure("read the weights", || -> Result<_> {
-        let mut gate_up = vec![D::from_f32(0.0); config.gate_up_len()];
-        let mut down = vec![D::from_f32(0.0); config.down_len()];
-        let progress = Progress::parts("read the weights", config.num_experts);
-        let gate_up_experts = gate_up.chunks_mut(2 * config.intermediate * config.hidden);
-        let down_experts = down.chunks_mut(config.hidden * config.intermediate);
-        for (expert, (gate_up, down)) in gate_up_experts.zip(down_experts).enumerate() {
-            layer.gate_up_into(expert, gate_up)?;
-            layer.down_into(expert, down)?;
-            progress.advance();
-        }
-        Ok((layer.router::<D>()?, gate_up, down))
-    })?;
+    let Plain { gate, gate_up, down } = steps.measure("read the weights", || Plain::read(layer))?;
     let logits: Vec<D> = steps.time("router projection", || {
         reference::router_logits::<f32, D>(config, x, &gate).map(|logits| reference::round(&logits))
     })?;

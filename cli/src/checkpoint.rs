@@ -1,18 +1,16 @@
 //! A checkpoint as the Hub has it: config.json, and tensors in one file or in shards with an index.
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use moe_kernels::{Dtype, MoeConfig, RouterConfig};
+use moe_kernels::MoeConfig;
+use moe_kernels::hf::{self, Block, Layout, Role, Stored};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, io};
-use crate::family::{
-    ACTIVATION_KEYS, ACTIVATIONS, ExpertNames, Family, PREFIXES, Router, expert_name, layer_name,
-    layer_of,
-};
 use crate::tensor_file::{Bytes, Tensor, TensorFile};
+use crate::weights::{Array, Piece, Source};
 
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
@@ -73,8 +71,10 @@ impl Folder {
 /// An open checkpoint. Shards are mapped when a tensor of theirs is first wanted.
 pub struct Checkpoint {
     folder: Folder,
-    pub family: &'static Family,
-    pub config: MoeConfig,
+    /// The text of config.json.
+    config: String,
+    /// What config.json says of how weights are quantised.
+    quantization: Option<Value>,
     files: BTreeMap<String, OnceCell<TensorFile>>,
     /// The file of each tensor.
     file_of_tensor: BTreeMap<String, String>,
@@ -93,9 +93,8 @@ impl Checkpoint {
         let bytes = folder.find(CONFIG)?.ok_or_else(|| {
             folder.missing(CONFIG, "no such file; a checkpoint folder has a config.json")
         })?;
-        let object = folder.json(CONFIG, &bytes)?;
-        let reader = ConfigReader { file: folder.name(CONFIG), object: &object };
-        let (family, config) = reader.read()?;
+        let quantization = folder.json(CONFIG, &bytes)?.remove("quantization_config");
+        let config = String::from_utf8_lossy(bytes.as_slice()).into_owned();
 
         let mut files = BTreeMap::new();
         let mut file_of_tensor = BTreeMap::new();
@@ -121,7 +120,7 @@ impl Checkpoint {
         } else {
             return Err(folder.missing(SINGLE, &format!("no such file, and no {INDEX} beside it")));
         }
-        Ok(Self { folder, family, config, files, file_of_tensor })
+        Ok(Self { folder, config, quantization, files, file_of_tensor })
     }
 
     /// A tensor by its whole name, or nothing where the checkpoint has none of that name.
@@ -139,63 +138,146 @@ impl Checkpoint {
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
-        let tensor = self.find(name)?.ok_or_else(|| {
+        self.find(name)?.ok_or_else(|| {
             let file = if self.files.contains_key(SINGLE) { SINGLE } else { INDEX };
             self.folder.missing(file, &format!("no tensor `{name}`, wanted {shape:?}"))
-        })?;
-        tensor.check(shape)?;
-        Ok(tensor)
+        })
     }
 
-    /// The MoE block of one layer, every tensor of it found and of the right shape.
+    /// A tensor of numbers as it is, or quantised with its scales beside it; of the right shape in any case.
+    fn source(&self, part: &hf::Part, ids: bool) -> Result<Source<'_>> {
+        let (name, shape) = (&part.name, &part.shape[..]);
+        if part.stored == Stored::Mxfp4 {
+            let (blocks, scales) = (format!("{name}_blocks"), format!("{name}_scales"));
+            let blocks = self.tensor(&blocks, shape)?;
+            let scales = self.tensor(&scales, shape)?;
+            return Source::mxfp4(blocks, scales, shape);
+        }
+        let tensor = self.tensor(name, shape)?;
+        if ids {
+            tensor.check_ids(shape)?;
+        } else if tensor.is_fp8() {
+            self.check_fp8_blocks()?;
+            let scales = self.tensor(&format!("{name}_scale_inv"), shape)?;
+            return Source::fp8(tensor, scales, shape);
+        } else {
+            tensor.check(shape)?;
+        }
+        Ok(Source::Plain(tensor))
+    }
+
+    /// The scales of FP8 weights belong to blocks, whose size config.json says.
+    fn check_fp8_blocks(&self) -> Result<()> {
+        const SIDE: usize = moe_kernels::format::FP8_BLOCK;
+        let got = self.quantization.as_ref().and_then(|it| it.get("weight_block_size"));
+        if got == Some(&Value::from(vec![SIDE, SIDE])) {
+            return Ok(());
+        }
+        let got = got.map_or("missing".into(), Value::to_string);
+        let why = format!(
+            "`quantization_config.weight_block_size` is {got}, wanted [{SIDE}, {SIDE}] for FP8 weights"
+        );
+        Err(self.folder.missing(CONFIG, &why))
+    }
+
+    /// The MoE block of one layer, every tensor of it found and of the right shape; the first one where the
+    /// checkpoint has several.
     pub fn layer(&self, layer: usize) -> Result<Layer<'_>> {
-        let MoeConfig { hidden, intermediate, num_experts, .. } = self.config;
-        for prefix in PREFIXES {
-            for layout in self.family.layouts {
-                let full = |name: &str| layer_name(prefix, layer, name);
-                let has = |name: &str| self.file_of_tensor.contains_key(&full(name));
-                if !has(layout.router) || !has(&layout.experts.first()) {
+        let mut layers = self.layers(layer)?;
+        Ok(layers.swap_remove(0))
+    }
+
+    /// Every MoE block of one layer that the checkpoint has: models with text and vision experts have two. At least
+    /// one.
+    pub fn layers(&self, layer: usize) -> Result<Vec<Layer<'_>>> {
+        let blocks = hf::blocks(&self.config, layer).map_err(|error| self.config_error(error))?;
+        let found: Vec<_> = blocks
+            .iter()
+            .filter_map(|block| self.find_block(block).transpose())
+            .collect::<Result<_>>()?;
+        if found.is_empty() {
+            return Err(self.no_block(layer, &blocks));
+        }
+        Ok(found)
+    }
+
+    /// A block, if its tensors are there.
+    ///
+    /// A checkpoint of another kind may have the same names with other shapes: the first kind that fits counts, and
+    /// if none fits, the first one says why.
+    fn find_block(&self, block: &Block) -> Result<Option<Layer<'_>>> {
+        let mut why = None;
+        for prefix in block.prefixes() {
+            for layout in block.layouts() {
+                let arrays = layout.arrays(block, &prefix);
+                let arrays = arrays.map_err(|error| self.config_error(error))?;
+                if !self.has(&arrays) {
                     continue;
                 }
-                let gate = [intermediate, hidden];
-                let down_shape = [hidden, intermediate];
-                let experts = match layout.experts {
-                    ExpertNames::Each { gate: gate_name, up, down } => Experts::Each(
-                        (0..num_experts)
-                            .map(|e| {
-                                Ok(Expert {
-                                    gate: self.tensor(&full(&expert_name(gate_name, e)), &gate)?,
-                                    up: self.tensor(&full(&expert_name(up, e)), &gate)?,
-                                    down: self.tensor(&full(&expert_name(down, e)), &down_shape)?,
-                                })
-                            })
-                            .collect::<Result<_>>()?,
-                    ),
-                    ExpertNames::Fused { gate_up, down } => Experts::Fused {
-                        gate_up: self
-                            .tensor(&full(gate_up), &[num_experts, 2 * intermediate, hidden])?,
-                        down: self.tensor(&full(down), &[num_experts, hidden, intermediate])?,
-                    },
-                };
-                let router = self.tensor(&full(layout.router), &[num_experts, hidden])?;
-                return Ok(Layer { config: self.config, router, experts });
+                match self.with_layout(block, layout, arrays) {
+                    Ok(layer) => return Ok(Some(layer)),
+                    Err(error) => why = why.or(Some(error)),
+                }
             }
         }
-        Err(self.no_block(layer))
+        why.map_or(Ok(None), Err)
+    }
+
+    fn config_error(&self, error: moe_kernels::Error) -> Error {
+        self.folder.missing(CONFIG, &error.to_string())
+    }
+
+    /// Whether the checkpoint has the first tensors of the router and of the experts.
+    fn has(&self, arrays: &[hf::Array]) -> bool {
+        let needed = [Role::RouterGate, Role::Gate, Role::GateUp];
+        arrays.iter().filter(|array| needed.contains(&array.role)).all(|array| {
+            array.parts.first().is_some_and(|part| {
+                let ending = if part.stored == Stored::Mxfp4 { "_blocks" } else { "" };
+                self.file_of_tensor.contains_key(&format!("{}{ending}", part.name))
+            })
+        })
+    }
+
+    fn with_layout(
+        &self,
+        block: &Block,
+        layout: &Layout,
+        arrays: Vec<hf::Array>,
+    ) -> Result<Layer<'_>> {
+        let arrays = arrays.into_iter().map(|array| {
+            let pieces = array.parts.iter().map(|part| {
+                let source = self.source(part, array.role == Role::Table)?;
+                Ok(Piece { source, elements: part.elements.clone() })
+            });
+            let pieces = pieces.collect::<Result<Vec<_>>>()?;
+            let hf::Array { role, shape, transposed, repeated, .. } = array;
+            Ok(Array { role, shape, pieces, transposed, repeated })
+        });
+        let arrays = arrays.collect::<Result<_>>()?;
+        Ok(Layer { config: layout.config(block), block: block.clone(), arrays })
     }
 
     /// Says which layers do have a block: a dense layer and a number past the end look alike otherwise.
-    fn no_block(&self, layer: usize) -> Error {
-        let layers: Vec<usize> = PREFIXES
-            .iter()
-            .flat_map(|prefix| self.family.layouts.iter().map(move |layout| (prefix, layout)))
-            .flat_map(|(prefix, layout)| {
-                self.file_of_tensor.keys().filter_map(|name| layer_of(name, prefix, layout.router))
-            })
-            .collect::<std::collections::BTreeSet<_>>()
-            .into_iter()
-            .collect();
-        let wanted = layer_name(PREFIXES[0], layer, self.family.layouts[0].router);
+    fn no_block(&self, layer: usize, blocks: &[Block]) -> Error {
+        let mut layers = BTreeSet::new();
+        let mut wanted = String::new();
+        for block in blocks {
+            for prefix in block.prefixes() {
+                for layout in block.layouts() {
+                    let Ok(arrays) = layout.arrays(block, &prefix) else { continue };
+                    let first = arrays.first().and_then(|array| array.parts.first());
+                    let Some(name) = first.map(|part| &part.name) else { continue };
+                    if wanted.is_empty() {
+                        wanted.clone_from(name);
+                    }
+                    let Some(ending) = name.strip_prefix(&prefix) else { continue };
+                    let tensors = self.file_of_tensor.keys();
+                    let named = tensors.filter(|tensor| tensor.ends_with(ending));
+                    layers.extend(named.filter_map(|tensor| block.layer_of(tensor)));
+                }
+            }
+        }
+        let layers: Vec<usize> = layers.into_iter().collect();
         let why = if layers.is_empty() {
             "and no other layer of it has one".into()
         } else {
@@ -205,126 +287,38 @@ impl Checkpoint {
             Folder::Disk(path) => path.display().to_string(),
             Folder::Bundled(name, _) => format!("bundled {name}"),
         };
+        let model_type = blocks.first().map_or("MoE", |block| block.model_type);
         Error::File {
             file,
             why: format!(
-                "layer {layer} has no {} block (no tensor `{wanted}` with experts beside it); {why}",
-                self.family.model_type
+                "layer {layer} has no {model_type} block (no tensor `{wanted}` with experts beside it); {why}"
             ),
         }
     }
 }
 
-/// Reads config.json; every message names the file and the key.
-struct ConfigReader<'a> {
-    file: String,
-    object: &'a Map<String, Value>,
-}
-
-impl ConfigReader<'_> {
-    fn read(&self) -> Result<(&'static Family, MoeConfig)> {
-        let known = || format!("one of the families that are supported: {}", Family::known());
-        let model_type = self.object.get("model_type").unwrap_or(&Value::Null);
-        let family = model_type
-            .as_str()
-            .and_then(Family::find)
-            .ok_or_else(|| self.error("model_type", model_type, known()))?;
-        for key in ACTIVATION_KEYS {
-            let Some(value) = self.object.get(*key) else { continue };
-            if !value.as_str().is_some_and(|name| ACTIVATIONS.contains(&name)) {
-                return Err(self.error(key, value, format!("one of {ACTIVATIONS:?}")));
-            }
-        }
-        let renormalize = match family.router {
-            Router::SoftmaxTopKRenormalized => true,
-            Router::SoftmaxTopK { renormalize: key, default } => match self.object.get(key) {
-                None | Some(Value::Null) => default,
-                Some(Value::Bool(value)) => *value,
-                Some(value) => return Err(self.error(key, value, "true or false".into())),
-            },
-        };
-        let plain = MoeConfig::new(
-            self.integer(family.hidden)?,
-            self.integer(family.intermediate)?,
-            self.integer(family.num_experts)?,
-            self.integer(family.top_k)?,
-        );
-        let config = MoeConfig { router: RouterConfig::softmax_top_k(renormalize), ..plain };
-        config
-            .check()
-            .map_err(|error| Error::File { file: self.file.clone(), why: error.to_string() })?;
-        Ok((family, config))
-    }
-
-    fn integer(&self, keys: &'static [&'static str]) -> Result<usize> {
-        let (key, value) = keys
-            .iter()
-            .find_map(|key| Some((*key, self.object.get(*key)?)))
-            .unwrap_or((keys[0], &Value::Null));
-        let integer = value.as_u64().and_then(|value| usize::try_from(value).ok());
-        integer
-            .filter(|value| *value > 0)
-            .ok_or_else(|| self.error(key, value, "a whole number of at least 1".into()))
-    }
-
-    fn error(&self, key: &'static str, got: &Value, wanted: String) -> Error {
-        let got = if got.is_null() { "missing".into() } else { got.to_string() };
-        Error::Config { file: self.file.clone(), key, got, wanted }
-    }
-}
-
 /// The MoE block of one layer, still on disk.
 pub struct Layer<'a> {
+    pub block: Block,
+    /// What it computes, with the weights in the order in which this checkpoint has them.
     pub config: MoeConfig,
-    router: Tensor<'a>,
-    experts: Experts<'a>,
+    arrays: Vec<Array<'a>>,
 }
 
-enum Experts<'a> {
-    Each(Vec<Expert<'a>>),
-    Fused { gate_up: Tensor<'a>, down: Tensor<'a> },
-}
+impl<'a> Layer<'a> {
+    pub fn array(&self, role: Role) -> Option<&Array<'a>> {
+        self.arrays.iter().find(|array| array.role == role)
+    }
 
-struct Expert<'a> {
-    gate: Tensor<'a>,
-    up: Tensor<'a>,
-    down: Tensor<'a>,
-}
+    /// All that the block has, in the order in which it is used.
+    pub fn arrays(&self) -> &[Array<'a>] {
+        &self.arrays
+    }
 
-impl Layer<'_> {
     /// The type of the expert weights on disk.
     pub fn dtype_on_disk(&self) -> String {
-        match &self.experts {
-            Experts::Each(experts) => {
-                experts.first().map(|e| e.gate.dtype_name()).unwrap_or_default()
-            }
-            Experts::Fused { gate_up, .. } => gate_up.dtype_name(),
-        }
-    }
-
-    /// The router's weights [E, H].
-    pub fn router<D: Dtype>(&self) -> Result<Vec<D>> {
-        self.router.read()
-    }
-
-    /// One expert's gate rows and then its up rows, [2I, H], into `out`.
-    pub fn gate_up_into<D: Dtype>(&self, expert: usize, out: &mut [D]) -> Result<()> {
-        match &self.experts {
-            Experts::Each(experts) => {
-                let (gate, up) = out.split_at_mut(self.config.intermediate * self.config.hidden);
-                experts[expert].gate.read_into(0, gate)?;
-                experts[expert].up.read_into(0, up)
-            }
-            Experts::Fused { gate_up, .. } => gate_up.read_into(expert * out.len(), out),
-        }
-    }
-
-    /// One expert's down projection [H, I] into `out`.
-    pub fn down_into<D: Dtype>(&self, expert: usize, out: &mut [D]) -> Result<()> {
-        match &self.experts {
-            Experts::Each(experts) => experts[expert].down.read_into(0, out),
-            Experts::Fused { down, .. } => down.read_into(expert * out.len(), out),
-        }
+        let pieces = self.array(Role::Down).map(|array| &array.pieces);
+        pieces.and_then(|pieces| pieces.first()).map(|p| p.source.dtype_name()).unwrap_or_default()
     }
 }
 

@@ -9,11 +9,11 @@ use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
 use moe_kernels::ops::route::{RouteInputs, route_fwd};
 use moe_kernels::{Experts, MoeConfig, MoeLayer, PlanLayout, RoutingShape, Workspace};
 
-use crate::backend::{Element, FORWARD, OPERATIONS, Output, rows_per_expert};
+use crate::backend::{Element, FORWARD, OPERATIONS, Output, Plain, rows_per_expert};
 use crate::checkpoint::Layer;
 use crate::device::Gpu;
 use crate::error::Result;
-use crate::progress::{Progress, Steps};
+use crate::progress::Steps;
 
 /// The weights of a layer on the device.
 struct Weights<D> {
@@ -121,31 +121,16 @@ impl Gpu {
         Ok((expert_ids, y))
     }
 
-    /// Converts one expert at a time: the host never holds a second copy of the layer.
+    /// Converts all on the host first, where the whole layer is for this long.
     fn upload_weights<D: Element>(&self, layer: &Layer<'_>) -> Result<Weights<D>> {
-        const WHAT: &str = "upload the weights";
-        let (stream, config) = (&self.stream, &layer.config);
-        let zero = D::from_f32(0.0);
-        let gate = stream.clone_htod(&layer.router::<D>()?).map_err(self.failed(WHAT))?;
-        let mut gate_up =
-            stream.alloc_zeros::<D>(config.gate_up_len()).map_err(self.failed(WHAT))?;
-        let mut down = stream.alloc_zeros::<D>(config.down_len()).map_err(self.failed(WHAT))?;
-        let mut host_gate_up = vec![zero; 2 * config.intermediate * config.hidden];
-        let mut host_down = vec![zero; config.hidden * config.intermediate];
-        let progress = Progress::parts(WHAT, config.num_experts);
-        for expert in 0..config.num_experts {
-            layer.gate_up_into(expert, &mut host_gate_up)?;
-            layer.down_into(expert, &mut host_down)?;
-            let (len, first) = (host_gate_up.len(), expert * host_gate_up.len());
-            let mut place = gate_up.slice_mut(first..first + len);
-            stream.memcpy_htod(&host_gate_up, &mut place).map_err(self.failed(WHAT))?;
-            let (len, first) = (host_down.len(), expert * host_down.len());
-            let mut place = down.slice_mut(first..first + len);
-            stream.memcpy_htod(&host_down, &mut place).map_err(self.failed(WHAT))?;
-            // The buffers are used again.
-            self.wait()?;
-            progress.advance();
-        }
+        let plain = Plain::<D>::read(layer)?;
+        let upload = |values: &[D]| {
+            self.stream.clone_htod(values).map_err(self.failed("upload the weights"))
+        };
+        let gate = upload(&plain.gate)?;
+        let (gate_up, down) = (upload(&plain.gate_up)?, upload(&plain.down)?);
+        // The host's copies go when this returns.
+        self.wait()?;
         Ok(Weights { gate, gate_up, down })
     }
 

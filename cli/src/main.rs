@@ -11,7 +11,6 @@ mod check;
 mod checkpoint;
 mod device;
 mod error;
-mod family;
 mod gpu;
 mod info;
 mod load;
@@ -20,6 +19,7 @@ mod run;
 mod tensor_file;
 mod text;
 mod tune;
+mod weights;
 
 use std::process::ExitCode;
 

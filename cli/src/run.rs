@@ -120,7 +120,7 @@ fn run_checkpoint(
 
     let hidden = layer.config.hidden;
     let (x_type, w_type) = (x.dtype_name(), layer.dtype_on_disk());
-    let model_type = checkpoint.family.model_type;
+    let model_type = layer.block.model_type;
     say(format_args!(
         "layer   {layer_number} of {}: {model_type}, {}\n",
         folder.display(),

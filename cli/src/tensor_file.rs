@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -122,17 +123,69 @@ impl Tensor<'_> {
         format!("{:?}", self.dtype).to_lowercase()
     }
 
-    fn error(&self, got: String, wanted: String) -> Error {
+    pub fn error(&self, got: String, wanted: String) -> Error {
         Error::Tensor { file: self.file.into(), tensor: self.name.clone(), got, wanted }
     }
 
     /// Fails unless the tensor holds floating-point numbers of this shape.
     pub fn check(&self, wanted: &[usize]) -> Result<()> {
         self.check_float()?;
+        self.check_shape(wanted)
+    }
+
+    /// Fails unless the tensor is of this shape.
+    pub fn check_shape(&self, wanted: &[usize]) -> Result<()> {
         if self.shape == wanted {
             return Ok(());
         }
         Err(self.error(format!("{:?}", self.shape), format!("{wanted:?}")))
+    }
+
+    /// Fails unless the tensor holds bytes of this shape.
+    pub fn check_bytes(&self, wanted: &[usize]) -> Result<()> {
+        if self.dtype != DiskDtype::U8 {
+            return Err(self.error(self.dtype_name(), "u8".into()));
+        }
+        self.check_shape(wanted)
+    }
+
+    /// Fails unless the tensor holds whole numbers of this shape.
+    pub fn check_ids(&self, wanted: &[usize]) -> Result<()> {
+        match self.dtype {
+            DiskDtype::I32 | DiskDtype::I64 => self.check_shape(wanted),
+            _ => Err(self.error(self.dtype_name(), "i32 or i64".into())),
+        }
+    }
+
+    /// Whether the tensor holds FP8 codes of kind E4M3.
+    pub fn is_fp8(&self) -> bool {
+        self.dtype == DiskDtype::F8_E4M3
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Elements of a tensor whose elements are bytes.
+    pub fn bytes(&self, range: Range<usize>) -> Result<&[u8]> {
+        let wanted = || format!("at least {} bytes", range.end);
+        let bytes = self.data.get(range.clone());
+        bytes.ok_or_else(|| self.error(format!("{:?}", self.shape), wanted()))
+    }
+
+    /// The whole tensor as ids; none may be negative or beyond a u32.
+    pub fn read_ids(&self) -> Result<Vec<u32>> {
+        let id = |value: i64| {
+            let wanted = || "ids from 0 on".into();
+            u32::try_from(value).map_err(|_| self.error(format!("{value} in it"), wanted()))
+        };
+        if self.dtype == DiskDtype::I64 {
+            let (values, _) = self.data.as_chunks::<8>();
+            return values.iter().map(|bytes| id(i64::from_le_bytes(*bytes))).collect();
+        }
+        let (values, _) = self.data.as_chunks::<4>();
+        values.iter().map(|bytes| id(i32::from_le_bytes(*bytes).into())).collect()
     }
 
     /// Fails unless the tensor holds floating-point numbers in rows of `width`; gives their number.
@@ -150,7 +203,10 @@ impl Tensor<'_> {
     fn check_float(&self) -> Result<()> {
         match self.dtype {
             DiskDtype::F64 | DiskDtype::F32 | DiskDtype::F16 | DiskDtype::BF16 => Ok(()),
-            _ => Err(self.error(self.dtype_name(), "f32, bf16 or f16".into())),
+            _ => {
+                let wanted = "f32, bf16 or f16, or f8_e4m3 where there are scales beside it";
+                Err(self.error(self.dtype_name(), wanted.into()))
+            }
         }
     }
 

@@ -25,11 +25,11 @@ fn check_failure(done: &Done, words: &[&str]) {
 
 #[test]
 fn config() {
-    let cases: [(&str, &str, &[&str]); 10] = [
+    let cases: [(&str, &str, &[&str]); 11] = [
         (
             "\"mixtral\"",
             "\"llama\"",
-            &["config.json", "`model_type` is \"llama\"", "mixtral, qwen3_moe"],
+            &["config.json", "`model_type` is \"llama\"", "mixtral", "qwen3_moe"],
         ),
         ("\"hidden_size\": 40", "\"hidden_size\": NaN", &["config.json", "not JSON", "line"]),
         (
@@ -39,7 +39,12 @@ fn config() {
         ),
         ("\"hidden_size\": 40", "\"hidden_size\": -40", &["`hidden_size` is -40"]),
         ("\"hidden_size\": 40", "\"hidden_size\": 40.5", &["`hidden_size` is 40.5"]),
-        ("\"hidden_size\"", "\"other_size\"", &["`hidden_size` is missing"]),
+        // An absent key is the default of transformers' class.
+        (
+            "\"hidden_size\"",
+            "\"other_size\"",
+            &["model.layers.1.block_sparse_moe.gate.weight", "is [5, 40], wanted [5, 4096]"],
+        ),
         (
             "\"intermediate_size\": 20",
             "\"intermediate_size\": \"20\"",
@@ -55,7 +60,8 @@ fn config() {
             "\"num_local_experts\": 5000",
             &["`num_experts` is 5000", "4096"],
         ),
-        ("\"silu\"", "\"gelu\"", &["`hidden_act` is \"gelu\"", "silu"]),
+        ("\"silu\"", "\"mish\"", &["`hidden_act` is \"mish\"", "silu"]),
+        ("\"silu\"", "\"gelu\"", &["mixtral", "softmax routers with SwiGLU experts", "gated GELU"]),
     ];
     for (from, to, words) in cases {
         let folder = Folder::of("mixtral-tiny");
@@ -149,6 +155,34 @@ fn weights_that_do_not_fit() {
     fails(&folder, &["model.safetensors", EXPERT, "is i32, wanted f32, bf16 or f16"]);
     let folder = with_tensor(|tensor| tensor.name = "model.lost".into());
     fails(&folder, &["model.safetensors", &format!("no tensor `{EXPERT}`, wanted [40, 20]")]);
+}
+
+/// FP8 weights have scales beside them, of blocks that config.json has to say the size of.
+#[test]
+fn weights_in_8_bits() {
+    let quantised = || {
+        with_tensor(|tensor| {
+            tensor.dtype = Dtype::F8_E4M3;
+            tensor.data.truncate(tensor.shape.iter().product());
+        })
+    };
+    let folder = quantised();
+    fails(&folder, &["config.json", "weight_block_size` is missing, wanted [128, 128]"]);
+    let blocks = |side: usize| {
+        format!(
+            "\"quantization_config\": {{\"weight_block_size\": [{side}, {side}]}}, \"hidden_size\""
+        )
+    };
+    folder.edit("config.json", "\"hidden_size\"", &blocks(64));
+    fails(&folder, &["weight_block_size` is [64,64], wanted [128, 128]"]);
+    let folder = quantised();
+    folder.edit("config.json", "\"hidden_size\"", &blocks(128));
+    let scales = format!("{EXPERT}_scale_inv");
+    fails(&folder, &["model.safetensors", &format!("no tensor `{scales}`")]);
+    let mut tensors = folder.tensors("model.safetensors");
+    tensors.push(Stored::f32(&scales, &[1, 2], &[1.0, 1.0]));
+    write(&folder.path("model.safetensors"), &tensors);
+    fails(&folder, &[&scales, "is [1, 2], wanted [1, 1]"]);
 }
 
 #[test]
