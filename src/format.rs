@@ -168,7 +168,9 @@ mod tests {
     /// Each element has the scale of its own block, in tails as well.
     #[test]
     fn blocks_of_fp8() {
-        for (n, k) in [(1, 1), (128, 128), (129, 257), (256, 100), (3, 300), (0, 5), (5, 0)] {
+        for (n, k) in
+            [(1usize, 1usize), (128, 128), (129, 257), (256, 100), (3, 300), (0, 5), (5, 0)]
+        {
             let codes: Vec<u8> = (0..n * k).map(|i| (i * 37 % 251) as u8).collect();
             let columns = k.div_ceil(128);
             let scales: Vec<f32> =

@@ -146,7 +146,6 @@ impl MoeConfig {
             capacity: None,
             experts: ExpertConfig::default(),
             latent: None,
-            latent_norm: None,
             shared: None,
             output_norm: None,
         }
@@ -187,15 +186,8 @@ impl MoeConfig {
         self.routing(0).check(OP)?;
         self.router.check(OP, self.router_experts(), self.top_k)?;
         self.experts.check(OP)?;
-        at.say(
-            "latent_norm",
-            self.latent_norm.is_none() || self.latent.is_some(),
-            "a latent width beside it",
-            "a norm alone",
-        )?;
         let norms = [
             (self.projection.norm, "projection.norm"),
-            (self.latent_norm, "latent_norm"),
             (self.output_norm, "output_norm"),
         ];
         for (norm, name) in norms {
@@ -306,9 +298,6 @@ impl std::fmt::Display for MoeConfig {
         if let Some(latent) = self.latent {
             let norm = if latent.norm.is_some() { ", normed" } else { "" };
             write!(f, "; latent {}{norm}", latent.hidden)?;
-        }
-        if self.latent_norm.is_some() {
-            f.write_str(", normed")?;
         }
         if let Some(SharedConfig { intermediate, activation, gated, sigmoid_gate, average }) =
             self.shared
@@ -431,13 +420,6 @@ mod tests {
             (
                 acts(Activation { function: ActivationFunction::Relu, alpha: 2.0, ..act }),
                 "`activation.alpha`",
-            ),
-            (
-                MoeConfig {
-                    latent_norm: Some(RmsNorm { epsilon: 1e-5, offset: 0.0, scale_first: false }),
-                    ..plain
-                },
-                "`latent_norm`",
             ),
             (
                 MoeConfig {

@@ -355,11 +355,11 @@ impl Arrays<'_> {
     fn latent(mut self, names: &LatentNames) -> Result<Self> {
         let hidden = self.config.hidden;
         if let Some(latent) = self.config.latent {
-            self.whole(Role::LatentInto, names.into, &[latent, hidden])?;
-            if self.config.latent_norm.is_some() {
-                self.whole(Role::LatentNorm, names.norm, &[latent])?;
+            self.whole(Role::LatentInto, names.into, &[latent.hidden, hidden])?;
+            if latent.norm.is_some() {
+                self.whole(Role::LatentNorm, names.norm, &[latent.hidden])?;
             }
-            self.whole(Role::LatentOut, names.out, &[hidden, latent])?;
+            self.whole(Role::LatentOut, names.out, &[hidden, latent.hidden])?;
         }
         Ok(self)
     }

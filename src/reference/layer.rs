@@ -197,7 +197,7 @@ mod tests {
             moe_layer_with_gate_fwd::<f64, bf16>(&config, &x, &gate, &gate_up, &down).unwrap(),
             moe_layer_fwd::<f64, bf16>(&config, &x, &rounded, &gate_up, &down).unwrap(),
         );
-        assert_eq!(router_logits::<f32, bf16>(&config, &[], &gate).unwrap(), []);
+        assert!(router_logits::<f32, bf16>(&config, &[], &gate).unwrap().is_empty());
     }
 
     #[test]

@@ -349,11 +349,13 @@ fn scoring(keys: &Keys<'_>, default: &str) -> Result<Scoring> {
 fn muse(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     let config = &mut block.config;
     config.router.logit_multiplier = keys.f32(&["output_multiplier"], 0.1767766952966369)?;
-    config.latent = Some(keys.size(&["moe_hidden_size"], 4096)?);
     let norm = |key, default, scale_first| -> Result<Option<RmsNorm>> {
         Ok(Some(RmsNorm { epsilon: keys.f32(&[key], default)?, offset: 1.0, scale_first }))
     };
-    config.latent_norm = norm("rms_norm_eps", 1e-5, false)?;
+    config.latent = Some(LatentConfig {
+        hidden: keys.size(&["moe_hidden_size"], 4096)?,
+        norm: norm("rms_norm_eps", 1e-5, false)?,
+    });
     config.experts.post_norm = norm("post_norm_eps", 1e-8, true)?;
     Ok(())
 }

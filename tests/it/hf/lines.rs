@@ -226,7 +226,6 @@ pub const LINES: &[(&str, &str)] = &[
          1.6; shared I12 gated SiLU",
     ),
     ("mixtral-tiny", "H40 I20 E5 K2, softmax, top-k, renormalised"),
-    ("mixtral-tiny", "H72 I56 E5 K2, softmax, top-k, renormalised"),
     (
         "muse-spark-tiny",
         "H26 I12 E6 K3, f32 logits, logits * 0.6, sigmoid + bias, top-k, renormalised + 1e-15, * 1.5; \
@@ -255,7 +254,6 @@ pub const LINES: &[(&str, &str)] = &[
         "H20 I12 E6 K2, softmax, top-k, renormalised; shared I10 gated SiLU, sigmoid-gated",
     ),
     ("qwen3-moe-tiny", "H36 I20 E16 K4, softmax, top-k, renormalised"),
-    ("qwen3-moe-tiny", "H64 I40 E16 K4, softmax, top-k, renormalised"),
     (
         "qwen3-next-tiny",
         "H24 I10 E7 K3, softmax, top-k, renormalised; shared I14 gated SiLU, sigmoid-gated",
