@@ -44,7 +44,6 @@ use super::accum::Element;
 use super::combine::{CombineInputs, combine_fwd};
 use super::expert_weights::{GateUpWeights, LinearWeights};
 use super::layer::route_and_plan;
-use super::plan::Plan;
 use super::route::{RouteInputs, Routing, route_in};
 use crate::config::{MoeConfig, RouterConfig};
 use crate::dtype::{DType, Dtype};

@@ -3,7 +3,7 @@
 use super::layouts::{DECODER, EACH, FUSED, TEXT, each, fused, shared};
 use super::softmax::{PLAIN, QWEN_KEYS};
 use crate::config::{
-    Activation, GroupScore, Groups, Limit, Masked, Normalization, RmsNorm, RouterConfig,
+    Activation, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization, RmsNorm, RouterConfig,
 };
 use crate::error::Result;
 use crate::hf::Block;
@@ -395,7 +395,7 @@ fn pyramid(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
 fn nemotron(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     keys.off("mlp_bias", "false: the projections around the experts have no biases here")?;
     let latent = keys.count(&["moe_latent_size"], 0)?;
-    block.config.latent = (latent > 0).then_some(latent);
+    block.config.latent = (latent > 0).then_some(LatentConfig { hidden: latent, norm: None });
     Ok(())
 }
 
