@@ -9,8 +9,8 @@ use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu, Target};
 use crate::common::values::normal;
 use crate::{
-    Op, capacity, combine, expert_choice, grouped_gemm, jitter, layer, noise, permute, plan, project,
-    rms_norm, route,
+    Op, capacity, combine, expert_choice, grouped_gemm, jitter, layer, noise, permute, plan,
+    project, rms_norm, route,
 };
 
 /// Bytes that leave nothing of what was before them in any cache.

@@ -186,10 +186,7 @@ impl MoeConfig {
         self.routing(0).check(OP)?;
         self.router.check(OP, self.router_experts(), self.top_k)?;
         self.experts.check(OP)?;
-        let norms = [
-            (self.projection.norm, "projection.norm"),
-            (self.output_norm, "output_norm"),
-        ];
+        let norms = [(self.projection.norm, "projection.norm"), (self.output_norm, "output_norm")];
         for (norm, name) in norms {
             norm.map_or(Ok(()), |norm| norm.check(OP, name))?;
         }

@@ -198,7 +198,7 @@ mod tests {
 
     use super::super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
     use super::super::layer::{moe_layer_fwd, round};
-    use super::super::plan::plan_fwd;
+    use super::super::plan::{Plan, plan_fwd};
     use super::super::sample::Sampler;
     use super::*;
     use crate::config::ExpertConfig;

@@ -6,9 +6,7 @@ use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::permute::{self, PermuteBuffers};
 use moe_kernels::ops::project::ProjectInputs;
 use moe_kernels::ops::rms_norm::RmsNormInputs;
-use moe_kernels::ops::{
-    capacity, combine, expert_choice, jitter, plan, project, rms_norm, route,
-};
+use moe_kernels::ops::{capacity, combine, expert_choice, jitter, plan, project, rms_norm, route};
 use moe_kernels::{
     CapacityConfig, CapacityLimit, DType, Device, Error, Priority, RmsNorm, RouterConfig,
     RoutingShape, Workspace, kernel_files, kernel_symbols,

@@ -2,9 +2,10 @@
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
+use moe_kernels::ops::combine::{self, CombineInputs};
 use moe_kernels::ops::expert_choice::{self, ExpertChoiceBuffers};
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
-use moe_kernels::ops::{combine, plan};
+use moe_kernels::ops::plan;
 use moe_kernels::{DType, Dtype, Error, RoutingShape, reference};
 use proptest::prelude::*;
 
@@ -152,7 +153,8 @@ fn a_layer_of_chosen_tokens() {
     )
     .unwrap();
     let (yp, weights) = (yp.as_view(), choice.weights.as_view());
-    let y = combine::combine_fwd(device, stream, &plan, hidden, &yp, &weights).unwrap();
+    let inputs = CombineInputs::new(&yp, &weights);
+    let y = combine::combine_fwd(device, stream, &plan, hidden, &inputs).unwrap();
     let y = gpu.download(&y.as_view());
 
     let ids = gpu.download(&choice.expert_ids.as_view());

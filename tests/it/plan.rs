@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::ops::combine;
+use moe_kernels::ops::combine::{self, CombineInputs};
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::plan::{self, PlanBuffers};
 use moe_kernels::{Error, PlanLayout, RoutingPlan, RoutingShape, reference};
@@ -233,8 +233,8 @@ fn ranges_add_up_to_the_layer() {
         let yp = gpu.upload(&yp);
         let mut y = gpu.poisoned::<f32>(shape.num_tokens * n);
         let (yp, weights) = (yp.view(), weights.view());
-        combine::combine_fwd_into(device, stream, &plan, n, &yp, &weights, &mut y.view_mut())
-            .unwrap();
+        let inputs = CombineInputs::new(&yp, &weights);
+        combine::combine_fwd_into(device, stream, &plan, n, &inputs, &mut y.view_mut()).unwrap();
         gpu.download(&y.view())
     };
     let whole = part(0..6);

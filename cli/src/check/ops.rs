@@ -374,7 +374,6 @@ fn project_by<D: Element, G: Element>(gpu: &Gpu, case: &Case<D>, gate: &[G]) -> 
 }
 
 fn rms_norm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
-//MERGE-CHECK
     let hidden = case.config.hidden;
     let plan = device_plan(gpu, case)?;
     // A token is as long as a weight.

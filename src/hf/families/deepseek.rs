@@ -3,7 +3,8 @@
 use super::layouts::{DECODER, EACH, FUSED, TEXT, each, fused, shared};
 use super::softmax::{PLAIN, QWEN_KEYS};
 use crate::config::{
-    Activation, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization, RmsNorm, RouterConfig,
+    Activation, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization, RmsNorm,
+    RouterConfig,
 };
 use crate::error::Result;
 use crate::hf::Block;

@@ -4,7 +4,8 @@ use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, QWEN_SHARED, TEXT, each, fus
 use super::logit::gpt_oss_activation;
 use super::softmax::{PLAIN, QWEN_KEYS};
 use crate::config::{
-    ActivationFunction, GateUp, LatentConfig, Limit, Normalization, RmsNorm, RouterConfig, Scoring, Selection,
+    ActivationFunction, GateUp, LatentConfig, Limit, Normalization, RmsNorm, RouterConfig, Scoring,
+    Selection,
 };
 use crate::error::Result;
 use crate::hf::Block;

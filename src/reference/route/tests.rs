@@ -102,10 +102,8 @@ fn all_experts_and_one_expert() {
 fn no_tokens_and_wrong_lengths() {
     let router = PLAIN;
     let shape = RoutingShape { num_tokens: 0, num_experts: 4, top_k: 2 };
-    assert_eq!(
-        route_fwd::<f32, f32>(&shape, &router, &RouteInputs::new(&[])).unwrap().expert_ids,
-        []
-    );
+    let none = route_fwd::<f32, f32>(&shape, &router, &RouteInputs::new(&[])).unwrap();
+    assert!(none.expert_ids.is_empty());
     let shape = RoutingShape { num_tokens: 2, ..shape };
     assert!(route_fwd::<f32, f32>(&shape, &router, &RouteInputs::new(&[0.0; 7])).is_err());
     let shape = RoutingShape { top_k: 5, ..shape };
