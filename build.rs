@@ -161,6 +161,7 @@ fn compile(nvcc: &Path, images: &[Image]) {
     let mut longest_first: Vec<&Image> = images.iter().collect();
     longest_first
         .sort_by_key(|image| fs::metadata(&image.source).map_or(0, |file| u64::MAX - file.len()));
+    let compress = compresses_well(nvcc);
     let queue: Mutex<VecDeque<&Image>> = Mutex::new(longest_first.into());
     let failures = Mutex::new(Vec::new());
     let next = || queue.lock().expect("no job panics").pop_front();
@@ -168,7 +169,7 @@ fn compile(nvcc: &Path, images: &[Image]) {
         for _ in 0..jobs.clamp(1, images.len().max(1)) {
             scope.spawn(|| {
                 while let Some(image) = next() {
-                    if let Err(why) = compile_one(nvcc, image, jobs) {
+                    if let Err(why) = compile_one(nvcc, image, jobs, compress) {
                         failures.lock().expect("no job panics").push(why);
                     }
                 }
@@ -179,7 +180,16 @@ fn compile(nvcc: &Path, images: &[Image]) {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-fn compile_one(nvcc: &Path, image: &Image, threads: usize) -> Result<(), String> {
+/// CUDA 13 packs images with zstd, and as small as it can when it is told so: a third of what it makes by itself.
+/// Older releases pack them for older drivers, which may not read that.
+fn compresses_well(nvcc: &Path) -> bool {
+    let Ok(output) = Command::new(nvcc).arg("--version").output() else { return false };
+    let text = String::from_utf8_lossy(&output.stdout);
+    let release = text.split("release ").nth(1).and_then(|rest| rest.split('.').next());
+    release.and_then(|major| major.parse::<u32>().ok()).is_some_and(|major| major >= 13)
+}
+
+fn compile_one(nvcc: &Path, image: &Image, threads: usize, compress: bool) -> Result<(), String> {
     if image.targets.is_empty() {
         return fs::write(&image.output, PLACEHOLDER).map_err(|why| why.to_string());
     }
@@ -187,6 +197,9 @@ fn compile_one(nvcc: &Path, image: &Image, threads: usize) -> Result<(), String>
     command.arg("-fatbin").arg(&image.source).arg("-o").arg(&image.output);
     command.args(["-std=c++17", "-O3", "-Ikernels", "-Xptxas=-v"]);
     command.arg(format!("--threads={threads}"));
+    if compress {
+        command.arg("--compress-mode=size");
+    }
     command.args(image.targets.iter().map(|target| format!("-gencode={target}")));
     if let Some(compiler) = host_compiler() {
         command.arg("-ccbin").arg(compiler);

@@ -6,11 +6,8 @@ use crate::common::error::Result;
 use crate::common::target::Gpu;
 use crate::{Draw, Workload};
 
-const CONFIG: CapacityConfig = CapacityConfig {
-    limit: CapacityLimit::Factor { factor: 1.0 },
-    priority: Priority::Weight,
-    overflow: 0,
-};
+const CONFIG: CapacityConfig =
+    CapacityConfig::new(CapacityLimit::Factor { factor: 1.0 }, Priority::Weight);
 
 pub(crate) fn on_gpu<'a>(gpu: &'a Gpu, draw: &Draw) -> Result<Workload<'a>> {
     let shape = draw.shape;

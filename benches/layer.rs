@@ -1,7 +1,7 @@
 //! The layer, from its logits and from its tokens.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::{Experts, MoeLayer, Workspace, reference};
+use moe_kernels::{MoeInputs, MoeLayer, MoeWeights, Workspace, reference};
 
 use crate::common::error::{Result, driver};
 use crate::common::stage::{Weights, x};
@@ -35,15 +35,14 @@ impl<'a, D: Element> Prepared<'a, D> {
 
     fn forward(&mut self, op: Op, weights: &Weights<CudaSlice<D>>) -> Result<()> {
         let Self { gpu, layer, x, logits, workspace, y } = self;
-        let (stream, x, y) = (&gpu.stream, &x.as_view(), &mut y.as_view_mut());
         let Weights { gate, gate_up, down } = weights;
-        let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
-        if op == Op::LayerFromX {
-            layer.forward_from_x(stream, x, &gate.as_view(), &experts, workspace, y)?;
-        } else {
-            layer.forward(stream, x, &logits.as_view(), &experts, workspace, y)?;
-        }
-        Ok(())
+        let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
+        let weights = weights.with_gate(gate.as_view());
+        let inputs = match op {
+            Op::LayerFromX => MoeInputs::new(x.as_view()),
+            _ => MoeInputs::with_logits(x.as_view(), logits.as_view()),
+        };
+        Ok(layer.forward(&gpu.stream, &inputs, &weights, workspace, &mut y.as_view_mut())?)
     }
 }
 
@@ -79,11 +78,12 @@ pub(crate) fn on_cpu<'a, D: Element>(
     let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
     Ok(Workload::new(move |_| {
         let Weights { gate, gate_up, down } = weights;
-        std::hint::black_box(if op == Op::LayerFromX {
-            reference::moe_layer_with_gate_fwd::<f32, D>(&config, &x, gate, gate_up, down)?
-        } else {
-            reference::moe_layer_fwd::<f32, D>(&config, &x, &logits, gate_up, down)?
-        });
+        let weights = MoeWeights::plain(&gate_up[..], &down[..]).with_gate(&gate[..]);
+        let inputs = match op {
+            Op::LayerFromX => MoeInputs::new(&x[..]),
+            _ => MoeInputs::with_logits(&x[..], &logits[..]),
+        };
+        std::hint::black_box(reference::moe_layer_fwd::<f32, D>(&config, &inputs, &weights)?);
         Ok(())
     }))
 }
@@ -95,6 +95,8 @@ pub(crate) fn output_on_cpu<D: Element>(
 ) -> Result<Vec<D>> {
     let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
     let Weights { gate_up, down, .. } = weights;
-    let y = reference::moe_layer_fwd::<f32, D>(&model.config, &x, &logits, gate_up, down)?;
+    let inputs = MoeInputs::with_logits(&x[..], &logits[..]);
+    let weights = MoeWeights::plain(&gate_up[..], &down[..]);
+    let y = reference::moe_layer_fwd::<f32, D>(&model.config, &inputs, &weights)?;
     Ok(reference::round(&y))
 }

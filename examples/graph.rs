@@ -2,7 +2,9 @@
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace};
+use moe_kernels::{
+    DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, Workspace,
+};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
@@ -28,12 +30,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut y = stream.alloc_zeros::<f32>(num_tokens * config.hidden)?;
     let bytes = MoeLayer::workspace_bytes(&config, DType::F32, num_tokens)?;
     let mut workspace = Workspace::alloc(&stream, bytes)?;
-    let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
+    let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
 
     device.warm_up(DType::F32)?; // A capture must not load images.
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    let (x, y_view) = (x.as_view(), &mut y.as_view_mut());
-    layer.forward(&stream, &x, &logits.as_view(), &experts, &mut workspace, y_view)?;
+    let inputs = MoeInputs::with_logits(x.as_view(), logits.as_view());
+    layer.forward(&stream, &inputs, &weights, &mut workspace, &mut y.as_view_mut())?;
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
 

@@ -2,7 +2,9 @@
 
 use cudarc::driver::CudaContext;
 use half::bf16;
-use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace};
+use moe_kernels::{
+    DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, Workspace,
+};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The GPU if there is one, else the software device. An application with a GPU needs no such line.
@@ -28,15 +30,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The size is known before there is a device, so a server can reserve for its largest batch.
     let bytes = MoeLayer::workspace_bytes(&config, DType::BF16, num_tokens)?;
     let mut workspace = Workspace::alloc(&stream, bytes)?;
-    let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
-    layer.forward(
-        &stream,
-        &x.as_view(),
-        &logits.as_view(),
-        &experts,
-        &mut workspace,
-        &mut y.as_view_mut(),
-    )?;
+    let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
+    let inputs = MoeInputs::with_logits(x.as_view(), logits.as_view());
+    layer.forward(&stream, &inputs, &weights, &mut workspace, &mut y.as_view_mut())?;
 
     let y = stream.clone_dtoh(&y)?;
     println!("{config}: {bytes} bytes of workspace, y[0, 0..4] = {:?}", &y[..4]);

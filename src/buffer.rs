@@ -1,9 +1,11 @@
-//! Buffers as operations hand them to kernels: their addresses, and where those may lie.
+//! Buffers as operations make them and hand them to kernels: memory, addresses, and where those may lie.
 
-use cudarc::driver::{CudaStream, CudaView, DevicePtr, SyncOnDrop};
+use std::sync::Arc;
 
-use crate::device::CUdeviceptr;
-use crate::error::{Error, Result};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, SyncOnDrop};
+
+use crate::device::{CUdeviceptr, driver_error};
+use crate::error::{Error, Result, product};
 
 /// Holds an address against the element type that the kernel reads there.
 pub(crate) fn check_aligned(
@@ -34,4 +36,37 @@ pub(crate) fn optional<'a, T>(
         let (address, guard) = view.device_ptr(stream);
         (address, Some(guard))
     })
+}
+
+/// Device memory for what an operation returns; `len` may be 0, which the driver itself refuses.
+///
+/// # Safety
+/// The memory is unset: every element must be written before it is read.
+pub(crate) unsafe fn alloc<T: DeviceRepr>(
+    op: &'static str,
+    stream: &Arc<CudaStream>,
+    len: usize,
+) -> Result<CudaSlice<T>> {
+    product(op, "bytes", len, size_of::<T>())?;
+    // SAFETY: the caller's promise.
+    let slice = unsafe { stream.alloc::<T>(len.max(1)) }.map_err(driver_error(op))?;
+    if len > 0 {
+        return Ok(slice);
+    }
+    // SAFETY: the address was allocated on this stream, and no element of it is ever reached.
+    Ok(unsafe { stream.upgrade_device_ptr(slice.leak(), 0) })
+}
+
+/// Numbers of the host's in memory of their own; there may be none, which the driver itself refuses.
+pub(crate) fn upload<T: DeviceRepr>(
+    op: &'static str,
+    stream: &Arc<CudaStream>,
+    data: &[T],
+) -> Result<CudaSlice<T>> {
+    // SAFETY: the copy writes every element.
+    let mut slice = unsafe { alloc::<T>(op, stream, data.len()) }?;
+    if !data.is_empty() {
+        stream.memcpy_htod(data, &mut slice).map_err(driver_error(op))?;
+    }
+    Ok(slice)
 }

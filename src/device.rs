@@ -7,13 +7,13 @@ use std::mem::{size_of_val, transmute};
 use std::ptr::{from_ref, null_mut};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use crate::dtype::DType;
-use crate::error::{Error, Result, product};
+use crate::error::{Error, Result};
 use crate::images::{IMAGES, Image};
 
-pub(crate) use crate::buffer::{check_aligned, optional, vector_rows};
+pub(crate) use crate::buffer::{alloc, check_aligned, optional, upload, vector_rows};
 pub use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
 /// A kernel, by the name of its entry without the element type.
@@ -387,25 +387,6 @@ pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStrea
         let why = "the stream belongs to another CudaContext than the device".into();
         Err(Error::Mismatch { op, why })
     }
-}
-
-/// Device memory for what an operation returns; `len` may be 0, which the driver itself refuses.
-///
-/// # Safety
-/// The memory is unset: every element must be written before it is read.
-pub(crate) unsafe fn alloc<T: DeviceRepr>(
-    op: &'static str,
-    stream: &Arc<CudaStream>,
-    len: usize,
-) -> Result<CudaSlice<T>> {
-    product(op, "bytes", len, size_of::<T>())?;
-    // SAFETY: the caller's promise.
-    let slice = unsafe { stream.alloc::<T>(len.max(1)) }.map_err(driver_error(op))?;
-    if len > 0 {
-        return Ok(slice);
-    }
-    // SAFETY: the address was allocated on this stream, and no element of it is ever reached.
-    Ok(unsafe { stream.upgrade_device_ptr(slice.leak(), 0) })
 }
 
 /// Why an image did not load. A placeholder has nothing to load, whatever the driver makes of it.

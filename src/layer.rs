@@ -1,36 +1,33 @@
 //! A whole layer: the operations in order.
 
+mod experts;
+mod memory;
+mod route;
+mod sections;
+
+pub use memory::{OnDevice, OnDeviceMut, OwnedOnDevice};
+
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
 use crate::config::MoeConfig;
 use crate::device::Device;
 use crate::dtype::{DType, Dtype};
-use crate::error::{Result, check_len, product};
-use crate::ops::combine::{CombineInputs, combine_fwd_into};
-use crate::ops::grouped_gemm::{
-    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
-};
+use crate::error::{Error, Result, check_len};
 use crate::ops::plan::plan_fwd_into;
-use crate::ops::route::{RouteInputs, route_fwd_into};
-use crate::routing_plan::PlanLayout;
+use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
-use crate::workspace::{Section, Workspace};
+use crate::tensors::{MoeInputs, MoeWeights, Typed, shape_of};
+use crate::workspace::{Arena, Section, Workspace};
+use sections::{Sections, one_expert};
 
 const OP: &str = "MoeLayer";
 
-/// The experts' weights, in the order of a checkpoint: output features, then input features.
-pub struct Experts<'a, D> {
-    /// `[E, 2I, H]`: of each expert `I` rows of the gate projection, then `I` of the up projection.
-    pub gate_up: CudaView<'a, D>,
-    /// `[E, H, I]`
-    pub down: CudaView<'a, D>,
-}
-
 /// A Mixture-of-Experts layer on a device. It holds no weights and no memory: those are the caller's.
 ///
-/// One forward pass enqueues `route`, `plan`, two `grouped_gemm`s (the first gathers tokens and
-/// applies the activation) and `combine`. Nothing is allocated, nothing is read back, and the launches depend
-/// on the number of tokens alone, so a captured graph replays with any routing.
+/// One forward pass enqueues what the configuration asks for, in this order: the router's norm and
+/// projection, `route`, `capacity`, `plan`, the products of the shared expert, those of the routed ones, and
+/// `combine`. Nothing is allocated, nothing is read back, and the launches depend on the number of tokens
+/// alone, so a captured graph replays with any routing.
 ///
 /// To capture a pass on a stream of `CudaContext::new_stream`, call
 /// `CudaContext::disable_event_tracking` before the buffers are allocated: otherwise cudarc waits for
@@ -41,55 +38,13 @@ pub struct MoeLayer {
     config: MoeConfig,
 }
 
-/// Where the parts of a forward pass lie in the workspace.
-struct Sections {
-    plan: Section,
-    expert_ids: Section,
-    weights: Section,
-    act: Section,
-    yp: Section,
-    /// Only for a pass that starts from the tokens: the plan of the gate's product, and its result.
-    gate_plan: Section,
-    logits: Section,
-}
-
-impl Sections {
-    fn new(config: &MoeConfig, dtype: DType, num_tokens: usize) -> Result<Self> {
-        config.check_layer()?;
-        let shape = config.routing(num_tokens);
-        shape.check(OP)?;
-        let slots = shape.slots();
-        let act = product(OP, "rows * intermediate", slots, config.intermediate)?;
-        let yp = product(OP, "rows * hidden", slots, config.hidden)?;
-        Ok(Self {
-            plan: Section::new(OP, PlanLayout::new(shape)?.bytes(), 1)?,
-            expert_ids: Section::new(OP, slots, size_of::<u32>())?,
-            weights: Section::new(OP, slots, size_of::<f32>())?,
-            act: Section::new(OP, act, dtype.size())?,
-            yp: Section::new(OP, yp, dtype.size())?,
-            gate_plan: Section::new(OP, PlanLayout::new(one_expert(num_tokens))?.bytes(), 1)?,
-            logits: Section::new(OP, shape.logits(), dtype.size())?,
-        })
-    }
-
-    fn bytes(&self) -> Result<usize> {
-        let Self { plan, expert_ids, weights, act, yp, gate_plan, logits } = *self;
-        Section::total(OP, &[plan, expert_ids, weights, act, yp, gate_plan, logits])
-    }
-}
-
-/// A dense product is a grouped one with a single expert that every token goes to.
-fn one_expert(num_tokens: usize) -> RoutingShape {
-    RoutingShape { num_tokens, num_experts: 1, top_k: 1 }
-}
-
 impl MoeLayer {
     /// A layer of this configuration.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported), which names the field.
+    /// [`Error::Unsupported`], which names the field.
     pub fn new(device: &Device, config: MoeConfig) -> Result<Self> {
-        config.check_layer()?;
+        check(&config)?;
         Ok(Self { device: device.clone(), config })
     }
 
@@ -98,153 +53,160 @@ impl MoeLayer {
         &self.config
     }
 
-    /// Bytes of workspace that a pass over at most `num_tokens` tokens needs: a pure function, known
-    /// before there is a device.
+    /// Bytes of workspace that a pass over at most `num_tokens` tokens needs, or any part of one: a pure
+    /// function, known before there is a device.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range.
+    /// [`Error::Unsupported`] for a configuration or a shape out of range.
     pub fn workspace_bytes(config: &MoeConfig, dtype: DType, num_tokens: usize) -> Result<usize> {
-        Sections::new(config, dtype, num_tokens)?.bytes()
+        check(config)?;
+        Section::total(OP, &Sections::new(config, dtype, num_tokens)?.of_forward())
     }
 
-    /// From tokens and router logits: `x` `[T, H]`, `logits` `[T, E]` to `y` `[T, H]`.
+    /// A whole pass: `inputs` of `T` tokens to `y` `[T, H]`.
     ///
-    /// `T` is what the length of `x` says. Asynchronous, ordered on `stream`. Products accumulate in
-    /// f32; the activations and each expert's output are rounded to `D` once, and so is `y`.
+    /// `T` is what the length of `inputs.x` says. Asynchronous, ordered on `stream`. Products accumulate in
+    /// f32; what lies between two operations is rounded to `D` once, and so is `y`. Logits that are not given
+    /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
     ///
     /// # Errors
-    /// [`Error::Length`](crate::Error::Length) for a buffer or a workspace that does not fit,
-    /// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+    /// [`Error::Length`] for a buffer or a workspace that does not fit, [`Error::Mismatch`] for weights or
+    /// inputs that are not as the configuration says and for a stream of another context, and what a launch can
+    /// meet.
     pub fn forward<D: Dtype>(
         &self,
         stream: &CudaStream,
-        x: &CudaView<'_, D>,
-        logits: &CudaView<'_, D>,
-        experts: &Experts<'_, D>,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        weights: &MoeWeights<OnDevice<'_>, D>,
         workspace: &mut Workspace<'_>,
         y: &mut CudaViewMut<'_, D>,
     ) -> Result<()> {
-        let num_tokens = self.num_tokens(x, experts, y)?;
-        let sections = Sections::new(&self.config, D::DTYPE, num_tokens)?;
-        let mut arena = workspace.view_mut(OP, sections.bytes()?)?;
-        self.enqueue(stream, x, logits, experts, &sections, &mut arena, y)
+        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        check_len(OP, "y", y.len(), inputs.x.len())?;
+        let mut arena = Arena::new(OP, workspace, &pass.sections.of_forward())?;
+        let dense =
+            pass.dense(&mut arena, pass.projects_by_gemm(inputs) || pass.has_dense_experts())?;
+        let mut expert_ids = arena.take(pass.sections.expert_ids)?;
+        let mut routing_weights = arena.take(pass.sections.routing_weights)?;
+        pass.route(inputs, dense.as_ref(), &mut arena, &mut expert_ids, &mut routing_weights)?;
+        let routing = (&expert_ids.as_view(), &routing_weights.as_view());
+        pass.experts(&inputs.x, routing, dense.as_ref(), &mut arena, y)
     }
 
-    /// From tokens alone: the router projection `gate` `[E, H]` gives the logits, rounded to `D` as the
-    /// families' own code does, and the rest is [`forward`](Self::forward).
+    /// The first part of [`forward`](Self::forward): the router's logits `[T, E']`, of the type that
+    /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a gate.
+    pub fn router_logits<D: Dtype>(
+        &self,
+        stream: &CudaStream,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        weights: &MoeWeights<OnDevice<'_>, D>,
+        workspace: &mut Workspace<'_>,
+        logits: &mut Typed<OnDeviceMut<'_>, D>,
+    ) -> Result<()> {
+        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        check_len(OP, "logits", logits.len(), pass.shape.logits())?;
+        let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
+        let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
+        pass.project(inputs, dense.as_ref(), &mut arena, logits)
+    }
+
+    /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and
+    /// `routing_weights` `[T, K]`. Slots that capacity dropped and those of inactive tokens have the id
+    /// `u32::MAX`.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
-    pub fn forward_from_x<D: Dtype>(
+    pub fn route<D: Dtype>(
+        &self,
+        stream: &CudaStream,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        weights: &MoeWeights<OnDevice<'_>, D>,
+        workspace: &mut Workspace<'_>,
+        expert_ids: &mut CudaViewMut<'_, u32>,
+        routing_weights: &mut CudaViewMut<'_, f32>,
+    ) -> Result<()> {
+        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
+        check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
+        let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
+        let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
+        pass.route(inputs, dense.as_ref(), &mut arena, expert_ids, routing_weights)
+    }
+
+    /// The second half of [`forward`](Self::forward), for experts that were chosen elsewhere or before:
+    /// `expert_ids` and `routing_weights` `[T, K]`. Slots whose id is no expert's take no part.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    #[allow(clippy::too_many_arguments, reason = "each is a part of a layer")]
+    pub fn forward_routed<D: Dtype>(
         &self,
         stream: &CudaStream,
         x: &CudaView<'_, D>,
-        gate: &CudaView<'_, D>,
-        experts: &Experts<'_, D>,
+        expert_ids: &CudaView<'_, u32>,
+        routing_weights: &CudaView<'_, f32>,
+        weights: &MoeWeights<OnDevice<'_>, D>,
         workspace: &mut Workspace<'_>,
         y: &mut CudaViewMut<'_, D>,
     ) -> Result<()> {
-        let MoeConfig { hidden, num_experts, .. } = self.config;
-        let num_tokens = self.num_tokens(x, experts, y)?;
-        check_len(
-            OP,
-            "gate",
-            gate.len(),
-            product(OP, "num_experts * hidden", num_experts, hidden)?,
-        )?;
-        let sections = Sections::new(&self.config, D::DTYPE, num_tokens)?;
-        let mut arena = workspace.view_mut(OP, sections.bytes()?)?;
-        let (gate_plan, mut arena) = sections.gate_plan.split(OP, &mut arena)?;
-        let (mut logits, mut arena) = sections.logits.split(OP, &mut arena)?;
-        let mut logits = sections.logits.elements::<D>(OP, &mut logits)?;
-
-        let device = &self.device;
-        let plan = plan_fwd_into(device, stream, one_expert(num_tokens), None, gate_plan)?;
-        let rows = Rows::Grouped;
-        grouped_gemm_fwd_into(
-            device,
-            stream,
-            &plan,
-            num_experts,
-            hidden,
-            rows,
-            x,
-            LinearWeights::new(gate),
-            &mut logits,
-        )?;
-        self.enqueue(stream, x, &logits.as_view(), experts, &sections, &mut arena, y)
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "each is a part of a layer")]
-    fn enqueue<D: Dtype>(
-        &self,
-        stream: &CudaStream,
-        x: &CudaView<'_, D>,
-        logits: &CudaView<'_, D>,
-        experts: &Experts<'_, D>,
-        sections: &Sections,
-        arena: &mut CudaViewMut<'_, u8>,
-        y: &mut CudaViewMut<'_, D>,
-    ) -> Result<()> {
-        let MoeConfig { hidden, intermediate, router, .. } = self.config;
-        let shape = self.config.routing(x.len() / hidden);
-        let (plan, mut arena) = sections.plan.split(OP, arena)?;
-        let (mut expert_ids, mut arena) = sections.expert_ids.split(OP, &mut arena)?;
-        let (mut weights, mut arena) = sections.weights.split(OP, &mut arena)?;
-        let (mut act, mut arena) = sections.act.split(OP, &mut arena)?;
-        let (mut yp, _) = sections.yp.split(OP, &mut arena)?;
-        let mut expert_ids = sections.expert_ids.elements::<u32>(OP, &mut expert_ids)?;
-        let mut weights = sections.weights.elements::<f32>(OP, &mut weights)?;
-        let mut act = sections.act.elements::<D>(OP, &mut act)?;
-        let mut yp = sections.yp.elements::<D>(OP, &mut yp)?;
-
-        let device = &self.device;
-        let inputs = RouteInputs::new(logits);
-        route_fwd_into(device, stream, shape, &router, &inputs, &mut expert_ids, &mut weights)?;
-        let plan = plan_fwd_into(device, stream, shape, Some(&expert_ids.as_view()), plan)?;
-        let Experts { gate_up, down } = experts;
-        grouped_gemm_gate_up_fwd_into(
-            device,
-            stream,
-            &plan,
-            &self.config.experts,
-            intermediate,
-            hidden,
-            Rows::Gathered,
-            x,
-            GateUpWeights::fused(gate_up),
-            None,
-            &mut act,
-        )?;
-        let act = act.as_view();
-        grouped_gemm_fwd_into(
-            device,
-            stream,
-            &plan,
-            hidden,
-            intermediate,
-            Rows::Grouped,
-            &act,
-            LinearWeights { w: down, bias: None, order: self.config.experts.down_order },
-            &mut yp,
-        )?;
-        let (yp, weights) = (yp.as_view(), weights.as_view());
-        combine_fwd_into(device, stream, &plan, hidden, &CombineInputs::new(&yp, &weights), y)
-    }
-
-    /// Holds the buffers against the configuration before anything is launched.
-    fn num_tokens<D: Dtype>(
-        &self,
-        x: &CudaView<'_, D>,
-        experts: &Experts<'_, D>,
-        y: &CudaViewMut<'_, D>,
-    ) -> Result<usize> {
-        let config = &self.config;
-        let num_tokens = x.len() / config.hidden;
-        check_len(OP, "x", x.len(), num_tokens * config.hidden)?;
+        let pass = Pass::new(self, stream, shape_of(OP, &self.config, x.len())?, weights)?;
         check_len(OP, "y", y.len(), x.len())?;
-        check_len(OP, "gate_up", experts.gate_up.len(), config.gate_up_len())?;
-        check_len(OP, "down", experts.down.len(), config.down_len())?;
-        Ok(num_tokens)
+        check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
+        check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
+        let mut arena = Arena::new(OP, workspace, &pass.sections.of_experts())?;
+        let dense = pass.dense(&mut arena, pass.has_dense_experts())?;
+        pass.experts(x, (expert_ids, routing_weights), dense.as_ref(), &mut arena, y)
+    }
+}
+
+/// What a configuration may say, and a layer does not do in one pass: which weights a late choice has is the
+/// caller's to say.
+fn check(config: &MoeConfig) -> Result<()> {
+    config.check()?;
+    match config.capacity.map_or(0, |capacity| capacity.overflow) {
+        0 => Ok(()),
+        overflow => Err(Error::Unsupported {
+            op: OP,
+            argument: "capacity.overflow",
+            wanted: "0 in a layer; the operation `capacity` has it".into(),
+            got: overflow.to_string(),
+        }),
+    }
+}
+
+/// One pass on its way: every buffer has been held against the configuration.
+struct Pass<'p, 'w, D: Dtype> {
+    device: &'p Device,
+    stream: &'p CudaStream,
+    config: &'p MoeConfig,
+    weights: &'p MoeWeights<OnDevice<'w>, D>,
+    shape: RoutingShape,
+    sections: Sections,
+}
+
+impl<'p, 'w, D: Dtype> Pass<'p, 'w, D> {
+    fn new(
+        layer: &'p MoeLayer,
+        stream: &'p CudaStream,
+        shape: RoutingShape,
+        weights: &'p MoeWeights<OnDevice<'w>, D>,
+    ) -> Result<Self> {
+        let MoeLayer { device, config } = layer;
+        weights.check(OP, config)?;
+        let sections = Sections::new(config, D::DTYPE, shape.num_tokens)?;
+        Ok(Self { device, stream, config, weights, shape, sections })
+    }
+
+    /// The plan of dense products, which are grouped ones with a single expert that every token goes to.
+    fn dense<'a>(&self, arena: &mut Arena<'a>, wanted: bool) -> Result<Option<RoutingPlan<'a>>> {
+        let memory = arena.take::<u8>(self.sections.dense)?;
+        if !wanted {
+            return Ok(None);
+        }
+        let shape = one_expert(self.shape.num_tokens);
+        plan_fwd_into(self.device, self.stream, shape, None, memory).map(Some)
     }
 }

@@ -16,7 +16,7 @@
 //! ```no_run
 //! use cudarc::driver::CudaContext;
 //! use half::bf16;
-//! use moe_kernels::{DType, Device, Experts, MoeConfig, MoeLayer, RouterConfig, Workspace};
+//! use moe_kernels::{DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, Workspace};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let context = CudaContext::new(0)?;
@@ -34,15 +34,9 @@
 //!
 //! let bytes = MoeLayer::workspace_bytes(&config, DType::BF16, tokens)?;
 //! let mut workspace = Workspace::alloc(&stream, bytes)?;
-//! let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
-//! layer.forward(
-//!     &stream,
-//!     &x.as_view(),
-//!     &logits.as_view(),
-//!     &experts,
-//!     &mut workspace,
-//!     &mut y.as_view_mut(),
-//! )?;
+//! let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
+//! let inputs = MoeInputs::with_logits(x.as_view(), logits.as_view());
+//! layer.forward(&stream, &inputs, &weights, &mut workspace, &mut y.as_view_mut())?;
 //! # Ok(())
 //! # }
 //! ```
@@ -86,13 +80,18 @@ pub mod ops;
 pub mod reference;
 mod routing_plan;
 mod shape;
+mod tensors;
 mod workspace;
 
 pub use config::*;
 pub use device::{CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols};
 pub use dtype::{DType, Dtype};
 pub use error::{Error, Result};
-pub use layer::{Experts, MoeLayer};
+pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice};
 pub use routing_plan::{PlanLayout, RoutingPlan};
 pub use shape::{MAX_EXPERTS, RoutingShape};
+pub use tensors::{
+    ExpertWeights, GateUpTensors, Host, LatentWeights, Memory, MoeInputs, MoeWeights, Owned,
+    RouterWeights, SharedWeights, Typed,
+};
 pub use workspace::Workspace;

@@ -93,29 +93,41 @@ impl Section {
         let sum = |total: usize, section: &Section| total.checked_add(section.bytes);
         sections.iter().try_fold(0, sum).ok_or_else(|| too_large(op))
     }
+}
 
-    /// Splits an arena into this section and the rest.
-    pub(crate) fn split<'b>(
-        &self,
+/// Hands out the sections of a workspace one after the other, in the order in which their bytes were added up.
+pub(crate) struct Arena<'a> {
+    op: &'static str,
+    memory: CudaViewMut<'a, u8>,
+    used: usize,
+}
+
+impl<'a> Arena<'a> {
+    /// All of `workspace`, if it has room for `sections`.
+    pub(crate) fn new(
         op: &'static str,
-        arena: &'b mut CudaViewMut<'_, u8>,
-    ) -> Result<(CudaViewMut<'b, u8>, CudaViewMut<'b, u8>)> {
-        let got = arena.len();
-        let short = Error::Length { op, argument: "workspace", wanted: self.bytes, got };
-        arena.try_split_at_mut(self.bytes).ok_or(short)
+        workspace: &'a mut Workspace<'_>,
+        sections: &[Section],
+    ) -> Result<Self> {
+        let wanted = Section::total(op, sections)?;
+        Ok(Self { op, memory: workspace.view_mut(op, wanted)?, used: 0 })
     }
 
-    /// The elements of this section, which [`split`](Self::split) gave as bytes.
-    pub(crate) fn elements<'b, T: Pod>(
-        &self,
-        op: &'static str,
-        bytes: &'b mut CudaViewMut<'_, u8>,
-    ) -> Result<CudaViewMut<'b, T>> {
-        let got = bytes.len();
-        let short = Error::Length { op, argument: "workspace", wanted: self.bytes, got };
+    /// The next section.
+    pub(crate) fn take<T: Pod>(&mut self, section: Section) -> Result<CudaViewMut<'a, T>> {
+        let (got, start) = (self.memory.len(), self.used);
+        let wanted = start.saturating_add(section.bytes);
+        let short = || Error::Length { op: self.op, argument: "workspace", wanted, got };
+        let mut bytes = self.memory.try_slice_mut(start..wanted).ok_or_else(short)?;
         // SAFETY: every pattern of bytes is a `Pod` value; operations hold the address against the
         // alignment of `T` before they launch.
-        unsafe { bytes.transmute_mut::<T>(self.len) }.ok_or(short)
+        let elements = unsafe { bytes.transmute_mut::<T>(section.len) }.ok_or_else(short)?;
+        // SAFETY: `used` only grows, so no two sections share a byte, and none is reached through
+        // `memory` again, which is borrowed for all of 'a.
+        let elements =
+            unsafe { std::mem::transmute::<CudaViewMut<'_, T>, CudaViewMut<'a, T>>(elements) };
+        self.used = wanted;
+        Ok(elements)
     }
 }
 

@@ -15,7 +15,17 @@ pub struct CapacityConfig {
     /// Which slots of an expert come first.
     pub priority: Priority,
     /// How often a slot that found no room asks its token's next-best expert; 0 drops it at once.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub overflow: usize,
+    /// What the weights of a token's kept slots are divided by once the others are dropped (NLLB): nothing, or their
+    /// sum. A factor that all of them have, such as the router's scale, is lost in the latter.
+    #[cfg_attr(feature = "serde", serde(default = "undivided"))]
+    pub normalization: Normalization,
+}
+
+#[cfg(feature = "serde")]
+fn undivided() -> Normalization {
+    Normalization::None
 }
 
 /// The limit on the rows of an expert, in one sequence or in the batch, as the operation is told.
@@ -56,6 +66,11 @@ pub enum Priority {
 }
 
 impl CapacityConfig {
+    /// A limit that drops what finds no room, and leaves the other weights as they are.
+    pub const fn new(limit: CapacityLimit, priority: Priority) -> Self {
+        Self { limit, priority, overflow: 0, normalization: Normalization::None }
+    }
+
     /// How many rows an expert takes in a sequence of `sequence_tokens` tokens, of which `shape` has the experts.
     ///
     /// # Errors
@@ -80,7 +95,8 @@ impl CapacityConfig {
                 at.hold("capacity.limit.factor", factor, positive, "a finite number above 0")
             }
             CapacityLimit::Rows { .. } => Ok(()),
-        }
+        }?;
+        kept_divisor(op, self.normalization).map(|_| ())
     }
 }
 
@@ -115,7 +131,7 @@ pub(crate) fn kept_divisor(
         Normalization::SumAtLeast { min } => Ok((true, 0.0, min)),
         Normalization::PNorm { p } => Err(Error::Unsupported {
             op,
-            argument: "normalization",
+            argument: "capacity.normalization",
             wanted: "none, or a sum of what is kept".into(),
             got: format!("a {p}-norm"),
         }),
@@ -137,6 +153,9 @@ impl std::fmt::Display for CapacityConfig {
         if self.overflow > 0 {
             write!(f, ", {} overflow rounds", self.overflow)?;
         }
+        if self.normalization != Normalization::None {
+            f.write_str(", renormalised")?;
+        }
         Ok(())
     }
 }
@@ -149,7 +168,7 @@ mod tests {
     fn rows_of_a_factor() {
         let rows = |factor, (t, k, e): (usize, usize, usize)| {
             let limit = CapacityLimit::Factor { factor };
-            let config = CapacityConfig { limit, priority: Priority::Token, overflow: 0 };
+            let config = CapacityConfig::new(limit, Priority::Token);
             config.rows(&RoutingShape { num_tokens: 7, num_experts: e, top_k: k }, t)
         };
         for (factor, shape, wanted) in [
@@ -177,7 +196,7 @@ mod tests {
         }
         assert!(rows(1.0, (1 << 31, 2, 8)).is_err());
         let limit = CapacityLimit::Rows { rows: 0 };
-        let config = CapacityConfig { limit, priority: Priority::Token, overflow: 0 };
+        let config = CapacityConfig::new(limit, Priority::Token);
         assert_eq!(
             config.rows(&RoutingShape { num_tokens: 1, num_experts: 1, top_k: 1 }, 1),
             Ok(0)

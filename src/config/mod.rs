@@ -131,6 +131,14 @@ pub struct SharedConfig {
     pub average: bool,
 }
 
+impl SharedConfig {
+    /// The same as experts of their own: one, that every token goes to.
+    pub(crate) fn experts(&self) -> ExpertConfig {
+        let Self { activation, gated, .. } = *self;
+        ExpertConfig { activation, gated, ..ExpertConfig::default() }
+    }
+}
+
 impl MoeConfig {
     /// The plain layer: softmax over all logits, the `K` largest as they are, SwiGLU experts with weights
     /// `[E, 2I, H]` and `[E, H, I]`.
@@ -182,6 +190,8 @@ impl MoeConfig {
             at.say("zero_experts", good, "no zero experts beside sinks", zero.count)?;
             let widths = zero.output == ZeroOutput::Zero || self.latent.is_none();
             at.say("zero_experts.output", widths, "zero beside a latent width", "identity")?;
+            let limit = self.capacity.is_some();
+            at.say("capacity", !limit, "none beside zero experts, which have no rows", "a limit")?;
         }
         self.routing(0).check(OP)?;
         self.router.check(OP, self.router_experts(), self.top_k)?;
@@ -191,51 +201,6 @@ impl MoeConfig {
             norm.map_or(Ok(()), |norm| norm.check(OP, name))?;
         }
         self.capacity.map_or(Ok(()), |capacity| capacity.check(OP))
-    }
-
-    /// [`check`](Self::check), and refuses what the operations compute and a whole layer does not put together.
-    pub(crate) fn check_layer(&self) -> Result<()> {
-        self.check()?;
-        let at = Checked { op: "MoeLayer" };
-        let Self { projection, router, experts, .. } = self;
-        let plain = self.projection == ProjectionConfig::default();
-        at.say(
-            "projection",
-            plain,
-            "logits in the layer's type, without bias and norm",
-            format!("{projection:?}"),
-        )?;
-        let alone = router.selection != Selection::Given;
-        at.say(
-            "router.selection",
-            alone,
-            "a choice by logits; `route` takes ids that are given",
-            "given",
-        )?;
-        let wanted = "none in a layer; the operations have it";
-        for (field, there) in [
-            ("router.selection_bias", router.selection_bias),
-            ("router.expert_scale", router.expert_scale),
-            ("zero_experts", self.zero_experts.is_some()),
-            ("capacity", self.capacity.is_some()),
-            ("experts.gate_up_bias", experts.gate_up_bias),
-            ("experts.down_bias", experts.down_bias),
-            ("experts.output_bias", experts.output_bias),
-            ("experts.post_norm", experts.post_norm.is_some()),
-            ("latent", self.latent.is_some()),
-            ("shared", self.shared.is_some()),
-        ] {
-            at.say(field, !there, wanted, "there")?;
-        }
-        let fused = experts.gate_up != GateUp::Separate;
-        at.say("experts.gate_up", fused, "one tensor in a layer", "separate")?;
-        let on_output = experts.weight_position == WeightPosition::Output;
-        at.say(
-            "experts.weight_position",
-            on_output,
-            "output in a layer",
-            format!("{:?}", experts.weight_position),
-        )
     }
 
     /// Experts that the router chooses from: those with weights, and those without.

@@ -67,6 +67,11 @@ impl RouterConfig {
         }
     }
 
+    /// Whether a bias is read: there is none where nothing is selected.
+    pub(crate) fn selects_with_bias(&self) -> bool {
+        self.selection_bias && self.selection != Selection::Given
+    }
+
     /// Whether this is a softmax of logits and nothing else.
     pub(crate) fn is_plain(&self) -> bool {
         let Self { scoring, selection, normalization, .. } = *self;
@@ -113,8 +118,8 @@ impl RouteLengths {
             Some(got) => check_len(op, argument, got, wanted),
         };
         check_len(op, "logits", self.logits, shape.logits())?;
-        let bias = router.selection_bias && !given;
         let choices = shape.num_experts - router.num_sinks;
+        let bias = router.selects_with_bias();
         held("selection_bias", self.selection_bias, choices, Some(bias))?;
         held("expert_scale", self.expert_scale, shape.num_experts, Some(router.expert_scale))?;
         held("noise", self.noise, shape.logits(), None)?;

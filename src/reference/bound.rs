@@ -23,10 +23,9 @@
 //!   round to.
 //! - **Combine** is a sum of `K` products as above, and of up to two terms more. **Projections** are
 //!   sums as above. An **RMS norm** has one such sum under a root, which halves what it is off.
-//! - **The layer** rounds twice on the way if its element type is narrow: `u_mid` is that of `act`
-//!   and of `yp`. Errors of `act` reach `yp` through `|down|`, so the sum over `I` of
-//!   `|d act| * |down|` is computed, not guessed; errors of `yp` and of the weights reach `y`
-//!   through the combine.
+//! - **The layer** rounds between its operations if its element type is narrow: `u_mid` is that of `act`,
+//!   `yp` and what else there is. Errors of one operation reach the next through it, and are computed on
+//!   the way, not guessed: those of `act` reach `yp` as the sum over `I` of `|d act| * |down|`.
 //!
 //! The bounds know nothing of overflow on the way: a 16-bit `act` that becomes infinite is a
 //! failure.
@@ -35,21 +34,19 @@ mod activation;
 mod dense;
 mod grouped_gemm;
 mod interval;
+mod layer;
 
 pub use dense::{combine, project, rms_norm};
 pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up};
 use interval::Interval;
+pub use layer::{moe_layer, moe_layer_experts};
 
 use super::accum::Element;
-use super::combine::{CombineInputs, combine_fwd};
-use super::expert_weights::{GateUpWeights, LinearWeights};
-use super::layer::route_and_plan;
 use super::route::{RouteInputs, Routing, route_in};
-use crate::config::{MoeConfig, RouterConfig};
+use crate::config::RouterConfig;
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
-use grouped_gemm::grouped_gemm_magnitude;
 
 /// The `c` of the bound on a sum; the module says why 4.
 pub const SUM: f64 = 4.0;
@@ -122,55 +119,6 @@ pub fn route<D: Dtype>(
     let bound = weights.iter().map(Interval::bound).collect();
     let weights = weights.iter().map(|weight| weight.mid).collect();
     Ok((Routing { expert_ids, weights }, bound))
-}
-
-/// [`moe_layer_fwd`](super::moe_layer_fwd) with `act`, `yp` and `y` stored as `D`.
-///
-/// # Errors
-/// Those of [`moe_layer_fwd`](super::moe_layer_fwd).
-pub fn moe_layer<D: Dtype>(
-    config: &MoeConfig,
-    x: &[D],
-    logits: &[D],
-    gate_up: &[D],
-    down: &[D],
-) -> Result<Bounded> {
-    let (routing, plan) = route_and_plan::<f64, D>(config, x, logits)?;
-    let shape = config.routing(x.len() / config.hidden);
-    let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let weights = &routing.weights;
-
-    let (gate_up, down) = (
-        GateUpWeights::fused(gate_up),
-        LinearWeights { w: down, bias: None, order: config.experts.down_order },
-    );
-    let act = grouped_gemm_gate_up(
-        &plan,
-        &config.experts,
-        intermediate,
-        hidden,
-        x,
-        gate_up,
-        None,
-        true,
-        D::DTYPE,
-    )?;
-    let yp = grouped_gemm(&plan, hidden, intermediate, &act.value, down, false, D::DTYPE)?;
-    let from_act = grouped_gemm_magnitude(&plan, hidden, intermediate, &act.bound, down, false)?;
-    // What is off in `act` is stored, summed and rounded again; 1 % is ample for those second
-    // orders.
-    let yp_error: Vec<f64> = yp.bound.iter().zip(from_act).map(|(a, b)| a + 1.01 * b).collect();
-
-    let inputs = |yp, weights| CombineInputs::<f64, f64>::new(yp, weights);
-    let y = combine(&shape, &plan, hidden, &inputs(&yp.value, weights), D::DTYPE)?;
-    let sizes = magnitudes(weights);
-    let from_yp = combine_fwd::<f64>(&shape, &plan, hidden, &inputs(&yp_error, &sizes))?;
-    let (_, weight_error) = route(&shape, &config.router, &RouteInputs::new(logits))?;
-    let yp_most: Vec<f64> = yp.value.iter().zip(&yp_error).map(|(v, e)| v.abs() + e).collect();
-    let from_weights = combine_fwd::<f64>(&shape, &plan, hidden, &inputs(&yp_most, &weight_error))?;
-    let passed_on = from_yp.iter().zip(from_weights).map(|(a, b)| 1.01 * (a + b));
-    let bound = y.bound.iter().zip(passed_on).map(|(a, b)| a + b).collect();
-    Ok(Bounded { value: y.value, bound })
 }
 
 /// The error of a sum of `k` products with magnitude `s`. A product below the normal numbers of f32

@@ -3,6 +3,7 @@
 
 use std::cmp::Ordering;
 
+use super::accum::Accum;
 use crate::config::{CapacityConfig, Normalization, Priority, kept_divisor};
 use crate::error::{Error, Result, check_len, product};
 use crate::shape::RoutingShape;
@@ -167,24 +168,25 @@ fn ask(
 ///
 /// # Errors
 /// A shape out of range, a length that is not the shape's, or a p-norm.
-pub fn capacity_normalize_fwd(
+pub fn capacity_normalize_fwd<A: Accum>(
     shape: &RoutingShape,
     normalization: Normalization,
     expert_ids: &[u32],
-    weights: &[f32],
-) -> Result<Vec<f32>> {
+    weights: &[A],
+) -> Result<Vec<A>> {
     const OP: &str = "capacity_normalize_fwd";
     shape.check(OP)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(OP, "weights", weights.len(), shape.slots())?;
     let (divide, epsilon, min) = kept_divisor(OP, normalization)?;
+    let (epsilon, min) = (A::from_dtype(epsilon), A::from_dtype(min));
     let is_kept = |slot: &usize| (expert_ids[*slot] as usize) < shape.num_experts;
-    let mut normalized = vec![0.0; shape.slots()];
+    let mut normalized = vec![A::ZERO; shape.slots()];
     for token in 0..shape.num_tokens {
         let slots = token * shape.top_k..(token + 1) * shape.top_k;
-        let sum = slots.clone().filter(is_kept).fold(0f32, |sum, slot| sum + weights[slot]);
+        let sum = slots.clone().filter(is_kept).fold(A::ZERO, |sum, slot| sum + weights[slot]);
         let divisor = match divide {
-            false => 1.0,
+            false => A::ONE,
             true if sum + epsilon < min => min,
             true => sum + epsilon,
         };
@@ -204,7 +206,7 @@ mod tests {
     const NONE: u32 = u32::MAX;
 
     fn config(rows: usize, priority: Priority, overflow: usize) -> CapacityConfig {
-        CapacityConfig { limit: CapacityLimit::Rows { rows }, priority, overflow }
+        CapacityConfig { overflow, ..CapacityConfig::new(CapacityLimit::Rows { rows }, priority) }
     }
 
     #[test]

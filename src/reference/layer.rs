@@ -1,220 +1,464 @@
 //! The layer: the operations one after the other, without rounding in between.
 
-use super::accum::{Accum, Element};
-use super::combine::{CombineInputs, combine_fwd};
-use super::expert_weights::{GateUpWeights, LinearWeights};
-use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
-use super::plan::{Plan, plan_fwd};
-use super::route::{RouteInputs, Routing, route_fwd};
-use crate::config::MoeConfig;
-use crate::dtype::Dtype;
-use crate::error::{Result, check_len, product};
+use std::marker::PhantomData;
 
-/// A whole layer from the logits on: `x` `[T, H]`, `logits` `[T, E]`, `gate_up` `[E, 2I, H]`,
-/// `down` `[E, H, I]` to `y` `[T, H]`. `T` follows from the length of `x`.
+use super::accum::{Accum, Element};
+use super::capacity::{capacity_fwd, capacity_normalize_fwd};
+use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
+use super::expert_weights::{self, GateUpWeights, LinearWeights};
+use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
+use super::plan::{Plan, plan_range_fwd};
+use super::project::{ProjectInputs, project_fwd};
+use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
+use super::route::{RouteInputs, Routing, route_fwd};
+use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, WeightPosition, ZeroOutput};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, check_len};
+use crate::shape::RoutingShape;
+use crate::tensors::{
+    ExpertWeights, GateUpTensors, Host, Memory, MoeInputs, MoeWeights, Owned, Typed, shape_of,
+};
+
+const OP: &str = "moe_layer_fwd";
+
+/// A whole layer: tokens `x` `[T, H]` to `y` `[T, H]`. `T` follows from the length of `x`.
 ///
-/// Nothing is rounded to `D` on the way: this is the layer as mathematics, in the precision of `A`.
+/// Logits are rounded to the type that the configuration gives them, as the router reads them; nothing else is
+/// rounded on the way: this is the layer as mathematics, in the precision of `A`.
 ///
 /// # Errors
-/// A configuration out of range, or a length that is not the shape's.
+/// A configuration out of range, or a tensor that is not as the configuration says.
 pub fn moe_layer_fwd<A: Accum, D: Dtype>(
     config: &MoeConfig,
-    x: &[D],
-    logits: &[D],
-    gate_up: &[D],
-    down: &[D],
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<Vec<A>> {
-    let (routing, plan) = route_and_plan::<A, D>(config, x, logits)?;
-    let shape = config.routing(x.len() / config.hidden);
-    let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let (gate_up, down) = (
-        GateUpWeights::fused(gate_up),
-        LinearWeights { w: down, bias: None, order: config.experts.down_order },
-    );
-    let act = grouped_gemm_gate_up_fwd::<A, D>(
-        &plan,
-        &config.experts,
-        intermediate,
-        hidden,
-        x,
-        gate_up,
-        None::<&[A]>,
-        true,
-    )?;
-    let yp = grouped_gemm_fwd::<A, D>(&plan, hidden, intermediate, &act, down, false)?;
-    combine_fwd(&shape, &plan, hidden, &CombineInputs::new(&yp, &routing.weights))
+    let routing = moe_layer_route_fwd::<A, D>(config, inputs, weights)?;
+    moe_layer_experts_fwd(config, inputs.x, &routing.expert_ids, &routing.weights, weights)
 }
 
-/// A whole layer with its router projection: `gate` `[E, H]`, the rest as in [`moe_layer_fwd`].
-///
-/// The logits are rounded to `D` before the router reads them, as a model computes them in its own
-/// element type and as [`moe_layer_fwd`] takes them.
+/// The layer up to the choice of experts, capacity included: a slot that was dropped, or whose token is not
+/// active, has the id `u32::MAX`.
 ///
 /// # Errors
-/// A configuration out of range, or a length that is not the shape's.
-pub fn moe_layer_with_gate_fwd<A: Accum, D: Dtype>(
+/// Those of [`moe_layer_fwd`].
+pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Routing<A>> {
+    let read = RouterReads::new::<A, D>(config, inputs, weights)?;
+    let shape = config.routing(inputs.x.len() / config.hidden);
+    let routing = route_fwd(&shape, &config.router, &read.inputs(inputs, weights))?;
+    let Some(capacity) = &config.capacity else { return Ok(routing) };
+    // Priorities are those of the weights in f32, on every device.
+    let in_f32 = route_fwd::<f32, f32>(&shape, &config.router, &read.inputs(inputs, weights))?;
+    let kept = capacity_fwd(
+        &shape,
+        capacity,
+        inputs.sequence_tokens,
+        &routing.expert_ids,
+        &in_f32.weights,
+        None,
+    )?;
+    let weights = match capacity.normalization {
+        Normalization::None => routing.weights,
+        by => capacity_normalize_fwd(&shape, by, &kept.expert_ids, &routing.weights)?,
+    };
+    Ok(Routing { expert_ids: kept.expert_ids, weights })
+}
+
+/// The layer from the choice of experts on: `expert_ids` and `routing_weights` `[T, K]`, in which slots of
+/// other ids than the experts' own take no part.
+///
+/// # Errors
+/// Those of [`moe_layer_fwd`].
+pub fn moe_layer_experts_fwd<A: Accum, D: Dtype>(
     config: &MoeConfig,
     x: &[D],
-    gate: &[D],
-    gate_up: &[D],
-    down: &[D],
+    expert_ids: &[u32],
+    routing_weights: &[A],
+    weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<Vec<A>> {
-    let logits: Vec<D> = round(&router_logits::<A, D>(config, x, gate)?);
-    moe_layer_fwd(config, x, &logits, gate_up, down)
+    experts_of_layer(
+        &Numbers(PhantomData),
+        config,
+        x,
+        expert_ids,
+        &routing_weights.to_vec(),
+        weights,
+    )
 }
 
-/// The router projection: `logits` `[T, E]` = `x` `[T, H]` times the transpose of `gate` `[E, H]`.
+/// The router's logits `[T, E']`, of a layer that has a gate, rounded to the type that the configuration says.
 ///
 /// # Errors
-/// A configuration out of range, or a length that is not the shape's.
+/// Those of [`moe_layer_fwd`], and weights without a gate.
 pub fn router_logits<A: Accum, D: Dtype>(
     config: &MoeConfig,
-    x: &[D],
-    gate: &[D],
-) -> Result<Vec<A>> {
-    const OP: &str = "router_logits";
-    config.check_layer()?;
-    let num_tokens = num_tokens(OP, config, x.len())?;
-    check_len(OP, "gate", gate.len(), product(OP, "E * H", config.num_experts, config.hidden)?)?;
-    // A dense product is a grouped one with a single expert.
-    let plan = Plan {
-        expert_offsets: vec![0, num_tokens as i32],
-        row_of_slot: (0..num_tokens as i32).collect(),
-        token_of_row: (0..num_tokens as i32).collect(),
-        tiles: Vec::new(),
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Typed<Owned, D>> {
+    weights.check(OP, config)?;
+    inputs.check(OP, config)?;
+    let x = inputs.router_x.unwrap_or(inputs.x);
+    let logits: Vec<A> = match &config.projection.norm {
+        Some(norm) => {
+            let inputs = RmsNormInputs { x, weight: weights.router.norm, plan: None };
+            let x: Vec<A> = rms_norm_fwd(norm, config.hidden, &inputs)?;
+            project(config, &x, weights)?
+        }
+        None => project(config, x, weights)?,
     };
-    let gate = LinearWeights::new(gate);
-    grouped_gemm_fwd::<A, D>(&plan, config.num_experts, config.hidden, x, gate, false)
+    Ok(match config.projection.f32_logits {
+        true => Typed::F32(round(&logits)),
+        false => Typed::Element(round(&logits)),
+    })
+}
+
+fn project<A: Accum, D: Dtype>(
+    config: &MoeConfig,
+    x: &[impl Element<A>],
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Vec<A>> {
+    let (experts, hidden, router) = (config.router_experts(), config.hidden, &weights.router);
+    // Both are of one type, as was checked.
+    match &router.gate {
+        Some(Typed::Element(gate)) => {
+            let bias = router.bias.as_ref().and_then(Typed::element).copied();
+            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
+        }
+        Some(Typed::F32(gate)) => {
+            let bias = router.bias.as_ref().and_then(Typed::f32).copied();
+            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
+        }
+        None => Err(no_gate(OP)),
+    }
+}
+
+/// The numbers that the router reads, as f32, which holds those of every type.
+pub(super) struct RouterReads {
+    logits: Vec<f32>,
+    noise_logits: Option<Vec<f32>>,
+}
+
+impl RouterReads {
+    /// The logits of this pass, those that it was given or those of the gate, once every tensor was checked.
+    pub(super) fn new<A: Accum, D: Dtype>(
+        config: &MoeConfig,
+        inputs: &MoeInputs<Host<'_>, D>,
+        weights: &MoeWeights<Host<'_>, D>,
+    ) -> Result<Self> {
+        weights.check(OP, config)?;
+        inputs.check(OP, config)?;
+        if let Some(overflow) = config.capacity.map(|capacity| capacity.overflow).filter(|&n| n > 0)
+        {
+            return Err(no_overflow(OP, overflow));
+        }
+        fn widen<M: Memory, D: Dtype>(numbers: &Typed<M, D>) -> Vec<f32>
+        where
+            M::Of<D>: AsRef<[D]>,
+            M::Of<f32>: AsRef<[f32]>,
+        {
+            match numbers {
+                Typed::Element(numbers) => numbers.as_ref().iter().map(|x| x.to_f32()).collect(),
+                Typed::F32(numbers) => numbers.as_ref().to_vec(),
+            }
+        }
+        let logits = match &inputs.logits {
+            Some(logits) => widen(logits),
+            None => widen(&router_logits::<A, D>(config, inputs, weights)?),
+        };
+        Ok(Self { logits, noise_logits: inputs.noise_logits.as_ref().map(widen) })
+    }
+
+    /// What there is besides.
+    pub(super) fn inputs<'a, 'i: 'a, 'w: 'a, D: Dtype>(
+        &'a self,
+        inputs: &MoeInputs<Host<'i>, D>,
+        weights: &MoeWeights<Host<'w>, D>,
+    ) -> RouteInputs<'a, f32> {
+        RouteInputs {
+            logits: &self.logits,
+            selection_bias: weights.router.selection_bias,
+            expert_scale: weights.router.expert_scale,
+            noise: inputs.noise,
+            noise_logits: self.noise_logits.as_deref(),
+            given_ids: inputs.given_ids.or(weights.router.table),
+            token_ids: inputs.token_ids,
+            active: inputs.active,
+        }
+    }
+}
+
+/// What there is to say of a layer that has no logits.
+pub(crate) fn no_gate(op: &'static str) -> Error {
+    Error::Mismatch {
+        op,
+        why: "there are neither `logits` nor a `router.gate` to make them".into(),
+    }
+}
+
+/// Which weights a late choice has is the caller's to say.
+pub(crate) fn no_overflow(op: &'static str, overflow: usize) -> Error {
+    let wanted = "0 in a layer; the operation `capacity` has it".into();
+    Error::Unsupported { op, argument: "capacity.overflow", wanted, got: overflow.to_string() }
+}
+
+/// The operations that a layer puts together, on values of some kind: numbers, or numbers with their bounds.
+pub(super) trait Operations<D: Dtype> {
+    /// A tensor that an operation makes.
+    type Values;
+
+    /// A tensor as the caller has it.
+    fn exact(&self, x: &[D]) -> Self::Values;
+
+    /// `x` `[R, K]` to `[R, N]`.
+    fn linear(
+        &self,
+        plan: &Plan,
+        n: usize,
+        k: usize,
+        x: &Self::Values,
+        weights: LinearWeights<'_, D>,
+    ) -> Result<Self::Values>;
+
+    /// Tokens `[T, H]` to `[R, I]`; the widths are `I` and `H`.
+    fn gate_up(
+        &self,
+        plan: &Plan,
+        experts: &ExpertConfig,
+        widths: [usize; 2],
+        x: &Self::Values,
+        gate_up: GateUpWeights<'_, D>,
+        weights: Option<&Self::Values>,
+    ) -> Result<Self::Values>;
+
+    /// Each row of `x` `[R, H]`.
+    fn norm(
+        &self,
+        norm: &RmsNorm,
+        hidden: usize,
+        x: &Self::Values,
+        weight: Option<&[D]>,
+        plan: Option<&Plan>,
+    ) -> Result<Self::Values>;
+
+    /// A shared expert's gate: tokens `[T, H]` times one vector `[H]`.
+    fn gate(&self, hidden: usize, x: &Self::Values, gate: &[D]) -> Result<Self::Values>;
+
+    /// What each token gets.
+    fn combine(
+        &self,
+        shape: &RoutingShape,
+        plan: &Plan,
+        hidden: usize,
+        parts: &Parts<'_, Self::Values, D>,
+    ) -> Result<Self::Values>;
+}
+
+/// What `combine` adds up.
+pub(super) struct Parts<'a, V, D> {
+    pub(super) yp: &'a V,
+    pub(super) weights: Option<&'a V>,
+    pub(super) identity: Option<Identity<'a, D>>,
+    pub(super) output_bias: Option<&'a [D]>,
+    pub(super) shared: Option<&'a SharedPart<V>>,
+}
+
+/// What the shared expert makes of every token.
+pub(super) struct SharedPart<V> {
+    pub(super) y: V,
+    pub(super) gate: Option<V>,
+    pub(super) average: bool,
+}
+
+/// The layer from the choice of experts on.
+pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
+    by: &O,
+    config: &MoeConfig,
+    x: &[D],
+    expert_ids: &[u32],
+    routing_weights: &O::Values,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<O::Values> {
+    weights.check(OP, config)?;
+    let shape = shape_of(OP, config, x.len())?;
+    check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
+    // Tiles are for kernels; the products of this module cut rows on their own.
+    let plan = plan_range_fwd(&shape, 0..config.num_experts, shape.slots().max(1), expert_ids)?;
+    let dense = Plan::dense(shape.num_tokens);
+    let tokens = by.exact(x);
+    let shared = shared(by, config, &dense, &tokens, weights)?;
+    let identity = config.zero_experts.filter(|zero| zero.output == ZeroOutput::Identity);
+    let identity = identity.map(|zero| Identity {
+        experts: config.num_experts as u32..(config.num_experts + zero.count) as u32,
+        expert_ids,
+        x,
+    });
+    let output = config.experts.weight_position == WeightPosition::Output;
+    let mut routed = Parts {
+        yp: &tokens,
+        weights: output.then_some(routing_weights),
+        identity,
+        output_bias: weights.experts.output_bias,
+        shared: shared.as_ref(),
+    };
+    let y = match (&config.latent, &weights.latent) {
+        (Some(latent), Some(around)) => {
+            let (hidden, inner) = (config.hidden, latent.hidden);
+            let before = LinearWeights::new(around.before);
+            let mut rows = by.linear(&dense, inner, hidden, &tokens, before)?;
+            if let Some(norm) = &latent.norm {
+                rows = by.norm(norm, inner, &rows, around.norm, None)?;
+            }
+            let yp = routed_experts(by, config, &plan, &rows, routing_weights, &weights.experts)?;
+            let parts = Parts { yp: &yp, output_bias: None, shared: None, ..routed };
+            let latent_y = by.combine(&shape, &plan, inner, &parts)?;
+            let bias = weights.experts.output_bias;
+            let after = LinearWeights { bias, ..LinearWeights::new(around.after) };
+            let yp = by.linear(&dense, hidden, inner, &latent_y, after)?;
+            let parts = Parts {
+                yp: &yp,
+                weights: None,
+                identity: None,
+                output_bias: None,
+                shared: shared.as_ref(),
+            };
+            by.combine(&RoutingShape { num_experts: 1, top_k: 1, ..shape }, &dense, hidden, &parts)?
+        }
+        _ => {
+            let yp = routed_experts(by, config, &plan, &tokens, routing_weights, &weights.experts)?;
+            routed.yp = &yp;
+            by.combine(&shape, &plan, config.hidden, &routed)?
+        }
+    };
+    match &config.output_norm {
+        Some(norm) => by.norm(norm, config.hidden, &y, weights.output_norm, None),
+        None => Ok(y),
+    }
+}
+
+/// The routed experts' outputs `yp` `[R, H]`, normed where the configuration says so.
+fn routed_experts<D: Dtype, O: Operations<D>>(
+    by: &O,
+    config: &MoeConfig,
+    plan: &Plan,
+    x: &O::Values,
+    routing_weights: &O::Values,
+    weights: &ExpertWeights<Host<'_>, D>,
+) -> Result<O::Values> {
+    let MoeConfig { intermediate, experts, .. } = config;
+    let hidden = config.expert_hidden();
+    let gate_up = GateUpWeights {
+        tensors: match weights.gate_up {
+            GateUpTensors::Fused(gate_up) => expert_weights::GateUpTensors::Fused(gate_up),
+            GateUpTensors::Separate { gate, up } => {
+                expert_weights::GateUpTensors::Separate { gate, up }
+            }
+        },
+        bias: weights.gate_up_bias,
+    };
+    let on_rows = (experts.weight_position != WeightPosition::Output).then_some(routing_weights);
+    let act = by.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, on_rows)?;
+    let down =
+        LinearWeights { w: weights.down, bias: weights.down_bias, order: experts.down_order };
+    let yp = by.linear(plan, hidden, *intermediate, &act, down)?;
+    match &experts.post_norm {
+        Some(norm) => by.norm(norm, hidden, &yp, weights.post_norm, Some(plan)),
+        None => Ok(yp),
+    }
+}
+
+fn shared<D: Dtype, O: Operations<D>>(
+    by: &O,
+    config: &MoeConfig,
+    dense: &Plan,
+    x: &O::Values,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Option<SharedPart<O::Values>>> {
+    let (Some(shared), Some(weights)) = (&config.shared, &weights.shared) else { return Ok(None) };
+    let (hidden, intermediate) = (config.hidden, shared.intermediate);
+    let gate_up = GateUpWeights::fused(weights.gate_up);
+    let act = by.gate_up(dense, &shared.experts(), [intermediate, hidden], x, gate_up, None)?;
+    let y = by.linear(dense, hidden, intermediate, &act, LinearWeights::new(weights.down))?;
+    let gate = weights.sigmoid_gate.map(|gate| by.gate(hidden, x, gate)).transpose()?;
+    Ok(Some(SharedPart { y, gate, average: shared.average }))
+}
+
+/// The operations on numbers, none of which is rounded.
+struct Numbers<A>(PhantomData<A>);
+
+impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
+    type Values = Vec<A>;
+
+    fn exact(&self, x: &[D]) -> Vec<A> {
+        x.iter().map(|x| A::from_dtype(*x)).collect()
+    }
+
+    fn linear(
+        &self,
+        plan: &Plan,
+        n: usize,
+        k: usize,
+        x: &Vec<A>,
+        weights: LinearWeights<'_, D>,
+    ) -> Result<Vec<A>> {
+        grouped_gemm_fwd(plan, n, k, x, weights, false)
+    }
+
+    fn gate_up(
+        &self,
+        plan: &Plan,
+        experts: &ExpertConfig,
+        [intermediate, hidden]: [usize; 2],
+        x: &Vec<A>,
+        gate_up: GateUpWeights<'_, D>,
+        weights: Option<&Vec<A>>,
+    ) -> Result<Vec<A>> {
+        let weights = weights.map(Vec::as_slice);
+        grouped_gemm_gate_up_fwd(plan, experts, intermediate, hidden, x, gate_up, weights, true)
+    }
+
+    fn norm(
+        &self,
+        norm: &RmsNorm,
+        hidden: usize,
+        x: &Vec<A>,
+        weight: Option<&[D]>,
+        plan: Option<&Plan>,
+    ) -> Result<Vec<A>> {
+        rms_norm_fwd(norm, hidden, &RmsNormInputs { x, weight, plan })
+    }
+
+    fn gate(&self, hidden: usize, x: &Vec<A>, gate: &[D]) -> Result<Vec<A>> {
+        project_fwd(1, hidden, &ProjectInputs { x, gate, bias: None })
+    }
+
+    fn combine(
+        &self,
+        shape: &RoutingShape,
+        plan: &Plan,
+        hidden: usize,
+        parts: &Parts<'_, Vec<A>, D>,
+    ) -> Result<Vec<A>> {
+        let shared = parts.shared.map(|shared| Shared {
+            y: &shared.y[..],
+            gate: shared.gate.as_deref(),
+            average: shared.average,
+        });
+        let inputs = CombineInputs {
+            yp: &parts.yp[..],
+            weights: parts.weights.map(Vec::as_slice),
+            identity: parts.identity.clone(),
+            output_bias: parts.output_bias,
+            shared,
+        };
+        combine_fwd(shape, plan, hidden, &inputs)
+    }
 }
 
 /// Each number as the nearest element, ties to even.
 pub fn round<A: Accum, D: Dtype>(values: &[A]) -> Vec<D> {
     values.iter().map(|value| value.round()).collect()
-}
-
-/// Checks what a layer reads besides its weights, and routes it.
-pub(super) fn route_and_plan<A: Accum, D: Dtype>(
-    config: &MoeConfig,
-    x: &[impl Element<A>],
-    logits: &[D],
-) -> Result<(Routing<A>, Plan)> {
-    config.check_layer()?;
-    let shape = config.routing(num_tokens("moe_layer_fwd", config, x.len())?);
-    let routing = route_fwd(&shape, &config.router, &RouteInputs::new(logits))?;
-    // Tiles are for kernels; the products of this module cut rows on their own.
-    let plan = plan_fwd(&shape, shape.slots().max(1), &routing.expert_ids)?;
-    Ok((routing, plan))
-}
-
-/// `T`, of which the whole rows of `x` tell.
-fn num_tokens(op: &'static str, config: &MoeConfig, x_len: usize) -> Result<usize> {
-    let num_tokens = x_len / config.hidden;
-    check_len(op, "x", x_len, num_tokens * config.hidden)?;
-    config.routing(num_tokens).check(op)?;
-    Ok(num_tokens)
-}
-
-#[cfg(test)]
-mod tests {
-    use half::bf16;
-
-    use super::super::sample::Sampler;
-    use super::*;
-    use crate::config::RouterConfig;
-
-    fn config(num_experts: usize, top_k: usize) -> MoeConfig {
-        let router = RouterConfig::softmax_top_k(true);
-        MoeConfig { router, ..MoeConfig::new(7, 5, num_experts, top_k) }
-    }
-
-    /// The layer without plan, rows or blocks: each token asks its experts.
-    fn token_by_token(
-        config: &MoeConfig,
-        x: &[f32],
-        logits: &[f32],
-        gate_up: &[f32],
-        down: &[f32],
-    ) -> Vec<f64> {
-        let (h, i, e) = (config.hidden, config.intermediate, config.num_experts);
-        let dot =
-            |a: &[f64], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| a * f64::from(*b)).sum() };
-        let mut y = Vec::new();
-        for (x, logits) in x.chunks(h).zip(logits.chunks(e)) {
-            let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
-            let mut sum = vec![0.0; h];
-            let shape = config.routing(1);
-            let routing =
-                route_fwd::<f64, f32>(&shape, &config.router, &RouteInputs::new(logits)).unwrap();
-            for (id, weight) in routing.expert_ids.into_iter().zip(routing.weights) {
-                let gate_up = &gate_up[id as usize * 2 * i * h..][..2 * i * h];
-                let down = &down[id as usize * h * i..][..h * i];
-                let sums: Vec<f64> = gate_up.chunks(h).map(|w| dot(&x, w)).collect();
-                let act = |j: usize| sums[j] / (1.0 + (-sums[j]).exp()) * sums[i + j];
-                let act: Vec<f64> = (0..i).map(act).collect();
-                for (sum, w) in sum.iter_mut().zip(down.chunks(i)) {
-                    *sum += weight * dot(&act, w);
-                }
-            }
-            y.extend(sum);
-        }
-        y
-    }
-
-    #[test]
-    fn agrees_with_token_by_token() {
-        for (num_tokens, num_experts, top_k) in [(9, 4, 2), (1, 1, 1), (5, 3, 3), (0, 4, 2)] {
-            let config = config(num_experts, top_k);
-            let mut sampler = Sampler::new(2);
-            let x = sampler.elements(num_tokens * config.hidden);
-            let logits = sampler.elements(num_tokens * num_experts);
-            let gate_up = sampler.elements(config.gate_up_len());
-            let down = sampler.elements(config.down_len());
-            let want = token_by_token(&config, &x, &logits, &gate_up, &down);
-            let got = moe_layer_fwd::<f64, f32>(&config, &x, &logits, &gate_up, &down).unwrap();
-            assert_eq!(got.len(), want.len());
-            assert!(got.iter().zip(&want).all(|(got, want)| (got - want).abs() < 1e-12));
-        }
-    }
-
-    #[test]
-    fn gate_gives_the_logits_in_the_element_type() {
-        let config = config(4, 2);
-        let mut sampler = Sampler::new(4);
-        let x: Vec<bf16> = sampler.elements(6 * config.hidden);
-        let gate: Vec<bf16> = sampler.elements(config.num_experts * config.hidden);
-        let gate_up = sampler.elements(config.gate_up_len());
-        let down = sampler.elements(config.down_len());
-        let logits = router_logits::<f64, bf16>(&config, &x, &gate).unwrap();
-        for (i, logit) in logits.iter().enumerate() {
-            let (token, expert) = (i / config.num_experts, i % config.num_experts);
-            let x = &x[token * config.hidden..][..config.hidden];
-            let gate = &gate[expert * config.hidden..][..config.hidden];
-            let want: f64 = x.iter().zip(gate).map(|(x, w)| x.to_f64() * w.to_f64()).sum();
-            assert!((logit - want).abs() < 1e-14);
-        }
-        let rounded: Vec<bf16> = round(&logits);
-        assert_eq!(
-            moe_layer_with_gate_fwd::<f64, bf16>(&config, &x, &gate, &gate_up, &down).unwrap(),
-            moe_layer_fwd::<f64, bf16>(&config, &x, &rounded, &gate_up, &down).unwrap(),
-        );
-        assert!(router_logits::<f32, bf16>(&config, &[], &gate).unwrap().is_empty());
-    }
-
-    #[test]
-    fn wrong_lengths() {
-        let config = config(4, 2);
-        let run = |x: usize, logits: usize, gate_up: usize, down: usize| {
-            let zeros = |len| vec![0.0f32; len];
-            let (x, logits, gate_up, down) = (zeros(x), zeros(logits), zeros(gate_up), zeros(down));
-            moe_layer_fwd::<f32, f32>(&config, &x, &logits, &gate_up, &down).is_ok()
-        };
-        let (gate_up, down) = (config.gate_up_len(), config.down_len());
-        assert!(run(14, 8, gate_up, down));
-        assert!(!run(13, 8, gate_up, down) && !run(14, 4, gate_up, down));
-        assert!(!run(14, 8, gate_up + 1, down) && !run(14, 8, gate_up, down - 1));
-        assert!(router_logits::<f32, f32>(&config, &[0.0; 7], &[0.0; 27]).is_err());
-        let broken = MoeConfig { hidden: 0, ..config };
-        assert!(moe_layer_fwd::<f32, f32>(&broken, &[], &[], &[], &[]).is_err());
-        assert!(router_logits::<f32, f32>(&broken, &[], &[]).is_err());
-    }
 }

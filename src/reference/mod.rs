@@ -35,7 +35,7 @@ pub use expert_choice::expert_choice_fwd;
 pub use expert_weights::{GateUpTensors, GateUpWeights, LinearWeights};
 pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
 pub use jitter::jitter_fwd;
-pub use layer::{moe_layer_fwd, moe_layer_with_gate_fwd, round, router_logits};
+pub use layer::{moe_layer_experts_fwd, moe_layer_fwd, moe_layer_route_fwd, round, router_logits};
 pub use noise::{noise_fwd, philox};
 pub use permute::permute_fwd;
 pub use plan::{Plan, Tile, plan_fwd, plan_range_fwd};

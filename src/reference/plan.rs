@@ -51,6 +51,17 @@ impl Plan {
         self.expert_offsets.last().map_or(0, |&end| end as usize)
     }
 
+    /// A dense product is a grouped one with a single expert that every token goes to.
+    pub(super) fn dense(num_tokens: usize) -> Self {
+        let all: Vec<i32> = (0..num_tokens as i32).collect();
+        Self {
+            expert_offsets: vec![0, num_tokens as i32],
+            row_of_slot: all.clone(),
+            token_of_row: all,
+            tiles: Vec::new(),
+        }
+    }
+
     /// The rows of an expert.
     pub(super) fn rows_of(&self, expert: usize) -> Range<usize> {
         self.expert_offsets[expert] as usize..self.expert_offsets[expert + 1] as usize

@@ -153,7 +153,7 @@ impl Case {
 }
 
 fn rows(rows: usize, priority: Priority) -> CapacityConfig {
-    CapacityConfig { limit: CapacityLimit::Rows { rows }, priority, overflow: 0 }
+    CapacityConfig::new(CapacityLimit::Rows { rows }, priority)
 }
 
 fn limit() -> impl Strategy<Value = CapacityLimit> {
@@ -267,11 +267,8 @@ fn some_of_the_experts() {
     let (device, stream) = (&gpu.device, &gpu.stream);
     let shape = RoutingShape::new(90, 7, 3).unwrap();
     let case = Case::new(shape, Skew::Inactive, 3, 6);
-    let config = CapacityConfig {
-        limit: CapacityLimit::Factor { factor: 0.75 },
-        priority: Priority::Weight,
-        overflow: 0,
-    };
+    let limit = CapacityLimit::Factor { factor: 0.75 };
+    let config = CapacityConfig::new(limit, Priority::Weight);
     let whole = case.reference(&config, Some(30));
     let (ids, weights) = (gpu.upload(&case.ids), gpu.upload(&case.weights));
     let part = |experts: Range<usize>| {

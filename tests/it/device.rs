@@ -116,7 +116,7 @@ fn every_operation_holds_device_stream_and_plan_together() {
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
     let router = RouterConfig::top_k_softmax();
     let limit = CapacityLimit::Rows { rows: 1 };
-    let one_row = CapacityConfig { limit, priority: Priority::Token, overflow: 0 };
+    let one_row = CapacityConfig::new(limit, Priority::Token);
     let norm = RmsNorm { epsilon: 0.0, offset: 0.0, scale_first: false };
     let with_plan = RmsNormInputs { plan: Some(&plan), ..RmsNormInputs::default() };
     let projected = ProjectInputs { x: &four, gate: &four, bias: None };

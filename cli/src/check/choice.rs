@@ -57,7 +57,7 @@ pub fn capacity<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         [Priority::Token, Priority::Choice, Priority::Weight, Priority::ChoiceByTopWeight]
     {
         let limit = CapacityLimit::Factor { factor: 0.75 };
-        let config = CapacityConfig { limit, priority, overflow: 0 };
+        let config = CapacityConfig::new(limit, priority);
         let mut kept_ids = gpu.poisoned::<u32>(shape.slots())?;
         let (mut kept, mut dropped) = (gpu.poisoned::<u32>(cells)?, gpu.poisoned::<u32>(cells)?);
         capacity_fwd_into(

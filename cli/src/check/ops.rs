@@ -18,8 +18,8 @@ use moe_kernels::ops::route::{RouteInputs, route_fwd_into};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::reference::{self, Tile};
 use moe_kernels::{
-    Activation, ActivationFunction, DType, Dtype, ExpertConfig, Experts, GateUp, Limit, MoeConfig,
-    MoeLayer, PlanLayout, RmsNorm, RoutingPlan, WeightOrder, Workspace,
+    Activation, ActivationFunction, DType, Dtype, ExpertConfig, GateUp, Limit, MoeConfig, MoeInputs,
+    MoeLayer, MoeWeights, PlanLayout, RmsNorm, RoutingPlan, WeightOrder, Workspace,
 };
 
 use super::case::{Case, ROUTERS};
@@ -451,16 +451,13 @@ fn layer<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         gpu.poisoned::<u8>(MoeLayer::workspace_bytes(&config, D::DTYPE, num_tokens)?)?;
     let mut workspace = Workspace::borrow(arena.as_view_mut());
     let mut y = gpu.poisoned::<D>(num_tokens * config.hidden)?;
-    let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
-    MoeLayer::new(&gpu.device, config)?.forward(
-        &gpu.stream,
-        &x.as_view(),
-        &logits.as_view(),
-        &experts,
-        &mut workspace,
-        &mut y.as_view_mut(),
-    )?;
-    let wanted = bound::moe_layer(&config, &case.x, &case.logits, &case.gate_up, &case.down)?;
+    let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
+    let inputs = MoeInputs::with_logits(x.as_view(), logits.as_view());
+    let (layer, to) = (MoeLayer::new(&gpu.device, config)?, &mut y.as_view_mut());
+    layer.forward(&gpu.stream, &inputs, &weights, &mut workspace, to)?;
+    let inputs = MoeInputs::with_logits(&case.x[..], &case.logits[..]);
+    let weights = MoeWeights::plain(&case.gate_up[..], &case.down[..]);
+    let wanted = bound::moe_layer(&config, &inputs, &weights)?;
     Ok(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted))
 }
 

@@ -322,7 +322,7 @@ fn switch(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     block.config.projection.bias = keys.boolean(&["router_bias"], false)?;
     keys.word(&["router_dtype"], "float32", &[("float32", ())])?;
     let limit = CapacityLimit::Rows { rows: keys.size(&["expert_capacity"], 64)? };
-    block.config.capacity = Some(CapacityConfig { limit, priority: Priority::Token, overflow: 0 });
+    block.config.capacity = Some(CapacityConfig::new(limit, Priority::Token));
     Ok(())
 }
 
@@ -355,6 +355,6 @@ fn nllb(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     }
     let prioritized = keys.boolean(&["batch_prioritized_routing"], false)?;
     let priority = if prioritized { Priority::ChoiceByTopWeight } else { Priority::Choice };
-    config.capacity = Some(CapacityConfig { limit, priority, overflow: 0 });
+    config.capacity = Some(CapacityConfig::new(limit, priority));
     Ok(())
 }

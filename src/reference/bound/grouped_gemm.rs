@@ -49,6 +49,21 @@ pub fn grouped_gemm_gate_up<D: Dtype>(
     gather: bool,
     out: DType,
 ) -> Result<Bounded> {
+    gate_up_of(plan, experts, [intermediate, k], (x, None), gate_up, weights, gather, out)
+}
+
+/// [`grouped_gemm_gate_up`] of an `x` whose elements are off by as much as stands beside them.
+#[allow(clippy::too_many_arguments, reason = "those of the operation")]
+pub(super) fn gate_up_of<D: Dtype, X: Element<f64>>(
+    plan: &Plan,
+    experts: &ExpertConfig,
+    [intermediate, k]: [usize; 2],
+    (x, x_errors): (&[X], Option<&[f64]>),
+    gate_up: GateUpWeights<'_, D>,
+    weights: Option<&Bounded>,
+    gather: bool,
+    out: DType,
+) -> Result<Bounded> {
     const OP: &str = "grouped_gemm_gate_up";
     let (gate, up) = Part::of_gate_up(OP, plan, experts, intermediate, k, gate_up)?;
     let of_rows = |of: fn(&Bounded) -> &Vec<f64>| {
@@ -64,9 +79,14 @@ pub fn grouped_gemm_gate_up<D: Dtype>(
     let inexact_sums = |part: Part<'_, D>| -> Result<Vec<Inexact>> {
         let signed = sums(plan, intermediate, k, x, part, gather, Values::Signed)?;
         let absolute = sums(plan, intermediate, k, x, part, gather, Values::Absolute)?;
+        let from_x = match x_errors {
+            Some(errors) => sums(plan, intermediate, k, errors, part, gather, Values::Absolute)?,
+            None => vec![0.0; signed.len()],
+        };
         let biases = part.biases(plan, intermediate);
         let of_output = |(index, ((sum, magnitude), bias)): (usize, ((&f64, &f64), &f64))| {
-            let mut sum = Inexact { value: *sum, error: sum_error(k, *magnitude) };
+            let error = sum_error(k, *magnitude + from_x[index]) + from_x[index];
+            let mut sum = Inexact { value: *sum, error };
             if weight.is_some() && !inside {
                 sum = times(weight_of(index / intermediate), sum);
             }

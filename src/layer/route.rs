@@ -1,0 +1,210 @@
+//! The first half of a pass: from tokens to the ids and weights of their experts.
+
+use cudarc::driver::{CudaView, CudaViewMut};
+
+use super::{OP, OnDevice, OnDeviceMut, Pass};
+use crate::config::{CapacityConfig, Normalization};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, product};
+use crate::ops::capacity::{capacity_fwd_into, capacity_normalize_fwd_into};
+use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
+use crate::ops::plan::plan_fwd_into;
+use crate::ops::project::{ProjectInputs, project_fwd_into};
+use crate::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
+use crate::ops::route::{RouteInputs, route_fwd_into};
+use crate::routing_plan::RoutingPlan;
+use crate::tensors::{MoeInputs, Typed};
+use crate::workspace::Arena;
+
+impl<D: Dtype> Pass<'_, '_, D> {
+    /// Whether tensor cores make the logits: where they are 16-bit numbers like both factors.
+    pub(super) fn projects_by_gemm(&self, inputs: &MoeInputs<OnDevice<'_>, D>) -> bool {
+        let gate = self.weights.router.gate.as_ref().and_then(Typed::element);
+        let narrow = D::DTYPE.size() == 2 && !self.config.projection.f32_logits;
+        inputs.logits.is_none() && gate.is_some() && narrow
+    }
+
+    /// The ids and weights of each token's experts.
+    pub(super) fn route(
+        &self,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        dense: Option<&RoutingPlan<'_>>,
+        arena: &mut Arena<'_>,
+        expert_ids: &mut CudaViewMut<'_, u32>,
+        routing_weights: &mut CudaViewMut<'_, f32>,
+    ) -> Result<()> {
+        if let Some(logits) = &inputs.logits {
+            return match logits {
+                Typed::Element(logits) => {
+                    let noise = inputs.noise_logits.as_ref().and_then(Typed::element);
+                    self.choose(inputs, logits, noise, arena, expert_ids, routing_weights)
+                }
+                Typed::F32(logits) => {
+                    let noise = inputs.noise_logits.as_ref().and_then(Typed::f32);
+                    self.choose(inputs, logits, noise, arena, expert_ids, routing_weights)
+                }
+            };
+        }
+        let section = self.sections.logits;
+        let mut logits = match self.config.projection.f32_logits {
+            true => Typed::F32(arena.take::<f32>(section)?),
+            false => Typed::Element(arena.take::<D>(section)?),
+        };
+        self.project(inputs, dense, arena, &mut logits)?;
+        match &logits {
+            Typed::Element(logits) => {
+                let noise = inputs.noise_logits.as_ref().and_then(Typed::element);
+                self.choose(inputs, &logits.as_view(), noise, arena, expert_ids, routing_weights)
+            }
+            Typed::F32(logits) => {
+                let noise = inputs.noise_logits.as_ref().and_then(Typed::f32);
+                self.choose(inputs, &logits.as_view(), noise, arena, expert_ids, routing_weights)
+            }
+        }
+    }
+
+    /// The router's norm and projection.
+    pub(super) fn project(
+        &self,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        dense: Option<&RoutingPlan<'_>>,
+        arena: &mut Arena<'_>,
+        logits: &mut Typed<OnDeviceMut<'_>, D>,
+    ) -> Result<()> {
+        let (device, stream, config) = (self.device, self.stream, self.config);
+        let (experts, hidden, router) =
+            (config.router_experts(), config.hidden, &self.weights.router);
+        let mut normed = arena.take::<D>(self.sections.router_x)?;
+        let x = inputs.router_x.as_ref().unwrap_or(&inputs.x);
+        let normed_x;
+        let x = match &config.projection.norm {
+            Some(norm) => {
+                let beside = RmsNormInputs { weight: router.norm.as_ref(), plan: None };
+                rms_norm_fwd_into(device, stream, norm, hidden, x, &beside, &mut normed)?;
+                normed_x = normed.as_view();
+                &normed_x
+            }
+            None => x,
+        };
+        // Gate and bias are of one type, as was checked.
+        let bias = router.bias.as_ref();
+        match (&router.gate, logits) {
+            (Some(Typed::Element(gate)), Typed::Element(logits)) => {
+                let bias = bias.and_then(Typed::element);
+                match dense {
+                    Some(plan) if D::DTYPE.size() == 2 => {
+                        let gate = LinearWeights { bias, ..LinearWeights::new(gate) };
+                        let rows = Rows::Grouped;
+                        grouped_gemm_fwd_into(
+                            device, stream, plan, experts, hidden, rows, x, gate, logits,
+                        )
+                    }
+                    _ => {
+                        let inputs = ProjectInputs { x, gate, bias };
+                        project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+                    }
+                }
+            }
+            (Some(Typed::Element(gate)), Typed::F32(logits)) => {
+                let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::element) };
+                project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+            }
+            (Some(Typed::F32(gate)), Typed::Element(logits)) => {
+                let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+            }
+            (Some(Typed::F32(gate)), Typed::F32(logits)) => {
+                let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+            }
+            (None, _) => {
+                let why = "there are neither `logits` nor a `router.gate` to make them".into();
+                Err(Error::Mismatch { op: OP, why })
+            }
+        }
+    }
+
+    /// From logits to ids and weights, capacity included.
+    fn choose<L: Dtype>(
+        &self,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        logits: &CudaView<'_, L>,
+        noise_logits: Option<&CudaView<'_, L>>,
+        arena: &mut Arena<'_>,
+        expert_ids: &mut CudaViewMut<'_, u32>,
+        routing_weights: &mut CudaViewMut<'_, f32>,
+    ) -> Result<()> {
+        let (device, stream, shape) = (self.device, self.stream, self.shape);
+        let (config, router) = (self.config, &self.weights.router);
+        let read = RouteInputs {
+            logits,
+            selection_bias: router.selection_bias.as_ref(),
+            expert_scale: router.expert_scale.as_ref(),
+            noise: inputs.noise.as_ref(),
+            noise_logits,
+            given_ids: inputs.given_ids.as_ref().or(router.table.as_ref()),
+            token_ids: inputs.token_ids.as_ref(),
+            active: inputs.active.as_ref(),
+        };
+        let route = |ids: &mut CudaViewMut<'_, u32>, weights: &mut CudaViewMut<'_, f32>| {
+            route_fwd_into(device, stream, shape, &config.router, &read, ids, weights)
+        };
+        let Some(capacity) = &config.capacity else { return route(expert_ids, routing_weights) };
+        let mut chosen = arena.take::<u32>(self.sections.chosen)?;
+        let mut weights = arena.take::<f32>(self.sections.chosen_weights)?;
+        let tokens = inputs.sequence_tokens;
+        match capacity.normalization {
+            Normalization::None => {
+                route(&mut chosen, routing_weights)?;
+                let weights = routing_weights.as_view();
+                self.keep(capacity, tokens, &chosen.as_view(), &weights, arena, expert_ids)
+            }
+            by => {
+                route(&mut chosen, &mut weights)?;
+                let weights = weights.as_view();
+                self.keep(capacity, tokens, &chosen.as_view(), &weights, arena, expert_ids)?;
+                let kept = expert_ids.as_view();
+                capacity_normalize_fwd_into(
+                    device,
+                    stream,
+                    shape,
+                    by,
+                    &kept,
+                    &weights,
+                    routing_weights,
+                )
+            }
+        }
+    }
+
+    /// The choices that experts have room for.
+    fn keep(
+        &self,
+        capacity: &CapacityConfig,
+        sequence_tokens: Option<usize>,
+        chosen: &CudaView<'_, u32>,
+        weights: &CudaView<'_, f32>,
+        arena: &mut Arena<'_>,
+        expert_ids: &mut CudaViewMut<'_, u32>,
+    ) -> Result<()> {
+        let (device, stream, shape) = (self.device, self.stream, self.shape);
+        let memory = arena.take::<u8>(self.sections.slot_plan)?;
+        let plan = plan_fwd_into(device, stream, shape.by_slot(), Some(chosen), memory)?;
+        let sequences = shape.sequences(sequence_tokens);
+        let cells = product(OP, "sequences * num_experts", sequences, shape.num_experts)?;
+        let mut kept = arena.take::<u32>(self.sections.kept)?;
+        let mut dropped = arena.take::<u32>(self.sections.dropped)?;
+        capacity_fwd_into(
+            device,
+            stream,
+            &plan,
+            shape,
+            capacity,
+            sequence_tokens,
+            weights,
+            expert_ids,
+            &mut kept.slice_mut(..cells),
+            &mut dropped.slice_mut(..cells),
+        )
+    }
+}

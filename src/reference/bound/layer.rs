@@ -1,0 +1,250 @@
+//! The bounds of a whole layer: each operation stores its result, and hands on how far that may be off.
+
+use super::super::combine::{CombineInputs, Identity, Shared, combine_fwd, sigmoid};
+use super::super::expert_weights::{GateUpWeights, LinearWeights};
+use super::super::layer::{Operations, Parts, RouterReads, experts_of_layer};
+use super::super::moe_layer_route_fwd;
+use super::super::plan::Plan;
+use super::super::project::{ProjectInputs, project_fwd};
+use super::super::rms_norm::RmsNormInputs;
+use super::grouped_gemm::{gate_up_of, grouped_gemm_magnitude};
+use super::{Bounded, U, combine, grouped_gemm, magnitudes, project, rms_norm, route};
+use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_divisor};
+use crate::dtype::{DType, Dtype};
+use crate::error::Result;
+use crate::shape::RoutingShape;
+use crate::tensors::{Host, MoeInputs, MoeWeights};
+
+/// Errors are multiplied by each other as well, and rounded; 1 % is ample for those second orders.
+const SECOND_ORDER: f64 = 1.01;
+
+/// [`moe_layer_fwd`](super::super::moe_layer_fwd) with what lies between its operations stored as `D`, and so
+/// its result. Logits that are not given are those of the reference: a device's own may choose other experts
+/// where two are near to each other.
+///
+/// # Errors
+/// Those of [`moe_layer_fwd`](super::super::moe_layer_fwd).
+pub fn moe_layer<D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Bounded> {
+    let routing = moe_layer_route_fwd::<f64, D>(config, inputs, weights)?;
+    let read = RouterReads::new::<f64, D>(config, inputs, weights)?;
+    let shape = config.routing(inputs.x.len() / config.hidden);
+    let (before, mut errors) = route(&shape, &config.router, &read.inputs(inputs, weights))?;
+    if let Some(by) = config.capacity.map(|capacity| capacity.normalization)
+        && by != Normalization::None
+    {
+        errors = normalized(&shape, by, &routing.expert_ids, &before.weights, &errors)?;
+    }
+    let routing_weights = Bounded { value: routing.weights, bound: errors };
+    moe_layer_experts(config, inputs.x, &routing.expert_ids, &routing_weights, weights)
+}
+
+/// [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd) with what lies between its operations stored as
+/// `D`, and so its result.
+///
+/// # Errors
+/// Those of [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd).
+pub fn moe_layer_experts<D: Dtype>(
+    config: &MoeConfig,
+    x: &[D],
+    expert_ids: &[u32],
+    routing_weights: &Bounded,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Bounded> {
+    experts_of_layer(&WithBounds, config, x, expert_ids, routing_weights, weights)
+}
+
+/// The errors of weights that are divided by their sum: those of their own, and that of the sum.
+fn normalized(
+    shape: &RoutingShape,
+    by: Normalization,
+    expert_ids: &[u32],
+    weights: &[f64],
+    errors: &[f64],
+) -> Result<Vec<f64>> {
+    let (_, epsilon, min) = kept_divisor("moe_layer", by)?;
+    let kept = |slot: usize| (expert_ids[slot] as usize) < shape.num_experts;
+    let error_of = |slot: usize| {
+        let first = slot / shape.top_k * shape.top_k;
+        let sum = |of: &[f64]| -> f64 {
+            (first..first + shape.top_k).filter(|slot| kept(*slot)).map(|slot| of[slot]).sum()
+        };
+        let (divisor, off) = ((sum(weights) + f64::from(epsilon)).max(f64::from(min)), sum(errors));
+        let value = weights[slot] / divisor;
+        (errors[slot] + value.abs() * off) / (divisor - off).max(0.0) + 8.0 * U * value.abs()
+    };
+    Ok((0..shape.slots()).map(|slot| if kept(slot) { error_of(slot) } else { 0.0 }).collect())
+}
+
+/// The operations on numbers with bounds.
+struct WithBounds;
+
+impl<D: Dtype> Operations<D> for WithBounds {
+    type Values = Bounded;
+
+    fn exact(&self, x: &[D]) -> Bounded {
+        let value: Vec<f64> = x.iter().map(|x| x.to_f64()).collect();
+        Bounded { bound: vec![0.0; value.len()], value }
+    }
+
+    fn linear(
+        &self,
+        plan: &Plan,
+        n: usize,
+        k: usize,
+        x: &Bounded,
+        weights: LinearWeights<'_, D>,
+    ) -> Result<Bounded> {
+        let own = grouped_gemm(plan, n, k, &x.value, weights, false, D::DTYPE)?;
+        let from_x = grouped_gemm_magnitude(plan, n, k, &x.bound, weights, false)?;
+        Ok(own.with(&from_x))
+    }
+
+    fn gate_up(
+        &self,
+        plan: &Plan,
+        experts: &ExpertConfig,
+        widths: [usize; 2],
+        x: &Bounded,
+        gate_up: GateUpWeights<'_, D>,
+        weights: Option<&Bounded>,
+    ) -> Result<Bounded> {
+        let errors = x.bound.iter().any(|error| *error > 0.0).then_some(&x.bound[..]);
+        gate_up_of(plan, experts, widths, (&x.value, errors), gate_up, weights, true, D::DTYPE)
+    }
+
+    fn norm(
+        &self,
+        norm: &RmsNorm,
+        hidden: usize,
+        x: &Bounded,
+        weight: Option<&[D]>,
+        plan: Option<&Plan>,
+    ) -> Result<Bounded> {
+        let inputs = RmsNormInputs { x: &x.value[..], weight, plan };
+        let own = rms_norm(norm, hidden, &inputs, D::DTYPE)?;
+        // What of a row is normed, and how far that is off.
+        let factor = |h: usize| match weight {
+            Some(weight) => (f64::from(norm.offset) + weight[h].to_f64()).abs(),
+            None => 1.0,
+        };
+        let (before, after): (Box<dyn Fn(usize) -> f64 + '_>, Box<dyn Fn(usize) -> f64 + '_>) =
+            match norm.scale_first {
+                true => (Box::new(factor), Box::new(|_| 1.0)),
+                false => (Box::new(|_| 1.0), Box::new(factor)),
+            };
+        let mut from_x = Vec::with_capacity(x.value.len());
+        for (x, errors) in x.value.chunks(hidden).zip(x.bound.chunks(hidden)) {
+            let scaled = |of: &[f64]| -> Vec<f64> {
+                of.iter().enumerate().map(|(h, v)| v.abs() * before(h)).collect()
+            };
+            let (x, errors) = (scaled(x), scaled(errors));
+            let mean = |of: &[f64]| of.iter().map(|v| v * v).sum::<f64>() / hidden as f64;
+            let root = (mean(&x) + f64::from(norm.epsilon)).sqrt();
+            // A root of a sum of squares is a length: it is off by the length of the error at most.
+            let root_error = mean(&errors).sqrt();
+            let least = (root - root_error).max(f64::from(norm.epsilon).sqrt());
+            for (h, (x, error)) in x.iter().zip(&errors).enumerate() {
+                from_x.push(match root_error == 0.0 {
+                    true => 0.0,
+                    false => after(h) * (error + x / root * root_error) / least,
+                });
+            }
+        }
+        // Rows that nobody owns are 0, and exact.
+        let used = plan.map_or(x.value.len(), |plan| plan.rows_in_use() * hidden);
+        from_x[used..].fill(0.0);
+        Ok(own.with(&from_x))
+    }
+
+    fn gate(&self, hidden: usize, x: &Bounded, gate: &[D]) -> Result<Bounded> {
+        let own = project(1, hidden, &ProjectInputs { x: &x.value, gate, bias: None }, DType::F32)?;
+        let sizes = magnitudes(gate);
+        let inputs = ProjectInputs { x: &x.bound[..], gate: &sizes[..], bias: None };
+        Ok(own.with(&project_fwd::<f64>(1, hidden, &inputs)?))
+    }
+
+    fn combine(
+        &self,
+        shape: &RoutingShape,
+        plan: &Plan,
+        hidden: usize,
+        parts: &Parts<'_, Bounded, D>,
+    ) -> Result<Bounded> {
+        let Parts { yp, weights, identity, output_bias, shared } = parts;
+        let gate = shared.and_then(|shared| shared.gate.as_ref());
+        let values = CombineInputs {
+            yp: &yp.value[..],
+            weights: weights.map(|weights| &weights.value[..]),
+            identity: identity.clone(),
+            output_bias: *output_bias,
+            shared: shared.map(|shared| Shared {
+                y: &shared.y.value[..],
+                gate: gate.map(|gate| &gate.value[..]),
+                average: shared.average,
+            }),
+        };
+        let own = combine(shape, plan, hidden, &values, D::DTYPE)?;
+        // What errors of rows make, with the weights as large as they may be.
+        let most = |b: &Bounded| -> Vec<f64> {
+            b.value.iter().zip(&b.bound).map(|(value, error)| value.abs() + error).collect()
+        };
+        let average = shared.is_some_and(|shared| shared.average);
+        let sizes = weights.map(most);
+        let from_rows = CombineInputs::<f64, f64, D> {
+            yp: &yp.bound,
+            weights: sizes.as_deref(),
+            identity: None,
+            output_bias: None,
+            shared: shared.map(|shared| Shared {
+                y: &shared.y.bound[..],
+                gate: gate.map(|gate| &gate.value[..]),
+                average,
+            }),
+        };
+        let mut errors = combine_fwd::<f64>(shape, plan, hidden, &from_rows)?;
+        // What errors of weights make of rows and tokens.
+        if let Some(weights) = weights {
+            let rows: Vec<f64> = magnitudes(&yp.value);
+            let x = identity.as_ref().map(|identity| magnitudes(identity.x));
+            let from_weights = CombineInputs::<f64, f64, f64> {
+                yp: &rows,
+                weights: Some(&weights.bound),
+                identity: identity.as_ref().zip(x.as_deref()).map(|(identity, x)| Identity {
+                    experts: identity.experts.clone(),
+                    expert_ids: identity.expert_ids,
+                    x,
+                }),
+                output_bias: None,
+                shared: None,
+            };
+            let half = if average { 0.5 } else { 1.0 };
+            let from_weights = combine_fwd::<f64>(shape, plan, hidden, &from_weights)?;
+            errors.iter_mut().zip(from_weights).for_each(|(error, more)| *error += half * more);
+        }
+        // A sigmoid's slope is the product of itself and what it lacks of 1, and no more than a quarter.
+        if let (Some(shared), Some(gate)) = (shared, gate) {
+            let rows = errors.chunks_mut(hidden).zip(shared.y.value.chunks(hidden));
+            let rows =
+                rows.zip(shared.y.bound.chunks(hidden)).zip(gate.value.iter().zip(&gate.bound));
+            for (((errors, y), y_error), (gate, gate_error)) in rows {
+                let near = sigmoid(gate + gate_error).min(1.0) - sigmoid(gate - gate_error);
+                for ((error, y), y_error) in errors.iter_mut().zip(y).zip(y_error) {
+                    *error += near * (y.abs() + y_error);
+                }
+            }
+        }
+        Ok(own.with(&errors))
+    }
+}
+
+impl Bounded {
+    /// The same value, with what errors of its operands make of it. The result is stored again.
+    fn with(mut self, errors: &[f64]) -> Self {
+        self.bound.iter_mut().zip(errors).for_each(|(bound, error)| *bound += SECOND_ORDER * error);
+        self
+    }
+}

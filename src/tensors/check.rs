@@ -1,0 +1,202 @@
+//! Holding the weights of a layer against its configuration.
+
+use super::{ExpertWeights, GateUpTensors, Memory, MoeInputs, MoeWeights, Typed};
+use crate::config::{GateUp, MoeConfig, Selection};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, check_len, product};
+use crate::shape::RoutingShape;
+
+impl<M: Memory, D: Dtype> MoeWeights<M, D> {
+    /// Holds the configuration, and every tensor against it.
+    pub(crate) fn check(&self, op: &'static str, config: &MoeConfig) -> Result<()> {
+        config.check()?;
+        let at = Held { op };
+        self.check_router(&at, config)?;
+        self.check_experts(&at, config)?;
+        let (hidden, inner) = (config.hidden, config.expert_hidden());
+
+        at.there("latent", self.latent.is_some(), config.latent.is_some())?;
+        if let (Some(weights), Some(latent)) = (&self.latent, config.latent) {
+            let matrix = at.product(inner, hidden)?;
+            check_len(op, "latent.before", M::len(&weights.before), matrix)?;
+            let norm = latent.norm.is_some();
+            at.optional::<M, _>("latent.norm", &weights.norm, norm, inner)?;
+            check_len(op, "latent.after", M::len(&weights.after), matrix)?;
+        }
+        at.there("shared", self.shared.is_some(), config.shared.is_some())?;
+        if let (Some(weights), Some(shared)) = (&self.shared, config.shared) {
+            let matrix = at.product(shared.intermediate, hidden)?;
+            let both = at.product(if shared.gated { 2 } else { 1 }, matrix)?;
+            check_len(op, "shared.gate_up", M::len(&weights.gate_up), both)?;
+            check_len(op, "shared.down", M::len(&weights.down), matrix)?;
+            let gate = &weights.sigmoid_gate;
+            at.optional::<M, _>("shared.sigmoid_gate", gate, shared.sigmoid_gate, hidden)?;
+        }
+        let norm = config.output_norm.is_some();
+        at.optional::<M, _>("output_norm", &self.output_norm, norm, hidden)
+    }
+
+    fn check_router(&self, at: &Held, config: &MoeConfig) -> Result<()> {
+        let (hidden, experts, router) = (config.hidden, config.router_experts(), &self.router);
+        if let Some(gate) = &router.gate {
+            check_len(at.op, "router.gate", gate.len(), at.product(experts, hidden)?)?;
+        }
+        at.there("router.bias", router.bias.is_some(), config.projection.bias)?;
+        if let Some(bias) = &router.bias {
+            check_len(at.op, "router.bias", bias.len(), experts)?;
+        }
+        if let (Some(gate), Some(bias)) = (&router.gate, &router.bias)
+            && gate.is_f32() != bias.is_f32()
+        {
+            return at.mismatch("`router.bias` is not of the type of `router.gate`");
+        }
+        let norm = config.projection.norm.is_some();
+        at.optional::<M, _>("router.norm", &router.norm, norm, hidden)?;
+        let (bias, chosen) = (config.router.selects_with_bias(), experts - config.router.num_sinks);
+        at.optional::<M, _>("router.selection_bias", &router.selection_bias, bias, chosen)?;
+        let scale = config.router.expert_scale;
+        at.optional::<M, _>("router.expert_scale", &router.expert_scale, scale, experts)?;
+        match (&router.table, config.router.selection) {
+            (Some(_), Selection::Score | Selection::Logit) => at.there("router.table", true, false),
+            (Some(table), Selection::Given) => {
+                let rows = M::len(table) / config.top_k;
+                check_len(at.op, "router.table", M::len(table), rows * config.top_k)
+            }
+            (None, _) => Ok(()),
+        }
+    }
+
+    fn check_experts(&self, at: &Held, config: &MoeConfig) -> Result<()> {
+        let (op, inner, wanted) = (at.op, config.expert_hidden(), config.experts);
+        let parts = if wanted.gated { 2 } else { 1 };
+        let features = at.product(config.num_experts, config.intermediate)?;
+        let half = at.product(features, inner)?;
+        let ExpertWeights { gate_up, gate_up_bias, down, down_bias, output_bias, post_norm } =
+            &self.experts;
+        match (gate_up, wanted.gate_up) {
+            (GateUpTensors::Fused(gate_up), GateUp::Concatenated | GateUp::Interleaved) => {
+                check_len(op, "experts.gate_up", M::len(gate_up), at.product(parts, half)?)?;
+            }
+            (GateUpTensors::Separate { gate, up }, GateUp::Separate) => {
+                check_len(op, "experts.gate", M::len(gate), half)?;
+                check_len(op, "experts.up", M::len(up), half)?;
+            }
+            (GateUpTensors::Fused(_), GateUp::Separate) => {
+                return at
+                    .mismatch("the configuration has gate and up separate, the weights fused");
+            }
+            (GateUpTensors::Separate { .. }, _) => {
+                return at
+                    .mismatch("the configuration has gate and up fused, the weights separate");
+            }
+        }
+        let (bias, features) = (wanted.gate_up_bias, at.product(parts, features)?);
+        at.optional::<M, _>("experts.gate_up_bias", gate_up_bias, bias, features)?;
+        check_len(op, "experts.down", M::len(down), half)?;
+        let rows = at.product(config.num_experts, inner)?;
+        at.optional::<M, _>("experts.down_bias", down_bias, wanted.down_bias, rows)?;
+        let bias = wanted.output_bias;
+        at.optional::<M, _>("experts.output_bias", output_bias, bias, config.hidden)?;
+        at.optional::<M, _>("experts.post_norm", post_norm, wanted.post_norm.is_some(), inner)
+    }
+}
+
+impl<M: Memory, D: Dtype> MoeInputs<M, D> {
+    /// Holds every tensor against the configuration; returns the shape of the routing. The number of tokens
+    /// is what the length of `x` says.
+    pub(crate) fn check(&self, op: &'static str, config: &MoeConfig) -> Result<RoutingShape> {
+        let shape = shape_of(op, config, M::len(&self.x))?;
+        if let Some(router_x) = &self.router_x {
+            check_len(op, "router_x", M::len(router_x), M::len(&self.x))?;
+        }
+        if let Some(logits) = &self.logits {
+            check_len(op, "logits", logits.len(), shape.logits())?;
+        }
+        if let Some(noise_logits) = &self.noise_logits {
+            check_len(op, "noise_logits", noise_logits.len(), shape.logits())?;
+            let f32_logits = self.logits.as_ref().map(Typed::is_f32);
+            if noise_logits.is_f32() != f32_logits.unwrap_or(config.projection.f32_logits) {
+                let why = "`noise_logits` are not of the type of the logits".into();
+                return Err(Error::Mismatch { op, why });
+            }
+        }
+        Ok(shape)
+    }
+}
+
+/// The shape of a routing of as many tokens as `x` has, `[T, H]`.
+pub(crate) fn shape_of(op: &'static str, config: &MoeConfig, x_len: usize) -> Result<RoutingShape> {
+    let num_tokens = x_len / config.hidden.max(1);
+    check_len(op, "x", x_len, num_tokens * config.hidden)?;
+    let shape = config.routing(num_tokens);
+    shape.check(op)?;
+    Ok(shape)
+}
+
+impl<M: Memory, D: Dtype> Typed<M, D> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Element(tensor) => M::len(tensor),
+            Self::F32(tensor) => M::len(tensor),
+        }
+    }
+
+    fn is_f32(&self) -> bool {
+        matches!(self, Self::F32(_))
+    }
+
+    /// The tensor, if it is in the layer's element type.
+    pub(crate) fn element(&self) -> Option<&M::Of<D>> {
+        match self {
+            Self::Element(tensor) => Some(tensor),
+            Self::F32(_) => None,
+        }
+    }
+
+    /// The tensor, if it is in f32.
+    pub(crate) fn f32(&self) -> Option<&M::Of<f32>> {
+        match self {
+            Self::F32(tensor) => Some(tensor),
+            Self::Element(_) => None,
+        }
+    }
+}
+
+/// Whose tensors they are: the operation that errors name.
+struct Held {
+    op: &'static str,
+}
+
+impl Held {
+    fn product(&self, a: usize, b: usize) -> Result<usize> {
+        product(self.op, "elements of the weights", a, b)
+    }
+
+    fn mismatch<T>(&self, why: impl Into<String>) -> Result<T> {
+        Err(Error::Mismatch { op: self.op, why: why.into() })
+    }
+
+    fn there(&self, name: &str, there: bool, wanted: bool) -> Result<()> {
+        match (there, wanted) {
+            (true, false) => {
+                self.mismatch(format!("there is `{name}`, of which the configuration says nothing"))
+            }
+            (false, true) => {
+                self.mismatch(format!("there is no `{name}`, which the configuration asks for"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A tensor that is there exactly where the configuration says so, and of that length.
+    fn optional<M: Memory, T: 'static>(
+        &self,
+        name: &'static str,
+        tensor: &Option<M::Of<T>>,
+        wanted: bool,
+        len: usize,
+    ) -> Result<()> {
+        self.there(name, tensor.is_some(), wanted)?;
+        tensor.as_ref().map_or(Ok(()), |tensor| check_len(self.op, name, M::len(tensor), len))
+    }
+}

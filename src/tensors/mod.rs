@@ -1,0 +1,224 @@
+//! What a layer reads: its weights and its inputs, wherever they are.
+
+mod check;
+mod transfer;
+
+use std::marker::PhantomData;
+
+use crate::dtype::Dtype;
+
+pub(crate) use check::shape_of;
+pub(crate) use transfer::Transfer;
+
+/// A kind of memory, and what holds elements in it: [`Host`], [`Owned`],
+/// [`OnDevice`](crate::OnDevice) and [`OwnedOnDevice`](crate::OwnedOnDevice).
+pub trait Memory: private::Sealed {
+    /// What holds elements of type `T`.
+    type Of<T: 'static>;
+
+    /// How many elements it holds.
+    fn len<T: 'static>(tensor: &Self::Of<T>) -> usize;
+}
+
+pub(crate) mod private {
+    pub trait Sealed {}
+}
+
+/// Slices `&'a [T]` on the host: what the reference reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Host<'a>(PhantomData<&'a ()>);
+
+impl private::Sealed for Host<'_> {}
+
+impl<'a> Memory for Host<'a> {
+    type Of<T: 'static> = &'a [T];
+
+    fn len<T: 'static>(tensor: &&'a [T]) -> usize {
+        tensor.len()
+    }
+}
+
+/// Vectors `Vec<T>` on the host: what a loader fills.
+#[derive(Debug, Clone, Copy)]
+pub struct Owned;
+
+impl private::Sealed for Owned {}
+
+impl Memory for Owned {
+    type Of<T: 'static> = Vec<T>;
+
+    fn len<T: 'static>(tensor: &Vec<T>) -> usize {
+        tensor.len()
+    }
+}
+
+/// The weights of a layer, as its [`MoeConfig`](crate::MoeConfig) asks for them: what it says nothing of is
+/// none. `D` is the element type of the layer.
+///
+/// [`MoeWeights::plain`] has the experts of a plain layer; [`with_gate`](Self::with_gate) adds its router.
+pub struct MoeWeights<M: Memory, D: Dtype> {
+    /// The router's.
+    pub router: RouterWeights<M, D>,
+    /// The routed experts'.
+    pub experts: ExpertWeights<M, D>,
+    /// The projections around the experts; there with [`MoeConfig::latent`](crate::MoeConfig::latent).
+    pub latent: Option<LatentWeights<M, D>>,
+    /// The shared expert's; there with [`MoeConfig::shared`](crate::MoeConfig::shared).
+    pub shared: Option<SharedWeights<M, D>>,
+    /// `[H]`; there with [`MoeConfig::output_norm`](crate::MoeConfig::output_norm).
+    pub output_norm: Option<M::Of<D>>,
+}
+
+/// The router's weights, for `E'` experts: those with weights and those without.
+pub struct RouterWeights<M: Memory, D: Dtype> {
+    /// `[E', H]`; without it every pass is given its logits.
+    pub gate: Option<Typed<M, D>>,
+    /// `[E']`, of the gate's type; there with [`ProjectionConfig::bias`](crate::ProjectionConfig::bias).
+    pub bias: Option<Typed<M, D>>,
+    /// `[H]`; there with [`ProjectionConfig::norm`](crate::ProjectionConfig::norm).
+    pub norm: Option<M::Of<D>>,
+    /// `[E' - num_sinks]`; there with [`RouterConfig::selection_bias`](crate::RouterConfig::selection_bias).
+    pub selection_bias: Option<M::Of<f32>>,
+    /// `[E']`; there with [`RouterConfig::expert_scale`](crate::RouterConfig::expert_scale).
+    pub expert_scale: Option<M::Of<f32>>,
+    /// `[V, K]`, the ids that a token's own number chooses; only for [`Selection::Given`](crate::Selection::Given).
+    pub table: Option<M::Of<u32>>,
+}
+
+/// A tensor in the layer's element type, or in f32 whatever that is.
+pub enum Typed<M: Memory, D: Dtype> {
+    /// In the layer's element type.
+    Element(M::Of<D>),
+    /// In f32.
+    F32(M::Of<f32>),
+}
+
+/// The routed experts' weights. `N` is `2I` for gated experts, else `I`, and `H` the latent width where there
+/// is one; [`ExpertConfig`](crate::ExpertConfig) says in which order their dimensions are.
+pub struct ExpertWeights<M: Memory, D: Dtype> {
+    /// `[E, N, H]`
+    pub gate_up: GateUpTensors<M, D>,
+    /// `[E, N]`, in the order of the features of `gate_up`; where gate and up are separate, first gate's `I`,
+    /// then up's.
+    pub gate_up_bias: Option<M::Of<D>>,
+    /// `[E, H, I]`
+    pub down: M::Of<D>,
+    /// `[E, H]`
+    pub down_bias: Option<M::Of<D>>,
+    /// `[H]`
+    pub output_bias: Option<M::Of<D>>,
+    /// `[H]`, of the norm of every expert's output.
+    pub post_norm: Option<M::Of<D>>,
+}
+
+/// Gate and up projections.
+pub enum GateUpTensors<M: Memory, D: Dtype> {
+    /// In one tensor `[E, 2I, H]`; up alone, `[E, I, H]`, for experts without a gate.
+    Fused(M::Of<D>),
+    /// In two.
+    Separate {
+        /// `[E, I, H]`
+        gate: M::Of<D>,
+        /// `[E, I, H]`
+        up: M::Of<D>,
+    },
+}
+
+/// The projections around experts of a width of their own, `L`.
+pub struct LatentWeights<M: Memory, D: Dtype> {
+    /// `[L, H]`
+    pub before: M::Of<D>,
+    /// `[L]`; there with [`LatentConfig::norm`](crate::LatentConfig::norm).
+    pub norm: Option<M::Of<D>>,
+    /// `[H, L]`
+    pub after: M::Of<D>,
+}
+
+/// The weights of the shared expert, of width `S`.
+pub struct SharedWeights<M: Memory, D: Dtype> {
+    /// `[2S, H]`, first gate's rows, then up's; `[S, H]` without a gate.
+    pub gate_up: M::Of<D>,
+    /// `[H, S]`
+    pub down: M::Of<D>,
+    /// `[H]`; there with [`SharedConfig::sigmoid_gate`](crate::SharedConfig::sigmoid_gate).
+    pub sigmoid_gate: Option<M::Of<D>>,
+}
+
+/// What one pass over `T` tokens reads besides the weights.
+pub struct MoeInputs<M: Memory, D: Dtype> {
+    /// `[T, H]`: what the experts read.
+    pub x: M::Of<D>,
+    /// `[T, H]`: what the router reads, if it is not `x`.
+    pub router_x: Option<M::Of<D>>,
+    /// `[T, E']`: logits of the caller's, instead of the product with the gate.
+    pub logits: Option<Typed<M, D>>,
+    /// `[T, K]`: the ids of the experts, for [`Selection::Given`](crate::Selection::Given), such as those of an
+    /// earlier pass; instead of those in a table.
+    pub given_ids: Option<M::Of<u32>>,
+    /// `[T]`: each token's row in the table of ids.
+    pub token_ids: Option<M::Of<u32>>,
+    /// `[T, E']`: noise that is added to the logits.
+    pub noise: Option<M::Of<f32>>,
+    /// `[T, E']`, of the logits' type: noise is multiplied by `softplus` of these first.
+    pub noise_logits: Option<Typed<M, D>>,
+    /// `[T]`: 0 for tokens that no routed expert sees, such as padding; all are seen without it.
+    pub active: Option<M::Of<u8>>,
+    /// Tokens of a sequence, for which capacity is counted; without it the batch is one.
+    pub sequence_tokens: Option<usize>,
+}
+
+impl<M: Memory, D: Dtype> MoeInputs<M, D> {
+    /// Tokens `[T, H]` alone.
+    pub fn new(x: M::Of<D>) -> Self {
+        Self {
+            x,
+            router_x: None,
+            logits: None,
+            given_ids: None,
+            token_ids: None,
+            noise: None,
+            noise_logits: None,
+            active: None,
+            sequence_tokens: None,
+        }
+    }
+
+    /// Tokens `[T, H]` and their logits `[T, E']`, in the layer's element type.
+    pub fn with_logits(x: M::Of<D>, logits: M::Of<D>) -> Self {
+        Self { logits: Some(Typed::Element(logits)), ..Self::new(x) }
+    }
+}
+
+impl<M: Memory, D: Dtype> MoeWeights<M, D> {
+    /// Plain experts, `gate_up` `[E, 2I, H]` and `down` `[E, H, I]`, without a gate: every pass is given its
+    /// logits.
+    pub fn plain(gate_up: M::Of<D>, down: M::Of<D>) -> Self {
+        Self {
+            router: RouterWeights {
+                gate: None,
+                bias: None,
+                norm: None,
+                selection_bias: None,
+                expert_scale: None,
+                table: None,
+            },
+            experts: ExpertWeights {
+                gate_up: GateUpTensors::Fused(gate_up),
+                gate_up_bias: None,
+                down,
+                down_bias: None,
+                output_bias: None,
+                post_norm: None,
+            },
+            latent: None,
+            shared: None,
+            output_norm: None,
+        }
+    }
+
+    /// Adds the router's projection `[E', H]`, in the layer's element type.
+    pub fn with_gate(mut self, gate: M::Of<D>) -> Self {
+        self.router.gate = Some(Typed::Element(gate));
+        self
+    }
+}
