@@ -39,7 +39,7 @@ mod layer;
 pub use dense::{combine, project, rms_norm};
 pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up};
 use interval::Interval;
-pub use layer::{moe_layer, moe_layer_experts};
+pub use layer::{moe_layer, moe_layer_experts, router_logits};
 
 use super::accum::Element;
 use super::route::{RouteInputs, Routing, route_in};
@@ -144,12 +144,15 @@ fn magnitudes<X: Element<f64>>(values: &[X]) -> Vec<f64> {
 mod tests {
     use half::{bf16, f16};
 
+    use super::super::combine::{CombineInputs, combine_fwd};
+    use super::super::expert_weights::{GateUpWeights, LinearWeights};
     use super::super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
     use super::super::layer::{moe_layer_fwd, round};
     use super::super::plan::{Plan, plan_fwd};
     use super::super::sample::Sampler;
     use super::*;
-    use crate::config::ExpertConfig;
+    use crate::config::{ExpertConfig, MoeConfig};
+    use crate::tensors::{Host, MoeInputs, MoeWeights};
 
     fn worst<D: Dtype>(bounded: &Bounded, got: &[D]) -> f64 {
         bounded.worst(got).map_or(0.0, |(_, excess)| excess)
@@ -284,8 +287,10 @@ mod tests {
         drop_slot: bool,
     ) -> Vec<D> {
         let [x, logits, gate_up, down] = inputs;
-        let (routing, plan) = route_and_plan::<f32, D>(config, x, logits).unwrap();
-        let (h, i) = (config.hidden, config.intermediate);
+        let (h, i, shape) = (config.hidden, config.intermediate, config.routing(20));
+        let mut routing =
+            route_in::<f32, D>(&shape, &config.router, &RouteInputs::new(logits)).unwrap();
+        let plan = plan_fwd(&shape, 64, &routing.expert_ids).unwrap();
         let (gate_up, down) = (GateUpWeights::fused(&gate_up[..]), LinearWeights::new(&down[..]));
         let (experts, none) = (&config.experts, None::<&[f32]>);
         let act: Vec<D> = round(
@@ -294,32 +299,33 @@ mod tests {
         );
         let yp: Vec<D> =
             round(&grouped_gemm_fwd::<f32, D>(&plan, h, i, &act, down, false).unwrap());
-        let mut weights = routing.weights;
         if drop_slot {
-            weights[0] = 0.0;
+            routing.weights[0] = 0.0;
         }
-        let shape = config.routing(x.len() / h);
-        round(&combine_fwd::<f32>(&shape, &plan, h, &CombineInputs::new(&yp, &weights)).unwrap())
+        let inputs = CombineInputs::new(&yp, &routing.weights);
+        round(&combine_fwd::<f32>(&shape, &plan, h, &inputs).unwrap())
     }
 
     fn check_layer<D: Dtype>(router: RouterConfig) {
         let config = MoeConfig { router, ..MoeConfig::new(48, 72, 6, 2) };
         let mut sampler = Sampler::new(11);
         let num_tokens = 20;
-        let inputs = [
+        let case = [
             sampler.elements::<D>(num_tokens * config.hidden),
             sampler.elements::<D>(num_tokens * config.num_experts),
             sampler.elements::<D>(config.gate_up_len()),
             sampler.elements::<D>(config.down_len()),
         ];
-        let [x, logits, gate_up, down] = &inputs;
-        let bounded = moe_layer(&config, x, logits, gate_up, down).unwrap();
-        let exact = moe_layer_fwd::<f64, D>(&config, x, logits, gate_up, down).unwrap();
+        let [x, logits, gate_up, down] = &case;
+        let inputs = MoeInputs::<Host<'_>, D>::with_logits(x, logits);
+        let weights = MoeWeights::<Host<'_>, D>::plain(gate_up, down);
+        let bounded = moe_layer(&config, &inputs, &weights).unwrap();
+        let exact = moe_layer_fwd::<f64, D>(&config, &inputs, &weights).unwrap();
         assert_eq!(bounded.value, exact);
-        assert!(worst(&bounded, &layer_in_steps(&config, &inputs, false)) <= 1.0);
-        let cpu = moe_layer_fwd::<f32, D>(&config, x, logits, gate_up, down).unwrap();
+        assert!(worst(&bounded, &layer_in_steps(&config, &case, false)) <= 1.0);
+        let cpu = moe_layer_fwd::<f32, D>(&config, &inputs, &weights).unwrap();
         assert!(worst(&bounded, &round::<f32, D>(&cpu)) <= 1.0);
-        assert!(worst(&bounded, &layer_in_steps(&config, &inputs, true)) > 1.0);
+        assert!(worst(&bounded, &layer_in_steps(&config, &case, true)) > 1.0);
     }
 
     #[test]

@@ -462,3 +462,6 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
 pub fn round<A: Accum, D: Dtype>(values: &[A]) -> Vec<D> {
     values.iter().map(|value| value.round()).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,27 +84,29 @@ mod tests {
 
     #[test]
     fn by_hand() {
-        // The mean squares are 25 and 1.
-        let x = [1.0f32, -7.0, 1.0, 1.0];
+        // The mean squares are 10 and 1.
+        let x = [2.0f32, -4.0, 1.0, 1.0];
         let run = |norm: RmsNorm, weight: Option<&[f32]>| {
             rms_norm_fwd::<f64>(&norm, 2, &RmsNormInputs { x: &x, weight, plan: None }).unwrap()
         };
-        assert_eq!(run(PLAIN, None), [0.2, -1.4, 1.0, 1.0]);
+        let plus = |epsilon| RmsNorm { epsilon, ..PLAIN };
+        assert_eq!(run(plus(6.0), None)[..2], [0.5, -1.0]);
+        assert_eq!(run(PLAIN, None)[2..], [1.0, 1.0]);
+        assert_eq!(run(plus(3.0), None)[2..], [0.5, 0.5]);
         let weight = [4.0f32, 9.0];
-        let centred = RmsNorm { offset: 1.0, ..PLAIN };
-        assert_eq!(run(centred, Some(&weight)), [1.0, -14.0, 5.0, 10.0]);
+        let centred = RmsNorm { offset: 1.0, ..plus(6.0) };
+        assert_eq!(run(centred, Some(&weight))[..2], [2.5, -10.0]);
         // Without weights there is no factor at all.
-        assert_eq!(run(centred, None), run(PLAIN, None));
-        assert_eq!(run(RmsNorm { epsilon: 3.0, ..PLAIN }, None)[2..], [0.5, 0.5]);
+        assert_eq!(run(centred, None), run(plus(6.0), None));
     }
 
     #[test]
     fn the_factor_may_come_first() {
         let x = [2.0f32, 1.0];
-        let norm = RmsNorm { scale_first: true, offset: 1.0, ..PLAIN };
+        let norm = RmsNorm { scale_first: true, offset: 1.0, epsilon: 39.0 };
         let inputs = RmsNormInputs { x: &x, weight: Some(&[-0.5f32, 6.0]), plan: None };
-        // 1 and 7, whose mean square is 25.
-        assert_eq!(rms_norm_fwd::<f64>(&norm, 2, &inputs).unwrap(), [0.2, 1.4]);
+        // 1 and 7, whose mean square is 25 without epsilon.
+        assert_eq!(rms_norm_fwd::<f64>(&norm, 2, &inputs).unwrap(), [0.125, 0.875]);
     }
 
     #[test]

@@ -177,7 +177,7 @@ proptest! {
         let case = Case::new(shape, skew, shape.top_k + more, seed);
         let gpu = gpu();
         gpu.reschedule(seed);
-        let config = CapacityConfig { limit, priority, overflow };
+        let config = CapacityConfig { overflow, ..CapacityConfig::new(limit, priority) };
         case.check(&gpu, &config, sequence, &format!("{skew:?} seed {seed}"));
     }
 

@@ -3,225 +3,277 @@
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
-use moe_kernels::reference::{self, bound};
+use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::{
-    Activation, ActivationFunction, CapacityConfig, CapacityLimit, DType, Device, Dtype, Error,
-    ExpertConfig, Experts, GateUp, LatentConfig, Limit, MoeConfig, MoeLayer, Priority,
-    ProjectionConfig, RmsNorm, RouterConfig, Selection, SharedConfig, WeightOrder, WeightPosition,
-    Workspace, ZeroExperts, ZeroOutput,
+    CapacityConfig, CapacityLimit, DType, Device, Dtype, Error, MoeConfig, MoeInputs, MoeLayer,
+    MoeWeights, OnDevice, Owned, Priority, RouterConfig, Typed, Workspace, reference,
 };
 use proptest::prelude::*;
 
-use crate::common::{self, Gpu, Rng, assert_within, bits, config, gpu, values};
+use crate::common::{
+    Gpu, Rng, assert_within, bits, config, gpu, random_config, random_inputs, random_weights,
+    values,
+};
 
-fn moe_config(
-    hidden: usize,
-    intermediate: usize,
-    num_experts: usize,
-    top_k: usize,
-    router: RouterConfig,
-) -> MoeConfig {
-    MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) }
-}
-
-/// Any router that reads logits alone.
-fn router(rng: &mut Rng, num_experts: usize, top_k: usize) -> RouterConfig {
-    let mut router = common::router(rng, num_experts, top_k);
-    if router.selection == Selection::Given {
-        router.selection = Selection::Logit;
-    }
-    RouterConfig { selection_bias: false, expert_scale: false, ..router }
-}
-
-/// Any experts of two tensors.
-fn experts(rng: &mut Rng) -> ExpertConfig {
-    let orders = [WeightOrder::OutIn, WeightOrder::InOut];
-    let gated = rng.below(4) > 0;
-    let functions = [
-        ActivationFunction::Silu,
-        ActivationFunction::Gelu,
-        ActivationFunction::GeluTanh,
-        ActivationFunction::Relu,
-        ActivationFunction::ReluSquared,
-    ];
-    ExpertConfig {
-        activation: Activation {
-            function: functions[rng.below(functions.len())],
-            limit: [Limit::None, Limit::Before { limit: 0.5 }, Limit::After { limit: 0.5 }]
-                [rng.below(3)],
-            up_offset: if gated { rng.below(2) as f32 } else { 0.0 },
-            ..Activation::default()
-        },
-        gated,
-        gate_up: [GateUp::Concatenated, GateUp::Interleaved][if gated { rng.below(2) } else { 0 }],
-        gate_up_order: orders[rng.below(2)],
-        down_order: orders[rng.below(2)],
-        ..ExpertConfig::default()
-    }
-}
-
-/// Inputs of a layer on the host.
-struct Case<D> {
+/// A layer on the host, and what one pass reads.
+struct Case<D: Dtype> {
     config: MoeConfig,
-    x: Vec<D>,
-    logits: Vec<D>,
-    gate: Vec<D>,
-    gate_up: Vec<D>,
-    down: Vec<D>,
+    weights: MoeWeights<Owned, D>,
+    inputs: MoeInputs<Owned, D>,
 }
+
+/// Ids and weights of each token's experts.
+type Routing = (Vec<u32>, Vec<f32>);
 
 impl<D: Dtype + DeviceRepr> Case<D> {
-    fn new(config: MoeConfig, num_tokens: usize, seed: u64) -> Self {
-        Self {
-            config,
-            x: values(num_tokens * config.hidden, 1.0, seed),
-            logits: values(num_tokens * config.num_experts, 3.0, seed ^ 1),
-            gate: values(config.num_experts * config.hidden, 0.5, seed ^ 2),
-            gate_up: values(config.gate_up_len(), 0.2, seed ^ 3),
-            down: values(config.down_len(), 0.2, seed ^ 4),
-        }
+    /// A plain layer that is given its logits, and has a gate as well.
+    fn plain(config: MoeConfig, num_tokens: usize, seed: u64) -> Self {
+        let MoeConfig { hidden, num_experts, .. } = config;
+        let gate_up = values(config.gate_up_len(), 0.2, seed ^ 3);
+        let weights = MoeWeights::plain(gate_up, values(config.down_len(), 0.2, seed ^ 4))
+            .with_gate(values(num_experts * hidden, 0.5, seed ^ 2));
+        let logits = values(num_tokens * num_experts, 3.0, seed ^ 1);
+        let inputs = MoeInputs::with_logits(values(num_tokens * hidden, 1.0, seed), logits);
+        Self { config, weights, inputs }
+    }
+
+    fn random(config: MoeConfig, num_tokens: usize, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let weights = random_weights(&config, &mut rng);
+        Self { config, weights, inputs: random_inputs(&config, num_tokens, &mut rng) }
     }
 
     fn num_tokens(&self) -> usize {
-        self.x.len() / self.config.hidden
+        self.inputs.x.len() / self.config.hidden
     }
 
-    /// `y` of the device; with `from_x` the logits come from the gate.
-    fn run(&self, gpu: &Gpu, from_x: bool) -> Vec<D> {
+    /// Does something with the layer, its tensors on the device, and a workspace full of NaN.
+    fn on<R>(&self, gpu: &Gpu, run: impl FnOnce(Prepared<'_, '_, D>) -> R) -> R {
         let layer = MoeLayer::new(&gpu.device, self.config).unwrap();
+        let weights = self.weights.upload(&gpu.stream).unwrap();
+        let inputs = self.inputs.upload(&gpu.stream).unwrap();
         let bytes = MoeLayer::workspace_bytes(&self.config, D::DTYPE, self.num_tokens()).unwrap();
         let mut memory = gpu.poisoned::<u8>(bytes);
         let mut memory = memory.view_mut();
-        let mut workspace = Workspace::borrow(memory.slice_mut(..));
-        let (gate_up, down) = (gpu.upload(&self.gate_up), gpu.upload(&self.down));
-        let experts = Experts { gate_up: gate_up.view(), down: down.view() };
-        let x = gpu.upload(&self.x);
-        let mut y = gpu.poisoned::<D>(self.x.len());
-        if from_x {
-            let gate = gpu.upload(&self.gate);
-            layer.forward_from_x(
-                &gpu.stream,
-                &x.view(),
-                &gate.view(),
-                &experts,
-                &mut workspace,
-                &mut y.view_mut(),
-            )
-        } else {
-            let logits = gpu.upload(&self.logits);
-            layer.forward(
-                &gpu.stream,
-                &x.view(),
-                &logits.view(),
-                &experts,
-                &mut workspace,
-                &mut y.view_mut(),
-            )
-        }
-        .unwrap();
-        gpu.download(&y.view())
+        let workspace = Workspace::borrow(memory.slice_mut(..));
+        let (weights, inputs) = (weights.as_views(), inputs.as_views());
+        run(Prepared { gpu, layer, weights, inputs, workspace })
     }
 
+    fn forward(&self, gpu: &Gpu) -> Vec<D> {
+        self.on(gpu, |mut prepared| {
+            let mut y = gpu.poisoned::<D>(self.inputs.x.len());
+            let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
+            layer.forward(&gpu.stream, inputs, weights, workspace, &mut y.view_mut()).unwrap();
+            gpu.download(&y.view())
+        })
+    }
+
+    fn router_logits(&self, gpu: &Gpu) -> Typed<Owned, D> {
+        let len = self.config.routing(self.num_tokens()).logits();
+        self.on(gpu, |mut prepared| {
+            let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
+            if self.config.projection.f32_logits {
+                let mut logits = gpu.poisoned::<f32>(len);
+                let to = &mut Typed::F32(logits.view_mut());
+                layer.router_logits(&gpu.stream, inputs, weights, workspace, to).unwrap();
+                Typed::F32(gpu.download(&logits.view()))
+            } else {
+                let mut logits = gpu.poisoned::<D>(len);
+                let to = &mut Typed::Element(logits.view_mut());
+                layer.router_logits(&gpu.stream, inputs, weights, workspace, to).unwrap();
+                Typed::Element(gpu.download(&logits.view()))
+            }
+        })
+    }
+
+    fn route(&self, gpu: &Gpu) -> Routing {
+        let slots = self.config.routing(self.num_tokens()).slots();
+        self.on(gpu, |mut prepared| {
+            let (mut ids, mut weights_of) = (gpu.poisoned(slots), gpu.poisoned(slots));
+            let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
+            let to = (&mut ids.view_mut(), &mut weights_of.view_mut());
+            layer.route(&gpu.stream, inputs, weights, workspace, to.0, to.1).unwrap();
+            (gpu.download(&ids.view()), gpu.download(&weights_of.view()))
+        })
+    }
+
+    fn forward_routed(&self, gpu: &Gpu, (ids, routing_weights): &Routing) -> Vec<D> {
+        let (ids, routing_weights) = (gpu.upload(ids), gpu.upload(routing_weights));
+        self.on(gpu, |mut prepared| {
+            let mut y = gpu.poisoned::<D>(self.inputs.x.len());
+            let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
+            let (ids, routing_weights) = (ids.view(), routing_weights.view());
+            let (x, stream, y_view) = (&inputs.x, &gpu.stream, &mut y.view_mut());
+            layer
+                .forward_routed(stream, x, &ids, &routing_weights, weights, workspace, y_view)
+                .unwrap();
+            gpu.download(&y.view())
+        })
+    }
+
+    /// The experts' part, for weights that are what they are.
+    fn wanted(&self, (ids, routing_weights): &Routing) -> Bounded {
+        let exact = Bounded {
+            value: routing_weights.iter().map(|&weight| f64::from(weight)).collect(),
+            bound: vec![0.0; routing_weights.len()],
+        };
+        let weights = self.weights.as_host();
+        bound::moe_layer_experts(&self.config, &self.inputs.x, ids, &exact, &weights).unwrap()
+    }
+
+    /// Each part of the layer against the reference, from what the part before it has made; and the whole
+    /// against its parts.
     fn check(&self, gpu: &Gpu, what: &str) {
-        let want = bound::moe_layer(&self.config, &self.x, &self.logits, &self.gate_up, &self.down)
-            .unwrap();
-        assert_within(&self.run(gpu, false), &want, what);
+        let (inputs, weights) = (self.inputs.as_host(), self.weights.as_host());
+        let mut given = self.inputs.as_host();
+        let made;
+        if inputs.logits.is_none() {
+            made = self.router_logits(gpu);
+            let wanted = bound::router_logits(&self.config, &inputs, &weights).unwrap();
+            given.logits = Some(match &made {
+                Typed::Element(logits) => {
+                    assert_within(logits, &wanted, &format!("logits of {what}"));
+                    Typed::Element(&logits[..])
+                }
+                Typed::F32(logits) => {
+                    assert_within(logits, &wanted, &format!("logits of {what}"));
+                    Typed::F32(&logits[..])
+                }
+            });
+        }
+        let mut routing = self.route(gpu);
+        let wanted =
+            reference::moe_layer_route_fwd::<f32, D>(&self.config, &given, &weights).unwrap();
+        assert_eq!(routing.0, wanted.expert_ids, "ids of {what}");
+        assert_eq!(bits(&routing.1), bits(&wanted.weights), "weights of {what}");
+        assert_eq!(
+            bits(&self.forward(gpu)),
+            bits(&self.forward_routed(gpu, &routing)),
+            "the parts of {what}"
+        );
+        // Scores that are not normalised, or hardly add up to anything, make weights that leave 16 bits.
+        routing.1.iter_mut().for_each(|weight| *weight = weight.clamp(-2.0, 2.0));
+        assert_within(&self.forward_routed(gpu, &routing), &self.wanted(&routing), what);
     }
 }
 
-proptest! {
-    #![proptest_config(config(12))]
+/// What [`Case::on`] hands on.
+struct Prepared<'v, 'w, D: Dtype> {
+    gpu: &'v Gpu,
+    layer: MoeLayer,
+    weights: MoeWeights<OnDevice<'v>, D>,
+    inputs: MoeInputs<OnDevice<'v>, D>,
+    workspace: Workspace<'w>,
+}
 
+proptest! {
+    #![proptest_config(config(24))]
+
+    /// Any layer at all.
     #[test]
-    fn matches_reference(
-        tokens in 0usize..40, num_experts in 1usize..12, k in 1usize..5, hidden in 1usize..140,
-        intermediate in 1usize..140, seed in any::<u64>(),
-    ) {
-        let mut rng = Rng::new(seed);
-        let top_k = k.min(num_experts);
-        let router = router(&mut rng, num_experts, top_k);
-        let config = moe_config(hidden, intermediate, num_experts, top_k, router);
-        let config = MoeConfig { experts: experts(&mut rng), ..config };
+    fn matches_reference(tokens in 0usize..40, seed in any::<u64>()) {
+        let layer = random_config(&mut Rng::new(seed), 100);
         let gpu = gpu();
         gpu.reschedule(seed);
-        let what = format!("T{tokens} {config} seed {seed}");
-        Case::<f32>::new(config, tokens, seed).check(&gpu, &what);
-        Case::<f16>::new(config, tokens, seed).check(&gpu, &what);
-        Case::<bf16>::new(config, tokens, seed).check(&gpu, &what);
+        let what = format!("T{tokens} {layer} seed {seed}");
+        Case::<f32>::random(layer, tokens, seed).check(&gpu, &what);
+        Case::<f16>::random(layer, tokens, seed).check(&gpu, &what);
+        Case::<bf16>::random(layer, tokens, seed).check(&gpu, &what);
     }
 }
 
 const RENORMALISED: RouterConfig = RouterConfig::softmax_top_k(true);
 
+fn plain(hidden: usize, intermediate: usize, num_experts: usize, top_k: usize) -> MoeConfig {
+    MoeConfig { router: RENORMALISED, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) }
+}
+
 #[test]
 fn worst_case_routings() {
     let gpu = gpu();
     for (tokens, experts, k) in [(1, 1, 1), (1, 8, 8), (70, 1, 1), (3, 4, 4), (130, 2, 1)] {
-        let config = moe_config(72, 40, experts, k, RENORMALISED);
-        Case::<bf16>::new(config, tokens, 7).check(&gpu, &format!("T{tokens} {config}"));
+        let config = plain(72, 40, experts, k);
+        Case::<bf16>::plain(config, tokens, 7).check(&gpu, &format!("T{tokens} {config}"));
     }
     // Everybody goes to expert 2; the others are empty.
-    let config = moe_config(48, 32, 6, 1, RENORMALISED);
-    let mut case = Case::<f32>::new(config, 150, 11);
-    case.logits.iter_mut().skip(2).step_by(6).for_each(|logit| *logit = 50.0);
+    let mut case = Case::<f32>::plain(plain(48, 32, 6, 1), 150, 11);
+    let Some(Typed::Element(logits)) = &mut case.inputs.logits else { unreachable!() };
+    logits.iter_mut().skip(2).step_by(6).for_each(|logit| *logit = 50.0);
     case.check(&gpu, "one hot expert");
 }
 
-/// The gate's product goes through a grouped GEMM with one expert.
+/// A whole pass in f64, router and all, holds the device's.
 #[test]
-fn logits_from_the_gate() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
-        let case = Case::<D>::new(moe_config(96, 40, 7, 3, RENORMALISED), 37, 5);
-        // The device's own logits decide: rounding may turn a near-tie of the reference's.
-        let logits = bound::grouped_gemm(
-            &reference::plan_fwd(&moe_kernels::RoutingShape::new(37, 1, 1).unwrap(), 128, &[0; 37])
-                .unwrap(),
-            7,
-            96,
-            &case.x,
-            reference::LinearWeights::new(&case.gate),
-            false,
-            D::DTYPE,
-        )
-        .unwrap();
-        let rounded: Vec<D> = logits.value.iter().map(|&value| D::from_f64(value)).collect();
-        let by_hand = Case { logits: rounded, ..Case::new(case.config, 37, 5) };
-        let from_x: Vec<f64> = case.run(gpu, true).iter().map(|y| y.to_f64()).collect();
-        let want: Vec<f64> = by_hand.run(gpu, false).iter().map(|y| y.to_f64()).collect();
-        let error = bound::relative_error(&from_x, &want);
-        assert!(error < 0.02, "{}: {error}", D::DTYPE);
-    }
+fn bounds_of_the_whole() {
     let gpu = gpu();
-    check::<f32>(&gpu);
-    check::<bf16>(&gpu);
+    let limit = CapacityLimit::Factor { factor: 0.8 };
+    let capacity = CapacityConfig {
+        normalization: moe_kernels::Normalization::Sum { epsilon: 0.0 },
+        ..CapacityConfig::new(limit, Priority::Weight)
+    };
+    for capacity in [None, Some(capacity)] {
+        let config = MoeConfig { capacity, ..plain(64, 48, 6, 2) };
+        let case = Case::<bf16>::plain(config, 50, 17);
+        let wanted =
+            bound::moe_layer(&config, &case.inputs.as_host(), &case.weights.as_host()).unwrap();
+        assert_within(&case.forward(&gpu), &wanted, &config.to_string());
+        // One slot less is out of bounds.
+        let mut routing = case.route(&gpu);
+        let kept = routing.0.iter().position(|&id| id < 6).unwrap();
+        routing.0[kept] = u32::MAX;
+        let less = case.forward_routed(&gpu, &routing);
+        assert!(wanted.worst(&less).is_some_and(|(_, excess)| excess > 1.0));
+    }
+}
+
+/// A layer with nearly everything in it.
+fn rich(seed: u64) -> MoeConfig {
+    let mut seeds = Rng::new(seed);
+    loop {
+        let config = random_config(&mut seeds, 80);
+        if config.shared.is_some() && config.latent.is_some() && config.capacity.is_none() {
+            return config;
+        }
+    }
 }
 
 #[test]
 fn schedules_do_not_change_bits() {
     let gpu = gpu();
-    let case = Case::<bf16>::new(moe_config(80, 56, 5, 2, RENORMALISED), 45, 3);
-    let runs: Vec<_> = (0..6)
-        .map(|seed| {
-            gpu.reschedule(seed);
-            bits(&case.run(&gpu, true))
-        })
-        .collect();
-    assert!(runs.windows(2).all(|pair| pair[0] == pair[1]));
+    for config in [plain(80, 56, 5, 2), rich(1), rich(2)] {
+        let case = Case::<bf16>::random(config, 45, 3);
+        let runs: Vec<_> = (0..6)
+            .map(|seed| {
+                gpu.reschedule(seed);
+                bits(&case.forward(&gpu))
+            })
+            .collect();
+        assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{config}");
+    }
 }
 
 /// What a row of y holds does not depend on the other tokens of the batch.
 #[test]
 fn rows_do_not_depend_on_the_batch() {
+    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, config: MoeConfig) {
+        let mut case = Case::<D>::random(config, 140, 21);
+        case.inputs = MoeInputs::new(case.inputs.x);
+        let experts = config.router_experts();
+        let given = config.router.selection == moe_kernels::Selection::Given;
+        let tables = |tokens: usize| given.then(|| (0..tokens as u32).map(|t| t % 17).collect());
+        case.inputs.token_ids = tables(140);
+        let whole = case.forward(gpu);
+        case.inputs.x.truncate(config.hidden * 9);
+        case.inputs.token_ids = tables(9);
+        let part = case.forward(gpu);
+        assert_eq!(bits(&part), bits(&whole[..config.hidden * 9]), "{config}, {experts} experts");
+    }
     let gpu = gpu();
-    let config = moe_config(64, 48, 6, 2, RENORMALISED);
-    let whole = Case::<f32>::new(config, 140, 21);
-    let y = whole.run(&gpu, true);
-    let part = Case {
-        x: whole.x[..64 * 9].to_vec(),
-        logits: whole.logits[..6 * 9].to_vec(),
-        ..Case::new(config, 9, 21)
-    };
-    assert_eq!(bits(&part.run(&gpu, true)), bits(&y[..64 * 9]));
+    for config in [plain(64, 48, 6, 2), rich(1), rich(2), rich(3)] {
+        check::<f32>(&gpu, config);
+        check::<bf16>(&gpu, config);
+    }
 }
 
 #[test]
@@ -232,53 +284,50 @@ fn a_captured_graph_replays_with_new_routing() {
     // SAFETY: everything of this context runs on one stream.
     unsafe { context.disable_event_tracking() };
     let (device, stream) = (Device::new(&context).unwrap(), context.new_stream().unwrap());
-    let config = moe_config(40, 24, 6, 2, RENORMALISED);
-    let case = Case::<f32>::new(config, 33, 1);
-    let other = Case::<f32>::new(config, 33, 2);
+    for config in [plain(40, 24, 6, 2), rich(4)] {
+        let mut case = Case::<f32>::random(config, 33, 1);
+        case.inputs = MoeInputs::new(case.inputs.x);
+        case.config.router.selection = moe_kernels::Selection::Logit;
+        case.weights.router.table = None;
+        case.weights.router.selection_bias = None;
+        case.config.router.selection_bias = false;
+        let others: Vec<Vec<f32>> =
+            (0..2).map(|seed| values(33 * config.hidden, 1.0, seed)).collect();
 
-    let layer = MoeLayer::new(&device, config).unwrap();
-    let upload = |data: &[f32]| stream.clone_htod(data).unwrap();
-    let (gate_up, down) = (upload(&case.gate_up), upload(&case.down));
-    let experts = Experts { gate_up: gate_up.as_view(), down: down.as_view() };
-    let (mut x, mut logits) = (upload(&case.x), upload(&case.logits));
-    let mut y = upload(&vec![f32::NAN; case.x.len()]);
-    let bytes = MoeLayer::workspace_bytes(&config, DType::F32, 33).unwrap();
-    let mut workspace = Workspace::alloc(&stream, bytes).unwrap();
+        let layer = MoeLayer::new(&device, case.config).unwrap();
+        let weights = case.weights.upload(&stream).unwrap();
+        let mut inputs = case.inputs.upload(&stream).unwrap();
+        let mut y = stream.clone_htod(&vec![f32::NAN; case.inputs.x.len()]).unwrap();
+        let bytes = MoeLayer::workspace_bytes(&case.config, DType::F32, 33).unwrap();
+        let mut workspace = Workspace::alloc(&stream, bytes).unwrap();
 
-    device.warm_up(DType::F32).unwrap();
-    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-    layer
-        .forward(
-            &stream,
-            &x.as_view(),
-            &logits.as_view(),
-            &experts,
-            &mut workspace,
-            &mut y.as_view_mut(),
-        )
-        .unwrap();
-    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    let graph = stream.end_capture(flags).unwrap().unwrap();
-    assert!(stream.clone_dtoh(&y).unwrap().iter().all(|y| y.is_nan()), "capturing runs nothing");
+        device.warm_up(DType::F32).unwrap();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        let (views, to) = (weights.as_views(), &mut y.as_view_mut());
+        layer.forward(&stream, &inputs.as_views(), &views, &mut workspace, to).unwrap();
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags).unwrap().unwrap();
+        assert!(
+            stream.clone_dtoh(&y).unwrap().iter().all(|y| y.is_nan()),
+            "capturing runs nothing"
+        );
 
-    for seed in 0..4 {
-        gpu.reschedule(seed);
-        for inputs in [&case, &other] {
-            stream.memcpy_htod(&inputs.x, &mut x).unwrap();
-            stream.memcpy_htod(&inputs.logits, &mut logits).unwrap();
-            graph.launch().unwrap();
-            let got = stream.clone_dtoh(&y).unwrap();
-            let want =
-                bound::moe_layer(&config, &inputs.x, &inputs.logits, &case.gate_up, &case.down)
-                    .unwrap();
-            assert_within(&got, &want, "replay");
+        for seed in 0..4 {
+            gpu.reschedule(seed);
+            for x in &others {
+                case.inputs.x.clone_from(x);
+                stream.memcpy_htod(x, &mut inputs.x).unwrap();
+                graph.launch().unwrap();
+                let got = stream.clone_dtoh(&y).unwrap();
+                assert_eq!(bits(&got), bits(&case.forward(&gpu)), "{config}");
+            }
         }
     }
 }
 
 #[test]
 fn the_workspace_is_known_beforehand() {
-    let config = moe_config(4096, 14336, 8, 2, RENORMALISED);
+    let config = plain(4096, 14336, 8, 2);
     let bytes = |tokens| MoeLayer::workspace_bytes(&config, DType::BF16, tokens).unwrap();
     let rows = 4096 * 2;
     assert!(bytes(4096) >= rows * (14336 + 4096) * 2);
@@ -290,110 +339,81 @@ fn the_workspace_is_known_beforehand() {
 #[test]
 fn errors_come_before_any_launch() {
     let gpu = gpu();
-    let config = moe_config(16, 8, 4, 2, RENORMALISED);
+    let config = plain(16, 8, 4, 2);
+    let overflow = CapacityConfig {
+        overflow: 1,
+        ..CapacityConfig::new(CapacityLimit::Rows { rows: 3 }, Priority::Token)
+    };
     for bad in [
         MoeConfig { hidden: 0, ..config },
         MoeConfig { intermediate: 1 << 30, ..config },
         MoeConfig { num_experts: 5000, ..config },
         MoeConfig { top_k: 5, ..config },
+        MoeConfig { capacity: Some(overflow), ..config },
     ] {
         assert!(matches!(MoeLayer::new(&gpu.device, bad), Err(Error::Unsupported { .. })), "{bad}");
     }
-    for (field, bad) in beyond_a_layer(config) {
-        bad.check().unwrap();
-        let error = MoeLayer::workspace_bytes(&bad, DType::F32, 3).unwrap_err().to_string();
-        assert!(error.contains(field), "{error} does not name {field}");
-        assert!(MoeLayer::new(&gpu.device, bad).is_err(), "{bad}");
-    }
-    let layer = MoeLayer::new(&gpu.device, config).unwrap();
-    let case = Case::<f32>::new(config, 3, 0);
-    let (x, logits) = (gpu.upload(&case.x), gpu.upload(&case.logits));
-    let (gate, gate_up, down) =
-        (gpu.upload(&case.gate), gpu.upload(&case.gate_up), gpu.upload(&case.down));
-    let mut y = gpu.poisoned::<f32>(48);
+    let good = || Case::<f32>::plain(config, 3, 0);
     let bytes = MoeLayer::workspace_bytes(&config, DType::F32, 3).unwrap();
-    let mut call = |lens: [usize; 6], gate_len: usize| {
-        let [x_len, logits_len, gate_up_len, down_len, y_len, workspace] = lens;
-        let mut workspace = Workspace::alloc(&gpu.stream, workspace).unwrap();
-        let (gate_up, down) = (gate_up.view(), down.view());
-        let experts =
-            Experts { gate_up: gate_up.slice(..gate_up_len), down: down.slice(..down_len) };
-        let (x, y) = (x.view().slice(..x_len), &mut y.view_mut());
-        let y = &mut y.slice_mut(..y_len);
-        if gate_len > 0 {
-            let gate = gate.view().slice(..gate_len - 1);
-            layer.forward_from_x(&gpu.stream, &x, &gate, &experts, &mut workspace, y)
-        } else {
-            let logits = logits.view().slice(..logits_len);
-            layer.forward(&gpu.stream, &x, &logits, &experts, &mut workspace, y)
-        }
+    let call = |case: &Case<f32>, y_len: usize, bytes: usize| {
+        let layer = MoeLayer::new(&gpu.device, config).unwrap();
+        let weights = case.weights.upload(&gpu.stream).unwrap();
+        let inputs = case.inputs.upload(&gpu.stream).unwrap();
+        let mut y = gpu.poisoned::<f32>(y_len);
+        let mut workspace = Workspace::alloc(&gpu.stream, bytes).unwrap();
+        let (inputs, weights) = (inputs.as_views(), weights.as_views());
+        layer.forward(&gpu.stream, &inputs, &weights, &mut workspace, &mut y.view_mut())
     };
-    let right = [48, 12, 4 * 16 * 16, 4 * 16 * 8, 48, bytes];
-    assert!(call(right, 0).is_ok());
-    let names = ["x", "logits", "gate_up", "down", "y", "workspace"];
-    for (index, name) in names.into_iter().enumerate() {
-        let mut lens = right;
-        lens[index] -= 1;
-        let error = call(lens, 0).unwrap_err();
-        assert!(
-            matches!(error, Error::Length { argument, .. } if argument == name),
-            "{name}: {error}"
-        );
+    assert!(call(&good(), 48, bytes).is_ok());
+    type Break = fn(&mut Case<f32>);
+    let breaks: [(&str, Break); 6] = [
+        ("x", |case| case.inputs.x.truncate(47)),
+        ("logits", |case| case.inputs.logits = Some(Typed::Element(vec![0.0; 11]))),
+        ("router_x", |case| case.inputs.router_x = Some(vec![0.0; 47])),
+        ("router.gate", |case| case.weights.router.gate = Some(Typed::F32(vec![0.0; 63]))),
+        ("experts.down", |case| case.weights.experts.down.truncate(511)),
+        ("active", |case| case.inputs.active = Some(vec![1; 2])),
+    ];
+    for (name, damage) in breaks {
+        let mut case = good();
+        damage(&mut case);
+        let error = call(&case, 48, bytes).unwrap_err();
+        let named = matches!(error, Error::Length { argument, .. } if argument == name);
+        assert!(named, "{name}: {error}");
     }
-    let error = call(right, 64).unwrap_err();
-    assert!(
-        matches!(error, Error::Length { argument: "gate", wanted: 64, got: 63, .. }),
-        "{error}"
-    );
-    let mut memory = gpu.poisoned::<u8>(bytes + 1);
-    let (x, logits, y) = (x.view(), logits.view(), &mut y.view_mut());
-    let experts = Experts { gate_up: gate_up.view(), down: down.view() };
-    let mut memory = memory.view_mut();
-    let mut misaligned = Workspace::borrow(memory.slice_mut(1..));
-    let error = layer.forward(&gpu.stream, &x, &logits, &experts, &mut misaligned, y).unwrap_err();
-    assert!(matches!(error, Error::Alignment { argument: "workspace", .. }), "{error}");
-}
-
-/// What the operations compute and a layer does not put together, each with the field that says so.
-fn beyond_a_layer(config: MoeConfig) -> Vec<(&'static str, MoeConfig)> {
-    let router = |router| MoeConfig { router, ..config };
-    let experts = |experts| MoeConfig { experts, ..config };
-    let (plain_router, plain) = (config.router, config.experts);
-    let norm = RmsNorm { epsilon: 1e-6, offset: 0.0, scale_first: false };
-    let capacity = CapacityConfig {
-        limit: CapacityLimit::Factor { factor: 1.0 },
-        priority: Priority::Token,
-        overflow: 0,
-    };
-    let shared = SharedConfig {
-        intermediate: 8,
-        activation: Activation::default(),
-        gated: true,
-        sigmoid_gate: false,
-        average: false,
-    };
-    let zero = ZeroExperts { count: 1, output: ZeroOutput::Identity };
-    let f32_logits = ProjectionConfig { f32_logits: true, ..ProjectionConfig::default() };
-    vec![
-        ("`projection`", MoeConfig { projection: f32_logits, ..config }),
-        (
-            "`router.selection`",
-            router(RouterConfig { selection: Selection::Given, ..plain_router }),
-        ),
-        ("`router.selection_bias`", router(RouterConfig { selection_bias: true, ..plain_router })),
-        ("`router.expert_scale`", router(RouterConfig { expert_scale: true, ..plain_router })),
-        ("`zero_experts`", MoeConfig { zero_experts: Some(zero), ..config }),
-        ("`capacity`", MoeConfig { capacity: Some(capacity), ..config }),
-        ("`experts.gate_up_bias`", experts(ExpertConfig { gate_up_bias: true, ..plain })),
-        ("`experts.down_bias`", experts(ExpertConfig { down_bias: true, ..plain })),
-        ("`experts.output_bias`", experts(ExpertConfig { output_bias: true, ..plain })),
-        ("`experts.post_norm`", experts(ExpertConfig { post_norm: Some(norm), ..plain })),
-        ("`experts.gate_up`", experts(ExpertConfig { gate_up: GateUp::Separate, ..plain })),
-        (
-            "`experts.weight_position`",
-            experts(ExpertConfig { weight_position: WeightPosition::Input, ..plain }),
-        ),
-        ("`latent`", MoeConfig { latent: Some(LatentConfig { hidden: 8, norm: None }), ..config }),
-        ("`shared`", MoeConfig { shared: Some(shared), ..config }),
-    ]
+    for (argument, y_len, bytes) in [("y", 47, bytes), ("workspace", 48, bytes - 1)] {
+        let error = call(&good(), y_len, bytes).unwrap_err();
+        assert!(matches!(error, Error::Length { argument: got, .. } if got == argument), "{error}");
+    }
+    let breaks: [(&str, Break); 5] = [
+        ("`router.gate`", |case| {
+            case.weights.router.gate = None;
+            case.inputs.logits = None;
+        }),
+        ("`router.bias`", |case| case.weights.router.bias = Some(Typed::F32(vec![0.0; 4]))),
+        ("`output_norm`", |case| case.weights.output_norm = Some(vec![0.0; 16])),
+        ("`router.table`", |case| case.weights.router.table = Some(vec![0; 4])),
+        ("`noise_logits`", |case| {
+            case.inputs.noise = Some(vec![0.0; 12]);
+            case.inputs.noise_logits = Some(Typed::F32(vec![0.0; 12]));
+        }),
+    ];
+    for (name, damage) in breaks {
+        let mut case = good();
+        damage(&mut case);
+        let error = call(&case, 48, bytes).unwrap_err();
+        assert!(matches!(&error, Error::Mismatch { why, .. } if why.contains(name)), "{error}");
+    }
+    good().on(&gpu, |prepared| {
+        let mut memory = gpu.poisoned::<u8>(bytes + 1);
+        let mut memory = memory.view_mut();
+        let mut misaligned = Workspace::borrow(memory.slice_mut(1..));
+        let (inputs, weights) = (&prepared.inputs, &prepared.weights);
+        let mut y = gpu.poisoned::<f32>(48);
+        let layer = &prepared.layer;
+        let error = layer
+            .forward(&prepared.gpu.stream, inputs, weights, &mut misaligned, &mut y.view_mut())
+            .unwrap_err();
+        assert!(matches!(error, Error::Alignment { argument: "workspace", .. }), "{error}");
+    });
 }

@@ -18,8 +18,8 @@ use moe_kernels::ops::route::{RouteInputs, route_fwd_into};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::reference::{self, Tile};
 use moe_kernels::{
-    Activation, ActivationFunction, DType, Dtype, ExpertConfig, GateUp, Limit, MoeConfig, MoeInputs,
-    MoeLayer, MoeWeights, PlanLayout, RmsNorm, RoutingPlan, WeightOrder, Workspace,
+    Activation, ActivationFunction, DType, Dtype, ExpertConfig, GateUp, Limit, MoeConfig,
+    MoeInputs, MoeLayer, MoeWeights, PlanLayout, RmsNorm, RoutingPlan, WeightOrder, Workspace,
 };
 
 use super::case::{Case, ROUTERS};

@@ -2,7 +2,7 @@
 
 use super::super::combine::{CombineInputs, Identity, Shared, combine_fwd, sigmoid};
 use super::super::expert_weights::{GateUpWeights, LinearWeights};
-use super::super::layer::{Operations, Parts, RouterReads, experts_of_layer};
+use super::super::layer::{Operations, Parts, RouterReads, experts_of_layer, no_gate};
 use super::super::moe_layer_route_fwd;
 use super::super::plan::Plan;
 use super::super::project::{ProjectInputs, project_fwd};
@@ -13,7 +13,7 @@ use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_diviso
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
-use crate::tensors::{Host, MoeInputs, MoeWeights};
+use crate::tensors::{Host, MoeInputs, MoeWeights, Typed};
 
 /// Errors are multiplied by each other as well, and rounded; 1 % is ample for those second orders.
 const SECOND_ORDER: f64 = 1.01;
@@ -40,6 +40,51 @@ pub fn moe_layer<D: Dtype>(
     }
     let routing_weights = Bounded { value: routing.weights, bound: errors };
     moe_layer_experts(config, inputs.x, &routing.expert_ids, &routing_weights, weights)
+}
+
+/// The router's logits, before the rounding that [`router_logits`](super::super::router_logits) makes, with what a norm
+/// before them is stored as `D`.
+///
+/// # Errors
+/// Those of [`router_logits`](super::super::router_logits).
+pub fn router_logits<D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Bounded> {
+    const OP: &str = "router_logits";
+    weights.check(OP, config)?;
+    inputs.check(OP, config)?;
+    let mut x = WithBounds.exact(inputs.router_x.unwrap_or(inputs.x));
+    if let Some(norm) = &config.projection.norm {
+        x = WithBounds.norm(norm, config.hidden, &x, weights.router.norm, None)?;
+    }
+    let out = if config.projection.f32_logits { DType::F32 } else { D::DTYPE };
+    let (experts, bias) = (config.router_experts(), weights.router.bias.as_ref());
+    match &weights.router.gate {
+        Some(Typed::Element(gate)) => {
+            let bias = bias.and_then(Typed::element).copied();
+            projected((experts, config.hidden), &x, gate, bias, out)
+        }
+        Some(Typed::F32(gate)) => {
+            let bias = bias.and_then(Typed::f32).copied();
+            projected((experts, config.hidden), &x, gate, bias, out)
+        }
+        None => Err(no_gate(OP)),
+    }
+}
+
+fn projected<G: Dtype>(
+    (experts, hidden): (usize, usize),
+    x: &Bounded,
+    gate: &[G],
+    bias: Option<&[G]>,
+    out: DType,
+) -> Result<Bounded> {
+    let own = project(experts, hidden, &ProjectInputs { x: &x.value[..], gate, bias }, out)?;
+    let sizes = magnitudes(gate);
+    let errors = ProjectInputs { x: &x.bound[..], gate: &sizes[..], bias: None };
+    Ok(own.with(&project_fwd::<f64>(experts, hidden, &errors)?))
 }
 
 /// [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd) with what lies between its operations stored as
@@ -161,10 +206,7 @@ impl<D: Dtype> Operations<D> for WithBounds {
     }
 
     fn gate(&self, hidden: usize, x: &Bounded, gate: &[D]) -> Result<Bounded> {
-        let own = project(1, hidden, &ProjectInputs { x: &x.value, gate, bias: None }, DType::F32)?;
-        let sizes = magnitudes(gate);
-        let inputs = ProjectInputs { x: &x.bound[..], gate: &sizes[..], bias: None };
-        Ok(own.with(&project_fwd::<f64>(1, hidden, &inputs)?))
+        projected((1, hidden), x, gate, None, DType::F32)
     }
 
     fn combine(
