@@ -12,7 +12,7 @@ use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use crate::config::MoeConfig;
 use crate::device::Device;
 use crate::dtype::{DType, Dtype};
-use crate::error::{Error, Result, check_len};
+use crate::error::{Result, check_len};
 use crate::ops::plan::plan_fwd_into;
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
@@ -42,9 +42,9 @@ impl MoeLayer {
     /// A layer of this configuration.
     ///
     /// # Errors
-    /// [`Error::Unsupported`], which names the field.
+    /// [`Error::Unsupported`](crate::Error::Unsupported), which names the field.
     pub fn new(device: &Device, config: MoeConfig) -> Result<Self> {
-        check(&config)?;
+        config.check_layer(OP)?;
         Ok(Self { device: device.clone(), config })
     }
 
@@ -57,9 +57,9 @@ impl MoeLayer {
     /// function, known before there is a device.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a configuration or a shape out of range.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for a configuration or a shape out of range.
     pub fn workspace_bytes(config: &MoeConfig, dtype: DType, num_tokens: usize) -> Result<usize> {
-        check(config)?;
+        config.check_layer(OP)?;
         Section::total(OP, &Sections::new(config, dtype, num_tokens)?.of_forward())
     }
 
@@ -70,7 +70,7 @@ impl MoeLayer {
     /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
     ///
     /// # Errors
-    /// [`Error::Length`] for a buffer or a workspace that does not fit, [`Error::Mismatch`] for weights or
+    /// [`Error::Length`](crate::Error::Length) for a buffer or a workspace that does not fit, [`Error::Mismatch`](crate::Error::Mismatch) for weights or
     /// inputs that are not as the configuration says and for a stream of another context, and what a launch can
     /// meet.
     pub fn forward<D: Dtype>(
@@ -97,7 +97,7 @@ impl MoeLayer {
     /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a gate.
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`](crate::Error::Mismatch) for weights without a gate.
     pub fn router_logits<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -159,21 +159,6 @@ impl MoeLayer {
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_experts())?;
         let dense = pass.dense(&mut arena, pass.has_dense_experts())?;
         pass.experts(x, (expert_ids, routing_weights), dense.as_ref(), &mut arena, y)
-    }
-}
-
-/// What a configuration may say, and a layer does not do in one pass: which weights a late choice has is the
-/// caller's to say.
-fn check(config: &MoeConfig) -> Result<()> {
-    config.check()?;
-    match config.capacity.map_or(0, |capacity| capacity.overflow) {
-        0 => Ok(()),
-        overflow => Err(Error::Unsupported {
-            op: OP,
-            argument: "capacity.overflow",
-            wanted: "0 in a layer; the operation `capacity` has it".into(),
-            got: overflow.to_string(),
-        }),
     }
 }
 

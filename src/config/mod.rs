@@ -203,6 +203,15 @@ impl MoeConfig {
         self.capacity.map_or(Ok(()), |capacity| capacity.check(OP))
     }
 
+    /// [`check`](Self::check), and refuses what a layer does not do in one pass: which weights a late choice has is the
+    /// caller's to say.
+    pub(crate) fn check_layer(&self, op: &'static str) -> Result<()> {
+        self.check()?;
+        let overflow = self.capacity.map_or(0, |capacity| capacity.overflow);
+        let wanted = "0 in a layer; the operation `capacity` has it";
+        Checked { op }.say("capacity.overflow", overflow == 0, wanted, overflow)
+    }
+
     /// Experts that the router chooses from: those with weights, and those without.
     pub fn router_experts(&self) -> usize {
         self.num_experts.saturating_add(self.zero_experts.map_or(0, |zero| zero.count))

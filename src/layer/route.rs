@@ -5,7 +5,7 @@ use cudarc::driver::{CudaView, CudaViewMut};
 use super::{OP, OnDevice, OnDeviceMut, Pass};
 use crate::config::{CapacityConfig, Normalization};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, product};
+use crate::error::{Result, product};
 use crate::ops::capacity::{capacity_fwd_into, capacity_normalize_fwd_into};
 use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use crate::ops::plan::plan_fwd_into;
@@ -13,7 +13,7 @@ use crate::ops::project::{ProjectInputs, project_fwd_into};
 use crate::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
 use crate::ops::route::{RouteInputs, route_fwd_into};
 use crate::routing_plan::RoutingPlan;
-use crate::tensors::{MoeInputs, Typed};
+use crate::tensors::{MoeInputs, Typed, no_gate};
 use crate::workspace::Arena;
 
 impl<D: Dtype> Pass<'_, '_, D> {
@@ -117,10 +117,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::f32) };
                 project_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
-            (None, _) => {
-                let why = "there are neither `logits` nor a `router.gate` to make them".into();
-                Err(Error::Mismatch { op: OP, why })
-            }
+            (None, _) => Err(no_gate(OP)),
         }
     }
 

@@ -13,10 +13,11 @@ use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
 use super::route::{RouteInputs, Routing, route_fwd};
 use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, WeightPosition, ZeroOutput};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, check_len};
+use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
 use crate::tensors::{
-    ExpertWeights, GateUpTensors, Host, Memory, MoeInputs, MoeWeights, Owned, Typed, shape_of,
+    ExpertWeights, GateUpTensors, Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_gate,
+    shape_of,
 };
 
 const OP: &str = "moe_layer_fwd";
@@ -151,10 +152,6 @@ impl RouterReads {
     ) -> Result<Self> {
         weights.check(OP, config)?;
         inputs.check(OP, config)?;
-        if let Some(overflow) = config.capacity.map(|capacity| capacity.overflow).filter(|&n| n > 0)
-        {
-            return Err(no_overflow(OP, overflow));
-        }
         fn widen<M: Memory, D: Dtype>(numbers: &Typed<M, D>) -> Vec<f32>
         where
             M::Of<D>: AsRef<[D]>,
@@ -189,20 +186,6 @@ impl RouterReads {
             active: inputs.active,
         }
     }
-}
-
-/// What there is to say of a layer that has no logits.
-pub(crate) fn no_gate(op: &'static str) -> Error {
-    Error::Mismatch {
-        op,
-        why: "there are neither `logits` nor a `router.gate` to make them".into(),
-    }
-}
-
-/// Which weights a late choice has is the caller's to say.
-pub(crate) fn no_overflow(op: &'static str, overflow: usize) -> Error {
-    let wanted = "0 in a layer; the operation `capacity` has it".into();
-    Error::Unsupported { op, argument: "capacity.overflow", wanted, got: overflow.to_string() }
 }
 
 /// The operations that a layer puts together, on values of some kind: numbers, or numbers with their bounds.

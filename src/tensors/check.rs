@@ -9,7 +9,7 @@ use crate::shape::RoutingShape;
 impl<M: Memory, D: Dtype> MoeWeights<M, D> {
     /// Holds the configuration, and every tensor against it.
     pub(crate) fn check(&self, op: &'static str, config: &MoeConfig) -> Result<()> {
-        config.check()?;
+        config.check_layer(op)?;
         let at = Held { op };
         self.check_router(&at, config)?;
         self.check_experts(&at, config)?;
@@ -131,6 +131,14 @@ pub(crate) fn shape_of(op: &'static str, config: &MoeConfig, x_len: usize) -> Re
     let shape = config.routing(num_tokens);
     shape.check(op)?;
     Ok(shape)
+}
+
+/// What there is to say of a pass without logits.
+pub(crate) fn no_gate(op: &'static str) -> Error {
+    Error::Mismatch {
+        op,
+        why: "there are neither `logits` nor a `router.gate` to make them".into(),
+    }
 }
 
 impl<M: Memory, D: Dtype> Typed<M, D> {

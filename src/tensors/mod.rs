@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use crate::dtype::Dtype;
 
-pub(crate) use check::shape_of;
+pub(crate) use check::{no_gate, shape_of};
 pub(crate) use transfer::Transfer;
 
 /// A kind of memory, and what holds elements in it: [`Host`], [`Owned`],

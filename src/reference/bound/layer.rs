@@ -2,7 +2,7 @@
 
 use super::super::combine::{CombineInputs, Identity, Shared, combine_fwd, sigmoid};
 use super::super::expert_weights::{GateUpWeights, LinearWeights};
-use super::super::layer::{Operations, Parts, RouterReads, experts_of_layer, no_gate};
+use super::super::layer::{Operations, Parts, RouterReads, experts_of_layer};
 use super::super::moe_layer_route_fwd;
 use super::super::plan::Plan;
 use super::super::project::{ProjectInputs, project_fwd};
@@ -13,7 +13,7 @@ use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_diviso
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
-use crate::tensors::{Host, MoeInputs, MoeWeights, Typed};
+use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_gate};
 
 /// Errors are multiplied by each other as well, and rounded; 1 % is ample for those second orders.
 const SECOND_ORDER: f64 = 1.01;
