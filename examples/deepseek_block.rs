@@ -1,0 +1,58 @@
+//! The block of DeepSeek-V3 in small, its router's gate and shared expert included: `cargo run --example deepseek_block`.
+
+use cudarc::driver::CudaContext;
+use moe_kernels::{
+    Activation, DType, Device, GroupScore, Groups, Masked, MoeConfig, MoeInputs, MoeLayer,
+    MoeWeights, Normalization, Owned, RouterConfig, Scoring, SharedConfig, SharedWeights,
+    Workspace,
+};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
+    let context = CudaContext::new(0)?;
+    let (stream, device) = (context.new_stream()?, Device::new(&context)?);
+
+    let mut config = MoeConfig::new(64, 32, 16, 4);
+    config.projection.f32_logits = true;
+    config.router = RouterConfig {
+        scoring: Scoring::Sigmoid,
+        selection_bias: true,
+        groups: Some(Groups {
+            num_groups: 4,
+            top_groups: 2,
+            score: GroupScore::TopTwoSum,
+            masked: Masked::NegativeInfinity,
+        }),
+        normalization: Normalization::Sum { epsilon: 1e-20 },
+        scale: 2.5,
+        ..RouterConfig::default()
+    };
+    let activation = Activation::default();
+    config.shared = Some(SharedConfig {
+        intermediate: 32,
+        activation,
+        gated: true,
+        sigmoid_gate: false,
+        average: false,
+    });
+
+    let ramp = |len: usize, scale: f32| -> Vec<f32> {
+        (0..len).map(|i| scale * ((i * 37 % 101) as f32 / 50.0 - 1.0)).collect()
+    };
+    let (gate_up, down) = (ramp(config.gate_up_len(), 0.1), ramp(config.down_len(), 0.1));
+    let mut weights = MoeWeights::<Owned, f32>::plain(gate_up, down).with_gate(ramp(16 * 64, 0.3));
+    weights.router.selection_bias = Some(ramp(16, 0.1));
+    let (gate_up, down) = (ramp(2 * 32 * 64, 0.1), ramp(64 * 32, 0.1));
+    weights.shared = Some(SharedWeights { gate_up, down, sigmoid_gate: None });
+    let inputs = MoeInputs::<Owned, f32>::new(ramp(5 * 64, 1.0));
+
+    let layer = MoeLayer::new(&device, config)?;
+    let bytes = MoeLayer::workspace_bytes(&config, DType::F32, 5)?;
+    let mut workspace = Workspace::alloc(&stream, bytes)?;
+    let (weights, inputs) = (weights.upload(&stream)?, inputs.upload(&stream)?);
+    let mut y = stream.alloc_zeros::<f32>(5 * 64)?;
+    let (weights, inputs, to) = (weights.as_views(), inputs.as_views(), &mut y.as_view_mut());
+    layer.forward(&stream, &inputs, &weights, &mut workspace, to)?;
+    println!("{config}: y[0, 0..4] = {:?}", &stream.clone_dtoh(&y)?[..4]);
+    Ok(())
+}
