@@ -138,7 +138,7 @@ impl Case {
         let plan = plan::plan_fwd(device, stream, by_slot, &self.ids.as_view()).expect("a plan");
         let weights = self.zeros::<f32>(self.shape.slots());
         let limit = CapacityLimit::Factor { factor };
-        let config = CapacityConfig { limit, priority, overflow: 0 };
+        let config = CapacityConfig::new(limit, priority);
         self.counting.traffic_of_one(|| {
             let weights = weights.as_view();
             capacity::capacity_fwd(device, stream, &plan, self.shape, &config, None, &weights)

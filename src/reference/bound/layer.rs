@@ -176,11 +176,8 @@ impl<D: Dtype> Operations<D> for WithBounds {
             Some(weight) => (f64::from(norm.offset) + weight[h].to_f64()).abs(),
             None => 1.0,
         };
-        let (before, after): (Box<dyn Fn(usize) -> f64 + '_>, Box<dyn Fn(usize) -> f64 + '_>) =
-            match norm.scale_first {
-                true => (Box::new(factor), Box::new(|_| 1.0)),
-                false => (Box::new(|_| 1.0), Box::new(factor)),
-            };
+        let before = |h| if norm.scale_first { factor(h) } else { 1.0 };
+        let after = |h| if norm.scale_first { 1.0 } else { factor(h) };
         let mut from_x = Vec::with_capacity(x.value.len());
         for (x, errors) in x.value.chunks(hidden).zip(x.bound.chunks(hidden)) {
             let scaled = |of: &[f64]| -> Vec<f64> {
