@@ -136,6 +136,7 @@ typedef struct CapacityNormalizeArgs {
   int divide;       // 1: by the sum of what is kept.
   float epsilon;    // Added to the sum.
   float min;        // The least divisor.
+  float scale;      // Multiplies the quotient.
 } CapacityNormalizeArgs;
 
 // ---- expert_choice ----------------------------------------------------------------------------

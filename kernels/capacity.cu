@@ -17,7 +17,7 @@
 //            of candidates, that is none of the token's own expert_ids; slots in order.
 //            Grid (T / CAPACITY_TOKEN_THREADS), a thread per token. A plan of `requests` and select
 //            with later = 1 follow: experts hold what they have, and take requests while there is room.
-// normalize  weights'[s] = weights[s] / max(epsilon + sum over the token's kept slots, min), 0 for
+// normalize  weights'[s] = scale * weights[s] / max(epsilon + sum over the token's kept slots, min), 0 for
 //            others. The sum runs from 0 in the order of k. Grid and block as for ask.
 // Bytes   select reads each slot's row a few times (once by token) and 4*T*K of ids, writes 4*T*K.
 // Writers one per element: a slot has one expert in a plan, a token one thread. Atomics add integers,
@@ -182,7 +182,7 @@ moe_capacity_fwd_normalize(float* normalized,           // [T, K] out
   }
   for (int64_t slot = first_slot; slot < end_slot; slot++) {
     const bool is_kept = expert_ids[slot] < num_experts;
-    normalized[slot] = is_kept ? __fdiv_rn(weights[slot], divisor) : 0.0f;
+    normalized[slot] = is_kept ? __fmul_rn(__fdiv_rn(weights[slot], divisor), args.scale) : 0.0f;
   }
 }
 EXPORT_KERNEL(moe_capacity_fwd_normalize, CAPACITY_TOKEN_THREADS)

@@ -349,12 +349,13 @@ pub struct CapacityNormalizeArgs {
     pub divide: ::core::ffi::c_int,
     pub epsilon: f32,
     pub min: f32,
+    pub scale: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of CapacityNormalizeArgs",
-    ][::core::mem::size_of::<CapacityNormalizeArgs>() - 24usize];
+    ][::core::mem::size_of::<CapacityNormalizeArgs>() - 28usize];
     [
         "Alignment of CapacityNormalizeArgs",
     ][::core::mem::align_of::<CapacityNormalizeArgs>() - 4usize];
@@ -376,6 +377,9 @@ const _: () = {
     [
         "Offset of field: CapacityNormalizeArgs::min",
     ][::core::mem::offset_of!(CapacityNormalizeArgs, min) - 20usize];
+    [
+        "Offset of field: CapacityNormalizeArgs::scale",
+    ][::core::mem::offset_of!(CapacityNormalizeArgs, scale) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -1,13 +1,13 @@
 //! A layer on the device of this process: the CPU reference, or the kernels.
 
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
-use moe_kernels::{Dtype, MoeConfig, RouterConfig, reference};
+use moe_kernels::{Dtype, MoeConfig, MoeInputs, MoeWeights, Owned, Typed, reference};
 
 use crate::checkpoint::Layer;
 use crate::device::{Gpu, Place};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::progress::Steps;
-use crate::weights::{HostWeights, RouterGate};
+use crate::weights::read_weights;
 
 /// An element type that the CPU and the device know.
 pub trait Element: Dtype + DeviceRepr + ValidAsZeroBits {}
@@ -40,19 +40,21 @@ pub enum Backend {
     Gpu(Gpu),
 }
 
-/// What a run makes.
+/// What a block makes of tokens.
 pub struct Output<D> {
     /// [T, H]
     pub y: Vec<D>,
-    pub rows_per_expert: Vec<usize>,
+    /// [T, K]
+    pub expert_ids: Vec<u32>,
+    /// [T, K]
+    pub weights: Vec<f32>,
 }
 
 /// The name of the step that is the layer itself.
 pub const FORWARD: &str = "layer forward";
 
-/// The names of its operations.
-pub const OPERATIONS: [&str; 5] =
-    ["  route", "  plan", "  gate, up and activation", "  down", "  combine"];
+/// The names of its parts.
+pub const PARTS: [&str; 3] = ["  router logits", "  route", "  experts"];
 
 impl Backend {
     /// A choice for the whole process: a driver that was opened stays.
@@ -84,99 +86,47 @@ impl Backend {
         }
     }
 
-    /// One forward pass of `x` [T, H].
+    /// One forward pass of a block.
     pub fn forward<D: Element>(
         &self,
         layer: &Layer<'_>,
-        x: &[D],
-        num_tokens: usize,
+        inputs: MoeInputs<Owned, D>,
         steps: &mut Steps,
     ) -> Result<Output<D>> {
+        let weights = steps.measure("read the weights", || read_weights::<D>(layer))?;
         match self {
-            Backend::Cpu => forward_cpu(layer, x, num_tokens, steps),
-            Backend::Gpu(gpu) => gpu.forward(layer, x, num_tokens, steps),
+            Backend::Cpu => forward_cpu(&layer.config, &inputs, &weights, steps),
+            Backend::Gpu(gpu) => gpu.forward(&layer.config, inputs, &weights, steps),
         }
-    }
-}
-
-/// The weights of a layer that the backends run.
-pub struct Plain<D> {
-    /// [E, H]
-    pub gate: Vec<D>,
-    /// [E, 2I, H]
-    pub gate_up: Vec<D>,
-    /// [E, H, I]
-    pub down: Vec<D>,
-}
-
-impl<D: Element> Plain<D> {
-    /// Fails for layers that the backends do not run: they know softmax routers and SwiGLU experts.
-    pub fn read(layer: &Layer<'_>) -> Result<Self> {
-        let config = &layer.config;
-        let MoeConfig { hidden, intermediate, num_experts, top_k, router, .. } = *config;
-        let plain =
-            MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) };
-        let routers = [
-            RouterConfig::softmax_top_k(false),
-            RouterConfig::softmax_top_k(true),
-            RouterConfig::top_k_softmax(),
-        ];
-        if *config == plain && routers.contains(&router) {
-            let weights = HostWeights::<D>::read(layer)?;
-            if let HostWeights {
-                router_gate: Some(RouterGate::Elem(gate)),
-                gate_up: Some(gate_up),
-                down: Some(down),
-                ..
-            } = weights
-            {
-                return Ok(Self { gate, gate_up, down });
-            }
-        }
-        Err(Error::Layer { model_type: layer.block.model_type, config: config.to_string() })
     }
 }
 
 /// The reference, computing in f32; what lies between two operations is not rounded to `D`.
 fn forward_cpu<D: Element>(
-    layer: &Layer<'_>,
-    x: &[D],
-    num_tokens: usize,
+    config: &MoeConfig,
+    inputs: &MoeInputs<Owned, D>,
+    weights: &MoeWeights<Owned, D>,
     steps: &mut Steps,
 ) -> Result<Output<D>> {
-    let config = &layer.config;
-    let Plain { gate, gate_up, down } = steps.measure("read the weights", || Plain::read(layer))?;
-    let logits: Vec<D> = steps.time("router projection", || {
-        reference::router_logits::<f32, D>(config, x, &gate).map(|logits| reference::round(&logits))
-    })?;
-    // What reference::moe_layer_fwd does, one operation at a time.
-    let shape = config.routing(num_tokens);
-    let (hidden, intermediate) = (config.hidden, config.intermediate);
-    let inputs = reference::RouteInputs::new(&logits);
+    let (mut inputs, weights) = (inputs.as_host(), weights.as_host());
+    let made;
+    if inputs.logits.is_none() {
+        made = steps
+            .time(PARTS[0], || reference::router_logits::<f32, D>(config, &inputs, &weights))?;
+        inputs.logits = Some(match &made {
+            Typed::Element(logits) => Typed::Element(&logits[..]),
+            Typed::F32(logits) => Typed::F32(&logits[..]),
+        });
+    }
     let routing = steps
-        .time(OPERATIONS[0], || reference::route_fwd::<f32, D>(&shape, &config.router, &inputs))?;
-    let plan = steps.time(OPERATIONS[1], || {
-        reference::plan_fwd(&shape, shape.slots().max(1), &routing.expert_ids)
+        .time(PARTS[1], || reference::moe_layer_route_fwd::<f32, D>(config, &inputs, &weights))?;
+    let reference::Routing { expert_ids, weights: of_slots } = routing;
+    let y = steps.time(PARTS[2], || {
+        let (x, ids) = (inputs.x, &expert_ids);
+        reference::moe_layer_experts_fwd::<f32, D>(config, x, ids, &of_slots, &weights)
     })?;
-    let act = steps.time(OPERATIONS[2], || {
-        let (n, k) = (intermediate, hidden);
-        let (experts, gate_up) = (&config.experts, reference::GateUpWeights::fused(&gate_up[..]));
-        let none = None::<&[f32]>;
-        reference::grouped_gemm_gate_up_fwd::<f32, D>(&plan, experts, n, k, x, gate_up, none, true)
-    })?;
-    let yp = steps.time(OPERATIONS[3], || {
-        let down = reference::LinearWeights::new(&down[..]);
-        reference::grouped_gemm_fwd::<f32, D>(&plan, hidden, intermediate, &act, down, false)
-    })?;
-    let y = steps.time(OPERATIONS[4], || {
-        let inputs = reference::CombineInputs::new(&yp, &routing.weights);
-        reference::combine_fwd::<f32>(&shape, &plan, hidden, &inputs)
-    })?;
-    steps.add(FORWARD, OPERATIONS.iter().map(|operation| steps.of(operation)).sum());
-    Ok(Output {
-        y: reference::round(&y),
-        rows_per_expert: rows_per_expert(&routing.expert_ids, config.num_experts),
-    })
+    steps.add(FORWARD, PARTS.iter().map(|part| steps.of(part)).sum());
+    Ok(Output { y: reference::round(&y), expert_ids, weights: of_slots })
 }
 
 /// Counts the slots of each expert.

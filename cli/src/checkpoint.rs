@@ -17,6 +17,7 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// Where the files of a checkpoint are.
+#[derive(Clone)]
 pub enum Folder {
     Disk(PathBuf),
     /// Part of this binary: a name for messages, and the files.
@@ -180,15 +181,8 @@ impl Checkpoint {
         Err(self.folder.missing(CONFIG, &why))
     }
 
-    /// The MoE block of one layer, every tensor of it found and of the right shape; the first one where the
-    /// checkpoint has several.
-    pub fn layer(&self, layer: usize) -> Result<Layer<'_>> {
-        let mut layers = self.layers(layer)?;
-        Ok(layers.swap_remove(0))
-    }
-
-    /// Every MoE block of one layer that the checkpoint has: models with text and vision experts have two. At least
-    /// one.
+    /// Every MoE block of one layer that the checkpoint has, every tensor of it found and of the right shape: models
+    /// with text and vision experts have two. At least one.
     pub fn layers(&self, layer: usize) -> Result<Vec<Layer<'_>>> {
         let blocks = hf::blocks(&self.config, layer).map_err(|error| self.config_error(error))?;
         let found: Vec<_> = blocks

@@ -18,12 +18,6 @@ pub enum Error {
     #[error("{file}: tensor `{tensor}` is {got}, wanted {wanted}")]
     Tensor { file: String, tensor: String, got: String, wanted: String },
 
-    /// A block that can be read and not yet run.
-    #[error(
-        "{model_type}: this program runs softmax routers with SwiGLU experts so far, and not: {config}"
-    )]
-    Layer { model_type: &'static str, config: String },
-
     /// The device that was asked for cannot be had.
     #[error("device {device}: {why}")]
     Device { device: &'static str, why: String },

@@ -15,9 +15,11 @@ mod gpu;
 mod info;
 mod load;
 mod progress;
+mod recording;
 mod run;
 mod tensor_file;
 mod text;
+mod tokens;
 mod tune;
 mod weights;
 

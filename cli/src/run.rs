@@ -4,17 +4,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use moe_kernels::DType;
-use moe_kernels::reference::bound::relative_error;
 
-use crate::backend::{Backend, Element, FORWARD, Output, dispatch};
-use crate::bundled::{self, FIXTURES, Fixture, RECORDED};
-use crate::checkpoint::{Checkpoint, Folder};
+use crate::backend::{Backend, Element, FORWARD, dispatch};
+use crate::checkpoint::{Checkpoint, Folder, Layer};
 use crate::device::{Choice, Place, available};
 use crate::error::{Error, Result, io};
 use crate::load;
 use crate::progress::Steps;
+use crate::recording::{self, Distance, Recording};
 use crate::tensor_file::{self, TensorFile};
 use crate::text::{Table, say, time};
+use crate::tokens::{self, Outputs};
 
 /// Runs one MoE layer of a checkpoint forward
 ///
@@ -37,6 +37,10 @@ pub struct Arguments {
     /// Safetensors file to write the tensor `y` [T, H] to
     #[arg(long, value_name = "FILE", requires = "checkpoint")]
     output: Option<PathBuf>,
+
+    /// Folder of a checkpoint with recorded.safetensors, or of such folders: runs each against what was recorded
+    #[arg(long, value_name = "DIR", conflicts_with = "checkpoint")]
+    recorded: Option<PathBuf>,
 
     /// Where to run [default: auto; without a checkpoint: everywhere]
     #[arg(long)]
@@ -68,14 +72,18 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     }
     let dtypes = arguments.dtype.map_or_else(|| vec![DType::F32, DType::BF16], |dtype| vec![dtype]);
     if !arguments.no_heading {
-        say(
-            "The checkpoints in this binary, against what transformers' own block made of them in float64\n\n",
-        );
+        let which = arguments
+            .recorded
+            .as_ref()
+            .map_or("in this binary".into(), |folder| format!("of {}", folder.display()));
+        say(format_args!(
+            "The checkpoints {which}, against what transformers' own block made of them in float64\n\n"
+        ));
         say(heading());
     }
     match arguments.device {
-        Some(choice) => compare_here(choice.place(), &dtypes),
-        None => compare_everywhere(arguments.dtype),
+        Some(choice) => compare_here(arguments.recorded.as_deref(), choice.place(), &dtypes),
+        None => compare_everywhere(arguments.recorded.as_deref(), arguments.dtype),
     }
 }
 
@@ -102,30 +110,37 @@ fn run_checkpoint(
     let mut steps = Steps::default();
     let checkpoint =
         steps.time("open the checkpoint", || Checkpoint::open(Folder::Disk(folder.into())))?;
-    let layer = checkpoint.layer(layer_number)?;
+    let layers = checkpoint.layers(layer_number)?;
     let input_file = TensorFile::open(input)?;
     let x = input_file.tensor("x")?;
-    let num_tokens = x.rows_of(layer.config.hidden)?;
     let backend = steps.time("open the device", || Backend::open(place))?;
 
-    let rows_per_expert = dispatch!(dtype, D => {
-        let x_values = steps.time("read the input", || x.read::<D>())?;
-        let Output { y, rows_per_expert } = backend.forward::<D>(&layer, &x_values, num_tokens, &mut steps)?;
+    let (num_tokens, hidden, rows_per_expert) = dispatch!(dtype, D => {
+        let made = tokens::forward::<D>(&backend, &layers, &input_file, &mut steps)?;
+        let Outputs { num_tokens, hidden, top_k, output: made_of, rows_per_expert } = made;
         steps.time("write the output", || {
-            let y = tensor_file::view(&[num_tokens, layer.config.hidden], &y)?;
-            tensor_file::write(output, vec![("y", y)], None)
+            let tensors = vec![
+                ("y", tensor_file::view(&[num_tokens, hidden], &made_of.y)?),
+                ("expert_ids", tensor_file::view_ids(&[num_tokens, top_k], &made_of.expert_ids)?),
+                ("weights", tensor_file::view(&[num_tokens, top_k], &made_of.weights)?),
+            ];
+            tensor_file::write(output, tensors, None)
         })?;
-        rows_per_expert
+        (num_tokens, hidden, rows_per_expert)
     });
 
-    let hidden = layer.config.hidden;
-    let (x_type, w_type) = (x.dtype_name(), layer.dtype_on_disk());
-    let model_type = layer.block.model_type;
-    say(format_args!(
-        "layer   {layer_number} of {}: {model_type}, {}\n",
-        folder.display(),
-        layer.config
-    ));
+    for layer in &layers {
+        let (model_type, part) = (layer.block.model_type, layer.block.part);
+        let which =
+            if part.is_empty() { model_type.into() } else { format!("{model_type} ({part})") };
+        say(format_args!(
+            "layer   {layer_number} of {}: {which}, {}\n",
+            folder.display(),
+            layer.config
+        ));
+    }
+    let x_type = x.dtype_name();
+    let w_type = layers.first().map(Layer::dtype_on_disk).unwrap_or_default();
     say(format_args!("device  {}, in {dtype} (weights on disk in {w_type})\n", backend.describe()));
     say(format_args!("input   {}: x [{num_tokens}, {hidden}] {x_type}\n", input.display()));
     say(format_args!("output  {}: y [{num_tokens}, {hidden}] {dtype}\n\n", output.display()));
@@ -142,7 +157,7 @@ fn run_checkpoint(
 fn comparison_row(cells: [&str; 8]) -> String {
     let [device, checkpoint, dtype, tokens, load, time, error, verdict] = cells;
     format!(
-        "{device:<9} {checkpoint:<15} {dtype:<5} {tokens:>6}  {load:<16} {time:>8}  {error:>14}  {verdict}\n"
+        "{device:<9} {checkpoint:<35} {dtype:<5} {tokens:>6}  {load:<16} {time:>8}  {error:>14}  {verdict}\n"
     )
 }
 
@@ -159,62 +174,62 @@ fn heading() -> String {
     ])
 }
 
-/// All bundled checkpoints on one device, in this process.
-fn compare_here(place: Place, dtypes: &[DType]) -> Result<bool> {
+/// All recordings on one device, in this process.
+fn compare_here(folder: Option<&Path>, place: Place, dtypes: &[DType]) -> Result<bool> {
+    let recordings = match folder {
+        Some(folder) => Recording::of_folder(folder)?,
+        None => Recording::bundled(),
+    };
     let backend = Backend::open(place)?;
     let mut good = true;
-    for fixture in FIXTURES {
+    for recording in &recordings {
         for &dtype in dtypes {
-            good &= dispatch!(dtype, D => compare::<D>(&backend, fixture))?;
+            good &= dispatch!(dtype, D => compare::<D>(&backend, recording))?;
         }
     }
     Ok(good)
 }
 
-fn compare<D: Element>(backend: &Backend, fixture: &Fixture) -> Result<bool> {
-    let checkpoint = Checkpoint::open(fixture.folder())?;
-    let recorded = fixture.folder().tensors(RECORDED)?;
-    let layer_number =
-        recorded.note("layer").and_then(|layer| layer.parse().ok()).ok_or_else(|| Error::File {
-            file: fixture.name.into(),
-            why: format!("{RECORDED} does not say which layer it is of"),
-        })?;
-    let layer = checkpoint.layer(layer_number)?;
-    let x = recorded.tensor("x")?;
-    let num_tokens = x.rows_of(layer.config.hidden)?;
-    let wanted = recorded.tensor("y")?;
-    wanted.check(&[num_tokens, layer.config.hidden])?;
-
+fn compare<D: Element>(backend: &Backend, recording: &Recording) -> Result<bool> {
+    let checkpoint = recording.checkpoint()?;
+    let file = recording.file()?;
+    let layers = recording.layers(&checkpoint, &file)?;
     let mut steps = Steps::default();
-    let Output { y, rows_per_expert } =
-        backend.forward::<D>(&layer, &x.read::<D>()?, num_tokens, &mut steps)?;
-    let y: Vec<f64> = y.into_iter().map(|value| value.to_f64()).collect();
-    let distance = relative_error(&y, &wanted.read_f64()?);
-    let limit = bundled::limit(backend.place(), D::DTYPE);
-    // Not `distance > limit`: a distance that is not a number is not good.
-    let good = distance <= limit;
-    let least = rows_per_expert.iter().min().copied().unwrap_or(0);
-    let most = rows_per_expert.iter().max().copied().unwrap_or(0);
+    let made = tokens::forward::<D>(backend, &layers, &file, &mut steps)?;
+    let Distance { relative, other_experts } = recording.distance(&file, &layers, &made)?;
+    let limit = recording::limit(backend.place(), D::DTYPE);
+    // Not `relative > limit`: a distance that is not a number is not good.
+    let near = relative <= limit;
+    let least = made.rows_per_expert.iter().min().copied().unwrap_or(0);
+    let most = made.rows_per_expert.iter().max().copied().unwrap_or(0);
+    let verdict = match (near, other_experts) {
+        (true, 0) => "ok".into(),
+        (_, 0) => "EXCEEDED".into(),
+        (_, tokens) => format!("{tokens} TOKENS HAVE OTHER EXPERTS"),
+    };
     say(comparison_row([
         backend.place().name(),
-        fixture.name,
+        &recording.name,
         D::DTYPE.name(),
-        &num_tokens.to_string(),
+        &made.num_tokens.to_string(),
         &format!("{least} to {most}"),
         &time(steps.of(FORWARD)),
-        &format!("{distance:.1e}"),
-        &format!("{limit:.0e} {}", if good { "ok" } else { "EXCEEDED" }),
+        &format!("{relative:.1e}"),
+        &format!("{limit:.0e} {verdict}"),
     ]));
-    Ok(good)
+    Ok(near && other_experts == 0)
 }
 
 /// A process for each device, since a process has one driver: this program starts itself.
-fn compare_everywhere(dtype: Option<DType>) -> Result<bool> {
+fn compare_everywhere(folder: Option<&Path>, dtype: Option<DType>) -> Result<bool> {
     let program = std::env::current_exe().map_err(io("find", "the program itself"))?;
     let mut good = true;
     for place in available() {
         let mut command = Command::new(&program);
         command.args(["run", "--no-heading", "--device", place.name()]);
+        if let Some(folder) = folder {
+            command.arg("--recorded").arg(folder);
+        }
         if let Some(dtype) = dtype {
             command.args(["--dtype", dtype.name()]);
         }

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use moe_kernels::format::{FP8_BLOCK, MXFP4_BLOCK, dequantize_fp8_blocks, dequantize_mxfp4};
 use moe_kernels::hf::Role;
-use moe_kernels::{Dtype, format};
+use moe_kernels::{
+    Dtype, ExpertWeights, GateUp, GateUpTensors, LatentWeights, MoeWeights, Owned, RouterWeights,
+    SharedWeights, Typed, format,
+};
 use rayon::prelude::*;
 
 use crate::checkpoint::Layer;
@@ -183,73 +186,79 @@ impl Array<'_> {
     }
 }
 
-/// The router's weights: f32 where the product is computed in f32 whatever the model's type is.
-#[allow(dead_code, reason = "the backends run plain layers so far")]
-pub enum RouterGate<D> {
-    F32(Vec<f32>),
-    Elem(Vec<D>),
+/// Reads and converts all of a layer.
+pub fn read_weights<D: Dtype>(layer: &Layer<'_>) -> Result<MoeWeights<Owned, D>> {
+    let pieces = layer.arrays().iter().map(|array| array.pieces.len()).sum();
+    let progress = Progress::parts("read the weights", pieces);
+    Reader { layer, progress: &progress }.weights()
 }
 
-/// Every array of a block in memory; [`Role`] has the shapes. What the block does not have is none.
-#[allow(dead_code, reason = "the backends run plain layers so far")]
-pub struct HostWeights<D> {
-    pub router_gate: Option<RouterGate<D>>,
-    pub router_bias: Option<Vec<f32>>,
-    pub router_norm: Option<Vec<D>>,
-    pub selection_bias: Option<Vec<f32>>,
-    pub expert_scale: Option<Vec<f32>>,
-    pub table: Option<Vec<u32>>,
-    pub gate_up: Option<Vec<D>>,
-    pub gate: Option<Vec<D>>,
-    pub up: Option<Vec<D>>,
-    pub gate_up_bias: Option<Vec<D>>,
-    pub down: Option<Vec<D>>,
-    pub down_bias: Option<Vec<D>>,
-    pub output_bias: Option<Vec<D>>,
-    pub post_norm: Option<Vec<D>>,
-    pub latent_into: Option<Vec<D>>,
-    pub latent_norm: Option<Vec<D>>,
-    pub latent_out: Option<Vec<D>>,
-    pub shared_gate_up: Option<Vec<D>>,
-    pub shared_down: Option<Vec<D>>,
-    pub shared_sigmoid_gate: Option<Vec<D>>,
-    pub output_norm: Option<Vec<D>>,
+struct Reader<'r> {
+    layer: &'r Layer<'r>,
+    progress: &'r Progress,
 }
 
-impl<D: Dtype> HostWeights<D> {
-    /// Reads and converts all of a layer.
-    pub fn read(layer: &Layer<'_>) -> Result<Self> {
-        let pieces = layer.arrays().iter().map(|array| array.pieces.len()).sum();
-        let progress = Progress::parts("read the weights", pieces);
-        let read = |role| layer.array(role).map(|array| array.read::<D>(&progress)).transpose();
-        let f32 = |role| layer.array(role).map(|array| array.read::<f32>(&progress)).transpose();
-        let router_gate = if layer.config.projection.f32_logits {
-            f32(Role::RouterGate)?.map(RouterGate::F32)
-        } else {
-            read(Role::RouterGate)?.map(RouterGate::Elem)
+impl Reader<'_> {
+    /// An array that the block may have.
+    fn find<D: Dtype>(&self, role: Role) -> Result<Option<Vec<D>>> {
+        self.layer.array(role).map(|array| array.read(self.progress)).transpose()
+    }
+
+    /// An array that every block has whose configuration is this one's.
+    fn array<D: Dtype>(&self, role: Role) -> Result<Vec<D>> {
+        Ok(self.find(role)?.unwrap_or_default())
+    }
+
+    /// A parameter of the router's product: f32 where the product is computed in f32 whatever the model's type is.
+    fn typed<D: Dtype>(&self, role: Role) -> Result<Option<Typed<Owned, D>>> {
+        Ok(match self.layer.config.projection.f32_logits {
+            true => self.find(role)?.map(Typed::F32),
+            false => self.find(role)?.map(Typed::Element),
+        })
+    }
+
+    fn weights<D: Dtype>(&self) -> Result<MoeWeights<Owned, D>> {
+        let config = &self.layer.config;
+        let latent = || -> Result<_> {
+            Ok(LatentWeights {
+                before: self.array(Role::LatentInto)?,
+                norm: self.find(Role::LatentNorm)?,
+                after: self.array(Role::LatentOut)?,
+            })
         };
-        Ok(Self {
-            router_gate,
-            router_bias: f32(Role::RouterBias)?,
-            router_norm: read(Role::RouterNorm)?,
-            selection_bias: f32(Role::SelectionBias)?,
-            expert_scale: f32(Role::ExpertScale)?,
-            table: layer.array(Role::Table).map(Array::read_ids).transpose()?,
-            gate_up: read(Role::GateUp)?,
-            gate: read(Role::Gate)?,
-            up: read(Role::Up)?,
-            gate_up_bias: read(Role::GateUpBias)?,
-            down: read(Role::Down)?,
-            down_bias: read(Role::DownBias)?,
-            output_bias: read(Role::OutputBias)?,
-            post_norm: read(Role::PostNorm)?,
-            latent_into: read(Role::LatentInto)?,
-            latent_norm: read(Role::LatentNorm)?,
-            latent_out: read(Role::LatentOut)?,
-            shared_gate_up: read(Role::SharedGateUp)?,
-            shared_down: read(Role::SharedDown)?,
-            shared_sigmoid_gate: read(Role::SharedSigmoidGate)?,
-            output_norm: read(Role::OutputNorm)?,
+        let shared = || -> Result<_> {
+            Ok(SharedWeights {
+                gate_up: self.array(Role::SharedGateUp)?,
+                down: self.array(Role::SharedDown)?,
+                sigmoid_gate: self.find(Role::SharedSigmoidGate)?,
+            })
+        };
+        Ok(MoeWeights {
+            router: RouterWeights {
+                gate: self.typed(Role::RouterGate)?,
+                bias: self.typed(Role::RouterBias)?,
+                norm: self.find(Role::RouterNorm)?,
+                selection_bias: self.find(Role::SelectionBias)?,
+                expert_scale: self.find(Role::ExpertScale)?,
+                table: self.layer.array(Role::Table).map(Array::read_ids).transpose()?,
+            },
+            experts: ExpertWeights {
+                gate_up: match config.experts.gate_up {
+                    GateUp::Separate => GateUpTensors::Separate {
+                        gate: self.array(Role::Gate)?,
+                        up: self.array(Role::Up)?,
+                    },
+                    _ => GateUpTensors::Fused(self.array(Role::GateUp)?),
+                },
+                gate_up_bias: self.find(Role::GateUpBias)?,
+                down: self.array(Role::Down)?,
+                down_bias: self.find(Role::DownBias)?,
+                output_bias: self.find(Role::OutputBias)?,
+                post_norm: self.find(Role::PostNorm)?,
+            },
+            latent: config.latent.map(|_| latent()).transpose()?,
+            shared: config.shared.map(|_| shared()).transpose()?,
+            output_norm: self.find(Role::OutputNorm)?,
         })
     }
 }
@@ -285,8 +294,8 @@ mod tests {
                     let rounded = wide.iter().map(|value| bf16::from_f32(*value));
                     assert!(rounded.eq(narrow), "{name}: {:?} in bf16", array.role);
                 }
-                let weights = HostWeights::<f32>::read(&layer).unwrap();
-                assert_eq!(weights.down.unwrap().len(), layer.config.down_len(), "{name}");
+                let weights = read_weights::<f32>(&layer).unwrap();
+                assert_eq!(weights.experts.down.len(), layer.config.down_len(), "{name}");
             }
         }
     }

@@ -18,7 +18,7 @@ pub struct CapacityConfig {
     #[cfg_attr(feature = "serde", serde(default))]
     pub overflow: usize,
     /// What the weights of a token's kept slots are divided by once the others are dropped (NLLB): nothing, or their
-    /// sum. A factor that all of them have, such as the router's scale, is lost in the latter.
+    /// sum, which takes a common factor out; [`RouterConfig::scale`](crate::RouterConfig::scale) then multiplies them.
     #[cfg_attr(feature = "serde", serde(default = "undivided"))]
     pub normalization: Normalization,
 }
@@ -96,7 +96,7 @@ impl CapacityConfig {
             }
             CapacityLimit::Rows { .. } => Ok(()),
         }?;
-        kept_divisor(op, self.normalization).map(|_| ())
+        kept_divisor(op, "capacity.normalization", self.normalization).map(|_| ())
     }
 }
 
@@ -123,6 +123,7 @@ fn share(slots: usize, experts: usize, factor: f32) -> usize {
 /// least divisor.
 pub(crate) fn kept_divisor(
     op: &'static str,
+    argument: &'static str,
     normalization: Normalization,
 ) -> Result<(bool, f32, f32)> {
     match normalization {
@@ -131,7 +132,7 @@ pub(crate) fn kept_divisor(
         Normalization::SumAtLeast { min } => Ok((true, 0.0, min)),
         Normalization::PNorm { p } => Err(Error::Unsupported {
             op,
-            argument: "capacity.normalization",
+            argument,
             wanted: "none, or a sum of what is kept".into(),
             got: format!("a {p}-norm"),
         }),

@@ -157,6 +157,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 self.keep(capacity, tokens, &chosen.as_view(), &weights, arena, expert_ids)
             }
             by => {
+                let scale = config.router.scale;
                 route(&mut chosen, &mut weights)?;
                 let weights = weights.as_view();
                 self.keep(capacity, tokens, &chosen.as_view(), &weights, arena, expert_ids)?;
@@ -166,6 +167,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
                     stream,
                     shape,
                     by,
+                    scale,
                     &kept,
                     &weights,
                     routing_weights,

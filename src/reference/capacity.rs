@@ -164,13 +164,15 @@ fn ask(
 }
 
 /// Weights of what is kept, `[T, K]`: divided by what `normalization` makes of the sum over a token's kept slots, in
-/// f32 and in the order of `k`; 0 for slots that `expert_ids` does not give to an expert. The kernel has the same bits.
+/// the order of `k`, times `scale`; 0 for slots that `expert_ids` does not give to an expert. In f32 the kernel has the
+/// same bits.
 ///
 /// # Errors
 /// A shape out of range, a length that is not the shape's, or a p-norm.
 pub fn capacity_normalize_fwd<A: Accum>(
     shape: &RoutingShape,
     normalization: Normalization,
+    scale: f32,
     expert_ids: &[u32],
     weights: &[A],
 ) -> Result<Vec<A>> {
@@ -178,7 +180,7 @@ pub fn capacity_normalize_fwd<A: Accum>(
     shape.check(OP)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(OP, "weights", weights.len(), shape.slots())?;
-    let (divide, epsilon, min) = kept_divisor(OP, normalization)?;
+    let (divide, epsilon, min) = kept_divisor(OP, "normalization", normalization)?;
     let (epsilon, min) = (A::from_dtype(epsilon), A::from_dtype(min));
     let is_kept = |slot: &usize| (expert_ids[*slot] as usize) < shape.num_experts;
     let mut normalized = vec![A::ZERO; shape.slots()];
@@ -191,7 +193,7 @@ pub fn capacity_normalize_fwd<A: Accum>(
             true => sum + epsilon,
         };
         for slot in slots.filter(is_kept) {
-            normalized[slot] = weights[slot] / divisor;
+            normalized[slot] = weights[slot] / divisor * A::from_dtype(scale);
         }
     }
     Ok(normalized)
@@ -348,16 +350,20 @@ mod tests {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
         let ids = [0, 1, NONE, 2, NONE, NONE];
         let weights = [0.5, 0.25, f32::NAN, 0.125, 0.5, 0.5];
-        let run = |normalization| capacity_normalize_fwd(&shape, normalization, &ids, &weights);
+        let run = |normalization, scale| {
+            capacity_normalize_fwd(&shape, normalization, scale, &ids, &weights)
+        };
         let third = 0.5f32 / 0.75;
-        let sum = run(Normalization::Sum { epsilon: 0.0 }).unwrap();
+        let sum = run(Normalization::Sum { epsilon: 0.0 }, 1.0).unwrap();
         assert_eq!(sum, [third, 0.25 / 0.75, 0.0, 1.0, 0.0, 0.0]);
-        let epsilon = run(Normalization::Sum { epsilon: 0.25 }).unwrap();
+        let epsilon = run(Normalization::Sum { epsilon: 0.25 }, 1.0).unwrap();
         assert_eq!(epsilon, [0.5, 0.25, 0.0, 0.125 / 0.375, 0.0, 0.0]);
-        let at_least = run(Normalization::SumAtLeast { min: 0.5 }).unwrap();
+        let at_least = run(Normalization::SumAtLeast { min: 0.5 }, 1.0).unwrap();
         assert_eq!(at_least, [third, 0.25 / 0.75, 0.0, 0.25, 0.0, 0.0]);
-        assert_eq!(run(Normalization::None).unwrap(), [0.5, 0.25, 0.0, 0.125, 0.0, 0.0]);
-        assert!(run(Normalization::PNorm { p: 2.0 }).is_err());
+        assert_eq!(run(Normalization::None, 1.0).unwrap(), [0.5, 0.25, 0.0, 0.125, 0.0, 0.0]);
+        let halved = run(Normalization::None, -0.5).unwrap();
+        assert_eq!(halved, [-0.25, -0.125, 0.0, -0.0625, 0.0, 0.0]);
+        assert!(run(Normalization::PNorm { p: 2.0 }, 1.0).is_err());
     }
 
     #[test]

@@ -64,7 +64,10 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     )?;
     let weights = match capacity.normalization {
         Normalization::None => routing.weights,
-        by => capacity_normalize_fwd(&shape, by, &kept.expert_ids, &routing.weights)?,
+        by => {
+            let (scale, ids) = (config.router.scale, &kept.expert_ids);
+            capacity_normalize_fwd(&shape, by, scale, ids, &routing.weights)?
+        }
     };
     Ok(Routing { expert_ids: kept.expert_ids, weights })
 }

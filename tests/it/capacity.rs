@@ -190,17 +190,18 @@ proptest! {
         gpu.reschedule(seed);
         let ids = routing_ids(shape, Skew::Inactive, seed);
         let weights = some_weights(shape.slots(), &mut Rng::new(seed));
+        let scale = [1.0, 0.8, -2.5][seed as usize % 3];
         for normalization in [
             Normalization::None,
             Normalization::Sum { epsilon: 1e-20 },
             Normalization::SumAtLeast { min: f32::EPSILON },
         ] {
             let want =
-                reference::capacity_normalize_fwd(&shape, normalization, &ids, &weights).unwrap();
+                reference::capacity_normalize_fwd(&shape, normalization, scale, &ids, &weights).unwrap();
             let (ids, weights) = (gpu.upload(&ids), gpu.upload(&weights));
             let mut normalized = gpu.poisoned::<f32>(shape.slots());
             capacity::capacity_normalize_fwd_into(
-                &gpu.device, &gpu.stream, shape, normalization, &ids.view(), &weights.view(),
+                &gpu.device, &gpu.stream, shape, normalization, scale, &ids.view(), &weights.view(),
                 &mut normalized.view_mut(),
             ).unwrap();
             let got = gpu.download(&normalized.view());
@@ -327,6 +328,7 @@ fn errors_come_before_any_launch() {
         stream,
         shape,
         Normalization::PNorm { p: 2.0 },
+        1.0,
         &ids.view(),
         &weights.view(),
         &mut normalized.view_mut(),

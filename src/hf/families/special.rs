@@ -347,14 +347,15 @@ fn nllb(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
         Some(CapacityLimit::Rows { rows: keys.size(&["expert_capacity"], 64)? })
     };
     let Some(limit) = limit else { return Ok(()) };
-    let before = "normalize_router_prob_before_dropping";
-    if !keys.boolean(&[before], false)? {
-        let wanted =
-            "true where experts have a capacity: weights are normalised before slots are dropped";
-        return Err(keys.error(before, &false.into(), wanted));
-    }
+    let before = keys.boolean(&["normalize_router_prob_before_dropping"], false)?;
     let prioritized = keys.boolean(&["batch_prioritized_routing"], false)?;
     let priority = if prioritized { Priority::ChoiceByTopWeight } else { Priority::Choice };
-    config.capacity = Some(CapacityConfig::new(limit, priority));
+    let mut capacity = CapacityConfig::new(limit, priority);
+    if !before {
+        // Of what is kept: a token that has one expert left gives it all of the weight.
+        capacity.normalization =
+            std::mem::replace(&mut config.router.normalization, Normalization::None);
+    }
+    config.capacity = Some(capacity);
     Ok(())
 }

@@ -163,7 +163,8 @@ pub unsafe fn capacity_ask_fwd_raw(
     unsafe { device.launch(stream, Kernel::CapacityFwdAsk, DType::F32, launch, &arguments) }
 }
 
-/// Weights of what is kept: `weights[t, k]` divided by the sum over the token's kept slots, 0 for other slots.
+/// Weights of what is kept: `weights[t, k]` divided by the sum over the token's kept slots, times `scale`; 0 for
+/// other slots.
 ///
 /// `expert_ids` `[T, K]` are those that [`capacity_fwd_into`](crate::ops::capacity::capacity_fwd_into) has
 /// written. A slot counts where its id is less than `E`; sums are f32, in the order of `k`.
@@ -178,6 +179,7 @@ pub fn capacity_normalize_fwd_into(
     stream: &CudaStream,
     shape: RoutingShape,
     normalization: Normalization,
+    scale: f32,
     expert_ids: &CudaView<'_, u32>,
     weights: &CudaView<'_, f32>,
     normalized: &mut CudaViewMut<'_, f32>,
@@ -194,7 +196,7 @@ pub fn capacity_normalize_fwd_into(
     let stream = stream.cu_stream();
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
-    unsafe { capacity_normalize_fwd_raw(device, stream, shape, normalization, buffers) }
+    unsafe { capacity_normalize_fwd_raw(device, stream, shape, normalization, scale, buffers) }
 }
 
 /// Device addresses for [`capacity_normalize_fwd_raw`].
@@ -222,6 +224,7 @@ pub unsafe fn capacity_normalize_fwd_raw(
     stream: CUstream,
     shape: RoutingShape,
     normalization: Normalization,
+    scale: f32,
     buffers: CapacityNormalizeBuffers,
 ) -> Result<()> {
     shape.check(NORMALIZE)?;
@@ -229,7 +232,7 @@ pub unsafe fn capacity_normalize_fwd_raw(
     check_aligned(NORMALIZE, "normalized", normalized, 4)?;
     check_aligned(NORMALIZE, "expert_ids", expert_ids, 4)?;
     check_aligned(NORMALIZE, "weights", weights, 4)?;
-    let (divide, epsilon, min) = kept_divisor(NORMALIZE, normalization)?;
+    let (divide, epsilon, min) = kept_divisor(NORMALIZE, "normalization", normalization)?;
     let args = CapacityNormalizeArgs {
         num_tokens: int(NORMALIZE, "num_tokens", shape.num_tokens)?,
         num_experts: int(NORMALIZE, "num_experts", shape.num_experts)?,
@@ -237,6 +240,7 @@ pub unsafe fn capacity_normalize_fwd_raw(
         divide: divide.into(),
         epsilon,
         min,
+        scale,
     };
     if shape.num_tokens == 0 {
         return Ok(());

@@ -36,7 +36,14 @@ pub fn moe_layer<D: Dtype>(
     if let Some(by) = config.capacity.map(|capacity| capacity.normalization)
         && by != Normalization::None
     {
-        errors = normalized(&shape, by, &routing.expert_ids, &before.weights, &errors)?;
+        errors = normalized(
+            &shape,
+            by,
+            config.router.scale,
+            &routing.expert_ids,
+            &before.weights,
+            &errors,
+        )?;
     }
     let routing_weights = Bounded { value: routing.weights, bound: errors };
     moe_layer_experts(config, inputs.x, &routing.expert_ids, &routing_weights, weights)
@@ -106,11 +113,12 @@ pub fn moe_layer_experts<D: Dtype>(
 fn normalized(
     shape: &RoutingShape,
     by: Normalization,
+    scale: f32,
     expert_ids: &[u32],
     weights: &[f64],
     errors: &[f64],
 ) -> Result<Vec<f64>> {
-    let (_, epsilon, min) = kept_divisor("moe_layer", by)?;
+    let (_, epsilon, min) = kept_divisor("moe_layer", "capacity.normalization", by)?;
     let kept = |slot: usize| (expert_ids[slot] as usize) < shape.num_experts;
     let error_of = |slot: usize| {
         let first = slot / shape.top_k * shape.top_k;
@@ -119,7 +127,8 @@ fn normalized(
         };
         let (divisor, off) = ((sum(weights) + f64::from(epsilon)).max(f64::from(min)), sum(errors));
         let value = weights[slot] / divisor;
-        (errors[slot] + value.abs() * off) / (divisor - off).max(0.0) + 8.0 * U * value.abs()
+        let error = (errors[slot] + value.abs() * off) / (divisor.abs() - off).max(0.0);
+        f64::from(scale.abs()) * (error + 8.0 * U * value.abs())
     };
     Ok((0..shape.slots()).map(|slot| if kept(slot) { error_of(slot) } else { 0.0 }).collect())
 }

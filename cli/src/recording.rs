@@ -1,0 +1,169 @@
+//! What transformers' own block made of some tokens, beside the checkpoint that it is of; fixtures/README.md describes it.
+
+use std::path::Path;
+
+use moe_kernels::reference::bound::relative_error;
+use moe_kernels::{CapacityConfig, CapacityLimit, DType, Dtype, Priority};
+
+use crate::bundled::FIXTURES;
+use crate::checkpoint::{Checkpoint, Folder, Layer};
+use crate::device::Place;
+use crate::error::{Error, Result, io};
+use crate::tensor_file::TensorFile;
+use crate::tokens::Outputs;
+
+const RECORDED: &str = "recorded.safetensors";
+/// The same, with experts that take fewer tokens.
+const RECORDED_CAPACITY: &str = "recorded-capacity.safetensors";
+
+/// A recording of one layer.
+pub struct Recording {
+    pub name: String,
+    folder: Folder,
+    file: &'static str,
+}
+
+/// How far an output is from the recording.
+pub struct Distance {
+    /// The norm of the difference of `y` over the norm.
+    pub relative: f64,
+    /// Tokens that have other experts.
+    pub other_experts: usize,
+}
+
+impl Recording {
+    /// Those that are part of this binary.
+    pub fn bundled() -> Vec<Self> {
+        let recording = |fixture: &crate::bundled::Fixture| {
+            let name = fixture.name.into();
+            Self { name, folder: fixture.folder(), file: RECORDED }
+        };
+        FIXTURES.iter().map(recording).collect()
+    }
+
+    /// Those of a folder, or of the folders in it.
+    pub fn of_folder(path: &Path) -> Result<Vec<Self>> {
+        let mut found = Self::of_checkpoint(path);
+        if found.is_empty() {
+            let entries = std::fs::read_dir(path).map_err(io("read", path))?;
+            let mut folders = Vec::new();
+            for entry in entries {
+                folders.push(entry.map_err(io("read", path))?.path());
+            }
+            folders.sort();
+            found = folders.iter().flat_map(|folder| Self::of_checkpoint(folder)).collect();
+        }
+        if found.is_empty() {
+            let why = format!("no {RECORDED}, and no folder with one");
+            return Err(Error::File { file: path.display().to_string(), why });
+        }
+        Ok(found)
+    }
+
+    fn of_checkpoint(path: &Path) -> Vec<Self> {
+        let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into());
+        let files = [(RECORDED, ""), (RECORDED_CAPACITY, " (capacity)")];
+        let there = files.iter().filter(|(file, _)| path.join(file).is_file());
+        let recording = |(file, what): &(&'static str, &str)| Self {
+            name: format!("{name}{what}"),
+            folder: Folder::Disk(path.into()),
+            file,
+        };
+        there.map(recording).collect()
+    }
+
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        Checkpoint::open(self.folder.clone())
+    }
+
+    pub fn file(&self) -> Result<TensorFile> {
+        self.folder.tensors(self.file)
+    }
+
+    /// The blocks that were recorded.
+    pub fn layers<'c>(
+        &self,
+        checkpoint: &'c Checkpoint,
+        file: &TensorFile,
+    ) -> Result<Vec<Layer<'c>>> {
+        let number = self.number(file, "layer")?;
+        let mut layers = checkpoint.layers(number)?;
+        if self.file == RECORDED_CAPACITY {
+            let limit = CapacityLimit::Rows { rows: self.number(file, "expert_capacity")? };
+            layers.iter_mut().for_each(|layer| limit_experts(layer, limit));
+        }
+        Ok(layers)
+    }
+
+    fn number(&self, file: &TensorFile, note: &str) -> Result<usize> {
+        file.note(note).and_then(|number| number.parse().ok()).ok_or_else(|| {
+            let why = format!("{} does not say `{note}`, a number", self.file);
+            Error::File { file: self.name.clone(), why }
+        })
+    }
+
+    /// Holds what a device made of the tokens against the recording.
+    pub fn distance<D: Dtype>(
+        &self,
+        file: &TensorFile,
+        layers: &[Layer<'_>],
+        made: &Outputs<D>,
+    ) -> Result<Distance> {
+        let wanted = file.tensor("y")?;
+        wanted.check(&[made.num_tokens, made.hidden])?;
+        let y: Vec<f64> = made.output.y.iter().map(|value| value.to_f64()).collect();
+        let relative = relative_error(&y, &wanted.read_f64()?);
+
+        let ids = file.tensor("expert_ids")?.read_ids()?;
+        // Slots that found no room; and experts that every token has are not in the recording.
+        let kept = file.find("kept").map(|kept| kept.read_ids()).transpose()?;
+        let sinks = |layer: &Layer<'_>| layer.config.router.num_sinks;
+        let chosen = layers.iter().map(|l| (l.config.router_experts() - sinks(l)) as u32).max();
+        let per_token = ids.len() / made.num_tokens;
+        let recorded = |token: usize| {
+            let slots = token * per_token..(token + 1) * per_token;
+            let is_kept = |slot: &usize| kept.as_ref().is_none_or(|kept| kept[*slot] > 0);
+            sorted(slots.filter(is_kept).map(|slot| ids[slot]))
+        };
+        let here = |token: usize| {
+            let ids = &made.output.expert_ids[token * made.top_k..(token + 1) * made.top_k];
+            sorted(ids.iter().copied().filter(|id| Some(*id) < chosen))
+        };
+        let other_experts = (0..made.num_tokens).filter(|&t| recorded(t) != here(t)).count();
+        Ok(Distance { relative, other_experts })
+    }
+}
+
+/// The recorded limit in place of the configuration's, which is none where a sequence is shorter than it.
+fn limit_experts(layer: &mut Layer<'_>, limit: CapacityLimit) {
+    let router = &mut layer.config.router;
+    layer.config.capacity = Some(match layer.config.capacity {
+        Some(capacity) => CapacityConfig { limit, ..capacity },
+        // NLLB: weights are those of what is kept.
+        None => {
+            let none = moe_kernels::Normalization::None;
+            let normalization = std::mem::replace(&mut router.normalization, none);
+            let capacity = CapacityConfig::new(limit, Priority::Choice);
+            CapacityConfig { normalization, ..capacity }
+        }
+    });
+}
+
+fn sorted(ids: impl Iterator<Item = u32>) -> Vec<u32> {
+    let mut ids: Vec<u32> = ids.collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// The largest distance from the recording that is right: the norm of the difference over the norm.
+///
+/// In f32 it is a few roundings of each product; the devices add in another order than the CPU. In 16
+/// bits the weights, the input and what lies between two operations are each rounded once.
+pub fn limit(place: Place, dtype: DType) -> f64 {
+    match (dtype, place) {
+        (DType::F32, Place::Cpu) => 1e-6,
+        (DType::F32, Place::Cuda | Place::Emulator) => 1e-5,
+        (DType::F16, _) => 2e-3,
+        (DType::BF16, _) => 1e-2,
+    }
+}

@@ -1,0 +1,133 @@
+//! What an input file has for a layer: the tokens, and what else its router reads.
+
+use moe_kernels::hf::LogitsFrom;
+use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
+
+use crate::backend::{Backend, Element, Output, rows_per_expert};
+use crate::checkpoint::Layer;
+use crate::error::Result;
+use crate::progress::Steps;
+use crate::tensor_file::{Tensor, TensorFile};
+
+/// What a layer makes of all tokens of a file.
+pub struct Outputs<D> {
+    pub num_tokens: usize,
+    /// `H`
+    pub hidden: usize,
+    /// `K`
+    pub top_k: usize,
+    /// `y` `[T, H]`, and ids and weights `[T, K]`; `u32::MAX` for slots without an expert.
+    pub output: Output<D>,
+    /// Of one block after the other.
+    pub rows_per_expert: Vec<usize>,
+}
+
+/// Runs every token of the file through its block.
+pub fn forward<D: Element>(
+    backend: &Backend,
+    layers: &[Layer<'_>],
+    file: &TensorFile,
+    steps: &mut Steps,
+) -> Result<Outputs<D>> {
+    let blocks = blocks(layers, file)?;
+    let hidden = blocks.first().map_or(0, |(layer, _)| layer.config.hidden);
+    let top_k = blocks.iter().map(|(layer, _)| layer.config.top_k).max().unwrap_or(0);
+    let num_tokens = blocks.iter().map(|(_, tokens)| tokens.len()).sum();
+    let mut all = Outputs {
+        num_tokens,
+        hidden,
+        top_k,
+        output: Output {
+            y: vec![D::from_f32(0.0); num_tokens * hidden],
+            expert_ids: vec![u32::MAX; num_tokens * top_k],
+            weights: vec![0.0; num_tokens * top_k],
+        },
+        rows_per_expert: Vec::new(),
+    };
+    for (layer, tokens) in blocks {
+        let inputs = steps.time("read the input", || read_inputs::<D>(layer, file, &tokens))?;
+        let part = backend.forward(layer, inputs, steps)?;
+        let config = &layer.config;
+        all.rows_per_expert.extend(rows_per_expert(&part.expert_ids, config.num_experts));
+        for (row, token) in tokens.into_iter().enumerate() {
+            put(&mut all.output.y, token * hidden, &part.y, row, hidden);
+            put(&mut all.output.expert_ids, token * top_k, &part.expert_ids, row, config.top_k);
+            put(&mut all.output.weights, token * top_k, &part.weights, row, config.top_k);
+        }
+    }
+    Ok(all)
+}
+
+fn put<T: Copy>(all: &mut [T], at: usize, part: &[T], row: usize, width: usize) {
+    all[at..at + width].copy_from_slice(&part[row * width..(row + 1) * width]);
+}
+
+/// The blocks that have tokens, and which. A model with text and vision experts has two blocks in a layer: each token
+/// is of that whose number the tensor `token_types` gives it, unless the width of tokens says it all.
+fn blocks<'l, 'a>(
+    layers: &'l [Layer<'a>],
+    file: &TensorFile,
+) -> Result<Vec<(&'l Layer<'a>, Vec<usize>)>> {
+    let x = file.tensor("x")?;
+    let fits: Vec<_> =
+        layers.iter().filter(|layer| x.rows_of(layer.config.hidden).is_ok()).collect();
+    let [first, _, ..] = fits[..] else {
+        let only = fits.first().copied().or(layers.first());
+        return only
+            .map(|layer| Ok((layer, (0..x.rows_of(layer.config.hidden)?).collect())))
+            .into_iter()
+            .collect();
+    };
+    let num_tokens = x.rows_of(first.config.hidden)?;
+    let tensor = file.tensor("token_types")?;
+    tensor.check_ids(&[num_tokens])?;
+    let types = tensor.read_ids()?;
+    if let Some(other) = types.iter().find(|&&kind| kind as usize >= fits.len()) {
+        let wanted = format!("numbers of the layer's {} blocks, from 0 on", fits.len());
+        return Err(tensor.error(format!("{other} in it"), wanted));
+    }
+    let of = |block: usize| -> Vec<usize> {
+        (0..num_tokens).filter(|token| types[*token] as usize == block).collect()
+    };
+    let blocks = fits.into_iter().enumerate().map(|(block, layer)| (layer, of(block)));
+    Ok(blocks.filter(|(_, tokens)| !tokens.is_empty()).collect())
+}
+
+/// Of each tensor that the block reads, the rows of these tokens.
+fn read_inputs<D: Dtype>(
+    layer: &Layer<'_>,
+    file: &TensorFile,
+    tokens: &[usize],
+) -> Result<MoeInputs<Owned, D>> {
+    let (config, x) = (&layer.config, file.tensor("x")?);
+    let num_tokens = x.rows_of(config.hidden)?;
+    let mut inputs = MoeInputs::new(rows(&x, config.hidden, tokens)?);
+    match layer.block.logits {
+        LogitsFrom::ProjectionOfResidual => {
+            let tensor = file.tensor("router_input")?;
+            tensor.check(&[num_tokens, config.hidden])?;
+            inputs.router_x = Some(rows(&tensor, config.hidden, tokens)?);
+        }
+        LogitsFrom::Caller => {
+            let (tensor, width) = (file.tensor("logits")?, config.router_experts());
+            tensor.check(&[num_tokens, width])?;
+            inputs.logits = Some(match config.projection.f32_logits {
+                true => Typed::F32(rows(&tensor, width, tokens)?),
+                false => Typed::Element(rows(&tensor, width, tokens)?),
+            });
+        }
+        _ => {}
+    }
+    if config.router.selection == Selection::Given {
+        let tensor = file.tensor("token_ids")?;
+        tensor.check_ids(&[num_tokens])?;
+        let ids = tensor.read_ids()?;
+        inputs.token_ids = Some(tokens.iter().map(|&token| ids[token]).collect());
+    }
+    Ok(inputs)
+}
+
+fn rows<D: Dtype>(tensor: &Tensor<'_>, width: usize, tokens: &[usize]) -> Result<Vec<D>> {
+    let all = tensor.read::<D>()?;
+    Ok(tokens.iter().flat_map(|&token| &all[token * width..(token + 1) * width]).copied().collect())
+}
