@@ -102,7 +102,7 @@ impl Backend {
 }
 
 /// The reference, computing in f32; what lies between two operations is not rounded to `D`.
-fn forward_cpu<D: Element>(
+pub(crate) fn forward_cpu<D: Element>(
     config: &MoeConfig,
     inputs: &MoeInputs<Owned, D>,
     weights: &MoeWeights<Owned, D>,

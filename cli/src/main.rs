@@ -15,6 +15,8 @@ mod gpu;
 mod info;
 mod load;
 mod progress;
+#[cfg(test)]
+mod readings;
 mod recording;
 mod run;
 mod tensor_file;

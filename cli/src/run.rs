@@ -116,7 +116,8 @@ fn run_checkpoint(
     let backend = steps.time("open the device", || Backend::open(place))?;
 
     let (num_tokens, hidden, rows_per_expert) = dispatch!(dtype, D => {
-        let made = tokens::forward::<D>(&backend, &layers, &input_file, &mut steps)?;
+        let run = |layer: &Layer<'_>, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
+        let made = tokens::forward(&layers, &input_file, &mut steps, run)?;
         let Outputs { num_tokens, hidden, top_k, output: made_of, rows_per_expert } = made;
         steps.time("write the output", || {
             let tensors = vec![
@@ -195,7 +196,9 @@ fn compare<D: Element>(backend: &Backend, recording: &Recording) -> Result<bool>
     let file = recording.file()?;
     let layers = recording.layers(&checkpoint, &file)?;
     let mut steps = Steps::default();
-    let made = tokens::forward::<D>(backend, &layers, &file, &mut steps)?;
+    let run =
+        |layer: &Layer<'_>, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
+    let made = tokens::forward(&layers, &file, &mut steps, run)?;
     let Distance { relative, other_experts } = recording.distance(&file, &layers, &made)?;
     let limit = recording::limit(backend.place(), D::DTYPE);
     // Not `relative > limit`: a distance that is not a number is not good.

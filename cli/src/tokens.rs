@@ -3,7 +3,7 @@
 use moe_kernels::hf::LogitsFrom;
 use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
 
-use crate::backend::{Backend, Element, Output, rows_per_expert};
+use crate::backend::{Element, Output, rows_per_expert};
 use crate::checkpoint::Layer;
 use crate::error::Result;
 use crate::progress::Steps;
@@ -22,12 +22,12 @@ pub struct Outputs<D> {
     pub rows_per_expert: Vec<usize>,
 }
 
-/// Runs every token of the file through its block.
+/// Runs every token of the file through its block, by `run`.
 pub fn forward<D: Element>(
-    backend: &Backend,
     layers: &[Layer<'_>],
     file: &TensorFile,
     steps: &mut Steps,
+    mut run: impl FnMut(&Layer<'_>, MoeInputs<Owned, D>, &mut Steps) -> Result<Output<D>>,
 ) -> Result<Outputs<D>> {
     let blocks = blocks(layers, file)?;
     let hidden = blocks.first().map_or(0, |(layer, _)| layer.config.hidden);
@@ -46,7 +46,7 @@ pub fn forward<D: Element>(
     };
     for (layer, tokens) in blocks {
         let inputs = steps.time("read the input", || read_inputs::<D>(layer, file, &tokens))?;
-        let part = backend.forward(layer, inputs, steps)?;
+        let part = run(layer, inputs, steps)?;
         let config = &layer.config;
         all.rows_per_expert.extend(rows_per_expert(&part.expert_ids, config.num_experts));
         for (row, token) in tokens.into_iter().enumerate() {

@@ -6,6 +6,7 @@ mod bench;
 mod check;
 mod common;
 mod errors;
+mod families;
 mod run;
 #[cfg(feature = "emulator")]
 mod tune;
