@@ -28,8 +28,8 @@ fn the_cpu_gets_a_table_and_a_record() {
     assert_eq!(record["complete"], true);
     assert_eq!(record["device"]["kind"], "cpu");
     assert!(record["ceilings"]["dense_flops_per_second"].as_f64().unwrap() > 0.0);
-    // Thirteen operations, two numbers of tokens, two routings; with the gate there is no hot expert.
-    assert_eq!(rows(&record).len(), 50);
+    // Fifteen operations, two numbers of tokens, two routings; with the gate there is no hot expert.
+    assert_eq!(rows(&record).len(), 58);
     for row in rows(&record) {
         let at = |key: &str| row["seconds"][key].as_f64().unwrap();
         assert!(0.0 < at("p10") && at("p10") <= at("median") && at("median") <= at("p90"), "{row}");
@@ -98,7 +98,7 @@ fn what_cannot_be_measured_is_refused_first() {
     let folder = Folder::new();
     for (arguments, words) in [
         (["--model", "gpt-5"], "known are mixtral-8x7b,"),
-        (["--op", "softmax"], "known are route, noise,"),
+        (["--op", "softmax"], "known are project, route, noise,"),
         (["--tokens", "0"], "0 is not in 1..="),
         (["--routing", "left"], "possible values"),
         (["--dtype", "f64"], "wanted f32, f16 or bf16"),

@@ -121,7 +121,10 @@ pub fn read(path: &Path) -> Vec<Stored> {
         shape: view.shape().into(),
         data: view.data().into(),
     };
-    tensors.tensors().into_iter().map(store).collect()
+    let mut tensors: Vec<Stored> = tensors.tensors().into_iter().map(store).collect();
+    // A file keeps them in an order of its own.
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    tensors
 }
 
 pub fn write(path: &Path, tensors: &[Stored]) {

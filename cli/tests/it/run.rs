@@ -50,7 +50,8 @@ fn a_folder_is_run() {
             assert_eq!(done.status, Some(0), "{done:?}");
             let output = folder.tensors("y.safetensors");
             let y = find(&output, "y");
-            assert_eq!((output.len(), y.dtype, &y.shape), (1, stored, &vec![tokens, hidden]));
+            assert_eq!((output.len(), y.dtype, &y.shape), (3, stored, &vec![tokens, hidden]));
+            assert_eq!(find(&output, "expert_ids").shape, find(&output, "weights").shape);
             let recorded = folder.tensors("recorded.safetensors");
             let far = distance(&y.values(), &find(&recorded, "y").values());
             assert!(far < limit, "{fixture} {dtype}: {far}");
@@ -107,7 +108,7 @@ fn fused_experts_are_the_same_layer() {
         write(&folder.path("model.safetensors"), &fuse(&tensors, layout));
         let done = run(&folder, 1, &["--device", "cpu"]);
         assert_eq!(done.status, Some(0), "{done:?}");
-        assert_eq!(folder.tensors("y.safetensors"), separate);
+        assert!(folder.tensors("y.safetensors") == separate, "other numbers");
     }
 }
 
@@ -165,5 +166,5 @@ fn an_output_that_is_there_is_replaced() {
     std::fs::write(folder.path("y.safetensors"), "something else").unwrap();
     let done = run(&folder, 0, &["--device", "cpu"]);
     assert_eq!(done.status, Some(0), "{done:?}");
-    assert_eq!(read(&folder.path("y.safetensors"))[0].shape, [21, 40]);
+    assert_eq!(find(&read(&folder.path("y.safetensors")), "y").shape, [21, 40]);
 }
