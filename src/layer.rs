@@ -70,9 +70,9 @@ impl MoeLayer {
     /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
     ///
     /// # Errors
-    /// [`Error::Length`](crate::Error::Length) for a buffer or a workspace that does not fit, [`Error::Mismatch`](crate::Error::Mismatch) for weights or
-    /// inputs that are not as the configuration says and for a stream of another context, and what a launch can
-    /// meet.
+    /// [`Error::Length`](crate::Error::Length) for a buffer or a workspace that does not fit,
+    /// [`Error::Mismatch`](crate::Error::Mismatch) for weights or inputs that are not as the configuration says and
+    /// for a stream of another context, and what a launch can meet.
     pub fn forward<D: Dtype>(
         &self,
         stream: &CudaStream,

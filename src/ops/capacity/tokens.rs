@@ -174,6 +174,7 @@ pub unsafe fn capacity_ask_fwd_raw(
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
 /// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+#[allow(clippy::too_many_arguments)]
 pub fn capacity_normalize_fwd_into(
     device: &Device,
     stream: &CudaStream,
