@@ -52,7 +52,8 @@ pub struct Floor {
 /// The least work of `op` on `tokens` tokens, with elements of `size` bytes.
 ///
 /// `distinct` experts have a row; its expectation under uniform routing is [`expected_distinct`].
-/// Logits and the gate have the element type (but for the f32 logits of `project`), ids and maps 4 bytes, weights of the choice 4.
+/// Logits and the gate have the element type (but for the f32 logits of `project`), ids and maps 4 bytes, weights of the
+/// choice 4.
 pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f64) -> Work {
     let [t, h, i, e, k] =
         [tokens, config.hidden, config.intermediate, config.num_experts, config.top_k]

@@ -233,9 +233,9 @@ fn other_order(order: WeightOrder) -> WeightOrder {
 }
 
 /// Puts every feature of gate in the place of up's and the reverse.
-fn swap_features(config: &MoeConfig, gate_up: &mut Vec<f32>) {
+fn swap_features(config: &MoeConfig, gate_up: &mut [f32]) {
     let (intermediate, inner) = (config.intermediate, config.expert_hidden());
-    let (features, before) = (2 * intermediate, gate_up.clone());
+    let (features, before) = (2 * intermediate, gate_up.to_vec());
     for (index, element) in gate_up.iter_mut().enumerate() {
         let stride = match config.experts.gate_up_order {
             WeightOrder::OutIn => inner,
