@@ -12,11 +12,11 @@ use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use crate::config::MoeConfig;
 use crate::device::Device;
 use crate::dtype::{DType, Dtype};
-use crate::error::{Result, check_len};
+use crate::error::{Error, Result, check_len};
 use crate::ops::plan::plan_fwd_into;
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
-use crate::tensors::{MoeInputs, MoeWeights, Typed, shape_of};
+use crate::tensors::{MoeInputs, MoeWeights, Typed, no_gate, shape_of};
 use crate::workspace::{Arena, Section, Workspace};
 use sections::{Sections, one_expert};
 
@@ -42,7 +42,7 @@ impl MoeLayer {
     /// A layer of this configuration.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported), which names the field.
+    /// [`Error::Unsupported`], which names the field.
     pub fn new(device: &Device, config: MoeConfig) -> Result<Self> {
         config.check_layer(OP)?;
         Ok(Self { device: device.clone(), config })
@@ -57,7 +57,7 @@ impl MoeLayer {
     /// function, known before there is a device.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) for a configuration or a shape out of range.
+    /// [`Error::Unsupported`] for a configuration or a shape out of range.
     pub fn workspace_bytes(config: &MoeConfig, dtype: DType, num_tokens: usize) -> Result<usize> {
         config.check_layer(OP)?;
         Section::total(OP, &Sections::new(config, dtype, num_tokens)?.of_forward())
@@ -70,8 +70,8 @@ impl MoeLayer {
     /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
     ///
     /// # Errors
-    /// [`Error::Length`](crate::Error::Length) for a buffer or a workspace that does not fit,
-    /// [`Error::Mismatch`](crate::Error::Mismatch) for weights or inputs that are not as the configuration says and
+    /// [`Error::Length`] for a buffer or a workspace that does not fit,
+    /// [`Error::Mismatch`] for weights or inputs that are not as the configuration says and
     /// for a stream of another context, and what a launch can meet.
     pub fn forward<D: Dtype>(
         &self,
@@ -82,6 +82,7 @@ impl MoeLayer {
         y: &mut CudaViewMut<'_, D>,
     ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        inputs.check_route(OP, &self.config, weights)?;
         check_len(OP, "y", y.len(), inputs.x.len())?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_forward())?;
         let dense =
@@ -97,7 +98,7 @@ impl MoeLayer {
     /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`](crate::Error::Mismatch) for weights without a gate.
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a gate.
     pub fn router_logits<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -107,6 +108,13 @@ impl MoeLayer {
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        if weights.router.gate.is_none() {
+            return Err(no_gate(OP));
+        }
+        if logits.is_f32() != self.config.projection.f32_logits {
+            let why = "`logits` are not of the type that `projection.f32_logits` says".into();
+            return Err(Error::Mismatch { op: OP, why });
+        }
         check_len(OP, "logits", logits.len(), pass.shape.logits())?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
@@ -129,6 +137,7 @@ impl MoeLayer {
         routing_weights: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        inputs.check_route(OP, &self.config, weights)?;
         check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
         check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;

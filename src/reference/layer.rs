@@ -155,6 +155,7 @@ impl RouterReads {
     ) -> Result<Self> {
         weights.check(OP, config)?;
         inputs.check(OP, config)?;
+        inputs.check_route(OP, config, weights)?;
         fn widen<M: Memory, D: Dtype>(numbers: &Typed<M, D>) -> Vec<f32>
         where
             M::Of<D>: AsRef<[D]>,

@@ -1,7 +1,7 @@
 //! Holding the weights of a layer against its configuration.
 
 use super::{ExpertWeights, GateUpTensors, Memory, MoeInputs, MoeWeights, Typed};
-use crate::config::{GateUp, MoeConfig, Selection};
+use crate::config::{GateUp, MoeConfig, RouteLengths, Selection};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
 use crate::shape::RoutingShape;
@@ -124,6 +124,38 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
     }
 }
 
+impl<M: Memory, D: Dtype> MoeInputs<M, D> {
+    /// Holds what the router reads besides, so that nothing is left for the operations to refuse.
+    pub(crate) fn check_route<W: Memory>(
+        &self,
+        op: &'static str,
+        config: &MoeConfig,
+        weights: &MoeWeights<W, D>,
+    ) -> Result<()> {
+        let (shape, router) = (shape_of(op, config, M::len(&self.x))?, &weights.router);
+        if self.logits.is_none() && router.gate.is_none() {
+            return Err(no_gate(op));
+        }
+        let given_ids = self.given_ids.as_ref().map(|ids| M::len(ids));
+        let lengths = RouteLengths {
+            logits: shape.logits(),
+            selection_bias: router.selection_bias.as_ref().map(|bias| W::len(bias)),
+            expert_scale: router.expert_scale.as_ref().map(|scale| W::len(scale)),
+            noise: self.noise.as_ref().map(|noise| M::len(noise)),
+            noise_logits: self.noise_logits.as_ref().map(Typed::len),
+            given_ids: given_ids.or(router.table.as_ref().map(|table| W::len(table))),
+            token_ids: self.token_ids.as_ref().map(|ids| M::len(ids)),
+            active: self.active.as_ref().map(|active| M::len(active)),
+        };
+        lengths.check(op, &shape, &config.router)?;
+        if self.sequence_tokens == Some(0) {
+            let (wanted, got) = ("1 or more".into(), "0".into());
+            return Err(Error::Unsupported { op, argument: "sequence_tokens", wanted, got });
+        }
+        Ok(())
+    }
+}
+
 /// The shape of a routing of as many tokens as `x` has, `[T, H]`.
 pub(crate) fn shape_of(op: &'static str, config: &MoeConfig, x_len: usize) -> Result<RoutingShape> {
     let num_tokens = x_len / config.hidden.max(1);
@@ -149,7 +181,7 @@ impl<M: Memory, D: Dtype> Typed<M, D> {
         }
     }
 
-    fn is_f32(&self) -> bool {
+    pub(crate) fn is_f32(&self) -> bool {
         matches!(self, Self::F32(_))
     }
 

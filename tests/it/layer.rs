@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::{
     CapacityConfig, CapacityLimit, DType, Device, Dtype, Error, MoeConfig, MoeInputs, MoeLayer,
-    MoeWeights, OnDevice, Owned, Priority, RouterConfig, Typed, Workspace, reference,
+    MoeWeights, OnDevice, Owned, Priority, RouterConfig, Selection, Typed, Workspace, reference,
 };
 use proptest::prelude::*;
 
@@ -260,7 +260,7 @@ fn rows_do_not_depend_on_the_batch() {
         let mut case = Case::<D>::random(config, 140, 21);
         case.inputs = MoeInputs::new(case.inputs.x);
         let experts = config.router_experts();
-        let given = config.router.selection == moe_kernels::Selection::Given;
+        let given = config.router.selection == Selection::Given;
         let tables = |tokens: usize| given.then(|| (0..tokens as u32).map(|t| t % 17).collect());
         case.inputs.token_ids = tables(140);
         let whole = case.forward(gpu);
@@ -287,7 +287,7 @@ fn a_captured_graph_replays_with_new_routing() {
     for config in [plain(40, 24, 6, 2), rich(4)] {
         let mut case = Case::<f32>::random(config, 33, 1);
         case.inputs = MoeInputs::new(case.inputs.x);
-        case.config.router.selection = moe_kernels::Selection::Logit;
+        case.config.router.selection = Selection::Logit;
         case.weights.router.table = None;
         case.weights.router.selection_bias = None;
         case.config.router.selection_bias = false;
@@ -355,18 +355,33 @@ fn errors_come_before_any_launch() {
     }
     let good = || Case::<f32>::plain(config, 3, 0);
     let bytes = MoeLayer::workspace_bytes(&config, DType::F32, 3).unwrap();
+    // Nothing is written where something is refused.
     let call = |case: &Case<f32>, y_len: usize, bytes: usize| {
-        let layer = MoeLayer::new(&gpu.device, config).unwrap();
+        let layer = MoeLayer::new(&gpu.device, case.config).unwrap();
         let weights = case.weights.upload(&gpu.stream).unwrap();
         let inputs = case.inputs.upload(&gpu.stream).unwrap();
-        let mut y = gpu.poisoned::<f32>(y_len);
-        let mut workspace = Workspace::alloc(&gpu.stream, bytes).unwrap();
-        let (inputs, weights) = (inputs.as_views(), weights.as_views());
-        layer.forward(&gpu.stream, &inputs, &weights, &mut workspace, &mut y.view_mut())
+        let (mut y, mut memory) = (gpu.poisoned::<f32>(y_len), gpu.poisoned::<u8>(bytes));
+        let result = {
+            let mut memory = memory.view_mut();
+            let mut workspace = Workspace::borrow(memory.slice_mut(..));
+            let (inputs, weights) = (inputs.as_views(), weights.as_views());
+            layer.forward(&gpu.stream, &inputs, &weights, &mut workspace, &mut y.view_mut())
+        };
+        if result.is_err() {
+            assert!(gpu.download(&y.view()).iter().all(|y| y.is_nan()));
+            assert!(gpu.download(&memory.view()).iter().all(|&byte| byte == 0xff));
+        }
+        result
     };
     assert!(call(&good(), 48, bytes).is_ok());
     type Break = fn(&mut Case<f32>);
-    let breaks: [(&str, Break); 6] = [
+    let breaks: [(&str, Break); 8] = [
+        ("noise", |case| case.inputs.noise = Some(vec![0.0; 13])),
+        ("token_ids", |case| {
+            case.config.router.selection = Selection::Given;
+            case.weights.router.table = Some(vec![0; 8]);
+            case.inputs.token_ids = Some(vec![0; 4]);
+        }),
         ("x", |case| case.inputs.x.truncate(47)),
         ("logits", |case| case.inputs.logits = Some(Typed::Element(vec![0.0; 11]))),
         ("router_x", |case| case.inputs.router_x = Some(vec![0.0; 47])),
@@ -403,6 +418,18 @@ fn errors_come_before_any_launch() {
         damage(&mut case);
         let error = call(&case, 48, bytes).unwrap_err();
         assert!(matches!(&error, Error::Mismatch { why, .. } if why.contains(name)), "{error}");
+    }
+    let breaks: [(&str, Break); 3] = [
+        ("given_ids", |case| case.config.router.selection = Selection::Given),
+        ("token_ids", |case| case.inputs.token_ids = Some(vec![0; 3])),
+        ("sequence_tokens", |case| case.inputs.sequence_tokens = Some(0)),
+    ];
+    for (name, damage) in breaks {
+        let mut case = good();
+        damage(&mut case);
+        let error = call(&case, 48, bytes).unwrap_err();
+        let named = matches!(&error, Error::Unsupported { argument, .. } if *argument == name);
+        assert!(named, "{name}: {error}");
     }
     good().on(&gpu, |prepared| {
         let mut memory = gpu.poisoned::<u8>(bytes + 1);
