@@ -30,11 +30,12 @@ pub struct Arguments {
     #[arg(long, value_name = "N", requires = "checkpoint")]
     layer: Option<usize>,
 
-    /// Safetensors file with the tensor `x` [T, H]
+    /// Safetensors file with the tensor `x` [T, H], and what else the layer's router reads: `router_input` [T, H], `logits`
+    /// [T, E], `token_ids` [T] or `token_types` [T], for those that do
     #[arg(long, value_name = "FILE", requires = "checkpoint")]
     input: Option<PathBuf>,
 
-    /// Safetensors file to write the tensor `y` [T, H] to
+    /// Safetensors file to write `y` [T, H] and the choice of experts to, `expert_ids` and `weights` [T, K]
     #[arg(long, value_name = "FILE", requires = "checkpoint")]
     output: Option<PathBuf>,
 
