@@ -44,7 +44,7 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Unsupported`], which names the field.
     pub fn new(device: &Device, config: MoeConfig) -> Result<Self> {
-        config.check_layer(OP)?;
+        config.check()?;
         Ok(Self { device: device.clone(), config })
     }
 
@@ -59,7 +59,7 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Unsupported`] for a configuration or a shape out of range.
     pub fn workspace_bytes(config: &MoeConfig, dtype: DType, num_tokens: usize) -> Result<usize> {
-        config.check_layer(OP)?;
+        config.check()?;
         Section::total(OP, &Sections::new(config, dtype, num_tokens)?.of_forward())
     }
 

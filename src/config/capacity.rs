@@ -14,7 +14,8 @@ pub struct CapacityConfig {
     pub limit: CapacityLimit,
     /// Which slots of an expert come first.
     pub priority: Priority,
-    /// How often a slot that found no room asks its token's next-best expert; 0 drops it at once.
+    /// How often a slot that found no room asks its token's next-best expert; 0 drops it at once. In a layer the router
+    /// does not normalise then: [`normalization`](Self::normalization) does, once it is known who is kept.
     #[cfg_attr(feature = "serde", serde(default))]
     pub overflow: usize,
     /// What the weights of a token's kept slots are divided by once the others are dropped (NLLB): nothing, or their

@@ -200,16 +200,34 @@ impl MoeConfig {
         for (norm, name) in norms {
             norm.map_or(Ok(()), |norm| norm.check(OP, name))?;
         }
+        if self.capacity.is_some_and(|capacity| capacity.overflow > 0) {
+            self.check_overflow(OP)?;
+        }
         self.capacity.map_or(Ok(()), |capacity| capacity.check(OP))
     }
 
-    /// [`check`](Self::check), and refuses what a layer does not do in one pass: which weights a late choice has is the
-    /// caller's to say.
-    pub(crate) fn check_layer(&self, op: &'static str) -> Result<()> {
-        self.check()?;
-        let overflow = self.capacity.map_or(0, |capacity| capacity.overflow);
-        let wanted = "0 in a layer; the operation `capacity` has it";
-        Checked { op }.say("capacity.overflow", overflow == 0, wanted, overflow)
+    /// What a layer needs of a router whose slots may ask again: weights that do not depend on the other choices.
+    fn check_overflow(&self, op: &'static str) -> Result<()> {
+        let RouterConfig { scoring, selection, normalization, num_sinks, .. } = self.router;
+        let at = Checked { op };
+        let of_all = !matches!(scoring, Scoring::SoftmaxSelected | Scoring::Sparsemixer { .. });
+        let wanted = "scores that do not depend on the choice, beside overflow";
+        at.say("router.scoring", of_all, wanted, format!("{scoring:?}"))?;
+        let wanted = "a choice by value, beside overflow";
+        at.say("router.selection", selection != Selection::Given, wanted, "given")?;
+        let wanted = "none beside overflow; `capacity.normalization` is of what is kept";
+        let none = normalization == Normalization::None;
+        at.say("router.normalization", none, wanted, format!("{normalization:?}"))?;
+        at.say("router.num_sinks", num_sinks == 0, "0 beside overflow", num_sinks)
+    }
+
+    /// The experts of a token that its slots may ask, its own choices among them, in the order of their values; 0
+    /// without overflow.
+    pub(crate) fn candidates(&self) -> usize {
+        match self.capacity.map_or(0, |capacity| capacity.overflow) {
+            0 => 0,
+            rounds => rounds.saturating_add(1).saturating_mul(self.top_k).min(self.num_experts),
+        }
     }
 
     /// Experts that the router chooses from: those with weights, and those without.

@@ -3,16 +3,19 @@
 use cudarc::driver::{CudaView, CudaViewMut};
 
 use super::{OP, OnDevice, OnDeviceMut, Pass};
-use crate::config::{CapacityConfig, Normalization};
+use crate::config::{CapacityConfig, Normalization, Priority};
 use crate::dtype::Dtype;
 use crate::error::{Result, product};
-use crate::ops::capacity::{capacity_fwd_into, capacity_normalize_fwd_into};
+use crate::ops::capacity::{
+    capacity_ask_fwd_into, capacity_fwd_into, capacity_later_fwd_into, capacity_normalize_fwd_into,
+};
 use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use crate::ops::plan::plan_fwd_into;
 use crate::ops::project::{ProjectInputs, project_fwd_into};
 use crate::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
 use crate::ops::route::{RouteInputs, route_fwd_into};
 use crate::routing_plan::RoutingPlan;
+use crate::shape::RoutingShape;
 use crate::tensors::{MoeInputs, Typed, no_gate};
 use crate::workspace::Arena;
 
@@ -143,56 +146,49 @@ impl<D: Dtype> Pass<'_, '_, D> {
             token_ids: inputs.token_ids.as_ref(),
             active: inputs.active.as_ref(),
         };
-        let route = |ids: &mut CudaViewMut<'_, u32>, weights: &mut CudaViewMut<'_, f32>| {
+        let route = |shape: RoutingShape,
+                     ids: &mut CudaViewMut<'_, u32>,
+                     weights: &mut CudaViewMut<'_, f32>| {
             route_fwd_into(device, stream, shape, &config.router, &read, ids, weights)
         };
-        let Some(capacity) = &config.capacity else { return route(expert_ids, routing_weights) };
-        let mut chosen = arena.take::<u32>(self.sections.chosen)?;
-        let mut weights = arena.take::<f32>(self.sections.chosen_weights)?;
+        let Some(capacity) = &config.capacity else {
+            return route(shape, expert_ids, routing_weights);
+        };
         let tokens = inputs.sequence_tokens;
-        match capacity.normalization {
-            Normalization::None => {
-                route(&mut chosen, routing_weights)?;
-                let weights = routing_weights.as_view();
-                self.keep(capacity, tokens, &chosen.as_view(), &weights, arena, expert_ids)
-            }
-            by => {
-                let scale = config.router.scale;
-                route(&mut chosen, &mut weights)?;
-                let weights = weights.as_view();
-                self.keep(capacity, tokens, &chosen.as_view(), &weights, arena, expert_ids)?;
-                let kept = expert_ids.as_view();
-                capacity_normalize_fwd_into(
-                    device,
-                    stream,
-                    shape,
-                    by,
-                    scale,
-                    &kept,
-                    &weights,
-                    routing_weights,
-                )
-            }
+        let by = capacity.normalization;
+        if by == Normalization::None {
+            return self.keep(capacity, tokens, &route, arena, expert_ids, routing_weights);
         }
+        let mut weights = arena.take::<f32>(self.sections.chosen_weights)?;
+        self.keep(capacity, tokens, &route, arena, expert_ids, &mut weights)?;
+        let (kept, weights, scale) = (expert_ids.as_view(), weights.as_view(), config.router.scale);
+        let to = routing_weights;
+        capacity_normalize_fwd_into(device, stream, shape, by, scale, &kept, &weights, to)
     }
 
-    /// The choices that experts have room for.
+    /// The choices that experts have room for, with their weights: the router's own, and then, as often as slots may
+    /// ask again, the next best ones.
     fn keep(
         &self,
         capacity: &CapacityConfig,
         sequence_tokens: Option<usize>,
-        chosen: &CudaView<'_, u32>,
-        weights: &CudaView<'_, f32>,
+        route: &Route<'_>,
         arena: &mut Arena<'_>,
         expert_ids: &mut CudaViewMut<'_, u32>,
+        weights: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
         let (device, stream, shape) = (self.device, self.stream, self.shape);
-        let memory = arena.take::<u8>(self.sections.slot_plan)?;
-        let plan = plan_fwd_into(device, stream, shape.by_slot(), Some(chosen), memory)?;
+        let mut chosen = arena.take::<u32>(self.sections.chosen)?;
+        route(shape, &mut chosen, weights)?;
+        let mut memory = arena.take::<u8>(self.sections.slot_plan)?;
         let sequences = shape.sequences(sequence_tokens);
         let cells = product(OP, "sequences * num_experts", sequences, shape.num_experts)?;
         let mut kept = arena.take::<u32>(self.sections.kept)?;
         let mut dropped = arena.take::<u32>(self.sections.dropped)?;
+        let (mut kept, mut dropped) = (kept.slice_mut(..cells), dropped.slice_mut(..cells));
+        let chosen = chosen.as_view();
+        let by_slot = shape.by_slot();
+        let plan = plan_fwd_into(device, stream, by_slot, Some(&chosen), memory.slice_mut(..))?;
         capacity_fwd_into(
             device,
             stream,
@@ -200,10 +196,65 @@ impl<D: Dtype> Pass<'_, '_, D> {
             shape,
             capacity,
             sequence_tokens,
-            weights,
+            &weights.as_view(),
             expert_ids,
-            &mut kept.slice_mut(..cells),
-            &mut dropped.slice_mut(..cells),
-        )
+            &mut kept,
+            &mut dropped,
+        )?;
+        let num_candidates = self.config.candidates();
+        if num_candidates == 0 {
+            return Ok(());
+        }
+
+        let mut candidates = arena.take::<u32>(self.sections.candidates)?;
+        let mut of_candidates = arena.take::<f32>(self.sections.candidate_weights)?;
+        let next_best = RoutingShape { top_k: num_candidates, ..shape };
+        route(next_best, &mut candidates, &mut of_candidates)?;
+        let (candidates, of_candidates) = (candidates.as_view(), of_candidates.as_view());
+        let mut next = arena.take::<u32>(self.sections.next_candidate)?;
+        let mut requests = arena.take::<u32>(self.sections.requests)?;
+        let mut first_weights = arena.take::<f32>(self.sections.first_weights)?;
+        let by_top_weight = capacity.priority == Priority::ChoiceByTopWeight;
+        if by_top_weight {
+            route(shape, &mut requests, &mut first_weights)?;
+        }
+        // Every candidate is asked once.
+        for round in 0..capacity.overflow.min(num_candidates) {
+            capacity_ask_fwd_into(
+                device,
+                stream,
+                shape,
+                num_candidates,
+                round == 0,
+                &chosen,
+                &expert_ids.as_view(),
+                &candidates,
+                &of_candidates,
+                &mut next,
+                &mut requests,
+                weights,
+            )?;
+            let asked = requests.as_view();
+            let plan = plan_fwd_into(device, stream, by_slot, Some(&asked), memory.slice_mut(..))?;
+            let of_priority =
+                if by_top_weight { first_weights.as_view() } else { weights.as_view() };
+            capacity_later_fwd_into(
+                device,
+                stream,
+                &plan,
+                shape,
+                capacity,
+                sequence_tokens,
+                &of_priority,
+                expert_ids,
+                &mut kept,
+                &mut dropped,
+            )?;
+        }
+        Ok(())
     }
 }
+
+/// Chooses the experts of a shape, as many as its `top_k`, into ids and weights.
+type Route<'r> =
+    dyn Fn(RoutingShape, &mut CudaViewMut<'_, u32>, &mut CudaViewMut<'_, f32>) -> Result<()> + 'r;

@@ -23,6 +23,12 @@ pub(super) struct Sections {
     pub(super) slot_plan: Section,
     pub(super) kept: Section,
     pub(super) dropped: Section,
+    /// What slots that found no room ask: their token's candidates, the next of them, and the requests.
+    pub(super) candidates: Section,
+    pub(super) candidate_weights: Section,
+    pub(super) next_candidate: Section,
+    pub(super) requests: Section,
+    pub(super) first_weights: Section,
     pub(super) plan: Section,
     pub(super) shared_act: Section,
     pub(super) shared_y: Section,
@@ -55,6 +61,7 @@ impl Sections {
         let normalizes = capacity.is_some_and(|c| c.normalization != crate::Normalization::None);
         // Each sequence has a token at least.
         let cells = product(OP, "sequences * num_experts", num_tokens.max(1), num_experts)?;
+        let (overflows, listed) = (config.candidates() > 0, num_tokens * config.candidates());
         let shared_width = shared.map_or(0, |shared| shared.intermediate);
         let (is_latent, is_shared) = (latent.is_some(), shared.is_some());
         let logit_size = if projection.f32_logits { DType::F32.size() } else { dtype.size() };
@@ -69,6 +76,11 @@ impl Sections {
             slot_plan: bytes(capacity.is_some(), PlanLayout::new(shape.by_slot())?)?,
             kept: words(capacity.is_some(), cells)?,
             dropped: words(capacity.is_some(), cells)?,
+            candidates: words(overflows, listed)?,
+            candidate_weights: words(overflows, listed)?,
+            next_candidate: words(overflows, num_tokens)?,
+            requests: words(overflows, slots)?,
+            first_weights: words(overflows, slots)?,
             plan: bytes(true, PlanLayout::of_experts(shape, 0..num_experts)?)?,
             shared_act: matrix(is_shared, num_tokens, shared_width)?,
             shared_y: matrix(is_shared, num_tokens, hidden)?,
@@ -83,10 +95,11 @@ impl Sections {
 
     /// What choosing experts needs.
     pub(super) fn of_route(&self) -> Vec<Section> {
-        let Self {
-            dense, router_x, logits, chosen, chosen_weights, slot_plan, kept, dropped, ..
-        } = *self;
-        vec![dense, router_x, logits, chosen, chosen_weights, slot_plan, kept, dropped]
+        let Self { dense, router_x, logits, chosen, chosen_weights, slot_plan, .. } = *self;
+        let Self { kept, dropped, candidates, candidate_weights, .. } = *self;
+        let asked = [candidates, candidate_weights, self.next_candidate, self.requests];
+        let kept = [chosen, chosen_weights, slot_plan, kept, dropped, self.first_weights];
+        [&[dense, router_x, logits], &kept[..], &asked[..]].concat()
     }
 
     /// What comes after that.

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::accum::{Accum, Element};
-use super::capacity::{capacity_fwd, capacity_normalize_fwd};
+use super::capacity::{Candidates, capacity_fwd, capacity_normalize_fwd};
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
 use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
@@ -54,19 +54,35 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     let Some(capacity) = &config.capacity else { return Ok(routing) };
     // Priorities are those of the weights in f32, on every device.
     let in_f32 = route_fwd::<f32, f32>(&shape, &config.router, &read.inputs(inputs, weights))?;
+    let next_best = RoutingShape { top_k: config.candidates(), ..shape };
+    let candidates = match config.candidates() {
+        0 => None,
+        _ => {
+            Some(route_fwd::<f32, f32>(&next_best, &config.router, &read.inputs(inputs, weights))?)
+        }
+    };
     let kept = capacity_fwd(
         &shape,
         capacity,
         inputs.sequence_tokens,
         &routing.expert_ids,
         &in_f32.weights,
-        None,
+        candidates.as_ref().map(|candidates| Candidates {
+            per_token: next_best.top_k,
+            expert_ids: &candidates.expert_ids,
+            weights: &candidates.weights,
+        }),
     )?;
+    // Who has asked again has the weight that it was kept by, in f32.
+    let all: Vec<A> = match candidates {
+        Some(_) => kept.weights.iter().map(|weight| A::from_dtype(*weight)).collect(),
+        None => routing.weights,
+    };
     let weights = match capacity.normalization {
-        Normalization::None => routing.weights,
+        Normalization::None => all,
         by => {
             let (scale, ids) = (config.router.scale, &kept.expert_ids);
-            capacity_normalize_fwd(&shape, by, scale, ids, &routing.weights)?
+            capacity_normalize_fwd(&shape, by, scale, ids, &all)?
         }
     };
     Ok(Routing { expert_ids: kept.expert_ids, weights })

@@ -9,7 +9,7 @@ use crate::shape::RoutingShape;
 impl<M: Memory, D: Dtype> MoeWeights<M, D> {
     /// Holds the configuration, and every tensor against it.
     pub(crate) fn check(&self, op: &'static str, config: &MoeConfig) -> Result<()> {
-        config.check_layer(op)?;
+        config.check()?;
         let at = Held { op };
         self.check_router(&at, config)?;
         self.check_experts(&at, config)?;

@@ -6,7 +6,8 @@ use half::{bf16, f16};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::{
     CapacityConfig, CapacityLimit, DType, Device, Dtype, Error, MoeConfig, MoeInputs, MoeLayer,
-    MoeWeights, OnDevice, Owned, Priority, RouterConfig, Selection, Typed, Workspace, reference,
+    MoeWeights, Normalization, OnDevice, Owned, Priority, RouterConfig, Selection, Typed,
+    Workspace, reference,
 };
 use proptest::prelude::*;
 
@@ -203,13 +204,40 @@ fn worst_case_routings() {
     case.check(&gpu, "one hot expert");
 }
 
+/// Slots that find no room ask their token's next best experts, round after round.
+#[test]
+fn slots_ask_again() {
+    let gpu = gpu();
+    for priority in
+        [Priority::Token, Priority::Choice, Priority::Weight, Priority::ChoiceByTopWeight]
+    {
+        for (overflow, rows) in [(1, 12), (2, 12), (9, 13), (9, 20)] {
+            let limit = CapacityLimit::Rows { rows };
+            let normalization = Normalization::Sum { epsilon: 1e-20 };
+            let capacity =
+                CapacityConfig { overflow, normalization, ..CapacityConfig::new(limit, priority) };
+            let router = RouterConfig { scale: 1.5, ..RouterConfig::softmax_top_k(false) };
+            let config = MoeConfig { capacity: Some(capacity), router, ..plain(24, 16, 6, 2) };
+            let case = Case::<f32>::plain(config, 40, 23);
+            case.check(&gpu, &config.to_string());
+            let kept = case.route(&gpu).0.iter().filter(|&&id| id < 6).count();
+            // 80 slots: as many as there is room for, if they may ask everybody.
+            assert!(kept <= 6 * rows);
+            assert!(overflow < 9 || kept >= 6 * rows - 2 || kept == 80, "{config}: {kept}");
+            let wanted =
+                bound::moe_layer(&config, &case.inputs.as_host(), &case.weights.as_host()).unwrap();
+            assert_within(&case.forward(&gpu), &wanted, &config.to_string());
+        }
+    }
+}
+
 /// A whole pass in f64, router and all, holds the device's.
 #[test]
 fn bounds_of_the_whole() {
     let gpu = gpu();
     let limit = CapacityLimit::Factor { factor: 0.8 };
     let capacity = CapacityConfig {
-        normalization: moe_kernels::Normalization::Sum { epsilon: 0.0 },
+        normalization: Normalization::Sum { epsilon: 0.0 },
         ..CapacityConfig::new(limit, Priority::Weight)
     };
     for capacity in [None, Some(capacity)] {
@@ -340,7 +368,7 @@ fn the_workspace_is_known_beforehand() {
 fn errors_come_before_any_launch() {
     let gpu = gpu();
     let config = plain(16, 8, 4, 2);
-    let overflow = CapacityConfig {
+    let again = CapacityConfig {
         overflow: 1,
         ..CapacityConfig::new(CapacityLimit::Rows { rows: 3 }, Priority::Token)
     };
@@ -349,7 +377,7 @@ fn errors_come_before_any_launch() {
         MoeConfig { intermediate: 1 << 30, ..config },
         MoeConfig { num_experts: 5000, ..config },
         MoeConfig { top_k: 5, ..config },
-        MoeConfig { capacity: Some(overflow), ..config },
+        MoeConfig { capacity: Some(again), ..config },
     ] {
         assert!(matches!(MoeLayer::new(&gpu.device, bad), Err(Error::Unsupported { .. })), "{bad}");
     }

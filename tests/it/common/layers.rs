@@ -4,8 +4,8 @@ use moe_kernels::{
     Activation, ActivationFunction, CapacityConfig, CapacityLimit, Dtype, ExpertConfig,
     ExpertWeights, GateUp, GateUpTensors, LatentConfig, LatentWeights, Limit, MoeConfig, MoeInputs,
     MoeWeights, Normalization, Owned, Priority, ProjectionConfig, RmsNorm, RouterConfig,
-    RouterWeights, Selection, SharedConfig, SharedWeights, Typed, WeightOrder, WeightPosition,
-    ZeroExperts, ZeroOutput,
+    RouterWeights, Scoring, Selection, SharedConfig, SharedWeights, Typed, WeightOrder,
+    WeightPosition, ZeroExperts, ZeroOutput,
 };
 
 use super::case::{Rng, values};
@@ -125,13 +125,25 @@ pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
             Priority::Weight,
             Priority::ChoiceByTopWeight,
         ]),
-        overflow: 0,
+        overflow: rng.below(3),
         normalization: rng.one_of(&[
             Normalization::None,
             Normalization::Sum { epsilon: 0.0 },
             Normalization::SumAtLeast { min: 0.1 },
         ]),
     });
+    if capacity.is_some_and(|capacity| capacity.overflow > 0) {
+        let alone =
+            matches!(router.scoring, Scoring::SoftmaxSelected | Scoring::Sparsemixer { .. });
+        router = RouterConfig {
+            scoring: if alone { Scoring::Softmax } else { router.scoring },
+            selection: rng.one_of(&[Selection::Score, Selection::Logit]),
+            normalization: Normalization::None,
+            groups: router.groups.filter(|_| router.num_sinks == 0),
+            num_sinks: 0,
+            ..router
+        };
+    }
     let config = MoeConfig {
         projection: ProjectionConfig {
             f32_logits: rng.once_in(2),
