@@ -425,7 +425,33 @@ mod tests {
                 "`experts.gate_up`",
             ),
         ];
-        for (config, field) in bad {
+        let limit = CapacityLimit::Rows { rows: 3 };
+        let capacity = CapacityConfig::new(limit, Priority::Token);
+        let again = |router| {
+            let capacity = Some(CapacityConfig { overflow: 1, ..capacity });
+            MoeConfig { capacity, router, ..plain }
+        };
+        again(router).check().unwrap();
+        let p_norm = Normalization::PNorm { p: 2.0 };
+        let zero = ZeroExperts { count: 1, output: ZeroOutput::Zero };
+        let of_capacity: Vec<(MoeConfig, &str)> = vec![
+            (again(RouterConfig::softmax_top_k(true)), "`router.normalization`"),
+            (again(RouterConfig::top_k_softmax()), "`router.scoring`"),
+            (again(RouterConfig { selection: Selection::Given, ..router }), "`router.selection`"),
+            (again(RouterConfig { num_sinks: 1, ..router }), "`router.num_sinks`"),
+            (
+                MoeConfig {
+                    capacity: Some(CapacityConfig { normalization: p_norm, ..capacity }),
+                    ..plain
+                },
+                "`capacity.normalization`",
+            ),
+            (
+                MoeConfig { capacity: Some(capacity), zero_experts: Some(zero), ..plain },
+                "`capacity`",
+            ),
+        ];
+        for (config, field) in bad.into_iter().chain(of_capacity) {
             let message = config.check().unwrap_err().to_string();
             assert!(message.contains(field), "{message} does not name {field}");
         }
