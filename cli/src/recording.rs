@@ -114,12 +114,18 @@ impl Recording {
         let y: Vec<f64> = made.output.y.iter().map(|value| value.to_f64()).collect();
         let relative = relative_error(&y, &wanted.read_f64()?);
 
-        let ids = file.tensor("expert_ids")?.read_ids()?;
+        let ids = file.tensor("expert_ids")?;
+        let per_token = ids.len() / made.num_tokens.max(1);
+        ids.check_ids(&[made.num_tokens, per_token])?;
+        let ids = ids.read_ids()?;
         // Slots that found no room; and experts that every token has are not in the recording.
-        let kept = file.find("kept").map(|kept| kept.read_ids()).transpose()?;
+        let kept = file.find("kept").map(|kept| {
+            kept.check_ids(&[made.num_tokens, per_token])?;
+            kept.read_ids()
+        });
+        let kept = kept.transpose()?;
         let sinks = |layer: &Layer<'_>| layer.config.router.num_sinks;
         let chosen = layers.iter().map(|l| (l.config.router_experts() - sinks(l)) as u32).max();
-        let per_token = ids.len() / made.num_tokens;
         let recorded = |token: usize| {
             let slots = token * per_token..(token + 1) * per_token;
             let is_kept = |slot: &usize| kept.as_ref().is_none_or(|kept| kept[*slot] > 0);

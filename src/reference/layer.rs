@@ -39,7 +39,7 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
 }
 
 /// The layer up to the choice of experts, capacity included: a slot that was dropped, or whose token is not
-/// active, has the id `u32::MAX`.
+/// active, has the id `u32::MAX`. Where slots may ask again, weights are those of f32, which decide who is kept.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`].

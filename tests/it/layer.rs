@@ -231,6 +231,25 @@ fn slots_ask_again() {
     }
 }
 
+/// Slots that ask again still come in the order of what their token thought of its first choice.
+#[test]
+fn the_top_weight_stays_that_of_the_first_choice() {
+    let gpu = gpu();
+    for seed in 0..6 {
+        let capacity = CapacityConfig {
+            overflow: 3,
+            ..CapacityConfig::new(CapacityLimit::Rows { rows: 30 }, Priority::ChoiceByTopWeight)
+        };
+        let router = RouterConfig::softmax_top_k(false);
+        let config = MoeConfig { capacity: Some(capacity), router, ..plain(8, 8, 7, 2) };
+        let mut case = Case::<f32>::plain(config, 120, seed);
+        // Most want the first experts, so that many ask for what is left of the others.
+        let Some(Typed::Element(logits)) = &mut case.inputs.logits else { unreachable!() };
+        logits.chunks_mut(7).for_each(|logits| (0..3).for_each(|e| logits[e] += 3.0));
+        case.check(&gpu, &format!("{config} seed {seed}"));
+    }
+}
+
 /// A whole pass in f64, router and all, holds the device's.
 #[test]
 fn bounds_of_the_whole() {

@@ -1,5 +1,6 @@
 //! Folders to break things in, safetensors to break them with, and the program.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -128,10 +129,15 @@ pub fn read(path: &Path) -> Vec<Stored> {
 }
 
 pub fn write(path: &Path, tensors: &[Stored]) {
+    write_with(path, tensors, None);
+}
+
+/// With notes in the header.
+pub fn write_with(path: &Path, tensors: &[Stored], notes: Option<HashMap<String, String>>) {
     let views = tensors.iter().map(|tensor| {
         (&tensor.name, TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.data).unwrap())
     });
-    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    std::fs::write(path, safetensors::serialize(views, notes).unwrap()).unwrap();
 }
 
 pub fn find<'a>(tensors: &'a [Stored], name: &str) -> &'a Stored {

@@ -2,7 +2,7 @@
 
 use safetensors::Dtype;
 
-use crate::common::{Done, Folder, Stored, program, run, write};
+use crate::common::{Done, Folder, Stored, program, run, write, write_with};
 
 const EXPERT: &str = "model.layers.1.block_sparse_moe.experts.3.w2.weight";
 
@@ -244,6 +244,30 @@ fn inputs_that_are_missing() {
     types.data[0] = 2;
     write(&folder.path("recorded.safetensors"), &tensors);
     fails(&folder, &["`token_types` is 2 in it", "2 blocks"]);
+}
+
+/// A recording is somebody's file like any other.
+#[test]
+fn recordings_that_do_not_fit() {
+    let folder = Folder::of("switch-transformers-tiny");
+    let right = folder.tensors("recorded.safetensors");
+    let cases: [(&str, fn(&mut Stored), &str); 3] = [
+        ("kept", |kept| kept.shape = vec![1, 12], "`kept` is [1, 12], wanted [12, 1]"),
+        ("expert_ids", |ids| ids.shape = vec![1, 12], "`expert_ids` is [1, 12], wanted [12, 1]"),
+        ("y", |y| y.shape.reverse(), "`y` is [20, 12], wanted [12, 20]"),
+    ];
+    for (name, damage, words) in cases {
+        let mut tensors = right.clone();
+        damage(tensors.iter_mut().find(|stored| stored.name == name).unwrap());
+        let notes = std::collections::HashMap::from([("layer".to_string(), "1".to_string())]);
+        write_with(&folder.path("recorded.safetensors"), &tensors, Some(notes));
+        let of = folder.dir().to_str().unwrap();
+        let done = program(&["run", "--recorded", of, "--device", "cpu", "--dtype", "f32"]);
+        check_failure(&done, &[words]);
+    }
+    let empty = Folder::new();
+    let done = program(&["run", "--recorded", empty.dir().to_str().unwrap(), "--device", "cpu"]);
+    check_failure(&done, &["no recorded.safetensors, and no folder with one"]);
 }
 
 #[test]
