@@ -1,6 +1,6 @@
 //! `tune`: variants of grouped_gemm, compiled with other constants, against the one in this binary.
 //!
-//! scripts/tune-variants makes the images. A variant is timed only where its output has the bits of
+//! gpu/tune-variants makes the images. A variant is timed only where its output has the bits of
 //! the built-in kernel, and between two runs of that one (A/B/A), so that a drift of clocks shows as
 //! a difference of the two and not as a gain.
 
@@ -26,7 +26,7 @@ use crate::error::{Error, Result, io};
 use crate::tensor_file::replace;
 use crate::text::{Table, say, seconds};
 
-/// Times variants of grouped_gemm that scripts/tune-variants has compiled, against the built-in one
+/// Times variants of grouped_gemm that gpu/tune-variants has compiled, against the built-in one
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The folder with variants.json and the images
