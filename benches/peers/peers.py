@@ -32,7 +32,7 @@ MOST_SAMPLES = 1000
 class Server:
     """The peers that can run here with one input file."""
 
-    def __init__(self, device, path, cache, tuning_seconds):
+    def __init__(self, device, path, cache, tuning_seconds, only=PEERS):
         import torch
 
         import layer
@@ -46,7 +46,7 @@ class Server:
         self.truth = truth.Truth(on_cpu)
         self.tuning = cache, tuning_seconds
         self.peers, self.unavailable = {}, {}
-        for name in PEERS:
+        for name in only:
             try:
                 self.peers[name] = self.make(name)
             except Exception as error:
@@ -105,19 +105,20 @@ class Server:
     def peer(self, name):
         if not isinstance(name, str) or name not in PEERS:
             raise RequestError(f"there is no peer {name!r}")
-        if name in self.unavailable:
-            raise RequestError(f"{name} is unavailable: {self.unavailable[name]}")
+        if name not in self.peers:
+            why = self.unavailable.get(name, "not among those of --only")
+            raise RequestError(f"{name} is unavailable: {why}")
         return self.peers[name]
 
 
 class Nothing:
     """What serves where torch or safetensors is missing: every peer is unavailable."""
 
-    def __init__(self, why):
-        self.why = why
+    def __init__(self, why, only):
+        self.why, self.only = why, only
 
     def presentation(self):
-        return {"peers": [], "unavailable": [{"name": name, "why": self.why} for name in PEERS]}
+        return {"peers": [], "unavailable": [{"name": name, "why": self.why} for name in self.only]}
 
     def answer(self, line):
         raise RequestError(self.why)
@@ -150,7 +151,17 @@ def main():
         metavar="S",
         help="most time that the Triton peer may search for one shape's best (default: 30)",
     )
+    parser.add_argument(
+        "--only",
+        type=lambda names: names.split(","),
+        default=list(PEERS),
+        metavar="NAMES",
+        help="peers to load, with commas between them (default: all)",
+    )
     arguments = parser.parse_args()
+    unknown = set(arguments.only) - set(PEERS)
+    if unknown:
+        parser.error(f"there is no peer {', '.join(sorted(unknown))}")
 
     # Replies have the stdout that the program was given to themselves: what libraries print goes to
     # stderr, also where they print from C.
@@ -162,9 +173,10 @@ def main():
 
     cache = Path(arguments.cache or Path(arguments.inputs).parent)
     try:
-        server = Server(arguments.device, arguments.inputs, cache, arguments.tuning_seconds)
+        seconds, only = arguments.tuning_seconds, arguments.only
+        server = Server(arguments.device, arguments.inputs, cache, seconds, only)
     except ImportError as error:
-        server = Nothing(str(error))
+        server = Nothing(str(error), arguments.only)
     except Exception as error:
         say({"peers": [], "unavailable": [], "error": brief(error)})
         return 2

@@ -1,0 +1,173 @@
+"""Right or wrong: golden vectors, the test suite, compute-sanitizer, the program's own checks."""
+
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+from steps.runner import FAILED, IMPOSSIBLE, PAYLOAD, STOPPED, Result, extract, tool
+
+# The rules of the house are about sources, which are not here; tensors of gigabytes are a cell of their own.
+LEFT_OUT = ("tidy::", "large::")
+CASES = "4"  # Random cases of each property test, unless `cases=N` or PROPTEST_CASES says otherwise.
+MOST_ALONE = 200  # Failed tests that are tried again, each in a process of its own.
+# A sanitizer's reduced set: every operation on tails and on many experts.
+REDUCED = ["--shapes", "T37H72I56E5K2,T24H136I24E67K6", "--dtypes", "f32,bf16"]
+REDUCED += ["--skews", "uniform", "--seeds", "0"]
+# The least launch that shows whether a sanitizer works here at all.
+PROBE = ["--ops", "permute", "--shapes", "T4H64I64E4K2", "--dtypes", "f32", "--seeds", "0"]
+
+
+def golden(run, task):
+    """Each primitive of the kernels alone, against what the software device made of it."""
+    record = run.folder / "golden.txt"
+    done = run.call(task, "./golden", "cases", "images", record)
+    count = done.find(r"\d+ cases, .*")
+    return Result(done.outcome(), count[0][0] if count else done.last())
+
+
+# ---- The test binary ----------------------------------------------------------------------------
+
+
+def words_of(task):
+    """The words of a test command: how many cases, which tests, which tests not."""
+    cases = os.environ.get("PROPTEST_CASES", CASES)
+    filters = []
+    for word in task.words:
+        if word.startswith("cases="):
+            cases = word.partition("=")[2]
+        else:
+            filters.append(word)
+    left_out = [name for name in LEFT_OUT if name not in filters]
+    return cases, filters + [word for name in left_out for word in ("--skip", name)]
+
+
+def listed(chosen):
+    done = subprocess.run(
+        ["./it", "--list", *chosen], cwd=PAYLOAD, capture_output=True, text=True, check=True
+    )
+    return set(re.findall(r"^(\S+): test$", done.stdout, re.MULTILINE))
+
+
+def binary(run, task, threads, prefix=()):
+    """The test binary, alone or under a tool: how it ended, which tests it reached, which failed."""
+    cases, chosen = words_of(task)
+    names = listed(chosen)
+    done = run.call(
+        task, *prefix, "./it", *chosen, "--test-threads", threads, PROPTEST_CASES=cases
+    )
+    seen = {match[1] for match in done.find(r"^test (\S+) \.\.\.")} & names
+    failed = {match[1] for match in done.find(r"^test (\S+) \.\.\. .*FAILED")}
+    return done, names, seen, failed
+
+
+def counted(names, seen, failed, done):
+    """The line for people of a run of the test binary."""
+    what = f"{len(seen)} of {len(names)} tests"
+    if failed:
+        what += f", failed: {' '.join(sorted(failed))}"
+    if done.status is None:
+        missing = " ".join(sorted(names - seen)) or "none"
+        what += f" in {done.seconds:.0f} s, not reached: {missing}"
+    return what
+
+
+def test(run, task):
+    """Operations against the CPU reference, on every core."""
+    done, names, seen, failed = binary(run, task, os.cpu_count())
+    what = counted(names, seen, failed, done)
+    broken = done.status not in (0, None)
+    # One bad kernel spoils the context of all tests after it: each failure is tried alone as well.
+    suspects = sorted(failed | (names - seen if broken else set()))[:MOST_ALONE]
+    if broken and suspects:
+        verdicts = alone(run, task, suspects)
+        still = [name for name, good in verdicts.items() if good is False]
+        what += f"; {sum(good is True for good in verdicts.values())} of them pass alone"
+        what += f", {len(still)} do not: {' '.join(still)}" if still else ""
+        left = sum(good is None for good in verdicts.values())
+        what += f", {left} not tried alone" if left else ""
+    outcome = FAILED if failed or broken else done.outcome()
+    return Result(outcome, what)
+
+
+def alone(run, task, names):
+    """Whether each of these tests passes in a process of its own; `None` where time was over."""
+
+    def one(name):
+        left = task.left()
+        if left is not None and left < 2:
+            return name, None, ""
+        command = ["./it", "--exact", name]
+        environment = {**os.environ, "MOE_DEVICE": run.device, "PROPTEST_CASES": words_of(task)[0]}
+        try:
+            done = subprocess.run(
+                command,
+                cwd=PAYLOAD,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=left,
+            )
+        except subprocess.TimeoutExpired:
+            return name, None, ""
+        return name, done.returncode == 0, done.stdout
+
+    verdicts = {}
+    pool = ThreadPoolExecutor(min(8, os.cpu_count()))
+    try:
+        with open(run.file(task, "-alone.log"), "w") as log:
+            for name, good, said in pool.map(one, names):
+                verdicts[name] = good
+                log.write(f"# {name}\n{said}\n")
+                log.flush()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return verdicts
+
+
+# ---- compute-sanitizer --------------------------------------------------------------------------
+
+
+def sanitizer_trouble(run, task, sanitizer):
+    """Why compute-sanitizer does not work on this machine at all; empty if it does."""
+    check = ["./moe-kernels", "check", "--device", run.device, *PROBE]
+    probe = run.call(task, sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *check)
+    if probe.status in (0, 9):
+        return ""
+    said = probe.find(r"={5,} +(.*\S)")
+    return said[-1][1] if said else f"exit status {probe.status}"
+
+
+def sanitize(run, task):
+    """A tool of compute-sanitizer on `reduced`, a small check of all operations, or on the tests."""
+    if run.device != "cuda":
+        return Result(IMPOSSIBLE, "compute-sanitizer watches GPUs, this is the software device")
+    sanitizer = tool("compute-sanitizer")
+    if sanitizer is None:
+        return Result(IMPOSSIBLE, "there is no compute-sanitizer")
+    why = run.once("sanitizer", lambda: sanitizer_trouble(run, task, sanitizer))
+    if why:
+        return Result(IMPOSSIBLE, f"compute-sanitizer does not work: {why}")
+    prefix = [sanitizer, "--tool", task.command, "--error-exitcode", "9"]
+    if task.command == "memcheck":
+        prefix += ["--report-api-errors", "no"]  # Some tests ask for what the driver must refuse.
+    if task.words == ["reduced"]:
+        check = ["./moe-kernels", "check", "--device", run.device, *REDUCED]
+        done = run.call(task, *prefix, *check)
+        what, failed = "all operations on small shapes", set()
+    else:
+        done, names, seen, failed = binary(run, task, 1, prefix)
+        what = counted(names, seen, failed, done)
+    found = done.find(r"(ERROR|RACECHECK) SUMMARY: .*")
+    what += f", {found[-1][0]}" if found else ""
+    return Result(FAILED if failed else done.outcome(), what)
+
+
+def program(run, task):
+    """The program itself, such as `check` or `run --recorded fixtures`: exit status 0 is right."""
+    done = run.call(task, "./moe-kernels", *task.words, "--device", run.device)
+    said = [line for line in done.lines if line.strip()]
+    return Result(done.outcome(), said[-1].strip() if said else "")

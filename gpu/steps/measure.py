@@ -1,0 +1,155 @@
+"""How fast: the bench with peers, variants of a kernel, profiles."""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from steps.runner import FAILED, IMPOSSIBLE, OK, PAYLOAD, STOPPED, Result, tool
+
+MEMORY_FOLDER = "/dev/shm"  # Peers get gigabytes of tensors in a file: rather in memory than on a disk.
+MEMORY_BYTES = 16 << 30
+STOPS_EARLY = 15  # Seconds before its end at which a bench begins nothing new.
+
+
+# ---- Bench --------------------------------------------------------------------------------------
+
+
+def torch_trouble():
+    """Why peers cannot run here; empty if they can."""
+    probe = [sys.executable, "-c", "import torch; torch.zeros(1).cuda()"]
+    asked = subprocess.run(probe, capture_output=True, text=True)
+    if not asked.returncode:
+        return ""
+    return (asked.stderr.strip().splitlines() or ["torch does not load"])[-1]
+
+
+def peer_options(run, against, tuning_seconds):
+    """The bench's options for peers, or why there are none."""
+    if run.device != "cuda":
+        return None, "peers have no software device"
+    if not (PAYLOAD / "peers/peers.py").is_file():
+        return None, "peers are not in this bundle"
+    why = run.once("torch", torch_trouble)
+    if why:
+        return None, f"peers: {why}"
+    # What a search for the best configuration has found serves later runs too.
+    cache = os.path.relpath(run.folder / "peers-cache", PAYLOAD)
+    program = f"{sys.executable} peers/peers.py --cache {cache} --tuning-seconds {tuning_seconds:g}"
+    return ["--peers", program + ("" if against == "all" else f" --only {against}")], None
+
+
+def bench(run, task):
+    """Times, floors and, `--against` them, peers."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--against")
+    parser.add_argument("--tuning-seconds", type=float, default=30)
+    options, words = parser.parse_known_args(task.words)
+    folder = run.folder / task.path
+    command = ["./moe-kernels", "bench", "--device", run.device, "--output", folder, *words]
+    environment = {}
+    if options.against:
+        peers, why = peer_options(run, options.against, options.tuning_seconds)
+        if why:
+            return Result(IMPOSSIBLE, why)
+        command += peers
+        if os.path.isdir(MEMORY_FOLDER) and shutil.disk_usage(MEMORY_FOLDER).free > MEMORY_BYTES:
+            environment["TMPDIR"] = MEMORY_FOLDER
+    left = task.left()
+    if left is not None:
+        command += ["--time-limit", f"{max(left - STOPS_EARLY, 0.6 * left):.0f}"]
+    done = run.call(task, *command, **environment)
+    record = read_bench(folder)
+    rows = f"{len(record['rows'])} rows" if record else "no rows"
+    if done.status:
+        return Result(FAILED, f"{rows}, {done.last()}")
+    if done.status is None or not (record and record["complete"]):
+        return Result(STOPPED, f"{rows}, not all")
+    return Result(OK, rows)
+
+
+def read_bench(folder):
+    file = folder / "bench.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+# ---- Variants -----------------------------------------------------------------------------------
+
+
+def tune(run, task):
+    """Variants of grouped_gemm, compiled by this machine's nvcc."""
+    if run.device != "cuda":
+        return Result(IMPOSSIBLE, "the software device has no variants to time")
+    nvcc = tool("nvcc")
+    if nvcc is None:
+        return Result(IMPOSSIBLE, "there is no nvcc to compile variants with")
+    architecture = run.results["device"]["capability"].replace(".", "")
+    words = ["variants", "--architectures", architecture, "--nvcc", nvcc]
+    done = run.call(task, "./tune-variants", *words)
+    if done.status is None:
+        return Result(STOPPED, f"the variants were not compiled in {done.seconds:.0f} s")
+    if done.status:
+        return Result(FAILED, done.last())
+    command = ["./moe-kernels", "tune", "--variants", "variants"]
+    command += ["--output", run.folder / task.path, *task.words]
+    left = task.left()
+    if left is not None:
+        command += ["--time-limit", f"{0.8 * left:.0f}"]
+    done = run.call(task, *command)
+    return Result(done.outcome(), done.last())
+
+
+# ---- Profiles -----------------------------------------------------------------------------------
+
+# What ncu may say of a kernel, as far as the GPU at hand has it.
+METRICS = re.compile(
+    r"gpu__time_duration\.sum"
+    r"|dram__bytes_(read|write)\.sum|dram__throughput\.avg\.pct.*elapsed"
+    r"|lts__t_sector_hit_rate\.pct"
+    r"|sm__(inst_executed_)?pipe_tensor.*pct.*"
+    r"|l1tex__data_bank_conflicts_pipe_lsu.*\.sum"
+    r"|launch__(registers_per_thread|occupancy_limit_.*|waves_per_multiprocessor)"
+    r"|sm__warps_active\.avg\.pct.*|sm__maximum_warps_.*|smsp__issue_active\.avg\.pct"
+)
+PROFILED = ["--model", "qwen3-30b-a3b", "--tokens", "512", "--op", "layer"]
+
+
+def profile(run, task):
+    """Kernels under ncu: `REGEX` of their names, then the bench that launches them."""
+    if run.device != "cuda":
+        return Result(IMPOSSIBLE, "ncu reads the counters of GPUs, this is the software device")
+    ncu = tool("ncu")
+    if ncu is None:
+        return Result(IMPOSSIBLE, "there is no ncu")
+    kernels, *words = task.words or ["moe_"]
+    report = PAYLOAD / "profiled.ncu-rep"
+    report.unlink(missing_ok=True)
+    # The first launches load and warm up. Clocks are the machine owner's.
+    choose = ["--kernel-name", f"regex:{kernels}", "--launch-skip", 20, "--launch-count", 10]
+    how = ["--set", "full", "--clock-control", "none", "--force-overwrite", "--export", report]
+    target = ["./moe-kernels", "bench", "--device", run.device, *(words or PROFILED)]
+    done = run.call(task, ncu, *choose, *how, *target, "--output", PAYLOAD / "profiled")
+    if not report.is_file():
+        refused = done.find(r"==ERROR== (.*)")
+        if refused:
+            return Result(IMPOSSIBLE, f"ncu: {refused[0][1]}")
+        return Result(STOPPED if done.status is None else FAILED, done.last())
+
+    def page(*words):
+        shown = subprocess.run([ncu, "--import", report, *words], capture_output=True, text=True)
+        return shown.stdout
+
+    run.file(task, ".txt").write_text(page("--page", "details"))
+    launches = list(csv.DictReader(page("--page", "raw", "--csv").splitlines()))
+    columns = launches[0] if launches else {}
+    chosen = [c for c in columns if c == "Kernel Name" or METRICS.fullmatch(c)]
+    with open(run.file(task, ".csv"), "w", newline="") as file:
+        table = csv.DictWriter(file, chosen, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(launches)  # The first of them is the units.
+    report.unlink()
+    return Result(OK, f"{max(len(launches) - 1, 0)} launches, {len(chosen)} metrics")

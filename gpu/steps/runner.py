@@ -1,0 +1,279 @@
+"""A run: the device, the results folder, and calls of programs that end when their time is over."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent  # The bundle.
+PAYLOAD = HERE / "payload"  # Its programs and data, unpacked.
+RESULTS = HERE / "results"
+OK, FAILED, STOPPED, IMPOSSIBLE = "ok", "FAILED", "stopped", "not possible here"
+RUNNING = "running"  # Stands in the results only while it is true, or where a run was killed.
+NOT_REACHED = "not reached"
+# Where toolkits put programs that are not on PATH.
+TOOL_FOLDERS = ["/usr/local/cuda/bin", "/opt/nvidia/nsight-compute"]
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # What asks this program to end.
+GRACE = 5  # Seconds between asking a program to stop and ending it.
+
+# How a task ended: one of the words above, and a line for people.
+Result = namedtuple("Result", "outcome what")
+
+
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def tool(name):
+    """The path of a program of the CUDA toolkit, or `None`."""
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(TOOL_FOLDERS))
+
+
+def replace(file, text):
+    """Writes a file so that it is never seen half written."""
+    half = file.with_name(file.name + ".half")
+    half.write_text(text)
+    half.replace(file)
+
+
+class Task:
+    """A command with its words, the time at which it has to end, and where its results go.
+
+    `group` is "steps" or "cells". A second attempt has files of its own beside those of the first.
+    """
+
+    def __init__(self, group, name, command, words=(), end=None, attempt=1):
+        self.group, self.name, self.command, self.words = group, name, command, list(words)
+        self.end, self.attempt = end, attempt
+        folder = "cells/" if group == "cells" else ""
+        self.path = folder + name + (f"-{attempt}" if attempt > 1 else "")
+        self.calls = 0
+
+    def left(self):
+        """Seconds until it has to end; `None` without a limit."""
+        return None if self.end is None else max(0.5, self.end - time.monotonic())
+
+
+class Done:
+    """A program's exit status, `None` where its time was over, and its lines."""
+
+    def __init__(self, status, lines, seconds):
+        self.status, self.lines, self.seconds = status, lines, seconds
+
+    def find(self, pattern):
+        matches = (re.search(pattern, line) for line in self.lines)
+        return [match for match in matches if match]
+
+    def last(self):
+        return self.lines[-1] if self.lines else ""
+
+    def outcome(self):
+        return {0: OK, None: STOPPED}.get(self.status, FAILED)
+
+
+class Run:
+    """One call of `run`: on which device, until when, and all that is known of the device so far."""
+
+    def __init__(self, device, output, limit=None):
+        self.device, self.output, self.failed = device, output, False
+        self.start = time.monotonic()
+        self.end = None if limit is None else self.start + limit
+        self.known = {}
+
+    def open(self):
+        """Finds the device, and what is known of it at this commit."""
+        self.commit = (PAYLOAD / "commit").read_text().strip()
+        restore(HERE / "results.tar.gz")
+        about = self.describe()
+        words = f"{about['name']} cuda {about['driver']}".lower()
+        key = f"{short(self.commit)}-{re.sub(r'[^a-z0-9.]+', '-', words).strip('-')}"
+        self.folder = RESULTS / key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "results.json"
+        if file.is_file():
+            self.results = json.loads(file.read_text())
+        else:
+            head = {"format": 2, "commit": self.commit, "device": about}
+            head |= {"machine": f"{platform.platform()}, {os.cpu_count()} threads"}
+            self.results = {**head, "started": now(), "date": now(), "steps": {}, "cells": {}}
+
+    def describe(self):
+        """The device as the program sees it; without one there is nothing to run."""
+        asked = subprocess.run(
+            [PAYLOAD / "moe-kernels", "info", "--device", self.device],
+            capture_output=True,
+            text=True,
+        )
+        if asked.returncode:
+            why = asked.stderr.strip()
+            sys.exit(f"{why}\nMOE_DEVICE=emulator tries this bundle without a GPU.")
+        text = asked.stdout.split(maxsplit=1)[1].strip()
+        match = re.match(r"(.*), compute capability ([\d.]+), .* driver for CUDA ([\d.]+)", text)
+        name, capability, driver = match.groups()
+        return {"kind": self.device, "name": name, "capability": capability, "driver": driver}
+
+    def reserve(self):
+        """Seconds that ending a program and writing the last results take."""
+        return min(2 * GRACE, 0.05 * (self.end - self.start))
+
+    def left(self):
+        """Seconds of the whole run; `None` without a limit."""
+        return None if self.end is None else self.end - self.reserve() - time.monotonic()
+
+    def once(self, name, ask):
+        """The answer to a question that is asked of a machine once."""
+        if name not in self.known:
+            self.known[name] = ask()
+        return self.known[name]
+
+    # ---- Programs ----
+
+    def call(self, task, *command, limit=None, **environment):
+        """Runs a program, showing its output and keeping it in the task's log line by line."""
+        begin = time.monotonic()
+        limit = task.left() if limit is None else limit
+        log_file = self.file(task, ".log")
+        with open(log_file, "a" if task.calls else "w") as log:
+            task.calls += 1
+            words = " ".join(map(str, command))
+            log.write(f"# {now()}, {self.commit}, {self.device}: {words}\n")
+            log.flush()
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=PAYLOAD,
+                env={**os.environ, "MOE_DEVICE": self.device, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # So that its own children end with it.
+            )
+            lines = []
+            reader = threading.Thread(
+                target=copy_lines, args=(process.stdout, lines, log), daemon=True
+            )
+            reader.start()
+            try:
+                in_time = ended(process, limit)
+                if not in_time:
+                    kill(process, signal.SIGTERM)
+                    ended(process, GRACE)
+            finally:
+                kill(process, signal.SIGKILL)
+            # A program that hangs in the driver outlives even that; the run goes on without it.
+            ended(process, GRACE)
+            reader.join(GRACE)
+        status = process.returncode if in_time else None
+        return Done(status, lines, time.monotonic() - begin)
+
+    def file(self, task, ending):
+        """A file of a task beside its log, such as `cells/NAME.txt`."""
+        file = self.folder / (task.path + ending)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
+    # ---- Results ----
+
+    def perform(self, task, function):
+        """Runs a task and notes how it ended, whatever happens."""
+        begin = time.monotonic()
+        try:
+            self.note(task, Result(RUNNING, "the run was broken off here, unless it still runs"))
+            result = function(self, task)
+        except KeyboardInterrupt:
+            for name in ENDING:
+                signal.signal(name, signal.SIG_IGN)  # One of them is enough.
+            self.note(task, Result(STOPPED, "interrupted"), time.monotonic() - begin)
+            raise
+        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+            result = Result(FAILED, f"{type(error).__name__}: {error}")
+        self.failed |= result.outcome == FAILED
+        self.note(task, result, time.monotonic() - begin)
+        print(f"== {task.name}: {result.outcome}: {result.what}", flush=True)
+        return result
+
+    def note(self, task, result, seconds=None):
+        """Writes all results anew and packs them: what comes next may take the machine down."""
+        self.results["date"] = now()
+        self.results[task.group][task.name] = {
+            "outcome": result.outcome,
+            "what": result.what,
+            "seconds": None if seconds is None else round(seconds, 1),
+            "date": now(),
+            "command": " ".join([task.command, *task.words]),
+            "attempts": task.attempt,
+            "log": f"{task.path}.log" if task.calls else None,
+        }
+        self.write()
+
+    def write(self):
+        from steps.page import page
+
+        replace(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
+        text = page(self.results, self.folder)
+        replace(self.folder / "summary.md", text)
+        self.output.mkdir(parents=True, exist_ok=True)
+        replace(self.output / "summary.md", text)
+        archive = self.output / "results.tar.gz"
+        half = archive.with_name("results.tar.gz.half")
+        with tarfile.open(half, "w:gz", compresslevel=6) as file:
+            file.add(RESULTS, "results")
+        half.replace(archive)
+
+
+def short(commit):
+    """The first digits of a commit, which still say that a tree had changes."""
+    return commit[:9] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+def restore(archive):
+    """Earlier results that came as an archive are as good as the folder."""
+    if not RESULTS.exists() and archive.is_file():
+        with tarfile.open(archive) as file:
+            extract(file, HERE)
+
+
+def extract(archive, folder):
+    """Unpacks without leaving the folder; Python before 3.12 may not have that check."""
+    safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    archive.extractall(folder, **safe)
+
+
+def copy_lines(stream, lines, log):
+    """Every line as it comes: to the list, the terminal and the log."""
+    for line in stream:
+        lines.append(line.rstrip("\n"))
+        for target in (sys.stdout, log):
+            try:
+                target.write(lines[-1] + "\n")  # The last line may have no end.
+                target.flush()
+            except (OSError, ValueError):  # A closed terminal or a log that is complete.
+                pass
+
+
+def ended(process, limit):
+    """Waits for a program, and says whether it ended in time."""
+    try:
+        process.wait(limit)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def kill(process, with_signal):
+    """Signals a program and its children."""
+    try:
+        os.killpg(process.pid, with_signal)
+    except (ProcessLookupError, PermissionError):
+        pass
