@@ -22,6 +22,17 @@ fn files(directory: &Path, endings: &[&str]) -> Vec<PathBuf> {
     found
 }
 
+/// One file that includes the sources of a directory. Most of the time that a small source takes goes
+/// to the headers of the standard library, and to its templates.
+fn joined(directory: &Path, out: &Path) -> PathBuf {
+    let include = |file: &PathBuf| format!("#include \"{}\"\n", file.display());
+    let text: String = files(directory, &["cpp"]).iter().map(include).collect();
+    let name = directory.file_name().and_then(OsStr::to_str).expect("a directory's name");
+    let joined = out.join(format!("{name}.cpp"));
+    fs::write(&joined, text).expect("the build's directory takes files");
+    joined
+}
+
 fn main() {
     let emulator = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
@@ -57,7 +68,7 @@ fn main() {
         build.flag("-g1"); // Four times the size: for debuggers, not for what is carried elsewhere.
     }
     let mut sources = build.clone();
-    sources.files(files(&simt, &["cpp"])).files(files(&driver, &["cpp"]));
+    sources.file(joined(&simt, &out)).file(joined(&driver, &out));
     let mut device_sources = build.clone();
     // The compiler does not know the ending.
     device_sources.flag("-xc++");
@@ -79,7 +90,7 @@ fn main() {
     }
     device_sources.flag("-fno-tree-loop-distribute-patterns");
     device_sources.out_dir(out.join("counting"));
-    build.include(&counting).files(files(&counting, &["cpp"]));
+    build.include(&counting).file(joined(&counting, &out));
     let counters = build.compile_intermediates();
     let counting = [&runtime[..], &counters, &device_sources.compile_intermediates()].concat();
     // Without symbols: debuggers have the plain library.
