@@ -1,6 +1,6 @@
 //! Compiles the SIMT runtime, the driver API and every kernel as C++ and links them into the two
-//! shared libraries that src/lib.rs embeds: the plain one, and one whose kernels count what they
-//! access.
+//! shared libraries that src/lib.rs embeds: the plain one, and with the feature `counting` one whose
+//! kernels count what they access.
 
 use std::env;
 use std::ffi::OsStr;
@@ -81,6 +81,9 @@ fn main() {
     let runtime = sources.compile_intermediates();
     let plain = [&runtime[..], &device_sources.compile_intermediates()].concat();
     link(&build, &plain, &[], &out.join("libcuda.so"));
+    if env::var_os("CARGO_FEATURE_COUNTING").is_none() {
+        return;
+    }
 
     // The compiler announces each access of a kernel to what counting/accesses.cpp has in the place
     // of ThreadSanitizer. The passes that would split, join or invent accesses stay out.
