@@ -1,6 +1,6 @@
 //! Compiles the SIMT runtime, the driver API and every kernel as C++ and links them into the two
-//! shared libraries that src/lib.rs embeds: the plain one, and one whose kernels count what they
-//! access.
+//! shared libraries that src/lib.rs embeds: the plain one, and with the feature `counting` one whose
+//! kernels count what they access.
 
 use std::env;
 use std::ffi::OsStr;
@@ -20,6 +20,17 @@ fn files(directory: &Path, endings: &[&str]) -> Vec<PathBuf> {
         .collect();
     found.sort();
     found
+}
+
+/// One file that includes the sources of a directory. Most of the time that a small source takes goes
+/// to the headers of the standard library, and to its templates.
+fn joined(directory: &Path, out: &Path) -> PathBuf {
+    let include = |file: &PathBuf| format!("#include \"{}\"\n", file.display());
+    let text: String = files(directory, &["cpp"]).iter().map(include).collect();
+    let name = directory.file_name().and_then(OsStr::to_str).expect("a directory's name");
+    let joined = out.join(format!("{name}.cpp"));
+    fs::write(&joined, text).expect("the build's directory takes files");
+    joined
 }
 
 fn main() {
@@ -57,7 +68,7 @@ fn main() {
         build.flag("-g1"); // Four times the size: for debuggers, not for what is carried elsewhere.
     }
     let mut sources = build.clone();
-    sources.files(files(&simt, &["cpp"])).files(files(&driver, &["cpp"]));
+    sources.file(joined(&simt, &out)).file(joined(&driver, &out));
     let mut device_sources = build.clone();
     // The compiler does not know the ending.
     device_sources.flag("-xc++");
@@ -70,6 +81,9 @@ fn main() {
     let runtime = sources.compile_intermediates();
     let plain = [&runtime[..], &device_sources.compile_intermediates()].concat();
     link(&build, &plain, &[], &out.join("libcuda.so"));
+    if env::var_os("CARGO_FEATURE_COUNTING").is_none() {
+        return;
+    }
 
     // The compiler announces each access of a kernel to what counting/accesses.cpp has in the place
     // of ThreadSanitizer. The passes that would split, join or invent accesses stay out.
@@ -79,7 +93,7 @@ fn main() {
     }
     device_sources.flag("-fno-tree-loop-distribute-patterns");
     device_sources.out_dir(out.join("counting"));
-    build.include(&counting).files(files(&counting, &["cpp"]));
+    build.include(&counting).file(joined(&counting, &out));
     let counters = build.compile_intermediates();
     let counting = [&runtime[..], &counters, &device_sources.compile_intermediates()].concat();
     // Without symbols: debuggers have the plain library.

@@ -80,28 +80,28 @@ impl Ceilings {
         let mut c = vec![0f32; side * side];
         let dense = best(|| {
             let stride = side as isize;
-            // SAFETY: all three are square matrices of this side, row by row, and c is no other's.
+            // SAFETY: all three are square matrices of this side, and c is borrowed mutably.
             unsafe {
-                gemm::gemm(
+                gemm_f32::gemm::f32::get_gemm_fn()(
                     side,
                     side,
                     side,
                     c.as_mut_ptr(),
-                    1,
                     stride,
+                    1,
                     false,
                     a.as_ptr(),
-                    1,
                     stride,
+                    1,
                     b.as_ptr(),
-                    1,
                     stride,
+                    1,
                     0.0,
                     1.0,
                     false,
                     false,
                     false,
-                    gemm::Parallelism::Rayon(0),
+                    gemm_common::Parallelism::Rayon(0),
                 );
             }
             std::hint::black_box(&c);

@@ -182,7 +182,12 @@ fn install_emulator() -> std::result::Result<(), String> {
 
 #[cfg(feature = "emulator")]
 fn install_counting_emulator() -> std::result::Result<(), String> {
-    moe_emulator::install_counting().map_err(|error| error.to_string())
+    moe_emulator::install_counting().map_err(|error| match error {
+        moe_emulator::InstallError::CountingNotBuilt => {
+            "this binary does not count: `cargo moe bench` builds one that does (feature `counting`)".into()
+        }
+        error => error.to_string(),
+    })
 }
 
 #[cfg(not(feature = "emulator"))]

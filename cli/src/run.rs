@@ -56,6 +56,9 @@ pub struct Arguments {
     no_heading: bool,
 }
 
+/// The end of a comparison of the bundled checkpoints.
+const NEXT: &str = "\nA layer of your own checkpoint: cargo moe run --checkpoint DIR --layer 3 --input x.safetensors --output y.safetensors\n";
+
 /// `Ok(false)` if a device is further from the recording than it may be.
 pub fn run(arguments: &Arguments) -> Result<bool> {
     if let Arguments {
@@ -82,10 +85,14 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
         ));
         say(heading());
     }
-    match arguments.device {
-        Some(choice) => compare_here(arguments.recorded.as_deref(), choice.place(), &dtypes),
-        None => compare_everywhere(arguments.recorded.as_deref(), arguments.dtype),
+    let good = match arguments.device {
+        Some(choice) => compare_here(arguments.recorded.as_deref(), choice.place(), &dtypes)?,
+        None => compare_everywhere(arguments.recorded.as_deref(), arguments.dtype)?,
+    };
+    if good && arguments.recorded.is_none() && !arguments.no_heading {
+        say(NEXT);
     }
+    Ok(good)
 }
 
 fn run_checkpoint(

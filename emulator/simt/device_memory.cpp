@@ -15,8 +15,7 @@
 
 namespace simt {
 
-static constexpr size_t PAGE = 4096, ALIGN = 256;
-static constexpr unsigned char CANARY = 0xfd;
+static constexpr size_t ALIGN = 256;
 // Larger allocations are mapped onto copies of one poisoned file, so that several GiB cost memory
 // only where they are written.
 static constexpr size_t POISON_FILE = 16 << 20;

@@ -4,8 +4,6 @@
 
 namespace simt {
 
-static constexpr uint32_t WHOLE_WARP = 0xffffffffu;
-
 // ---- ldmatrix and stmatrix ----
 // Lane l holds in register i the elements (l/4, 2(l%4)) and (l/4, 2(l%4)+1) of matrix i, or those
 // of its transpose. Lanes 8i to 8i+7 bring the rows of matrix i.

@@ -6,7 +6,6 @@
 
 namespace simt {
 
-static constexpr unsigned char CANARY = 0xfd;
 static constexpr uint32_t RED_ZONE = 64;
 
 static void add_red_zone(Block* block, uint32_t begin, uint32_t end, const char* after) {

@@ -17,6 +17,11 @@
 
 namespace simt {
 
+// The sources of simt/ are compiled as one file, so that constants of several of them are here.
+constexpr size_t PAGE = 4096;
+constexpr unsigned char CANARY = 0xfd;
+constexpr uint32_t WHOLE_WARP = 0xffffffffu;
+
 struct Block;
 struct Cluster;
 struct Fiber;

@@ -5,7 +5,7 @@
 
 namespace simt {
 
-static constexpr uint32_t WHOLE_WARP = 0xffffffffu, ALL_WARPS = 0xf;
+static constexpr uint32_t ALL_WARPS = 0xf;
 
 // ---- Matrix descriptors ----
 

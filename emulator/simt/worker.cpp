@@ -7,7 +7,6 @@
 
 namespace simt {
 
-static constexpr size_t PAGE = 4096;
 #if defined(SIMT_ASAN) || defined(SIMT_TSAN)
 static constexpr size_t STACK_BYTES = 256 << 10;
 #else

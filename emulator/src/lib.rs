@@ -19,7 +19,7 @@
 //! says nothing about speed.
 //!
 //! A second variant of it, [`install_counting`], runs the same kernels more slowly and counts what
-//! they read and write: see [`Traffic`].
+//! they read and write: see [`Traffic`]. It needs the feature `counting`.
 //!
 //! Streams that tests create share nothing, and their work runs on the thread that waits for it, in
 //! parallel with other threads'. The default stream is one queue for the whole process: tests that
@@ -64,7 +64,10 @@ pub use traffic::{
 };
 
 static PLAIN_LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcuda.so"));
+#[cfg(feature = "counting")]
 static COUNTING_LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcuda_counting.so"));
+#[cfg(not(feature = "counting"))]
+static COUNTING_LIBRARY: &[u8] = &[];
 
 /// Why the software device could not be installed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +76,8 @@ pub enum InstallError {
     /// Another CUDA driver was opened in this process before: of this name, or the other variant of
     /// the software device.
     DriverAlreadyLoaded(&'static str),
+    /// [`install_counting`] in a build without the feature `counting`.
+    CountingNotBuilt,
     /// The library could not be written to memory.
     Memory(String),
     /// The library could not be loaded.
@@ -85,6 +90,9 @@ impl fmt::Display for InstallError {
             Self::DriverAlreadyLoaded(name) => write!(
                 f,
                 "the software CUDA device must be installed before a driver is used, but {name} is loaded already"
+            ),
+            Self::CountingNotBuilt => f.write_str(
+                "the software CUDA device that counts is not in this build: it needs the feature `counting`",
             ),
             Self::Memory(why) => {
                 write!(f, "the software CUDA device could not be written to memory: {why}")
@@ -183,6 +191,9 @@ pub fn install() -> Result<(), InstallError> {
 fn install_variant(variant: Variant) -> Result<(), InstallError> {
     static INSTALLING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = INSTALLING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if variant == Variant::Counting && !cfg!(feature = "counting") {
+        return Err(InstallError::CountingNotBuilt);
+    }
     match CONTROL.get() {
         Some((installed, _)) if *installed == variant => return Ok(()),
         Some((Variant::Plain, _)) => {

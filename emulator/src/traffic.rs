@@ -170,8 +170,8 @@ fn ratio(part: u64, whole: u64) -> f64 {
 /// them more slowly and is otherwise the same. One process has one of the two.
 ///
 /// # Errors
-/// Fails if a CUDA driver is loaded already, the plain software device among them, or if the library
-/// cannot be loaded.
+/// Fails if a CUDA driver is loaded already, the plain software device among them, if the library
+/// cannot be loaded, or in a build without the feature `counting`.
 pub fn install_counting() -> Result<(), InstallError> {
     install_variant(Variant::Counting)
 }

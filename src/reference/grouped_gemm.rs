@@ -7,11 +7,10 @@
 //! of the GEMM crate. Blocks depend on the shape alone and each output element belongs to one of
 //! them, so results do not depend on the number of threads.
 
-use rayon::prelude::*;
-
 use super::accum::{Accum, Element, widened};
 use super::activation::activate;
 use super::expert_weights::{GateUpWeights, LinearWeights, Part, Place, weights_of_rows};
+use super::parallel::{Scratch, for_each};
 use super::plan::Plan;
 use crate::config::{ExpertConfig, WeightPosition};
 use crate::dtype::Dtype;
@@ -122,12 +121,6 @@ struct Block<'a, A> {
     y: &'a mut [A],
 }
 
-/// Memory that one thread uses again and again.
-struct Scratch<A> {
-    weights: Vec<A>,
-    products: Vec<A>,
-}
-
 impl<X> Operands<'_, X> {
     /// `y[r, j] = epilogue` of the products of row `r` with feature `j` of each part.
     fn multiply<A: Accum, D: Dtype, const PARTS: usize>(
@@ -141,9 +134,9 @@ impl<X> Operands<'_, X> {
     {
         self.check(width)?;
         let mut y = vec![A::ZERO; product(self.op, "rows * width", self.plan.rows(), width)?];
-        self.blocks(width, &mut y)
-            .into_par_iter()
-            .try_for_each(|block| self.multiply_block(block, &parts, width, &epilogue))?;
+        for_each(self.blocks(width, &mut y), |block| {
+            self.multiply_block(block, &parts, width, &epilogue)
+        })?;
         Ok(y)
     }
 
@@ -211,18 +204,16 @@ impl<X> Operands<'_, X> {
             }
         }
 
-        let scratch = || Scratch { weights: Vec::new(), products: Vec::new() };
-        panels
-            .into_par_iter()
-            .enumerate()
-            .map_init(scratch, |scratch, (panel, pieces)| {
+        let scratch = Scratch::<(Vec<A>, Vec<A>)>::new();
+        for_each(panels.into_iter().enumerate(), |(panel, pieces)| {
+            scratch.with(|(weights, products)| {
                 let first = panel * columns;
                 let columns = columns.min(width - first);
                 let tile = num_rows * columns;
-                scratch.products.resize(PARTS * tile, A::ZERO);
-                for (part, products) in parts.iter().zip(scratch.products.chunks_mut(tile)) {
+                products.resize(PARTS * tile, A::ZERO);
+                for (part, products) in parts.iter().zip(products.chunks_mut(tile)) {
                     let features = first..first + columns;
-                    let w = part.panel(expert, features, k, self.values, &mut scratch.weights);
+                    let w = part.panel(expert, features, k, self.values, weights);
                     // Weights times `x`, hence [columns, rows]: the crate is faster at it that way
                     // round.
                     matmul_transposed([columns, num_rows, k], w, x, products)?;
@@ -230,13 +221,13 @@ impl<X> Operands<'_, X> {
                 for (row, piece) in pieces.into_iter().enumerate() {
                     for (column, y) in piece.iter_mut().enumerate() {
                         let place = Place { expert, row: first_row + row, column: first + column };
-                        let at = |part| scratch.products[part * tile + column * num_rows + row];
+                        let at = |part| products[part * tile + column * num_rows + row];
                         *y = epilogue(place, std::array::from_fn(at));
                     }
                 }
                 Ok(())
             })
-            .collect()
+        })
     }
 
     /// Rows `first..first + count` of `x`.

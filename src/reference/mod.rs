@@ -19,6 +19,7 @@ mod grouped_gemm;
 mod jitter;
 mod layer;
 mod noise;
+mod parallel;
 mod permute;
 mod plan;
 mod project;

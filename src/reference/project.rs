@@ -1,8 +1,7 @@
 //! The router's product: `logits[t, e] = sum over h of x[t, h] * gate[e, h] + bias[e]`.
 
-use rayon::prelude::*;
-
 use super::accum::{Accum, Element, widened};
+use super::parallel::for_each;
 use crate::error::{Error, Result, check_len, product, width};
 use crate::matmul::matmul_transposed;
 use crate::shape::MAX_EXPERTS;
@@ -45,8 +44,8 @@ pub fn project_fwd<A: Accum>(
     let mut buffer = Vec::new();
     let gate = widened::<A, _>(gate, &mut buffer);
     let mut logits = vec![A::ZERO; x.len() / hidden * num_experts];
-    let blocks = x.par_chunks(BLOCK_ROWS * hidden);
-    blocks.zip(logits.par_chunks_mut(BLOCK_ROWS * num_experts)).try_for_each(|(x, logits)| {
+    let blocks = x.chunks(BLOCK_ROWS * hidden);
+    for_each(blocks.zip(logits.chunks_mut(BLOCK_ROWS * num_experts)), |(x, logits)| {
         let mut buffer = Vec::new();
         let x = widened::<A, _>(x, &mut buffer);
         matmul_transposed([x.len() / hidden, num_experts, hidden], x, gate, logits)?;

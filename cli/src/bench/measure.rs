@@ -46,7 +46,7 @@ impl Bench<'_> {
         CudaBlas: Gemm<D>,
     {
         let request = self.request;
-        if self.place != Place::Emulator && !request.is_over() {
+        if self.place != Place::Emulator && request.ceilings && !request.is_over() {
             self.progress.say("ceilings".into());
             self.ceilings = Ceilings::measure(self.target, D::DTYPE)?;
         }

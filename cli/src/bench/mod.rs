@@ -65,6 +65,10 @@ pub struct Arguments {
     #[arg(long, value_name = "PROGRAM")]
     peers: Vec<String>,
 
+    /// Leaves out bandwidth and the rate of dense products, and with them what times are compared with
+    #[arg(long)]
+    no_ceilings: bool,
+
     /// Start nothing new after so many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     time_limit: Option<Duration>,
@@ -135,6 +139,7 @@ struct Request {
     routings: Vec<Routing>,
     dtype: DType,
     peers: Vec<String>,
+    ceilings: bool,
     deadline: Option<Instant>,
 }
 
@@ -162,6 +167,7 @@ impl Request {
             routings: arguments.routing.iter().map(|spread| spread.routing()).collect(),
             dtype: arguments.dtype,
             peers: arguments.peers.clone(),
+            ceilings: !arguments.no_ceilings,
             deadline: arguments.time_limit.and_then(|limit| Instant::now().checked_add(limit)),
         }
     }

@@ -141,7 +141,8 @@ done
 
 /// One layer beside a peer.
 fn beside(folder: &Folder, peer: &str) -> (Done, Value) {
-    bench(folder, &["--device", "cpu", "--tokens", "2", "--op", "layer", "--peers", peer])
+    let layer = ["--device", "cpu", "--tokens", "2", "--op", "layer", "--no-ceilings"];
+    bench(folder, &[&layer[..], &["--peers", peer]].concat())
 }
 
 #[test]
@@ -156,6 +157,9 @@ fn peers_are_checked_and_timed_between_ours() {
         (ours["by"].as_str(), ours["relative_error"].as_f64()),
         (Some("moe-kernels"), Some(1e-7))
     );
+    // The ceilings were left out, and the floor that follows from them.
+    assert!(record["ceilings"]["copy_bytes_per_second"].is_null(), "{record}");
+    assert!(ours["floor_seconds"].is_null() && ours["seconds"]["median"].is_f64(), "{ours}");
     assert_eq!(
         (absent["by"].as_str(), absent["note"].as_str()),
         (Some("absent"), Some("there is none"))

@@ -26,6 +26,33 @@ fn without_arguments_every_device_is_compared() {
     }
 }
 
+/// The line that the comparison ends with names a command that the program accepts.
+#[test]
+fn the_comparison_ends_with_the_next_command() {
+    let Done { status, stdout, .. } = program(&["run", "--device", "cpu", "--dtype", "f32"]);
+    assert_eq!(status, Some(0), "{stdout}");
+    let last = stdout.lines().last().unwrap();
+    let (words, command) = last.split_once(": cargo moe ").unwrap_or_else(|| panic!("{stdout}"));
+    assert_eq!(words, "A layer of your own checkpoint");
+    assert_eq!(stdout.matches("cargo moe").count(), 1, "{stdout}");
+
+    let folder = Folder::of("mixtral-tiny");
+    let command = command.replace("DIR", folder.dir().to_str().unwrap());
+    let command = command.replace("--layer 3", "--layer 1");
+    let command = command.replace("x.saf", folder.path("recorded.saf").to_str().unwrap());
+    let command = command.replace("y.saf", folder.path("y.saf").to_str().unwrap());
+    let arguments: Vec<&str> = command.split(' ').chain(["--device", "cpu"]).collect();
+    let done = program(&arguments);
+    assert_eq!(done.status, Some(0), "{done:?}");
+    assert!(folder.names().contains(&"y.safetensors".into()), "{:?}", folder.names());
+
+    // A folder of recordings is the user's own already.
+    let recorded = folder.dir().to_str().unwrap();
+    let Done { status, stdout, .. } = program(&["run", "--recorded", recorded, "--device", "cpu"]);
+    assert_eq!(status, Some(0), "{stdout}");
+    assert!(!stdout.contains("cargo moe"), "{stdout}");
+}
+
 #[test]
 fn one_device_and_one_type() {
     let Done { status, stdout, .. } = program(&["run", "--device", "cpu", "--dtype", "f16"]);
