@@ -56,8 +56,8 @@ __device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin,
 
 extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS)
 moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
-                        int* kept,                  // [sequences, E] out, in and out if later
-                        int* dropped,               // [sequences, E] out, in and out if later
+                        uint32_t* kept,             // [sequences, E] out, in and out if later
+                        uint32_t* dropped,          // [sequences, E] out, in and out if later
                         const float* weights,       // [T, K], not read by token and by choice
                         const int* expert_offsets,  // [E + 1]
                         const int* row_of_slot,     // [T * K]
@@ -85,8 +85,9 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
   const int end_row = first_row_from(slot_of_row, first_row, end, end_slot);
   const int count = end_row - first_row;
   const int64_t cell = sequence * args.num_experts + expert;
-  const int held = args.later ? kept[cell] : 0;
-  const int room = min(count, max(args.capacity - held, 0));
+  // The caller's numbers of a later round may be any: an expert that holds too many is full.
+  const uint32_t capacity = args.capacity, held = args.later ? kept[cell] : 0;
+  const int room = held < capacity ? min(count, (int)(capacity - held)) : 0;
 
   // Rows are in the order of slots, so by token the last one is known.
   const bool by_token = args.priority == CAPACITY_BY_TOKEN;
@@ -127,7 +128,7 @@ EXPORT_KERNEL(moe_capacity_fwd_select, CAPACITY_SELECT_THREADS)
 extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
 moe_capacity_fwd_ask(uint32_t* requests,              // [T, K] out
                      float* weights,                  // [T, K] in and out: those of what is asked
-                     int* next_candidate,             // [T] out, in and out if later
+                     uint32_t* next_candidate,        // [T] out, in and out if later
                      const uint32_t* expert_ids,      // [T, K], the router's
                      const uint32_t* kept_ids,        // [T, K], what select has made of them so far
                      const uint32_t* candidates,      // [T, C]
@@ -136,15 +137,16 @@ moe_capacity_fwd_ask(uint32_t* requests,              // [T, K] out
   const int64_t token = (int64_t)blockIdx.x * CAPACITY_TOKEN_THREADS + threadIdx.x;
   if (token >= args.num_tokens) return;
   const int64_t first_slot = token * args.top_k;
-  const uint32_t num_experts = args.num_experts;
+  const uint32_t num_experts = args.num_experts, num_candidates = args.num_candidates;
   const uint32_t* own = expert_ids + first_slot;
   candidates += token * args.num_candidates;
   candidate_weights += token * args.num_candidates;
-  int next = args.later ? next_candidate[token] : 0;
+  // Unsigned, as the caller's number may have any bits: one past the candidates asks for nothing.
+  uint32_t next = args.later ? next_candidate[token] : 0;
   for (int k = 0; k < args.top_k; k++) {
     uint32_t request = NO_EXPERT;
     const bool asks = own[k] < num_experts && kept_ids[first_slot + k] >= num_experts;
-    while (asks && request == NO_EXPERT && next < args.num_candidates) {
+    while (asks && request == NO_EXPERT && next < num_candidates) {
       const uint32_t candidate = candidates[next];
       bool is_new = candidate < num_experts;
       for (int j = 0; j < args.top_k && is_new; j++) is_new = own[j] != candidate;

@@ -105,7 +105,8 @@ pub fn capacity_fwd_into(
 ///
 /// `plan` is the plan by slot of the requests that [`capacity_ask_fwd_into`] made. Slots that find room receive
 /// their expert in `expert_ids`, all others stay as they are; `kept` and `dropped` are added to, so that
-/// `dropped` counts every request that found no room. `weights` are those of the requests, but the first
+/// `dropped` counts every request that found no room; an expert whose number in `kept` is at or above its limit, any
+/// bits, has none. `weights` are those of the requests, but the first
 /// round's for [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd_into`].
 ///
 /// # Errors

@@ -3,6 +3,7 @@
 
 #[cfg(feature = "bindgen")]
 mod abi;
+mod any_bits;
 mod capacity;
 mod combine;
 mod common;

@@ -40,7 +40,8 @@ pub struct CapacityAskBuffers {
 /// them. A slot without room asks the next candidate that is an expert and none of its token's own
 /// `expert_ids`, the slots of a token in order, and every candidate is asked once. `requests` `[T, K]` has
 /// that expert, `u32::MAX` where nothing is asked; `weights` `[T, K]` takes the candidate's weight.
-/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too.
+/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too; a token whose
+/// number is `C` or more, any bits, asks for nothing.
 /// Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
@@ -102,8 +103,8 @@ pub fn capacity_ask_fwd_into(
 ///
 /// # Safety
 /// Each buffer has the elements that [`CapacityAskBuffers`] gives it, in memory of `device`'s context that
-/// stays valid until the kernel has run; none that is written overlaps another; unless `first`,
-/// `next_candidate` holds what an earlier call has left; `stream` is a stream of that context.
+/// stays valid until the kernel has run; none that is written overlaps another; `stream` is a stream of that
+/// context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
