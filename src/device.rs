@@ -12,101 +12,11 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::images::{IMAGES, Image};
+use crate::kernels::{Entry, KERNELS};
 
 pub(crate) use crate::buffer::{alloc, check_aligned, optional, upload, vector_rows};
+pub(crate) use crate::kernels::Kernel;
 pub use cudarc::driver::sys::{CUdeviceptr, CUstream};
-
-/// A kernel, by the name of its entry without the element type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kernel {
-    RouteFwdPlainNarrow,
-    RouteFwdPlainWide,
-    RouteFwdNarrow,
-    RouteFwdWide,
-    RouteFwdSort,
-    PlanFwdCount,
-    PlanFwdScan,
-    PlanFwdPlace,
-    PlanFwdSingle,
-    CapacityFwdSelect,
-    CapacityFwdAsk,
-    CapacityFwdNormalize,
-    ExpertChoiceFwd,
-    NoiseFwd,
-    JitterFwd,
-    PermuteFwd,
-    GroupedGemmFwd,
-    GroupedGemmFwdInOut,
-    GroupedGemmFwdGateUp,
-    GroupedGemmFwdGateUpInOut,
-    CombineFwd,
-    RmsNormFwd,
-    ProjectFwdOne,
-    ProjectFwdFew,
-    ProjectFwdTile,
-    ProjectFwdOneGate32,
-    ProjectFwdFewGate32,
-    ProjectFwdTileGate32,
-}
-
-/// Where a kernel is: the stem of its file, its symbol, and whether the symbol ends in an element type.
-struct Entry {
-    kernel: Kernel,
-    image: &'static str,
-    symbol: &'static str,
-    typed: bool,
-}
-
-/// In the order of the variants of [`Kernel`].
-#[rustfmt::skip]
-const KERNELS: &[Entry] = &[
-    Entry { kernel: Kernel::RouteFwdPlainNarrow, image: "route", symbol: "moe_route_fwd_plain_narrow", typed: true },
-    Entry { kernel: Kernel::RouteFwdPlainWide, image: "route", symbol: "moe_route_fwd_plain_wide", typed: true },
-    Entry { kernel: Kernel::RouteFwdNarrow, image: "route", symbol: "moe_route_fwd_narrow", typed: false },
-    Entry { kernel: Kernel::RouteFwdWide, image: "route", symbol: "moe_route_fwd_wide", typed: false },
-    Entry { kernel: Kernel::RouteFwdSort, image: "route", symbol: "moe_route_fwd_sort", typed: false },
-    Entry { kernel: Kernel::PlanFwdCount, image: "plan", symbol: "moe_plan_fwd_count", typed: false },
-    Entry { kernel: Kernel::PlanFwdScan, image: "plan", symbol: "moe_plan_fwd_scan", typed: false },
-    Entry { kernel: Kernel::PlanFwdPlace, image: "plan", symbol: "moe_plan_fwd_place", typed: false },
-    Entry { kernel: Kernel::PlanFwdSingle, image: "plan", symbol: "moe_plan_fwd_single", typed: false },
-    Entry { kernel: Kernel::CapacityFwdSelect, image: "capacity", symbol: "moe_capacity_fwd_select", typed: false },
-    Entry { kernel: Kernel::CapacityFwdAsk, image: "capacity", symbol: "moe_capacity_fwd_ask", typed: false },
-    Entry { kernel: Kernel::CapacityFwdNormalize, image: "capacity", symbol: "moe_capacity_fwd_normalize", typed: false },
-    Entry { kernel: Kernel::ExpertChoiceFwd, image: "expert_choice", symbol: "moe_expert_choice_fwd", typed: true },
-    Entry { kernel: Kernel::NoiseFwd, image: "noise", symbol: "moe_noise_fwd", typed: false },
-    Entry { kernel: Kernel::JitterFwd, image: "jitter", symbol: "moe_jitter_fwd", typed: true },
-    Entry { kernel: Kernel::PermuteFwd, image: "permute", symbol: "moe_permute_fwd", typed: true },
-    Entry { kernel: Kernel::GroupedGemmFwd, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd", typed: true },
-    Entry { kernel: Kernel::GroupedGemmFwdInOut, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_in_out", typed: true },
-    Entry {
-        kernel: Kernel::GroupedGemmFwdGateUp, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up", typed: true,
-    },
-    Entry {
-        kernel: Kernel::GroupedGemmFwdGateUpInOut, image: "grouped_gemm",
-        symbol: "moe_grouped_gemm_fwd_gate_up_in_out", typed: true,
-    },
-    Entry { kernel: Kernel::CombineFwd, image: "combine", symbol: "moe_combine_fwd", typed: true },
-    Entry { kernel: Kernel::RmsNormFwd, image: "rms_norm", symbol: "moe_rms_norm_fwd", typed: true },
-    Entry { kernel: Kernel::ProjectFwdOne, image: "project", symbol: "moe_project_fwd_one", typed: true },
-    Entry { kernel: Kernel::ProjectFwdFew, image: "project", symbol: "moe_project_fwd_few", typed: true },
-    Entry { kernel: Kernel::ProjectFwdTile, image: "project", symbol: "moe_project_fwd_tile", typed: true },
-    Entry { kernel: Kernel::ProjectFwdOneGate32, image: "project", symbol: "moe_project_fwd_one_gate32", typed: true },
-    Entry { kernel: Kernel::ProjectFwdFewGate32, image: "project", symbol: "moe_project_fwd_few_gate32", typed: true },
-    Entry { kernel: Kernel::ProjectFwdTileGate32, image: "project", symbol: "moe_project_fwd_tile_gate32", typed: true },
-];
-
-impl Entry {
-    /// The element types that the symbol exists with.
-    fn dtypes(&self) -> &'static [DType] {
-        use Kernel::{ProjectFwdFewGate32, ProjectFwdOneGate32, ProjectFwdTileGate32};
-        match self.kernel {
-            // With f32 tokens a gate of f32 is one of the tokens' type.
-            ProjectFwdOneGate32 | ProjectFwdFewGate32 | ProjectFwdTileGate32 => &DType::ALL[1..],
-            _ if self.typed => &DType::ALL,
-            _ => &DType::ALL[..1],
-        }
-    }
-}
 
 /// More than any kernel takes.
 const MAX_ARGUMENTS: usize = 16;
@@ -210,16 +120,16 @@ impl Device {
         self.inner.capability
     }
 
-    /// Loads every kernel for elements of `dtype`, so that later calls load nothing. Call it before
-    /// a stream capture, in which nothing may be loaded.
+    /// Loads every kernel that a layer with elements of `dtype` may launch, those for its f32 logits among
+    /// them, so that later calls load nothing. Call it before a stream capture, in which nothing may be loaded.
     ///
     /// # Errors
     /// [`Error::KernelsNotBuilt`], [`Error::UnsupportedDevice`], or [`Error::Driver`].
     pub fn warm_up(&self, dtype: DType) -> Result<()> {
-        let there = KERNELS.iter().filter(|entry| !entry.typed || entry.dtypes().contains(&dtype));
-        there
-            .map(|entry| entry.kernel)
-            .try_for_each(|kernel| self.function(kernel, dtype).map(|_| ()))
+        let wanted = KERNELS
+            .iter()
+            .flat_map(|entry| entry.of_layer(dtype).map(|dtype| (entry.kernel, dtype)));
+        wanted.into_iter().try_for_each(|(kernel, dtype)| self.function(kernel, dtype).map(|_| ()))
     }
 
     /// Enqueues one kernel on `stream`; the only launch of this crate.
@@ -236,7 +146,7 @@ impl Device {
         launch: Launch,
         arguments: &[Argument],
     ) -> Result<()> {
-        let symbol = || symbol(kernel, dtype);
+        let symbol = || kernel.entry().symbol(dtype);
         // Any thread may call, with any context current. This also reports what cudarc has noted of
         // failed waits on this stream.
         self.inner.context.bind_to_thread().map_err(|error| driver_error(&symbol())(error))?;
@@ -267,10 +177,8 @@ impl Device {
 
     /// The driver's function for a kernel, loaded on first use.
     fn function(&self, kernel: Kernel, dtype: DType) -> Result<&Function> {
-        let entry = &KERNELS[kernel as usize];
-        // Kernels without an element type have one function, kept in the first place.
-        let column = if entry.typed { dtype as usize } else { 0 };
-        let slot = &self.inner.functions[kernel as usize][column];
+        let entry = kernel.entry();
+        let slot = &self.inner.functions[kernel as usize][entry.column(dtype)];
         if let Some(function) = slot.get() {
             return Ok(function);
         }
@@ -280,7 +188,7 @@ impl Device {
     }
 
     fn load_function(&self, entry: &Entry, dtype: DType) -> Result<Function> {
-        let name = symbol(entry.kernel, dtype);
+        let name = entry.symbol(dtype);
         let missing = || Error::KernelsNotBuilt { kernel: name.clone() };
         let index =
             IMAGES.iter().position(|image| image.name == entry.image).ok_or_else(missing)?;
@@ -374,7 +282,7 @@ pub fn kernel_files() -> impl Iterator<Item = KernelFile> {
 
 /// The symbols of all kernels of this crate.
 pub fn kernel_symbols() -> impl Iterator<Item = String> {
-    KERNELS.iter().flat_map(|entry| entry.dtypes().iter().map(|&dtype| symbol(entry.kernel, dtype)))
+    KERNELS.iter().flat_map(|entry| entry.dtypes().iter().map(|&dtype| entry.symbol(dtype)))
 }
 
 /// Holds the stream of a call against the device of the call.
@@ -391,6 +299,10 @@ pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStrea
 
 /// Why an image did not load. A placeholder has nothing to load, whatever the driver makes of it.
 fn load_error(image: &Image, (major, minor): (u32, u32), error: DriverError) -> Error {
+    if error.0 == sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED {
+        let operation = format!("loading {}.cu, which Device::warm_up does before", image.name);
+        return driver_error(&operation)(error);
+    }
     if image.architectures.is_empty() {
         return Error::KernelsNotBuilt { kernel: format!("{}.cu", image.name) };
     }
@@ -416,11 +328,6 @@ pub(crate) fn driver_error(operation: &str) -> impl Fn(DriverError) -> Error + '
             message: text(error.error_string()),
         }
     }
-}
-
-fn symbol(kernel: Kernel, dtype: DType) -> String {
-    let entry = &KERNELS[kernel as usize];
-    if entry.typed { format!("{}_{dtype}", entry.symbol) } else { entry.symbol.into() }
 }
 
 /// The sizes of a kernel's parameters, from a driver that can tell them (CUDA 12.4 and later).
@@ -474,14 +381,6 @@ fn check_arguments(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_table_is_in_the_order_of_the_kernels() {
-        for (index, entry) in KERNELS.iter().enumerate() {
-            assert_eq!(entry.kernel as usize, index, "{}", entry.symbol);
-            assert!(entry.symbol.starts_with(&format!("moe_{}_", entry.image)), "{}", entry.symbol);
-        }
-    }
 
     #[test]
     fn an_image_that_does_not_load() {

@@ -83,6 +83,8 @@ DRIVER_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const 
     *out = known->second;
     return CUDA_SUCCESS;
   }
+  // Where modules load lazily, the first look-up is what loads the kernel.
+  if (CUresult error = capture_forbids(call)) return error;
   const simt::Kernel* kernel = simt::find_kernel(name);
   if (!kernel) return CUDA_ERROR_NOT_FOUND;
   auto function = std::make_shared<Function>();

@@ -22,3 +22,4 @@ mod project;
 mod rms_norm;
 mod route;
 mod tidy;
+mod warm_up;
