@@ -40,6 +40,11 @@ __device__ __forceinline__ uint64_t key_of_slot(int slot, const float* weights,
   return ((uint64_t)choice << 32 | top) << args.token_bits | token;
 }
 
+// The slot of a row. A plan that its kernels have not made yet holds any bits, which stay inside here.
+__device__ __forceinline__ int slot_at(const int* slot_of_row, int row, int slots) {
+  return (int)min((uint32_t)slot_of_row[row], (uint32_t)slots - 1);
+}
+
 // The first row from `begin` on, below `end`, whose slot is `slot` or more. Slots ascend.
 __device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin, int end,
                                               int64_t slot) {
@@ -80,7 +85,9 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
     return;
   }
 
-  const int begin = expert_offsets[expert], end = expert_offsets[expert + 1];
+  const int slots = args.num_tokens * args.top_k;
+  const int begin = min(max(expert_offsets[expert], 0), slots);
+  const int end = min(max(expert_offsets[expert + 1], begin), slots);
   const int first_row = first_row_from(slot_of_row, begin, end, first_slot);
   const int end_row = first_row_from(slot_of_row, first_row, end, end_slot);
   const int count = end_row - first_row;
@@ -95,20 +102,20 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
   if (threadIdx.x == 0) {
     wanted[0] = choose && !by_token ? room : 0;
     last[0] = choose ? 0 : ~(uint64_t)0;
-    if (choose && by_token) last[0] = slot_of_row[first_row + room - 1];
+    if (choose && by_token) last[0] = slot_at(slot_of_row, first_row + room - 1, slots);
   }
   __syncthreads();  // Also: nobody reads `kept` any more.
   if (choose && !by_token) {
     select_smallest<1>(last, wanted, counters, args.key_bits, [=](auto visit) {
       for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
-        visit(0, key_of_slot(slot_of_row[row], weights, args));
+        visit(0, key_of_slot(slot_at(slot_of_row, row, slots), weights, args));
       }
     });
   }
 
   const uint64_t last_key = last[0];
   for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
-    const int slot = slot_of_row[row];
+    const int slot = slot_at(slot_of_row, row, slots);
     const bool keep = room > 0 && key_of_slot(slot, weights, args) <= last_key;
     if (keep) {
       expert_ids[slot] = args.first_expert + expert;

@@ -228,6 +228,8 @@ struct KernelArgs {
     feature_stride: i32,
     k_stride: i32,
     rows: i32,
+    x_rows: i32,
+    max_tiles: i32,
     n: i32,
     k: i32,
     num_experts: i32,
@@ -400,11 +402,13 @@ impl<'a> Problem<'a> {
         let shape = plan.shape();
         let slots = shape.slots();
         let max_tiles = slots.min(slots.div_ceil(TILE_ROWS) + shape.num_experts);
-        let args = |parts: usize, n: usize, k: usize| KernelArgs {
+        let args = |parts: usize, n: usize, k: usize, x_rows: usize| KernelArgs {
             expert_stride: (parts * n * k) as i64,
             feature_stride: k as i32,
             k_stride: 1,
             rows: slots as i32,
+            x_rows: x_rows as i32,
+            max_tiles: max_tiles as i32,
             n: n as i32,
             k: k as i32,
             num_experts: shape.num_experts as i32,
@@ -430,7 +434,7 @@ impl<'a> Problem<'a> {
             }
         };
         let mut first = SwigluArgs {
-            gemm: args(2, *intermediate, *hidden),
+            gemm: args(2, *intermediate, *hidden, shape.num_tokens),
             function: 0,
             alpha: 1.0,
             limits: [f32::INFINITY; 3],
@@ -442,7 +446,7 @@ impl<'a> Problem<'a> {
             weight_inside: 0,
             bias_strides: [0; 2],
         };
-        let mut second = args(1, *hidden, *intermediate);
+        let mut second = args(1, *hidden, *intermediate, slots);
         let mut up = gate_up + (*intermediate * *hidden * size_of::<bf16>()) as sys::CUdeviceptr;
         let [offsets, tiles, num_tiles]: [*mut c_void; 3] = [
             from_mut(&mut offsets).cast(),

@@ -214,7 +214,7 @@ impl Round<'_> {
             slot_of_row,
         };
         let stream = stream.cu_stream();
-        // SAFETY: the lengths were checked above, and a RoutingPlan's maps are valid for its shape. The
+        // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
         // guards order the launch after earlier uses of the buffers and outlive it.
         unsafe {
             capacity_fwd_raw(

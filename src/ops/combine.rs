@@ -163,7 +163,7 @@ pub fn combine_fwd_into<D: Dtype>(
         identity: identity.as_ref().map_or(0..0, |identity| identity.experts.clone()),
         average: shared.as_ref().is_some_and(|shared| shared.average),
     };
-    // SAFETY: the lengths were checked above, and a RoutingPlan's maps are valid for its shape. The
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
     // guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         combine_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, &options, buffers)

@@ -131,8 +131,8 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
         tiles,
         num_tiles,
     };
-    // SAFETY: the lengths were checked above, and a RoutingPlan's parts are those of one plan for
-    // its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
+    // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, n, k, order, buffers)
     }
@@ -201,7 +201,8 @@ pub unsafe fn grouped_gemm_fwd_raw(
     width(OP, "k", k)?;
     let layout = Layout { order, features: n, step: 1 };
     let fast = layout.is_fast(dtype, k, &[x, w]);
-    let args = layout.args(OP, dtype, shape, n, k, y, fast)?;
+    let x_rows = if token_of_row == 0 { shape.slots() } else { shape.num_tokens };
+    let args = layout.args(OP, dtype, shape, x_rows, n, k, y, fast)?;
     if shape.num_tokens == 0 {
         return Ok(());
     }
@@ -255,6 +256,7 @@ impl Layout {
         op: &'static str,
         dtype: DType,
         shape: RoutingShape,
+        x_rows: usize,
         n: usize,
         k: usize,
         y: CUdeviceptr,
@@ -271,6 +273,8 @@ impl Layout {
             feature_stride: int(op, "k", feature_stride)?,
             k_stride: int(op, "n", k_stride)?,
             rows: int(op, "num_tokens * top_k", shape.slots())?,
+            x_rows: int(op, "rows of x", x_rows)?,
+            max_tiles: int(op, "tiles", max_tiles(shape))?,
             n: int(op, "n", n)?,
             k: int(op, "k", k)?,
             num_experts: int(op, "num_experts", shape.num_experts)?,
@@ -295,8 +299,13 @@ fn check_rows<D>(
     check_len(op, "x", x.len(), product(op, "rows of x * k", x_rows, k)?)
 }
 
-/// Blocks of `columns` outputs for as many tiles as any routing can make, in whole groups. A tile has
-/// a row at least, and every expert at most one that is short.
+/// As many tiles as any routing can make: a tile has a row at least, and every expert at most one that is short.
+fn max_tiles(shape: RoutingShape) -> usize {
+    let slots = shape.slots();
+    slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts)
+}
+
+/// Blocks of `columns` outputs for that many tiles, in whole groups.
 fn launch(
     op: &'static str,
     dtype: DType,
@@ -304,9 +313,7 @@ fn launch(
     n: usize,
     columns: usize,
 ) -> Result<Launch> {
-    let slots = shape.slots();
-    let tiles = slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts);
-    let blocks = tiles.next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
+    let blocks = max_tiles(shape).next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
     let threads = match dtype {
         DType::F32 => GEMM_THREADS_FMA,
         DType::F16 | DType::BF16 => GEMM_THREADS_MMA,

@@ -57,7 +57,7 @@ pub fn permute_fwd_into<D: Dtype>(
     let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
     let buffers = PermuteBuffers { xp, x, row_of_slot, expert_offsets };
-    // SAFETY: the lengths were checked above, and a RoutingPlan's maps are valid for its shape. The
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
     // guards order the launch after earlier uses of the buffers and outlive it.
     unsafe { permute_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, buffers) }
 }

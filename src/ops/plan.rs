@@ -77,7 +77,7 @@ fn enqueue_into<'a>(
     mut memory: CudaViewMut<'a, u8>,
 ) -> Result<RoutingPlan<'a>> {
     enqueue(device, stream, &layout, expert_ids, &mut memory)?;
-    // SAFETY: the kernels were launched on this memory; views of it carry the order.
+    // SAFETY: length and alignment were checked before the launch.
     Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Borrowed(memory.into_view())) })
 }
 
@@ -106,10 +106,10 @@ pub fn plan_range_fwd(
     expert_ids: &CudaView<'_, u32>,
 ) -> Result<RoutingPlan<'static>> {
     let layout = PlanLayout::of_experts(shape, experts)?;
-    // SAFETY: the operation writes every part.
+    // SAFETY: the operation writes every part, and kernels bound what they read of one that it has not written.
     let mut memory = unsafe { alloc::<u8>(OP, stream, layout.bytes()) }?;
     enqueue(device, stream, &layout, Some(expert_ids), &mut memory.as_view_mut())?;
-    // SAFETY: the kernels were launched on this memory; views of it carry the order.
+    // SAFETY: it was allocated with that length, at a multiple of 256 bytes.
     Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Owned(memory)) })
 }
 

@@ -164,7 +164,7 @@ unsafe fn enqueue<D: Dtype>(
     let (weight, _weight_guard) = optional(inputs.weight, stream);
     let (expert_offsets, _offsets_guard) = optional(offsets.as_ref(), stream);
     let buffers = RmsNormBuffers { weight, expert_offsets, ..buffers };
-    // SAFETY: the caller's promise; the weight's length was checked, and a plan's offsets are valid.
+    // SAFETY: the caller's promise; the weight's length was checked, and the kernel compares rows with a plan's offsets.
     unsafe { rms_norm_fwd_raw(device, stream.cu_stream(), D::DTYPE, norm, shape, buffers) }
 }
 

@@ -22,4 +22,5 @@ mod project;
 mod rms_norm;
 mod route;
 mod tidy;
+mod unmade_plan;
 mod warm_up;

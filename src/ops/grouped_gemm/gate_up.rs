@@ -168,8 +168,8 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
         num_tiles,
     };
     let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
-    // SAFETY: the lengths were checked above, and a RoutingPlan's parts are those of one plan for
-    // its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
+    // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_gate_up_fwd_raw(
             device,
@@ -285,8 +285,9 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     // Up that begins between two boundaries is as good as the pairs of which it is a half.
     let first_up = if layout.step == 2 { gate_up } else { up };
     let fast = layout.is_fast(dtype, k, &[x, gate_up, first_up]);
+    let x_rows = if gather { shape.num_tokens } else { shape.slots() };
     let args = GateUpArgs {
-        gemm: layout.args(OP, dtype, shape, intermediate, k, act, fast)?,
+        gemm: layout.args(OP, dtype, shape, x_rows, intermediate, k, act, fast)?,
         activation: activation_args(&experts.activation),
         gated: experts.gated.into(),
         gather: gather.into(),
