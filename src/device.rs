@@ -14,7 +14,9 @@ use crate::error::{Error, Result};
 use crate::images::{IMAGES, Image};
 use crate::kernels::{Entry, KERNELS};
 
-pub(crate) use crate::buffer::{alloc, check_aligned, optional, upload, vector_rows};
+pub(crate) use crate::buffer::{
+    alloc, check_aligned, check_context, optional, reads, upload, vector_rows, writes,
+};
 pub(crate) use crate::kernels::Kernel;
 pub use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
@@ -286,15 +288,8 @@ pub fn kernel_symbols() -> impl Iterator<Item = String> {
 }
 
 /// Holds the stream of a call against the device of the call.
-///
-/// Two `CudaContext`s of one GPU are two as well: cudarc orders work within each of them alone.
 pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStream) -> Result<()> {
-    if Arc::ptr_eq(stream.context(), device.context()) {
-        Ok(())
-    } else {
-        let why = "the stream belongs to another CudaContext than the device".into();
-        Err(Error::Mismatch { op, why })
-    }
+    check_context(op, "stream", stream, device.context())
 }
 
 /// Why an image did not load. A placeholder has nothing to load, whatever the driver makes of it.

@@ -57,6 +57,16 @@ pub enum Error {
         got: u64,
     },
 
+    /// A stream, a buffer or a plan is of another `CudaContext` than the device or the stream of the call. cudarc
+    /// orders work within one `CudaContext` alone, so that two of the same GPU do not mix either.
+    #[error("{op}: `{argument}` belongs to another CudaContext than the call's device and stream")]
+    Context {
+        /// The operation.
+        op: &'static str,
+        /// The argument of the operation.
+        argument: &'static str,
+    },
+
     /// Two arguments of one call belong together and do not.
     #[error("{op}: {why}")]
     Mismatch {

@@ -1,11 +1,11 @@
 //! The plan's data type: where each slot's row is, and whose row each is, on a device.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceSlice};
 
 use crate::abi::{GEMM_BLOCK_M, GemmTile, PLAN_MAX_BLOCKS, PLAN_MIN_BLOCK_SLOTS};
+use crate::buffer::check_context;
 use crate::error::{Error, Result};
 use crate::shape::RoutingShape;
 
@@ -187,12 +187,7 @@ impl<'a> RoutingPlan<'a> {
             PlanMemory::Owned(memory) => memory.stream(),
             PlanMemory::Borrowed(memory) => memory.stream(),
         };
-        if Arc::ptr_eq(own.context(), stream.context()) {
-            Ok(())
-        } else {
-            let why = "the plan belongs to another CudaContext than the stream".into();
-            Err(Error::Mismatch { op, why })
-        }
+        check_context(op, "plan", own, stream.context())
     }
 
     /// The shape of the plan: `E` is how many experts it holds, which may be fewer than the router has, and

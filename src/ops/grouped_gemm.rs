@@ -8,9 +8,7 @@ pub use gate_up::{
     grouped_gemm_gate_up_fwd_into, grouped_gemm_gate_up_fwd_raw,
 };
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
 use crate::abi::{
@@ -20,7 +18,7 @@ use crate::abi::{
 use crate::config::WeightOrder;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows,
+    optional, reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
@@ -86,7 +84,7 @@ pub struct GroupedGemmBuffers {
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a width out of range,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream or plan of another context, and what a
+/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another, and what a
 /// launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd_into<D: Dtype>(
@@ -113,10 +111,10 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
     check_len(OP, "y", y.len(), product(OP, "rows * n", shape.slots(), n)?)?;
     let (token_of_row, expert_offsets) = (plan.token_of_row(), plan.expert_offsets());
     let (tiles, num_tiles) = (plan.tiles(), plan.num_tiles());
-    let (y, _y_guard) = y.device_ptr_mut(stream);
-    let (x, _x_guard) = x.device_ptr(stream);
-    let (w, _w_guard) = w.device_ptr(stream);
-    let (bias, _bias_guard) = bias.map(|bias| bias.device_ptr(stream)).unzip();
+    let (y, _y_guard) = writes(OP, "y", y, stream)?;
+    let (x, _x_guard) = reads(OP, "x", x, stream)?;
+    let (w, _w_guard) = reads(OP, "w", w, stream)?;
+    let (bias, _bias_guard) = optional(OP, "bias", bias, stream)?;
     let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
     let (tiles, _tiles_guard) = tiles.device_ptr(stream);
@@ -125,7 +123,7 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
         y,
         x,
         w,
-        bias: bias.unwrap_or(0),
+        bias,
         token_of_row: if rows == Rows::Gathered { token_of_row } else { 0 },
         expert_offsets,
         tiles,

@@ -7,6 +7,7 @@ mod any_bits;
 mod capacity;
 mod combine;
 mod common;
+mod contexts;
 mod device;
 mod expert_choice;
 mod grouped_gemm;
