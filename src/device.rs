@@ -11,7 +11,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::images::{IMAGES, Image};
+use crate::images::{IMAGES, Image, TOOLKIT};
 use crate::kernels::{Entry, KERNELS};
 
 pub(crate) use crate::buffer::{
@@ -124,14 +124,20 @@ impl Device {
 
     /// Loads every kernel that a layer with elements of `dtype` may launch, those for its f32 logits among
     /// them, so that later calls load nothing. Call it before a stream capture, in which nothing may be loaded.
+    /// Kernels for other compute capabilities than the device's are left out.
     ///
     /// # Errors
-    /// [`Error::KernelsNotBuilt`], [`Error::UnsupportedDevice`], or [`Error::Driver`].
+    /// [`Error::KernelsNotBuilt`], [`Error::UnsupportedDevice`], [`Error::DriverTooOld`], or [`Error::Driver`].
     pub fn warm_up(&self, dtype: DType) -> Result<()> {
-        let wanted = KERNELS
-            .iter()
-            .flat_map(|entry| entry.of_layer(dtype).map(|dtype| (entry.kernel, dtype)));
-        wanted.into_iter().try_for_each(|(kernel, dtype)| self.function(kernel, dtype).map(|_| ()))
+        for entry in KERNELS.iter().filter(|entry| entry.is_for(self.inner.capability)) {
+            for dtype in entry.of_layer(dtype) {
+                match self.function(entry.kernel, dtype) {
+                    Err(error) if !entry.may_be_missing(&error) => return Err(error),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Enqueues one kernel on `stream`; the only launch of this crate.
@@ -200,9 +206,13 @@ impl Device {
         let handle = match unsafe { result::module::get_function(module, c_name) } {
             Ok(handle) => handle,
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) => return Err(missing()),
-            Err(error) => return Err(driver_error(&name)(error)),
+            // Where modules load lazily, this is what loads the image.
+            Err(error) => return Err(load_error(&IMAGES[index], self.inner.capability, error)),
         };
         self.allow_shared_memory(handle).map_err(driver_error(&name))?;
+        if entry.prefers_shared_memory() {
+            prefer_shared_memory(handle).map_err(driver_error(&name))?;
+        }
         Ok(Function { handle, parameters: parameter_sizes(handle) })
     }
 
@@ -251,6 +261,19 @@ impl Device {
     }
 }
 
+/// Asks for as much of the multiprocessor's memory as it can share among blocks. The driver takes it as a hint.
+fn prefer_shared_memory(function: sys::CUfunction) -> std::result::Result<(), DriverError> {
+    // SAFETY: the handle is of a module that stays loaded.
+    unsafe {
+        sys::cuFuncSetAttribute(
+            function,
+            sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+            sys::CUshared_carveout::CU_SHAREDMEM_CARVEOUT_MAX_SHARED as i32,
+        )
+    }
+    .result()
+}
+
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (major, minor) = self.inner.capability;
@@ -282,6 +305,12 @@ pub fn kernel_files() -> impl Iterator<Item = KernelFile> {
     })
 }
 
+/// The CUDA toolkit that compiled the kernels of this binary, major and minor, as in (13, 0); `None` without kernels.
+/// A driver for that major version at least can load them.
+pub fn kernel_toolkit() -> Option<(u32, u32)> {
+    TOOLKIT
+}
+
 /// The symbols of all kernels of this crate.
 pub fn kernel_symbols() -> impl Iterator<Item = String> {
     KERNELS.iter().flat_map(|entry| entry.dtypes().iter().map(|&dtype| entry.symbol(dtype)))
@@ -292,22 +321,60 @@ pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStrea
     check_context(op, "stream", stream, device.context())
 }
 
-/// Why an image did not load. A placeholder has nothing to load, whatever the driver makes of it.
-fn load_error(image: &Image, (major, minor): (u32, u32), error: DriverError) -> Error {
+/// Why an image did not load.
+fn load_error(image: &Image, capability: (u32, u32), error: DriverError) -> Error {
     if error.0 == sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED {
         let operation = format!("loading {}.cu, which Device::warm_up does before", image.name);
         return driver_error(&operation)(error);
     }
+    refusal(image, TOOLKIT, driver_version(), capability, error.0)
+        .unwrap_or_else(|| driver_error(image.name)(error))
+}
+
+/// What a driver's refusal of an image means, where it means something. A placeholder has nothing to load, whatever
+/// the driver makes of it. A driver reads the machine code of its own major version's toolkits, and PTX of none that
+/// is newer than itself; it says so with one of several codes.
+fn refusal(
+    image: &Image,
+    toolkit: Option<(u32, u32)>,
+    driver: Option<(u32, u32)>,
+    (major, minor): (u32, u32),
+    code: sys::CUresult,
+) -> Option<Error> {
+    use sys::CUresult as Code;
     if image.architectures.is_empty() {
-        return Error::KernelsNotBuilt { kernel: format!("{}.cu", image.name) };
+        return Some(Error::KernelsNotBuilt { kernel: format!("{}.cu", image.name) });
     }
-    match error.0 {
-        sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
-        | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
-            Error::UnsupportedDevice { image: image.name, major, minor, built: image.architectures }
+    let by_version = matches!(
+        code,
+        Code::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | Code::CUDA_ERROR_INVALID_IMAGE
+            | Code::CUDA_ERROR_INVALID_PTX
+            | Code::CUDA_ERROR_INVALID_SOURCE
+    );
+    if let (true, Some(toolkit), Some(driver)) = (by_version, toolkit, driver) {
+        let ptx_alone = code == Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+        if driver.0 < toolkit.0 || ptx_alone && driver < toolkit {
+            return Some(Error::DriverTooOld { image: image.name, driver, toolkit });
         }
-        _ => driver_error(image.name)(error),
     }
+    match code {
+        Code::CUDA_ERROR_NO_BINARY_FOR_GPU | Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+            let built = image.architectures;
+            Some(Error::UnsupportedDevice { image: image.name, major, minor, built })
+        }
+        _ => None,
+    }
+}
+
+/// The CUDA version that the driver is for, major and minor.
+fn driver_version() -> Option<(u32, u32)> {
+    let mut version = 0;
+    // SAFETY: the pointer is to a live integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().ok()?;
+    let version = u32::try_from(version).ok()?;
+    Some((version / 1000, version % 1000 / 10))
 }
 
 /// Turns the driver's error into this crate's.
@@ -380,14 +447,43 @@ mod tests {
     #[test]
     fn an_image_that_does_not_load() {
         let image = |architectures| Image { name: "route", architectures, bytes: &[] };
+        let current = Some((13, 0));
         let error =
-            |architectures, code| load_error(&image(architectures), (7, 5), DriverError(code));
+            |architectures, code| refusal(&image(architectures), current, current, (7, 5), code);
         let no_binary = sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU;
-        assert!(matches!(error("", no_binary), Error::KernelsNotBuilt { .. }));
-        let old = error("sm_80 sm_90", no_binary);
+        assert!(matches!(error("", no_binary), Some(Error::KernelsNotBuilt { .. })));
+        let old = error("sm_80 sm_90", no_binary).unwrap();
         let told = old.to_string();
         assert!(matches!(old, Error::UnsupportedDevice { major: 7, minor: 5, .. }));
         assert!(told.contains("7.5") && told.contains("sm_80 sm_90"), "{told}");
+        assert_eq!(error("sm_80 sm_90", sys::CUresult::CUDA_ERROR_INVALID_IMAGE), None);
+    }
+
+    #[test]
+    fn a_driver_that_is_older_than_the_toolkit() {
+        use sys::CUresult as Code;
+        let image = Image { name: "route", architectures: "sm_90 compute_90", bytes: &[] };
+        let error =
+            |driver, toolkit, code| refusal(&image, Some(toolkit), Some(driver), (9, 0), code);
+        for code in [
+            Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+            Code::CUDA_ERROR_INVALID_IMAGE,
+            Code::CUDA_ERROR_NO_BINARY_FOR_GPU,
+        ] {
+            let (driver, toolkit) = ((12, 4), (13, 0));
+            let old = error(driver, toolkit, code).unwrap();
+            assert_eq!(old, Error::DriverTooOld { image: "route", driver, toolkit });
+            let told = old.to_string();
+            assert!(told.contains("CUDA 12.4") && told.contains("nvcc 13.0"), "{told}");
+        }
+        // Machine code needs the major version alone, PTX the minor one too.
+        let (driver, toolkit) = ((12, 2), (12, 8));
+        let ptx = error(driver, toolkit, Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION);
+        assert!(matches!(ptx, Some(Error::DriverTooOld { .. })), "{ptx:?}");
+        let code = error(driver, toolkit, Code::CUDA_ERROR_NO_BINARY_FOR_GPU);
+        assert!(matches!(code, Some(Error::UnsupportedDevice { .. })), "{code:?}");
+        assert_eq!(error((13, 0), (13, 0), Code::CUDA_ERROR_INVALID_IMAGE), None);
+        assert_eq!(error((12, 4), (13, 0), Code::CUDA_ERROR_OUT_OF_MEMORY), None);
     }
 
     #[test]

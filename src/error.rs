@@ -101,6 +101,21 @@ pub enum Error {
         built: &'static str,
     },
 
+    /// The driver is for an older CUDA version than the toolkit that compiled the kernels of this binary.
+    #[error(
+        "{image}: the driver is for CUDA {}.{}, and nvcc {}.{} compiled the kernels of this binary: update the \
+         driver to one for CUDA {}.{} or newer, or build with an older toolkit",
+        driver.0, driver.1, toolkit.0, toolkit.1, toolkit.0, toolkit.1
+    )]
+    DriverTooOld {
+        /// The image, named after its kernel file.
+        image: &'static str,
+        /// The CUDA version that the driver is for, major and minor.
+        driver: (u32, u32),
+        /// That of the toolkit.
+        toolkit: (u32, u32),
+    },
+
     /// The driver's kernel takes other arguments than this crate hands over: a binary and its images
     /// from different builds.
     #[error("kernel {kernel}: argument {index} has {got} bytes, the kernel takes {wanted}")]

@@ -1,6 +1,7 @@
 //! The kernel table: where each kernel is, for which elements, and on which devices.
 
 use crate::dtype::DType;
+use crate::error::Error;
 use crate::kernels::Elements::{Layer, Logits, Narrow, One};
 
 /// A kernel, by the name of its entry without the element type.
@@ -107,6 +108,23 @@ impl Kernel {
 }
 
 impl Entry {
+    /// The one compute capability that the kernel exists for; `None` for a portable one. build.rs compiles by the
+    /// same ending.
+    pub(crate) fn capability(&self) -> Option<(u32, u32)> {
+        self.image.ends_with("_sm90").then_some((9, 0))
+    }
+
+    /// Whether the kernel exists for a device of this compute capability.
+    pub(crate) fn is_for(&self, capability: (u32, u32)) -> bool {
+        self.capability().is_none_or(|only| only == capability)
+    }
+
+    /// Whether its blocks should have all of a multiprocessor's shared memory, so that as many of them run beside
+    /// each other as fit; the driver's own choice may leave room for one.
+    pub(crate) fn prefers_shared_memory(&self) -> bool {
+        self.image.starts_with("grouped_gemm")
+    }
+
     /// The element types that there are entries for; the first stands for one that names no type.
     pub(crate) fn dtypes(&self) -> &'static [DType] {
         match self.elements {
@@ -114,6 +132,14 @@ impl Entry {
             Layer | Logits => &DType::ALL,
             Narrow => &DType::ALL[1..],
         }
+    }
+
+    /// Whether [`Device::warm_up`](crate::Device::warm_up) goes on without it, for this reason: a kernel for one
+    /// capability may be missing, on other devices and in builds for others. A portable one stands beside it.
+    pub(crate) fn may_be_missing(&self, error: &Error) -> bool {
+        let missing =
+            matches!(error, Error::KernelsNotBuilt { .. } | Error::UnsupportedDevice { .. });
+        self.capability().is_some() && missing
     }
 
     /// The entries among those that a layer of `dtype` may launch, by their types.
@@ -152,6 +178,32 @@ mod tests {
         for (index, entry) in KERNELS.iter().enumerate() {
             assert_eq!(entry.kernel as usize, index, "{}", entry.symbol);
             assert!(entry.symbol.starts_with(&format!("moe_{}_", entry.image)), "{}", entry.symbol);
+        }
+    }
+
+    /// A table row of a kernel for Hopper alone.
+    #[test]
+    fn a_kernel_for_one_capability_may_be_missing() {
+        let image = "grouped_gemm_sm90";
+        let hopper = row(Kernel::GroupedGemmFwd, image, "moe_grouped_gemm_fwd_sm90", Layer);
+        assert_eq!(hopper.capability(), Some((9, 0)));
+        assert!(hopper.prefers_shared_memory());
+        let not_built = Error::KernelsNotBuilt { kernel: "moe_grouped_gemm_fwd_sm90_f32".into() };
+        let built = "sm_90a";
+        let elsewhere = Error::UnsupportedDevice { image, major: 12, minor: 0, built };
+        let refused = Error::Unsupported {
+            op: "t",
+            argument: "t",
+            wanted: String::new(),
+            got: String::new(),
+        };
+        assert!(hopper.may_be_missing(&not_built) && hopper.may_be_missing(&elsewhere));
+        assert!(!hopper.may_be_missing(&refused));
+        assert!(hopper.is_for((9, 0)) && !hopper.is_for((8, 0)) && !hopper.is_for((12, 0)));
+        for portable in KERNELS {
+            assert_eq!(portable.capability(), None, "{}", portable.symbol);
+            assert!(portable.is_for((8, 0)) && portable.is_for((9, 0)) && portable.is_for((12, 0)));
+            assert!(!portable.may_be_missing(&not_built), "{}", portable.symbol);
         }
     }
 

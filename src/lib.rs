@@ -85,7 +85,9 @@ mod tensors;
 mod workspace;
 
 pub use config::*;
-pub use device::{CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols};
+pub use device::{
+    CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols, kernel_toolkit,
+};
 pub use dtype::{DType, Dtype};
 pub use error::{Error, Result};
 pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice};

@@ -3,9 +3,10 @@
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
+use moe_kernels::ops::noise::noise_fwd_into;
 use moe_kernels::{
-    Device, Dtype, MoeConfig, MoeInputs, MoeLayer, MoeWeights, Owned, RouterConfig, Typed,
-    Workspace,
+    Device, Dtype, MoeConfig, MoeInputs, MoeLayer, MoeWeights, NoiseDistribution, Owned,
+    RouterConfig, Typed, Workspace,
 };
 
 use crate::common::{Rng, bits, gpu, random_config, random_inputs, random_weights, values};
@@ -66,6 +67,26 @@ fn layers_with_f32_logits() {
     capture_f32_logits::<bf16>();
     capture_f32_logits::<f16>();
     capture_f32_logits::<f32>();
+}
+
+/// An error that names the remedy, not a build without kernels.
+#[test]
+fn without_it_a_capture_fails() {
+    gpu();
+    let context = CudaContext::new(0).unwrap();
+    // SAFETY: everything of this context runs on one stream.
+    unsafe { context.disable_event_tracking() };
+    let (device, stream) = (Device::new(&context).unwrap(), context.new_stream().unwrap());
+    let (mut to, kind) = (stream.alloc_zeros::<f32>(4).unwrap(), NoiseDistribution::Normal);
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let refused = noise_fwd_into(&device, &stream, kind, 1, 0, &mut to.as_view_mut());
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let _ = stream.end_capture(flags);
+    let said = refused.unwrap_err().to_string();
+    assert!(
+        said.contains("STREAM_CAPTURE_UNSUPPORTED") && said.contains("Device::warm_up"),
+        "{said}"
+    );
 }
 
 #[test]
