@@ -45,8 +45,13 @@ fn main() {
 
     let images: Vec<Image> =
         kernel_files().into_iter().map(|file| Image::new(file, &out_dir)).collect();
+    let mut toolkit = None;
     match find_nvcc() {
-        Ok(nvcc) => compile(&nvcc, &images),
+        Ok(nvcc) => {
+            let release = release_of(&nvcc);
+            compile(&nvcc, release, &images);
+            toolkit = Some(release);
+        }
         Err(why) => {
             println!("cargo::warning=moe-kernels is built without GPU kernels: {why}");
             for image in &images {
@@ -54,7 +59,7 @@ fn main() {
             }
         }
     }
-    write_table(&images, &out_dir);
+    write_table(&images, toolkit, &out_dir);
 }
 
 /// One kernel file and what becomes of it.
@@ -154,14 +159,42 @@ fn path() -> OsString {
     env::var_os("PATH").unwrap_or_default()
 }
 
+/// The oldest toolkit whose nvcc knows every architecture of [`DEFAULT_ARCHITECTURES`].
+const OLDEST_TOOLKIT: (u32, u32) = (12, 8);
+
+/// Major and minor version of the toolkit, of which an older one than this package supports ends the build.
+fn release_of(nvcc: &Path) -> (u32, u32) {
+    let output = Command::new(nvcc).arg("--version").output();
+    let output = output.unwrap_or_else(|why| panic!("{}: {why}", nvcc.display()));
+    let text = String::from_utf8_lossy(&output.stdout);
+    let release =
+        text.split("release ").nth(1).and_then(|rest| rest.split([',', ' ', '\n']).next());
+    let numbers = release.and_then(|release| release.split_once('.'));
+    let Some((Ok(major), Ok(minor))) =
+        numbers.map(|(major, minor)| (major.parse::<u32>(), minor.trim().parse::<u32>()))
+    else {
+        panic!("{} --version names no release: {text}", nvcc.display());
+    };
+    let (oldest_major, oldest_minor) = OLDEST_TOOLKIT;
+    assert!(
+        (major, minor) >= OLDEST_TOOLKIT,
+        "{} is of CUDA {major}.{minor}, and moe-kernels needs {oldest_major}.{oldest_minor} or newer: set NVCC to \
+         a newer one (scripts/cuda-toolchain installs one), or MOE_KERNELS_SKIP=1 to build without GPU kernels",
+        nvcc.display()
+    );
+    (major, minor)
+}
+
 /// Runs nvcc for all images, as many at a time as cargo allows jobs. Fails the build with nvcc's own words.
-fn compile(nvcc: &Path, images: &[Image]) {
+fn compile(nvcc: &Path, release: (u32, u32), images: &[Image]) {
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
     // The longest first: it decides when the build is over. Its architectures compile side by side.
     let mut longest_first: Vec<&Image> = images.iter().collect();
     longest_first
         .sort_by_key(|image| fs::metadata(&image.source).map_or(0, |file| u64::MAX - file.len()));
-    let compress = compresses_well(nvcc);
+    // nvcc takes --compress-mode from 12.8 on. With a toolkit of CUDA 12, what it makes asks for a newer driver than
+    // the images do otherwise. Every driver for CUDA 13 reads it: there a third of the size costs nothing.
+    let compress = release.0 >= 13;
     let queue: Mutex<VecDeque<&Image>> = Mutex::new(longest_first.into());
     let failures = Mutex::new(Vec::new());
     let next = || queue.lock().expect("no job panics").pop_front();
@@ -178,15 +211,6 @@ fn compile(nvcc: &Path, images: &[Image]) {
     });
     let failures = failures.into_inner().expect("no job panics");
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-}
-
-/// CUDA 13 packs images with zstd, and as small as it can when it is told so: a third of what it makes by itself.
-/// Older releases pack them for older drivers, which may not read that.
-fn compresses_well(nvcc: &Path) -> bool {
-    let Ok(output) = Command::new(nvcc).arg("--version").output() else { return false };
-    let text = String::from_utf8_lossy(&output.stdout);
-    let release = text.split("release ").nth(1).and_then(|rest| rest.split('.').next());
-    release.and_then(|major| major.parse::<u32>().ok()).is_some_and(|major| major >= 13)
 }
 
 fn compile_one(nvcc: &Path, image: &Image, threads: usize, compress: bool) -> Result<(), String> {
@@ -224,7 +248,7 @@ fn host_compiler() -> Option<OsString> {
 }
 
 /// `images.rs`, included by src/images.rs.
-fn write_table(images: &[Image], out_dir: &Path) {
+fn write_table(images: &[Image], toolkit: Option<(u32, u32)>, out_dir: &Path) {
     let mut table = String::from("pub(crate) static IMAGES: &[Image] = &[\n");
     for image in images {
         let bytes = fs::read(&image.output).expect("every image was written");
@@ -238,6 +262,10 @@ fn write_table(images: &[Image], out_dir: &Path) {
         .expect("a String takes everything");
     }
     table.push_str("];\n");
+    writeln!(table, "/// What compiled them, major and minor; `None` for placeholders.")
+        .expect("as above");
+    writeln!(table, "pub(crate) static TOOLKIT: Option<(u32, u32)> = {toolkit:?};")
+        .expect("as above");
     fs::write(out_dir.join("images.rs"), table).expect("OUT_DIR is writable");
 }
 

@@ -240,6 +240,8 @@ typedef struct GroupedGemmArgs {
   int feature_stride;
   int k_stride;
   int rows;          // R, the rows of the output; expert_offsets[E] of them have an expert.
+  int x_rows;        // The rows of x: T where they are gathered, else R.
+  int max_tiles;     // At most so many tiles, whatever the routing.
   int n;             // N, the columns of the output; I for gate_up.
   int k;             // The depth: columns of x, inputs of a feature.
   int num_experts;   // E

@@ -40,6 +40,11 @@ __device__ __forceinline__ uint64_t key_of_slot(int slot, const float* weights,
   return ((uint64_t)choice << 32 | top) << args.token_bits | token;
 }
 
+// The slot of a row. A plan that its kernels have not made yet holds any bits, which stay inside here.
+__device__ __forceinline__ int slot_at(const int* slot_of_row, int row, int slots) {
+  return (int)min((uint32_t)slot_of_row[row], (uint32_t)slots - 1);
+}
+
 // The first row from `begin` on, below `end`, whose slot is `slot` or more. Slots ascend.
 __device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin, int end,
                                               int64_t slot) {
@@ -56,8 +61,8 @@ __device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin,
 
 extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS)
 moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
-                        int* kept,                  // [sequences, E] out, in and out if later
-                        int* dropped,               // [sequences, E] out, in and out if later
+                        uint32_t* kept,             // [sequences, E] out, in and out if later
+                        uint32_t* dropped,          // [sequences, E] out, in and out if later
                         const float* weights,       // [T, K], not read by token and by choice
                         const int* expert_offsets,  // [E + 1]
                         const int* row_of_slot,     // [T * K]
@@ -80,13 +85,16 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
     return;
   }
 
-  const int begin = expert_offsets[expert], end = expert_offsets[expert + 1];
+  const int slots = args.num_tokens * args.top_k;
+  const int begin = min(max(expert_offsets[expert], 0), slots);
+  const int end = min(max(expert_offsets[expert + 1], begin), slots);
   const int first_row = first_row_from(slot_of_row, begin, end, first_slot);
   const int end_row = first_row_from(slot_of_row, first_row, end, end_slot);
   const int count = end_row - first_row;
   const int64_t cell = sequence * args.num_experts + expert;
-  const int held = args.later ? kept[cell] : 0;
-  const int room = min(count, max(args.capacity - held, 0));
+  // The caller's numbers of a later round may be any: an expert that holds too many is full.
+  const uint32_t capacity = args.capacity, held = args.later ? kept[cell] : 0;
+  const int room = held < capacity ? min(count, (int)(capacity - held)) : 0;
 
   // Rows are in the order of slots, so by token the last one is known.
   const bool by_token = args.priority == CAPACITY_BY_TOKEN;
@@ -94,20 +102,20 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
   if (threadIdx.x == 0) {
     wanted[0] = choose && !by_token ? room : 0;
     last[0] = choose ? 0 : ~(uint64_t)0;
-    if (choose && by_token) last[0] = slot_of_row[first_row + room - 1];
+    if (choose && by_token) last[0] = slot_at(slot_of_row, first_row + room - 1, slots);
   }
   __syncthreads();  // Also: nobody reads `kept` any more.
   if (choose && !by_token) {
     select_smallest<1>(last, wanted, counters, args.key_bits, [=](auto visit) {
       for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
-        visit(0, key_of_slot(slot_of_row[row], weights, args));
+        visit(0, key_of_slot(slot_at(slot_of_row, row, slots), weights, args));
       }
     });
   }
 
   const uint64_t last_key = last[0];
   for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
-    const int slot = slot_of_row[row];
+    const int slot = slot_at(slot_of_row, row, slots);
     const bool keep = room > 0 && key_of_slot(slot, weights, args) <= last_key;
     if (keep) {
       expert_ids[slot] = args.first_expert + expert;
@@ -127,7 +135,7 @@ EXPORT_KERNEL(moe_capacity_fwd_select, CAPACITY_SELECT_THREADS)
 extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
 moe_capacity_fwd_ask(uint32_t* requests,              // [T, K] out
                      float* weights,                  // [T, K] in and out: those of what is asked
-                     int* next_candidate,             // [T] out, in and out if later
+                     uint32_t* next_candidate,        // [T] out, in and out if later
                      const uint32_t* expert_ids,      // [T, K], the router's
                      const uint32_t* kept_ids,        // [T, K], what select has made of them so far
                      const uint32_t* candidates,      // [T, C]
@@ -136,15 +144,16 @@ moe_capacity_fwd_ask(uint32_t* requests,              // [T, K] out
   const int64_t token = (int64_t)blockIdx.x * CAPACITY_TOKEN_THREADS + threadIdx.x;
   if (token >= args.num_tokens) return;
   const int64_t first_slot = token * args.top_k;
-  const uint32_t num_experts = args.num_experts;
+  const uint32_t num_experts = args.num_experts, num_candidates = args.num_candidates;
   const uint32_t* own = expert_ids + first_slot;
   candidates += token * args.num_candidates;
   candidate_weights += token * args.num_candidates;
-  int next = args.later ? next_candidate[token] : 0;
+  // Unsigned, as the caller's number may have any bits: one past the candidates asks for nothing.
+  uint32_t next = args.later ? next_candidate[token] : 0;
   for (int k = 0; k < args.top_k; k++) {
     uint32_t request = NO_EXPERT;
     const bool asks = own[k] < num_experts && kept_ids[first_slot + k] >= num_experts;
-    while (asks && request == NO_EXPERT && next < args.num_candidates) {
+    while (asks && request == NO_EXPERT && next < num_candidates) {
       const uint32_t candidate = candidates[next];
       bool is_new = candidate < num_experts;
       for (int j = 0; j < args.top_k && is_new; j++) is_new = own[j] != candidate;

@@ -3,7 +3,8 @@
 //              + sigmoid(shared_gate[t]) * shared[t, h]) * (average ? 1/2 : 1)
 //   v[k, :] is yp[row_of_slot[t*K + k], :]; a slot without a row whose id is an identity expert's has
 //   x[t, :] instead. Any other slot without a row is left out: neither a row nor its weight is looked
-//   at. Without weights each is 1; bias, shared and its gate are left out where they are null.
+//   at. What is none of the T*K rows, any bits, is no row. Without weights each is 1; bias, shared and
+//   its gate are left out where they are null.
 //   In f32: fma after fma from 0 in the order of k, then the bias is added, then the shared row (with
 //   a gate as one fma), then it is halved, and rounded to Elem once at the end. A token without
 //   anything to add gets 0.
@@ -86,6 +87,7 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
   constexpr int LOADS = VECTOR ? COMBINE_LOADS : 1;  // A row of single elements is LEN loads.
   const int64_t token = blockIdx.x;
   const int64_t first_slot = token * args.top_k;
+  const uint32_t rows = gridDim.x * (uint32_t)args.top_k;
   const Columns<Elem, VECTOR> columns(args.hidden);
   const Elem* yp = columns.of(in.yp);
   const Elem* x = args.num_identity != 0 ? columns.of(in.x) + token * args.hidden : nullptr;
@@ -98,6 +100,7 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
     float lane_weight = 1.0f;
     if (lane < args.top_k) {
       lane_row = in.row_of_slot[first_slot + lane];
+      if ((uint32_t)lane_row >= rows) lane_row = INACTIVE;
       if (in.weights != nullptr) lane_weight = in.weights[first_slot + lane];
       if (lane_row == INACTIVE && args.num_identity != 0) {
         const uint32_t identity = in.expert_ids[first_slot + lane] - (uint32_t)args.first_identity;

@@ -23,6 +23,8 @@
 //         y. T4096 H2048 I768 E128 K8 bf16, SwiGLU: 206 GFLOP, 872 MB (805 weights, 17 x, 50 act).
 // Padding a short tile costs MMAs for 32, 64 or 128 rows, whichever is enough, and reads no row
 //         that is not its own.
+// Bounds  what the plan holds is held against the sizes that the host knows: a plan that its kernels
+//         have not made yet has any bits, which then choose the wrong rows, and none outside.
 // Writers one thread per element, and k in order: deterministic, and a row's bits depend neither on
 //         the tile it is in, nor on the rows beside it, nor on how the weights lie.
 #include "kernel.cuh"
@@ -174,10 +176,11 @@ __device__ __forceinline__ void store_activations(Elem* act, const SharedStorage
 
 // The weight that the routing gave a row: that of the one slot whose row it is.
 __device__ __forceinline__ float weight_of_row(const float* weights, const int* row_of_slot,
-                                               int token, int row, int top_k) {
-  const int64_t first_slot = (int64_t)token * top_k;
+                                               int token, int row, const GateUpArgs& args) {
+  const int64_t first_slot = (int64_t)token * args.top_k;
   float weight = 0.0f;
-  for (int k = 0; k < top_k; k++) {
+  if ((uint32_t)token >= (uint32_t)(args.gemm.rows / args.top_k)) return weight;
+  for (int k = 0; k < args.top_k; k++) {
     if (row_of_slot[first_slot + k] == row) weight = weights[first_slot + k];
   }
   return weight;
@@ -204,12 +207,23 @@ template <typename Elem>
 __device__ __forceinline__ bool clear_instead(Elem* y, const Work& work, int columns,
                                               const int* expert_offsets, const int* num_tiles,
                                               const GroupedGemmArgs& args) {
-  const int used_tiles = *num_tiles;
+  const int used_tiles = (int)min((uint32_t)*num_tiles, (uint32_t)args.max_tiles);
   if (work.tile < used_tiles) return false;
   const int surplus_tiles = gridDim.x / work.column_tiles - used_tiles;
-  clear_rows(y, expert_offsets[args.num_experts], work.first_column, columns,
+  clear_rows(y, max(expert_offsets[args.num_experts], 0), work.first_column, columns,
              work.tile - used_tiles, surplus_tiles, args);
   return true;
+}
+
+// A tile of the plan's list, without rows where it is not inside the output.
+__device__ __forceinline__ GemmTile tile_at(const GemmTile* tiles, int index,
+                                            const GroupedGemmArgs& args) {
+  GemmTile tile = tiles[index];
+  const uint32_t rows = args.rows, first_row = tile.first_row, num_rows = tile.num_rows;
+  const bool inside = (uint32_t)tile.expert < (uint32_t)args.num_experts && first_row < rows &&
+                      num_rows <= min((uint32_t)GEMM_BLOCK_M, rows - first_row);
+  if (!inside) tile = {0, 0, 0, 0};
+  return tile;
 }
 
 // Multiplies a tile and leaves its outputs, or its sums, in the stages' memory.
@@ -259,10 +273,11 @@ __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // 
   const Work work(args.n, GEMM_BLOCK_N);
   if (clear_instead(y, work, GEMM_BLOCK_N, expert_offsets, num_tiles, args)) return;
 
-  const GemmTile tile = tiles[work.tile];
+  const GemmTile tile = tile_at(tiles, work.tile, args);
   const int in_tile = threadIdx.x, row = tile.first_row + in_tile;
   if (in_tile < tile.num_rows) {
-    shared.x_row[in_tile] = token_of_row ? token_of_row[row] : row;
+    const int x_row = token_of_row ? token_of_row[row] : row;
+    shared.x_row[in_tile] = (uint32_t)x_row < (uint32_t)args.x_rows ? x_row : INACTIVE;
   } else if (in_tile < GEMM_BLOCK_M) {
     shared.x_row[in_tile] = INACTIVE;
   }
@@ -305,13 +320,14 @@ __device__ __forceinline__ void grouped_gemm_fwd_gate_up(
   const Work work(args.gemm.n, block_columns);
   if (clear_instead(act, work, block_columns, expert_offsets, num_tiles, args.gemm)) return;
 
-  const GemmTile tile = tiles[work.tile];
+  const GemmTile tile = tile_at(tiles, work.tile, args.gemm);
   const int in_tile = threadIdx.x, row = tile.first_row + in_tile;
   if (in_tile < tile.num_rows) {
     const int token = token_of_row ? token_of_row[row] : row;
-    shared.x_row[in_tile] = args.gather ? token : row;
+    const int x_row = args.gather ? token : row;
+    shared.x_row[in_tile] = (uint32_t)x_row < (uint32_t)args.gemm.x_rows ? x_row : INACTIVE;
     if (weights) {
-      shared.weight[in_tile] = weight_of_row(weights, row_of_slot, token, row, args.top_k);
+      shared.weight[in_tile] = weight_of_row(weights, row_of_slot, token, row, args);
     }
   } else if (in_tile < GEMM_BLOCK_M) {
     shared.x_row[in_tile] = INACTIVE;

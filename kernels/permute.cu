@@ -1,6 +1,7 @@
 // permute: copies each token's row to its top_k places in expert order.
 //   xp[row_of_slot[t*K + k], :] = x[t, :]
 //   Rows that no slot owns, those from expert_offsets[E] on, become zero, so xp is always written whole.
+//   A slot whose row is none of the T*K has no row, whatever bits stand there.
 // Launch  grid (T), block (PERMUTE_THREADS): one block per token. Block t also zeroes the rows t*K .. t*K + K - 1
 //         as far as nobody owns them: there are T*K rows, so every row has one block that answers for it.
 // Bytes   reads T*H*s + 4*T*K, writes R*H*s: at T4096 H7168 K8 bf16, 59 MB + 470 MB.
@@ -32,22 +33,23 @@ __device__ __forceinline__ void permute_fwd(Elem* xp,                   // [R, H
   const int hidden = args.hidden;
   const int64_t token = blockIdx.x;
   const int64_t first_slot = token * args.top_k;
+  const uint32_t rows = gridDim.x * (uint32_t)args.top_k;
   const Elem* source = x + token * hidden;
 
   if (args.vector) {
     for (int h = threadIdx.x * Vec<Elem>::LEN; h < hidden; h += PERMUTE_THREADS * Vec<Elem>::LEN) {
       const Vec<Elem> value = load_vec(source + h);
       for (int k = 0; k < args.top_k; k++) {
-        const int row = row_of_slot[first_slot + k];
-        if (row != INACTIVE) store_vec(xp + (int64_t)row * hidden + h, value);
+        const uint32_t row = row_of_slot[first_slot + k];
+        if (row < rows) store_vec(xp + (int64_t)row * hidden + h, value);
       }
     }
   } else {
     for (int h = threadIdx.x; h < hidden; h += PERMUTE_THREADS) {
       const Elem value = source[h];
       for (int k = 0; k < args.top_k; k++) {
-        const int row = row_of_slot[first_slot + k];
-        if (row != INACTIVE) xp[(int64_t)row * hidden + h] = value;
+        const uint32_t row = row_of_slot[first_slot + k];
+        if (row < rows) xp[(int64_t)row * hidden + h] = value;
       }
     }
   }

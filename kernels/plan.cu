@@ -19,6 +19,8 @@
 //         1.6 MB + 0.3 MB + 1.0 MB.
 // Writers one per element: a row has one slot, and the slot of a tile's first row writes the tile.
 //         Atomics add integers, where order does not show. So the result is deterministic, and stable.
+// Bounds  place writes only inside the plan, whatever it finds there: another launch may use the same
+//         memory at the same time, where a graph is replayed on a stream that waits for nothing.
 #include "kernel.cuh"
 
 static_assert(MAX_EXPERTS <= PLAN_MAX_COUNTERS, "a warp counts every expert");
@@ -213,12 +215,13 @@ __device__ __forceinline__ void plan_place(int* row_of_slot,            // [T, K
     __syncwarp();  // The next 32 may have another leader for this expert.
 
     if (slot < range.end) row_of_slot[slot] = expert < num_experts ? row : INACTIVE;
-    if (expert < num_experts) {
+    if (expert < num_experts && (uint32_t)row < (uint32_t)args.slots) {
       token_of_row[row] = slot / args.top_k;
       const int begin = expert_offsets[expert], end = expert_offsets[expert + 1];
       const int tile = (row - begin) / args.block_m;
-      if (row - begin == tile * args.block_m) {
-        tiles[tile_offsets[expert] + tile] = {expert, row, min(args.block_m, end - row), 0};
+      const uint32_t at = tile_offsets[expert] + tile;
+      if (row - begin == tile * args.block_m && at < (uint32_t)args.max_tiles) {
+        tiles[at] = {expert, row, min(args.block_m, end - row), 0};
       }
     }
   }
@@ -229,7 +232,8 @@ __device__ __forceinline__ void plan_place(int* row_of_slot,            // [T, K
     if (row >= rows) token_of_row[row] = INACTIVE;
   }
   const int threads = gridDim.x * blockDim.x, thread = blockIdx.x * blockDim.x + threadIdx.x;
-  for (int tile = tile_offsets[num_experts] + thread; tile < args.max_tiles; tile += threads) {
+  const int num_tiles = min(max(tile_offsets[num_experts], 0), args.max_tiles);
+  for (int tile = num_tiles + thread; tile < args.max_tiles; tile += threads) {
     tiles[tile] = {0, 0, 0, 0};
   }
 }

@@ -556,6 +556,8 @@ pub struct GroupedGemmArgs {
     pub feature_stride: ::core::ffi::c_int,
     pub k_stride: ::core::ffi::c_int,
     pub rows: ::core::ffi::c_int,
+    pub x_rows: ::core::ffi::c_int,
+    pub max_tiles: ::core::ffi::c_int,
     pub n: ::core::ffi::c_int,
     pub k: ::core::ffi::c_int,
     pub num_experts: ::core::ffi::c_int,
@@ -564,7 +566,7 @@ pub struct GroupedGemmArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GroupedGemmArgs"][::core::mem::size_of::<GroupedGemmArgs>() - 40usize];
+    ["Size of GroupedGemmArgs"][::core::mem::size_of::<GroupedGemmArgs>() - 48usize];
     [
         "Alignment of GroupedGemmArgs",
     ][::core::mem::align_of::<GroupedGemmArgs>() - 8usize];
@@ -581,20 +583,26 @@ const _: () = {
         "Offset of field: GroupedGemmArgs::rows",
     ][::core::mem::offset_of!(GroupedGemmArgs, rows) - 16usize];
     [
+        "Offset of field: GroupedGemmArgs::x_rows",
+    ][::core::mem::offset_of!(GroupedGemmArgs, x_rows) - 20usize];
+    [
+        "Offset of field: GroupedGemmArgs::max_tiles",
+    ][::core::mem::offset_of!(GroupedGemmArgs, max_tiles) - 24usize];
+    [
         "Offset of field: GroupedGemmArgs::n",
-    ][::core::mem::offset_of!(GroupedGemmArgs, n) - 20usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, n) - 28usize];
     [
         "Offset of field: GroupedGemmArgs::k",
-    ][::core::mem::offset_of!(GroupedGemmArgs, k) - 24usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, k) - 32usize];
     [
         "Offset of field: GroupedGemmArgs::num_experts",
-    ][::core::mem::offset_of!(GroupedGemmArgs, num_experts) - 28usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, num_experts) - 36usize];
     [
         "Offset of field: GroupedGemmArgs::vector_load",
-    ][::core::mem::offset_of!(GroupedGemmArgs, vector_load) - 32usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, vector_load) - 40usize];
     [
         "Offset of field: GroupedGemmArgs::vector_store",
-    ][::core::mem::offset_of!(GroupedGemmArgs, vector_store) - 36usize];
+    ][::core::mem::offset_of!(GroupedGemmArgs, vector_store) - 44usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -610,32 +618,32 @@ pub struct GateUpArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GateUpArgs"][::core::mem::size_of::<GateUpArgs>() - 96usize];
+    ["Size of GateUpArgs"][::core::mem::size_of::<GateUpArgs>() - 104usize];
     ["Alignment of GateUpArgs"][::core::mem::align_of::<GateUpArgs>() - 8usize];
     [
         "Offset of field: GateUpArgs::gemm",
     ][::core::mem::offset_of!(GateUpArgs, gemm) - 0usize];
     [
         "Offset of field: GateUpArgs::activation",
-    ][::core::mem::offset_of!(GateUpArgs, activation) - 40usize];
+    ][::core::mem::offset_of!(GateUpArgs, activation) - 48usize];
     [
         "Offset of field: GateUpArgs::gated",
-    ][::core::mem::offset_of!(GateUpArgs, gated) - 72usize];
+    ][::core::mem::offset_of!(GateUpArgs, gated) - 80usize];
     [
         "Offset of field: GateUpArgs::gather",
-    ][::core::mem::offset_of!(GateUpArgs, gather) - 76usize];
+    ][::core::mem::offset_of!(GateUpArgs, gather) - 84usize];
     [
         "Offset of field: GateUpArgs::top_k",
-    ][::core::mem::offset_of!(GateUpArgs, top_k) - 80usize];
+    ][::core::mem::offset_of!(GateUpArgs, top_k) - 88usize];
     [
         "Offset of field: GateUpArgs::weight_inside",
-    ][::core::mem::offset_of!(GateUpArgs, weight_inside) - 84usize];
+    ][::core::mem::offset_of!(GateUpArgs, weight_inside) - 92usize];
     [
         "Offset of field: GateUpArgs::bias_expert_stride",
-    ][::core::mem::offset_of!(GateUpArgs, bias_expert_stride) - 88usize];
+    ][::core::mem::offset_of!(GateUpArgs, bias_expert_stride) - 96usize];
     [
         "Offset of field: GateUpArgs::bias_feature_stride",
-    ][::core::mem::offset_of!(GateUpArgs, bias_feature_stride) - 92usize];
+    ][::core::mem::offset_of!(GateUpArgs, bias_feature_stride) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

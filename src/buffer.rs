@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, SyncOnDrop};
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
+    DeviceSlice, SyncOnDrop,
+};
 
 use crate::device::{CUdeviceptr, driver_error};
 use crate::error::{Error, Result, product};
@@ -27,15 +30,55 @@ pub(crate) fn vector_rows(row_bytes: usize, addresses: &[CUdeviceptr]) -> bool {
     row_bytes.is_multiple_of(16) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// The address of a view that may be left out, 0 without one; the guard is that of `device_ptr`.
-pub(crate) fn optional<'a, T>(
-    view: Option<&'a CudaView<'a, T>>,
+/// Holds a stream, or that of a buffer, against the context of the call. cudarc orders work within one
+/// `CudaContext` alone, and two of one GPU are two as well.
+pub(crate) fn check_context(
+    op: &'static str,
+    argument: &'static str,
+    stream: &CudaStream,
+    context: &Arc<CudaContext>,
+) -> Result<()> {
+    if Arc::ptr_eq(stream.context(), context) {
+        Ok(())
+    } else {
+        Err(Error::Context { op, argument })
+    }
+}
+
+/// The address of a view that an operation reads. The guard orders what is launched before it is dropped after
+/// earlier writes, and later ones after that.
+pub(crate) fn reads<'a, T>(
+    op: &'static str,
+    argument: &'static str,
+    view: &'a CudaView<'_, T>,
     stream: &'a CudaStream,
-) -> (CUdeviceptr, Option<SyncOnDrop<'a>>) {
-    view.map_or((0, None), |view| {
-        let (address, guard) = view.device_ptr(stream);
-        (address, Some(guard))
+) -> Result<(CUdeviceptr, SyncOnDrop<'a>)> {
+    check_context(op, argument, view.stream(), stream.context())?;
+    Ok(view.device_ptr(stream))
+}
+
+/// [`reads`] of a view that may be left out: 0 without one.
+pub(crate) fn optional<'a, T>(
+    op: &'static str,
+    argument: &'static str,
+    view: Option<&'a CudaView<'_, T>>,
+    stream: &'a CudaStream,
+) -> Result<(CUdeviceptr, Option<SyncOnDrop<'a>>)> {
+    view.map_or(Ok((0, None)), |view| {
+        let (address, guard) = reads(op, argument, view, stream)?;
+        Ok((address, Some(guard)))
     })
+}
+
+/// The address of a view that an operation writes, and a guard as that of [`reads`].
+pub(crate) fn writes<'a, T>(
+    op: &'static str,
+    argument: &'static str,
+    view: &'a mut CudaViewMut<'_, T>,
+    stream: &'a CudaStream,
+) -> Result<(CUdeviceptr, SyncOnDrop<'a>)> {
+    check_context(op, argument, view.stream(), stream.context())?;
+    Ok(view.device_ptr_mut(stream))
 }
 
 /// Device memory for what an operation returns; `len` may be 0, which the driver itself refuses.

@@ -11,102 +11,14 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::images::{IMAGES, Image};
+use crate::images::{IMAGES, Image, TOOLKIT};
+use crate::kernels::{Entry, KERNELS};
 
-pub(crate) use crate::buffer::{alloc, check_aligned, optional, upload, vector_rows};
+pub(crate) use crate::buffer::{
+    alloc, check_aligned, check_context, optional, reads, upload, vector_rows, writes,
+};
+pub(crate) use crate::kernels::Kernel;
 pub use cudarc::driver::sys::{CUdeviceptr, CUstream};
-
-/// A kernel, by the name of its entry without the element type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kernel {
-    RouteFwdPlainNarrow,
-    RouteFwdPlainWide,
-    RouteFwdNarrow,
-    RouteFwdWide,
-    RouteFwdSort,
-    PlanFwdCount,
-    PlanFwdScan,
-    PlanFwdPlace,
-    PlanFwdSingle,
-    CapacityFwdSelect,
-    CapacityFwdAsk,
-    CapacityFwdNormalize,
-    ExpertChoiceFwd,
-    NoiseFwd,
-    JitterFwd,
-    PermuteFwd,
-    GroupedGemmFwd,
-    GroupedGemmFwdInOut,
-    GroupedGemmFwdGateUp,
-    GroupedGemmFwdGateUpInOut,
-    CombineFwd,
-    RmsNormFwd,
-    ProjectFwdOne,
-    ProjectFwdFew,
-    ProjectFwdTile,
-    ProjectFwdOneGate32,
-    ProjectFwdFewGate32,
-    ProjectFwdTileGate32,
-}
-
-/// Where a kernel is: the stem of its file, its symbol, and whether the symbol ends in an element type.
-struct Entry {
-    kernel: Kernel,
-    image: &'static str,
-    symbol: &'static str,
-    typed: bool,
-}
-
-/// In the order of the variants of [`Kernel`].
-#[rustfmt::skip]
-const KERNELS: &[Entry] = &[
-    Entry { kernel: Kernel::RouteFwdPlainNarrow, image: "route", symbol: "moe_route_fwd_plain_narrow", typed: true },
-    Entry { kernel: Kernel::RouteFwdPlainWide, image: "route", symbol: "moe_route_fwd_plain_wide", typed: true },
-    Entry { kernel: Kernel::RouteFwdNarrow, image: "route", symbol: "moe_route_fwd_narrow", typed: false },
-    Entry { kernel: Kernel::RouteFwdWide, image: "route", symbol: "moe_route_fwd_wide", typed: false },
-    Entry { kernel: Kernel::RouteFwdSort, image: "route", symbol: "moe_route_fwd_sort", typed: false },
-    Entry { kernel: Kernel::PlanFwdCount, image: "plan", symbol: "moe_plan_fwd_count", typed: false },
-    Entry { kernel: Kernel::PlanFwdScan, image: "plan", symbol: "moe_plan_fwd_scan", typed: false },
-    Entry { kernel: Kernel::PlanFwdPlace, image: "plan", symbol: "moe_plan_fwd_place", typed: false },
-    Entry { kernel: Kernel::PlanFwdSingle, image: "plan", symbol: "moe_plan_fwd_single", typed: false },
-    Entry { kernel: Kernel::CapacityFwdSelect, image: "capacity", symbol: "moe_capacity_fwd_select", typed: false },
-    Entry { kernel: Kernel::CapacityFwdAsk, image: "capacity", symbol: "moe_capacity_fwd_ask", typed: false },
-    Entry { kernel: Kernel::CapacityFwdNormalize, image: "capacity", symbol: "moe_capacity_fwd_normalize", typed: false },
-    Entry { kernel: Kernel::ExpertChoiceFwd, image: "expert_choice", symbol: "moe_expert_choice_fwd", typed: true },
-    Entry { kernel: Kernel::NoiseFwd, image: "noise", symbol: "moe_noise_fwd", typed: false },
-    Entry { kernel: Kernel::JitterFwd, image: "jitter", symbol: "moe_jitter_fwd", typed: true },
-    Entry { kernel: Kernel::PermuteFwd, image: "permute", symbol: "moe_permute_fwd", typed: true },
-    Entry { kernel: Kernel::GroupedGemmFwd, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd", typed: true },
-    Entry { kernel: Kernel::GroupedGemmFwdInOut, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_in_out", typed: true },
-    Entry {
-        kernel: Kernel::GroupedGemmFwdGateUp, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up", typed: true,
-    },
-    Entry {
-        kernel: Kernel::GroupedGemmFwdGateUpInOut, image: "grouped_gemm",
-        symbol: "moe_grouped_gemm_fwd_gate_up_in_out", typed: true,
-    },
-    Entry { kernel: Kernel::CombineFwd, image: "combine", symbol: "moe_combine_fwd", typed: true },
-    Entry { kernel: Kernel::RmsNormFwd, image: "rms_norm", symbol: "moe_rms_norm_fwd", typed: true },
-    Entry { kernel: Kernel::ProjectFwdOne, image: "project", symbol: "moe_project_fwd_one", typed: true },
-    Entry { kernel: Kernel::ProjectFwdFew, image: "project", symbol: "moe_project_fwd_few", typed: true },
-    Entry { kernel: Kernel::ProjectFwdTile, image: "project", symbol: "moe_project_fwd_tile", typed: true },
-    Entry { kernel: Kernel::ProjectFwdOneGate32, image: "project", symbol: "moe_project_fwd_one_gate32", typed: true },
-    Entry { kernel: Kernel::ProjectFwdFewGate32, image: "project", symbol: "moe_project_fwd_few_gate32", typed: true },
-    Entry { kernel: Kernel::ProjectFwdTileGate32, image: "project", symbol: "moe_project_fwd_tile_gate32", typed: true },
-];
-
-impl Entry {
-    /// The element types that the symbol exists with.
-    fn dtypes(&self) -> &'static [DType] {
-        use Kernel::{ProjectFwdFewGate32, ProjectFwdOneGate32, ProjectFwdTileGate32};
-        match self.kernel {
-            // With f32 tokens a gate of f32 is one of the tokens' type.
-            ProjectFwdOneGate32 | ProjectFwdFewGate32 | ProjectFwdTileGate32 => &DType::ALL[1..],
-            _ if self.typed => &DType::ALL,
-            _ => &DType::ALL[..1],
-        }
-    }
-}
 
 /// More than any kernel takes.
 const MAX_ARGUMENTS: usize = 16;
@@ -210,16 +122,22 @@ impl Device {
         self.inner.capability
     }
 
-    /// Loads every kernel for elements of `dtype`, so that later calls load nothing. Call it before
-    /// a stream capture, in which nothing may be loaded.
+    /// Loads every kernel that a layer with elements of `dtype` may launch, those for its f32 logits among
+    /// them, so that later calls load nothing. Call it before a stream capture, in which nothing may be loaded.
+    /// Kernels for other compute capabilities than the device's are left out.
     ///
     /// # Errors
-    /// [`Error::KernelsNotBuilt`], [`Error::UnsupportedDevice`], or [`Error::Driver`].
+    /// [`Error::KernelsNotBuilt`], [`Error::UnsupportedDevice`], [`Error::DriverTooOld`], or [`Error::Driver`].
     pub fn warm_up(&self, dtype: DType) -> Result<()> {
-        let there = KERNELS.iter().filter(|entry| !entry.typed || entry.dtypes().contains(&dtype));
-        there
-            .map(|entry| entry.kernel)
-            .try_for_each(|kernel| self.function(kernel, dtype).map(|_| ()))
+        for entry in KERNELS.iter().filter(|entry| entry.is_for(self.inner.capability)) {
+            for dtype in entry.of_layer(dtype) {
+                match self.function(entry.kernel, dtype) {
+                    Err(error) if !entry.may_be_missing(&error) => return Err(error),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Enqueues one kernel on `stream`; the only launch of this crate.
@@ -236,7 +154,7 @@ impl Device {
         launch: Launch,
         arguments: &[Argument],
     ) -> Result<()> {
-        let symbol = || symbol(kernel, dtype);
+        let symbol = || kernel.entry().symbol(dtype);
         // Any thread may call, with any context current. This also reports what cudarc has noted of
         // failed waits on this stream.
         self.inner.context.bind_to_thread().map_err(|error| driver_error(&symbol())(error))?;
@@ -267,10 +185,8 @@ impl Device {
 
     /// The driver's function for a kernel, loaded on first use.
     fn function(&self, kernel: Kernel, dtype: DType) -> Result<&Function> {
-        let entry = &KERNELS[kernel as usize];
-        // Kernels without an element type have one function, kept in the first place.
-        let column = if entry.typed { dtype as usize } else { 0 };
-        let slot = &self.inner.functions[kernel as usize][column];
+        let entry = kernel.entry();
+        let slot = &self.inner.functions[kernel as usize][entry.column(dtype)];
         if let Some(function) = slot.get() {
             return Ok(function);
         }
@@ -280,7 +196,7 @@ impl Device {
     }
 
     fn load_function(&self, entry: &Entry, dtype: DType) -> Result<Function> {
-        let name = symbol(entry.kernel, dtype);
+        let name = entry.symbol(dtype);
         let missing = || Error::KernelsNotBuilt { kernel: name.clone() };
         let index =
             IMAGES.iter().position(|image| image.name == entry.image).ok_or_else(missing)?;
@@ -290,9 +206,13 @@ impl Device {
         let handle = match unsafe { result::module::get_function(module, c_name) } {
             Ok(handle) => handle,
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) => return Err(missing()),
-            Err(error) => return Err(driver_error(&name)(error)),
+            // Where modules load lazily, this is what loads the image.
+            Err(error) => return Err(load_error(&IMAGES[index], self.inner.capability, error)),
         };
         self.allow_shared_memory(handle).map_err(driver_error(&name))?;
+        if entry.prefers_shared_memory() {
+            prefer_shared_memory(handle).map_err(driver_error(&name))?;
+        }
         Ok(Function { handle, parameters: parameter_sizes(handle) })
     }
 
@@ -341,6 +261,19 @@ impl Device {
     }
 }
 
+/// Asks for as much of the multiprocessor's memory as it can share among blocks. The driver takes it as a hint.
+fn prefer_shared_memory(function: sys::CUfunction) -> std::result::Result<(), DriverError> {
+    // SAFETY: the handle is of a module that stays loaded.
+    unsafe {
+        sys::cuFuncSetAttribute(
+            function,
+            sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+            sys::CUshared_carveout::CU_SHAREDMEM_CARVEOUT_MAX_SHARED as i32,
+        )
+    }
+    .result()
+}
+
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (major, minor) = self.inner.capability;
@@ -372,35 +305,76 @@ pub fn kernel_files() -> impl Iterator<Item = KernelFile> {
     })
 }
 
+/// The CUDA toolkit that compiled the kernels of this binary, major and minor, as in (13, 0); `None` without kernels.
+/// A driver for that major version at least can load them.
+pub fn kernel_toolkit() -> Option<(u32, u32)> {
+    TOOLKIT
+}
+
 /// The symbols of all kernels of this crate.
 pub fn kernel_symbols() -> impl Iterator<Item = String> {
-    KERNELS.iter().flat_map(|entry| entry.dtypes().iter().map(|&dtype| symbol(entry.kernel, dtype)))
+    KERNELS.iter().flat_map(|entry| entry.dtypes().iter().map(|&dtype| entry.symbol(dtype)))
 }
 
 /// Holds the stream of a call against the device of the call.
-///
-/// Two `CudaContext`s of one GPU are two as well: cudarc orders work within each of them alone.
 pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStream) -> Result<()> {
-    if Arc::ptr_eq(stream.context(), device.context()) {
-        Ok(())
-    } else {
-        let why = "the stream belongs to another CudaContext than the device".into();
-        Err(Error::Mismatch { op, why })
+    check_context(op, "stream", stream, device.context())
+}
+
+/// Why an image did not load.
+fn load_error(image: &Image, capability: (u32, u32), error: DriverError) -> Error {
+    if error.0 == sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED {
+        let operation = format!("loading {}.cu, which Device::warm_up does before", image.name);
+        return driver_error(&operation)(error);
+    }
+    refusal(image, TOOLKIT, driver_version(), capability, error.0)
+        .unwrap_or_else(|| driver_error(image.name)(error))
+}
+
+/// What a driver's refusal of an image means, where it means something. A placeholder has nothing to load, whatever
+/// the driver makes of it. A driver reads the machine code of its own major version's toolkits, and PTX of none that
+/// is newer than itself; it says so with one of several codes.
+fn refusal(
+    image: &Image,
+    toolkit: Option<(u32, u32)>,
+    driver: Option<(u32, u32)>,
+    (major, minor): (u32, u32),
+    code: sys::CUresult,
+) -> Option<Error> {
+    use sys::CUresult as Code;
+    if image.architectures.is_empty() {
+        return Some(Error::KernelsNotBuilt { kernel: format!("{}.cu", image.name) });
+    }
+    let by_version = matches!(
+        code,
+        Code::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | Code::CUDA_ERROR_INVALID_IMAGE
+            | Code::CUDA_ERROR_INVALID_PTX
+            | Code::CUDA_ERROR_INVALID_SOURCE
+    );
+    if let (true, Some(toolkit), Some(driver)) = (by_version, toolkit, driver) {
+        let ptx_alone = code == Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+        if driver.0 < toolkit.0 || ptx_alone && driver < toolkit {
+            return Some(Error::DriverTooOld { image: image.name, driver, toolkit });
+        }
+    }
+    match code {
+        Code::CUDA_ERROR_NO_BINARY_FOR_GPU | Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+            let built = image.architectures;
+            Some(Error::UnsupportedDevice { image: image.name, major, minor, built })
+        }
+        _ => None,
     }
 }
 
-/// Why an image did not load. A placeholder has nothing to load, whatever the driver makes of it.
-fn load_error(image: &Image, (major, minor): (u32, u32), error: DriverError) -> Error {
-    if image.architectures.is_empty() {
-        return Error::KernelsNotBuilt { kernel: format!("{}.cu", image.name) };
-    }
-    match error.0 {
-        sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
-        | sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
-            Error::UnsupportedDevice { image: image.name, major, minor, built: image.architectures }
-        }
-        _ => driver_error(image.name)(error),
-    }
+/// The CUDA version that the driver is for, major and minor.
+fn driver_version() -> Option<(u32, u32)> {
+    let mut version = 0;
+    // SAFETY: the pointer is to a live integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().ok()?;
+    let version = u32::try_from(version).ok()?;
+    Some((version / 1000, version % 1000 / 10))
 }
 
 /// Turns the driver's error into this crate's.
@@ -416,11 +390,6 @@ pub(crate) fn driver_error(operation: &str) -> impl Fn(DriverError) -> Error + '
             message: text(error.error_string()),
         }
     }
-}
-
-fn symbol(kernel: Kernel, dtype: DType) -> String {
-    let entry = &KERNELS[kernel as usize];
-    if entry.typed { format!("{}_{dtype}", entry.symbol) } else { entry.symbol.into() }
 }
 
 /// The sizes of a kernel's parameters, from a driver that can tell them (CUDA 12.4 and later).
@@ -476,24 +445,45 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_is_in_the_order_of_the_kernels() {
-        for (index, entry) in KERNELS.iter().enumerate() {
-            assert_eq!(entry.kernel as usize, index, "{}", entry.symbol);
-            assert!(entry.symbol.starts_with(&format!("moe_{}_", entry.image)), "{}", entry.symbol);
-        }
-    }
-
-    #[test]
     fn an_image_that_does_not_load() {
         let image = |architectures| Image { name: "route", architectures, bytes: &[] };
+        let current = Some((13, 0));
         let error =
-            |architectures, code| load_error(&image(architectures), (7, 5), DriverError(code));
+            |architectures, code| refusal(&image(architectures), current, current, (7, 5), code);
         let no_binary = sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU;
-        assert!(matches!(error("", no_binary), Error::KernelsNotBuilt { .. }));
-        let old = error("sm_80 sm_90", no_binary);
+        assert!(matches!(error("", no_binary), Some(Error::KernelsNotBuilt { .. })));
+        let old = error("sm_80 sm_90", no_binary).unwrap();
         let told = old.to_string();
         assert!(matches!(old, Error::UnsupportedDevice { major: 7, minor: 5, .. }));
         assert!(told.contains("7.5") && told.contains("sm_80 sm_90"), "{told}");
+        assert_eq!(error("sm_80 sm_90", sys::CUresult::CUDA_ERROR_INVALID_IMAGE), None);
+    }
+
+    #[test]
+    fn a_driver_that_is_older_than_the_toolkit() {
+        use sys::CUresult as Code;
+        let image = Image { name: "route", architectures: "sm_90 compute_90", bytes: &[] };
+        let error =
+            |driver, toolkit, code| refusal(&image, Some(toolkit), Some(driver), (9, 0), code);
+        for code in [
+            Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+            Code::CUDA_ERROR_INVALID_IMAGE,
+            Code::CUDA_ERROR_NO_BINARY_FOR_GPU,
+        ] {
+            let (driver, toolkit) = ((12, 4), (13, 0));
+            let old = error(driver, toolkit, code).unwrap();
+            assert_eq!(old, Error::DriverTooOld { image: "route", driver, toolkit });
+            let told = old.to_string();
+            assert!(told.contains("CUDA 12.4") && told.contains("nvcc 13.0"), "{told}");
+        }
+        // Machine code needs the major version alone, PTX the minor one too.
+        let (driver, toolkit) = ((12, 2), (12, 8));
+        let ptx = error(driver, toolkit, Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION);
+        assert!(matches!(ptx, Some(Error::DriverTooOld { .. })), "{ptx:?}");
+        let code = error(driver, toolkit, Code::CUDA_ERROR_NO_BINARY_FOR_GPU);
+        assert!(matches!(code, Some(Error::UnsupportedDevice { .. })), "{code:?}");
+        assert_eq!(error((13, 0), (13, 0), Code::CUDA_ERROR_INVALID_IMAGE), None);
+        assert_eq!(error((12, 4), (13, 0), Code::CUDA_ERROR_OUT_OF_MEMORY), None);
     }
 
     #[test]

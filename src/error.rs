@@ -57,6 +57,16 @@ pub enum Error {
         got: u64,
     },
 
+    /// A stream, a buffer or a plan is of another `CudaContext` than the device or the stream of the call. cudarc
+    /// orders work within one `CudaContext` alone, so that two of the same GPU do not mix either.
+    #[error("{op}: `{argument}` belongs to another CudaContext than the call's device and stream")]
+    Context {
+        /// The operation.
+        op: &'static str,
+        /// The argument of the operation.
+        argument: &'static str,
+    },
+
     /// Two arguments of one call belong together and do not.
     #[error("{op}: {why}")]
     Mismatch {
@@ -89,6 +99,21 @@ pub enum Error {
         minor: u32,
         /// The architectures that were built.
         built: &'static str,
+    },
+
+    /// The driver is for an older CUDA version than the toolkit that compiled the kernels of this binary.
+    #[error(
+        "{image}: the driver is for CUDA {}.{}, and nvcc {}.{} compiled the kernels of this binary: update the \
+         driver to one for CUDA {}.{} or newer, or build with an older toolkit",
+        driver.0, driver.1, toolkit.0, toolkit.1, toolkit.0, toolkit.1
+    )]
+    DriverTooOld {
+        /// The image, named after its kernel file.
+        image: &'static str,
+        /// The CUDA version that the driver is for, major and minor.
+        driver: (u32, u32),
+        /// That of the toolkit.
+        toolkit: (u32, u32),
     },
 
     /// The driver's kernel takes other arguments than this crate hands over: a binary and its images

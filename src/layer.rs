@@ -1,5 +1,6 @@
 //! A whole layer: the operations in order.
 
+mod contexts;
 mod experts;
 mod memory;
 mod route;
@@ -18,6 +19,7 @@ use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
 use crate::tensors::{MoeInputs, MoeWeights, Typed, no_gate, shape_of};
 use crate::workspace::{Arena, Section, Workspace};
+use contexts::Contexts;
 use sections::{Sections, one_expert};
 
 const OP: &str = "MoeLayer";
@@ -71,8 +73,8 @@ impl MoeLayer {
     ///
     /// # Errors
     /// [`Error::Length`] for a buffer or a workspace that does not fit,
-    /// [`Error::Mismatch`] for weights or inputs that are not as the configuration says and
-    /// for a stream of another context, and what a launch can meet.
+    /// [`Error::Mismatch`] for weights or inputs that are not as the configuration says, [`Error::Context`]
+    /// for a stream or a buffer of another `CudaContext`, and what a launch can meet.
     pub fn forward<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -84,6 +86,9 @@ impl MoeLayer {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
         check_len(OP, "y", y.len(), inputs.x.len())?;
+        pass.contexts.inputs(inputs)?;
+        pass.contexts.written("y", y)?;
+        pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_forward())?;
         let dense =
             pass.dense(&mut arena, pass.projects_by_gemm(inputs) || pass.has_dense_experts())?;
@@ -116,6 +121,9 @@ impl MoeLayer {
             return Err(Error::Mismatch { op: OP, why });
         }
         check_len(OP, "logits", logits.len(), pass.shape.logits())?;
+        pass.contexts.inputs(inputs)?;
+        pass.contexts.logits(logits)?;
+        pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
         pass.project(inputs, dense.as_ref(), &mut arena, logits)
@@ -140,6 +148,10 @@ impl MoeLayer {
         inputs.check_route(OP, &self.config, weights)?;
         check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
         check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
+        pass.contexts.inputs(inputs)?;
+        pass.contexts.written("expert_ids", expert_ids)?;
+        pass.contexts.written("routing_weights", routing_weights)?;
+        pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
         pass.route(inputs, dense.as_ref(), &mut arena, expert_ids, routing_weights)
@@ -165,6 +177,11 @@ impl MoeLayer {
         check_len(OP, "y", y.len(), x.len())?;
         check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
         check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
+        pass.contexts.read("x", x)?;
+        pass.contexts.read("expert_ids", expert_ids)?;
+        pass.contexts.read("routing_weights", routing_weights)?;
+        pass.contexts.written("y", y)?;
+        pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_experts())?;
         let dense = pass.dense(&mut arena, pass.has_dense_experts())?;
         pass.experts(x, (expert_ids, routing_weights), dense.as_ref(), &mut arena, y)
@@ -179,6 +196,7 @@ struct Pass<'p, 'w, D: Dtype> {
     weights: &'p MoeWeights<OnDevice<'w>, D>,
     shape: RoutingShape,
     sections: Sections,
+    contexts: Contexts<'p>,
 }
 
 impl<'p, 'w, D: Dtype> Pass<'p, 'w, D> {
@@ -190,8 +208,10 @@ impl<'p, 'w, D: Dtype> Pass<'p, 'w, D> {
     ) -> Result<Self> {
         let MoeLayer { device, config } = layer;
         weights.check(OP, config)?;
+        let contexts = Contexts::new(device, stream)?;
+        contexts.weights(weights)?;
         let sections = Sections::new(config, D::DTYPE, shape.num_tokens)?;
-        Ok(Self { device, stream, config, weights, shape, sections })
+        Ok(Self { device, stream, config, weights, shape, sections, contexts })
     }
 
     /// The plan of dense products, which are grouped ones with a single expert that every token goes to.

@@ -54,7 +54,7 @@
 //!
 //! Every call enqueues on the given stream and returns. Nothing synchronises, reads the device, or
 //! (but for the forms that return new buffers) allocates. Images load on first use;
-//! [`Device::warm_up`] loads all that an element type needs, before a stream capture for example.
+//! [`Device::warm_up`] loads all that a layer of an element type needs, before a stream capture for example.
 
 #[cfg(not(feature = "bindgen"))]
 #[allow(dead_code, reason = "some constants are for the kernels alone")]
@@ -74,6 +74,7 @@ pub mod format;
 #[cfg(feature = "hf")]
 pub mod hf;
 mod images;
+mod kernels;
 mod layer;
 mod matmul;
 pub mod ops;
@@ -84,7 +85,9 @@ mod tensors;
 mod workspace;
 
 pub use config::*;
-pub use device::{CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols};
+pub use device::{
+    CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols, kernel_toolkit,
+};
 pub use dtype::{DType, Dtype};
 pub use error::{Error, Result};
 pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice};

@@ -1,11 +1,11 @@
 //! The plan's data type: where each slot's row is, and whose row each is, on a device.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceSlice};
 
 use crate::abi::{GEMM_BLOCK_M, GemmTile, PLAN_MAX_BLOCKS, PLAN_MIN_BLOCK_SLOTS};
+use crate::buffer::check_context;
 use crate::error::{Error, Result};
 use crate::shape::RoutingShape;
 
@@ -152,13 +152,14 @@ impl PlanLayout {
 
 /// Slots grouped by expert, on a device: what [`plan_fwd`](crate::ops::plan::plan_fwd) makes.
 ///
-/// Only that operation can make one, and nothing can change it. So its maps hold valid indices for
-/// its shape, whatever ids they were made from, which is what makes the kernels that read them safe.
-/// Reading it is ordered after the operation on the same stream, and on other streams as cudarc
-/// orders views.
+/// Only that operation can make one, and nothing else can write it while it lives. Reading it is ordered after the
+/// operation on the same stream, and on other streams as cudarc orders views.
 ///
-/// A plan that was made while its stream captured holds nothing until the graph has run: use it within
-/// that capture, or after a replay, and drop it with a capture that is given up.
+/// A plan that was made while its stream captured holds nothing until the graph has run: use it within that capture,
+/// or after a replay. Neither the type nor cudarc can tell when that is; a capture may be given up, and a replay
+/// is ordered with nothing but its own stream. Therefore no kernel trusts a plan: each compares the indices that it
+/// reads with the sizes that its launch states, which costs a comparison where it compared with -1 before. A plan
+/// that is used at the wrong time gives wrong numbers, never an access outside a buffer.
 pub struct RoutingPlan<'a> {
     layout: PlanLayout,
     memory: PlanMemory<'a>,
@@ -174,8 +175,8 @@ impl<'a> RoutingPlan<'a> {
     /// The plan in `memory`.
     ///
     /// # Safety
-    /// The kernels of `plan_fwd` were launched with `layout` on `memory`, in an order that every later
-    /// reader of its views keeps, and `memory` has `layout.bytes()` bytes.
+    /// `memory` has `layout.bytes()` bytes and starts at a multiple of 4. What they hold need not be a plan: see the
+    /// type's description.
     pub(crate) unsafe fn new(layout: PlanLayout, memory: PlanMemory<'a>) -> Self {
         Self { layout, memory }
     }
@@ -186,12 +187,7 @@ impl<'a> RoutingPlan<'a> {
             PlanMemory::Owned(memory) => memory.stream(),
             PlanMemory::Borrowed(memory) => memory.stream(),
         };
-        if Arc::ptr_eq(own.context(), stream.context()) {
-            Ok(())
-        } else {
-            let why = "the plan belongs to another CudaContext than the stream".into();
-            Err(Error::Mismatch { op, why })
-        }
+        check_context(op, "plan", own, stream.context())
     }
 
     /// The shape of the plan: `E` is how many experts it holds, which may be fewer than the router has, and

@@ -51,6 +51,14 @@ impl<'a> Workspace<'a> {
         }
     }
 
+    /// The stream that it was allocated on.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        match &self.memory {
+            Memory::Owned(memory) => memory.stream(),
+            Memory::Borrowed(memory) => memory.stream(),
+        }
+    }
+
     /// All of it, if it has `wanted` bytes.
     pub(crate) fn view_mut(
         &mut self,

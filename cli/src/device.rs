@@ -159,16 +159,6 @@ impl Gpu {
         let _ = seed;
     }
 
-    /// What the emulator has to say about a kernel that it stopped.
-    pub fn report(&self) -> String {
-        #[cfg(feature = "emulator")]
-        if self.place == Place::Emulator {
-            return moe_emulator::last_error()
-                .map_or_else(String::new, |report| format!("\n{report}"));
-        }
-        String::new()
-    }
-
     /// For `map_err` on calls to cudarc.
     pub fn failed(&self, what: &'static str) -> impl Fn(cudarc::driver::DriverError) -> Error + '_ {
         move |error| Error::Device { device: self.place.name(), why: format!("{what}: {error}") }

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use moe_kernels::{kernel_files, kernel_symbols};
+use moe_kernels::{kernel_files, kernel_symbols, kernel_toolkit};
 
 use crate::device::{Choice, Gpu, Place, probe};
 use crate::error::{Error, Result, io};
@@ -62,8 +62,11 @@ fn binary() -> String {
         ]);
     }
     let symbols: Vec<String> = kernel_symbols().collect();
+    let toolkit = kernel_toolkit().map_or_else(String::new, |(major, minor)| {
+        format!("\ncompiled by nvcc {major}.{minor}, for drivers of CUDA {major}.0 and newer\n")
+    });
     format!(
-        "moe-kernels {}\n\n{table}\n{} kernels: {}\n",
+        "moe-kernels {}\n\n{table}{toolkit}\n{} kernels: {}\n",
         env!("CARGO_PKG_VERSION"),
         symbols.len(),
         symbols.join(" ")

@@ -4,15 +4,16 @@
 //! the built-in kernel, and between two runs of that one (A/B/A), so that a drift of clocks shows as
 //! a difference of the two and not as a gain.
 
-use std::ffi::{CString, c_void};
+mod variant;
+
+use std::ffi::c_void;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::ptr::from_mut;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
-use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DriverError, result, sys};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, result, sys};
 use half::bf16;
 use moe_bench::{Draw, Model, Routing, Samples, normal};
 use moe_kernels::ops::grouped_gemm::{
@@ -25,6 +26,7 @@ use crate::device::{Choice, Gpu, Place};
 use crate::error::{Error, Result, io};
 use crate::tensor_file::replace;
 use crate::text::{Table, say, seconds};
+use variant::{Variant, bad_file, read_list};
 
 /// Times variants of grouped_gemm that gpu/tune-variants has compiled, against the built-in one
 #[derive(clap::Args)]
@@ -71,10 +73,12 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
         return Err(Error::Option { option: "--device", why });
     }
     let gpu = Gpu::open(place)?;
-    let list = read_json(&arguments.variants.join("variants.json"))?;
-    let entries = list["variants"].as_array().map_or(&[][..], Vec::as_slice);
+    let list_file = arguments.variants.join("variants.json");
+    let list = read_list(&list_file)?;
+    let entries = list["variants"].as_array();
+    let entries = entries.ok_or_else(|| bad_file(&list_file, "without a list `variants`"))?;
     let mut variants = Vec::new();
-    for entry in entries.iter().filter(|entry| entry["image"].is_string()) {
+    for entry in entries.iter().filter(|entry| !entry["image"].is_null()) {
         match Variant::load(&gpu, &arguments.variants, entry) {
             Ok(variant) => variants.push(variant),
             // Above all more shared memory than this GPU has.
@@ -154,72 +158,6 @@ fn spread(samples: &Samples) -> Value {
     })
 }
 
-fn read_json(path: &Path) -> Result<Value> {
-    let text = fs::read(path).map_err(io("read", path))?;
-    serde_json::from_slice(&text).map_err(|error| bad_file(path, error))
-}
-
-fn bad_file(path: &Path, why: impl ToString) -> Error {
-    Error::File { file: path.display().to_string(), why: why.to_string() }
-}
-
-// ---- A variant ----------------------------------------------------------------------------------
-
-/// An image with both products in bf16, and how they are launched.
-struct Variant {
-    name: String,
-    constants: Value,
-    gate_up: sys::CUfunction,
-    plain: sys::CUfunction,
-    block_n: usize,
-    tile_group: usize,
-    threads: u32,
-    shared_bytes: u32,
-}
-
-impl Variant {
-    fn load(gpu: &Gpu, folder: &Path, entry: &Value) -> Result<Self> {
-        let text = |key: &str| entry[key].as_str().unwrap_or_default();
-        let list = folder.join("variants.json");
-        let constant = |key: &str| {
-            let value = entry["constants"][key].as_u64();
-            value.ok_or_else(|| bad_file(&list, format!("a variant without {key}")))
-        };
-        if constant("GEMM_BLOCK_M")? as usize != TILE_ROWS {
-            return Err(bad_file(&list, "a variant whose tiles are not the plan's"));
-        }
-        let path = folder.join(text("image"));
-        let image = fs::read(&path).map_err(io("read", &path))?;
-        let shared_bytes = constant("GROUPED_GEMM_SMEM_BYTES")? as u32;
-        // SAFETY: the file is what nvcc wrote, and the driver checks its header.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-            .map_err(gpu.failed("load a variant"))?;
-        let function = |symbol: &str| -> std::result::Result<sys::CUfunction, DriverError> {
-            let name = CString::new(symbol).expect("a symbol has no zero");
-            // SAFETY: the module is never unloaded.
-            let function = unsafe { result::module::get_function(module, name) }?;
-            let attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: as above.
-            unsafe {
-                result::function::set_function_attribute(function, attribute, shared_bytes as i32)
-            }?;
-            Ok(function)
-        };
-        Ok(Self {
-            name: text("name").into(),
-            constants: entry["constants"].clone(),
-            gate_up: function("moe_grouped_gemm_fwd_gate_up_bf16")
-                .map_err(gpu.failed("find a variant's kernel"))?,
-            plain: function("moe_grouped_gemm_fwd_bf16")
-                .map_err(gpu.failed("find a variant's kernel"))?,
-            block_n: constant("GEMM_BLOCK_N")? as usize,
-            tile_group: constant("GEMM_TILE_GROUP")? as usize,
-            threads: constant("GEMM_THREADS_MMA")? as u32,
-            shared_bytes,
-        })
-    }
-}
-
 /// GroupedGemmArgs of kernels/abi.h.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -228,6 +166,8 @@ struct KernelArgs {
     feature_stride: i32,
     k_stride: i32,
     rows: i32,
+    x_rows: i32,
+    max_tiles: i32,
     n: i32,
     k: i32,
     num_experts: i32,
@@ -386,6 +326,7 @@ impl<'a> Problem<'a> {
 
     /// What [`Self::built_in`] does, with a variant's kernels.
     fn launch(&mut self, variant: &Variant) -> Result<()> {
+        let constants = variant.launch;
         let Self { gpu, weights, plan, hidden, intermediate, x, act, yp, .. } = self;
         let stream = &gpu.stream;
         let (mut x, _x) = x.device_ptr(stream);
@@ -400,11 +341,13 @@ impl<'a> Problem<'a> {
         let shape = plan.shape();
         let slots = shape.slots();
         let max_tiles = slots.min(slots.div_ceil(TILE_ROWS) + shape.num_experts);
-        let args = |parts: usize, n: usize, k: usize| KernelArgs {
+        let args = |parts: usize, n: usize, k: usize, x_rows: usize| KernelArgs {
             expert_stride: (parts * n * k) as i64,
             feature_stride: k as i32,
             k_stride: 1,
             rows: slots as i32,
+            x_rows: x_rows as i32,
+            max_tiles: max_tiles as i32,
             n: n as i32,
             k: k as i32,
             num_experts: shape.num_experts as i32,
@@ -413,24 +356,26 @@ impl<'a> Problem<'a> {
             vector_store: 1,
         };
         let product = |function, parts, n: usize, parameters: &mut [*mut c_void]| {
-            let columns = n.div_ceil(variant.block_n / parts);
-            let blocks = max_tiles.next_multiple_of(variant.tile_group) * columns;
+            let columns = n.div_ceil(constants.block_n / parts);
+            let blocks = max_tiles.next_multiple_of(constants.tile_group) * columns;
+            // The driver refuses a grid of more than it has, as it does 0.
+            let blocks = u32::try_from(blocks).unwrap_or(0);
             // SAFETY: the parameters follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in
             // kernels/grouped_gemm.cu; buffers have the lengths that the built-in kernels were given,
             // and the plan is of their shape.
             unsafe {
                 result::launch_kernel(
                     function,
-                    (blocks as u32, 1, 1),
-                    (variant.threads, 1, 1),
-                    variant.shared_bytes,
+                    (blocks, 1, 1),
+                    (constants.threads, 1, 1),
+                    constants.shared_bytes,
                     stream.cu_stream(),
                     parameters,
                 )
             }
         };
         let mut first = SwigluArgs {
-            gemm: args(2, *intermediate, *hidden),
+            gemm: args(2, *intermediate, *hidden, shape.num_tokens),
             function: 0,
             alpha: 1.0,
             limits: [f32::INFINITY; 3],
@@ -442,7 +387,7 @@ impl<'a> Problem<'a> {
             weight_inside: 0,
             bias_strides: [0; 2],
         };
-        let mut second = args(1, *hidden, *intermediate);
+        let mut second = args(1, *hidden, *intermediate, slots);
         let mut up = gate_up + (*intermediate * *hidden * size_of::<bf16>()) as sys::CUdeviceptr;
         let [offsets, tiles, num_tiles]: [*mut c_void; 3] = [
             from_mut(&mut offsets).cast(),

@@ -127,7 +127,7 @@ using namespace driver;
 DRIVER_API CUresult cuInit(unsigned flags) {
   if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
   const DeviceProperties* properties = device_properties();
-  if (!properties) return CUDA_ERROR_NO_DEVICE;
+  if (!properties || !driver_version()) return CUDA_ERROR_NO_DEVICE;
   Lock lock(state().mutex);
   if (!state().initialised) {
     simt::set_device_limits({properties->major, properties->minor,
@@ -140,7 +140,7 @@ DRIVER_API CUresult cuInit(unsigned flags) {
 
 DRIVER_API CUresult cuDriverGetVersion(int* version) {
   if (!version) return CUDA_ERROR_INVALID_VALUE;
-  *version = DRIVER_VERSION;
+  *version = driver_version() ? driver_version() : DRIVER_VERSION;
   return CUDA_SUCCESS;
 }
 

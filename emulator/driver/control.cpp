@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "api.h"
+#include "device.h"
 
 using namespace driver;
 
@@ -29,6 +30,13 @@ DRIVER_API const char* moe_emulator_last_error() {
   HostThread& thread = *this_thread();
   thread.report_copy = thread.report;
   return thread.report_copy.empty() ? nullptr : thread.report_copy.c_str();
+}
+
+// The carve-out that was last preferred for a kernel, in percent of shared memory; -1 where none was.
+DRIVER_API int moe_emulator_carveout(const char* symbol) {
+  Lock lock(state().mutex);
+  const simt::Kernel* kernel = simt::find_kernel(symbol);
+  return kernel && state().carveouts.count(kernel) ? state().carveouts[kernel] : -1;
 }
 
 // Forgets the failures that stick to this thread's streams, and their report.
@@ -78,9 +86,13 @@ DRIVER_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, int
   constexpr int FOUND = 0, SYMBOL_NOT_FOUND = 1;
   if (!symbol || !function) return CUDA_ERROR_INVALID_VALUE;
   *function = nullptr;
+  // What callers must be able to do without.
+  constexpr int PARAMETERS_SINCE = 12040;
+  const bool too_new = !std::strcmp(symbol, "cuFuncGetParamInfo") && driver_version() < PARAMETERS_SINCE;
   if (void* self = dlopen("libcuda.so", RTLD_NOLOAD | RTLD_LAZY)) {
     // The API gives the newest version of a function under its plain name.
     for (const char* version : {"_v4", "_v3", "_v2", ""}) {
+      if (too_new) break;
       *function = dlsym(self, (std::string(symbol) + version).c_str());
       if (*function) break;
     }

@@ -29,6 +29,18 @@ const DeviceProperties* device_properties() {
   return chosen;
 }
 
+int driver_version() {
+  constexpr int OLDEST = 11000;
+  static const int version = [] {
+    const char* text = std::getenv("MOE_EMULATOR_DRIVER");
+    if (!text || !*text) return DRIVER_VERSION;
+    char* end;
+    const long number = std::strtol(text, &end, 10);
+    return *end || number < OLDEST || number > DRIVER_VERSION ? 0 : static_cast<int>(number);
+  }();
+  return version;
+}
+
 namespace {
 
 // An attribute of the API by its number. Those that describe nothing this device has are 0.

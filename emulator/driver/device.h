@@ -4,7 +4,7 @@
 
 namespace driver {
 
-inline constexpr int DRIVER_VERSION = 13000;
+inline constexpr int DRIVER_VERSION = 13000;  // 1000 * major + 10 * minor
 inline constexpr unsigned MAX_THREADS_PER_BLOCK = 1024;
 inline constexpr unsigned MAX_BLOCK_Z = 64;
 inline constexpr unsigned MAX_GRID_X = 0x7fffffff;
@@ -28,5 +28,9 @@ struct DeviceProperties {
 // Chosen by MOE_EMULATOR_CC (8.0, 9.0 or 12.0) when the process first asks; nullptr where the
 // variable says something else.
 const DeviceProperties* device_properties();
+
+// DRIVER_VERSION, or the older one that MOE_EMULATOR_DRIVER names when the process first asks; 0 where the
+// variable says something else.
+int driver_version();
 
 }  // namespace driver

@@ -20,13 +20,15 @@ constexpr ErrorText ERRORS[] = {
     ENTRY(CUDA_ERROR_OUT_OF_MEMORY, "out of memory"),
     ENTRY(CUDA_ERROR_NOT_INITIALIZED, "cuInit was not called"),
     ENTRY(CUDA_ERROR_DEINITIALIZED, "the driver is shutting down"),
-    ENTRY(CUDA_ERROR_NO_DEVICE, "no device (does MOE_EMULATOR_CC say 8.0, 9.0 or 12.0?)"),
+    ENTRY(CUDA_ERROR_NO_DEVICE,
+          "no device (does MOE_EMULATOR_CC say 8.0, 9.0 or 12.0, and MOE_EMULATOR_DRIVER a version such as 12040?)"),
     ENTRY(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal"),
     ENTRY(CUDA_ERROR_INVALID_IMAGE, "the module's image is not one"),
     ENTRY(CUDA_ERROR_INVALID_CONTEXT, "invalid context, or none is current"),
     ENTRY(CUDA_ERROR_NO_BINARY_FOR_GPU, "the image holds no code for this device"),
     ENTRY(CUDA_ERROR_UNSUPPORTED_LIMIT, "unsupported limit"),
     ENTRY(CUDA_ERROR_INVALID_PTX, "the module's PTX is invalid"),
+    ENTRY(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "the PTX is of a newer toolkit than this driver knows"),
     ENTRY(CUDA_ERROR_FILE_NOT_FOUND, "file not found"),
     ENTRY(CUDA_ERROR_INVALID_HANDLE, "invalid handle"),
     ENTRY(CUDA_ERROR_ILLEGAL_STATE, "not possible in the present state"),
@@ -65,6 +67,16 @@ const ErrorText* find(CUresult code) {
   return nullptr;
 }
 
+// A failure that this thread has met is described with the report of it. The API's callers may keep a
+// description for good, so that such texts are never freed.
+const char* description(const ErrorText& error) {
+  driver::Lock lock(driver::state().mutex);
+  const driver::HostThread& thread = *driver::this_thread();
+  if (thread.report.empty() || thread.report_error != error.code) return error.text;
+  static std::set<std::string>* texts = new std::set<std::string>;
+  return texts->insert(std::string(error.text) + ": " + thread.report).first->c_str();
+}
+
 }  // namespace
 
 const char* driver::error_name(CUresult code) {
@@ -92,6 +104,6 @@ DRIVER_API CUresult cuGetErrorName(CUresult code, const char** name) {
 DRIVER_API CUresult cuGetErrorString(CUresult code, const char** text) {
   if (!text) return CUDA_ERROR_INVALID_VALUE;
   const ErrorText* error = find(code);
-  *text = error ? error->text : nullptr;
+  *text = error ? description(*error) : nullptr;
   return error ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }

@@ -93,6 +93,7 @@ DRIVER_API CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute a
     case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
       if (value < -1 || value > 100) return CUDA_ERROR_INVALID_VALUE;
       function.carveout = value;
+      call.driver.carveouts[function.kernel] = value;
       break;
     case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED:
       if (value != 0) return not_supported("clusters of more than 8 blocks");

@@ -170,6 +170,7 @@ DRIVER_API CUresult cuMemFree_v2(CUdeviceptr address) {
   free_allocation(call.lock, address, &report);
   if (report.empty()) return CUDA_SUCCESS;
   call.thread->report = report;
+  call.thread->report_error = CUDA_ERROR_ILLEGAL_ADDRESS;
   return CUDA_ERROR_ILLEGAL_ADDRESS;
 }
 

@@ -1,5 +1,6 @@
 // Modules and functions. The code of a kernel is compiled into this library, so a module is a name
 // space: its image is only checked for being one, and a function is found among all kernels.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -24,12 +25,66 @@ CUresult check_image(const void* image) {
   return std::strstr(version, ".target") ? CUDA_SUCCESS : CUDA_ERROR_INVALID_PTX;
 }
 
+// The newest PTX that a driver reads, as 10 * major + minor; from the table of releases in the PTX ISA.
+unsigned newest_ptx(int driver) {
+  const int major = driver / 1000, minor = driver % 1000 / 10;
+  const int ptx_minor = major == 12 && minor > 5 ? minor - 1 : minor;
+  return static_cast<unsigned>(10 * (major - 4) + ptx_minor);
+}
+
+// The version that PTX states, in the same form; 0 for a text without one.
+unsigned stated_ptx(const char* text) {
+  unsigned major = 0, minor = 0;
+  const char* version = std::strstr(text, ".version");
+  return version && std::sscanf(version, ".version %u.%u", &major, &minor) == 2 ? 10 * major + minor : 0;
+}
+
+// The PTX of a fat binary, which each part of it states in its header; 0 for one without PTX.
+unsigned fat_ptx(const unsigned char* image) {
+  constexpr size_t HEADER = 16;
+  constexpr uint16_t PTX = 1;
+  uint64_t size;
+  std::memcpy(&size, image + 8, sizeof size);
+  unsigned newest = 0;
+  for (uint64_t at = 0; at < size;) {
+    const unsigned char* part = image + HEADER + at;
+    uint16_t kind, minor, major;
+    uint32_t header;
+    uint64_t length;
+    std::memcpy(&kind, part, sizeof kind);
+    std::memcpy(&header, part + 4, sizeof header);
+    std::memcpy(&length, part + 8, sizeof length);
+    std::memcpy(&minor, part + 24, sizeof minor);
+    std::memcpy(&major, part + 26, sizeof major);
+    if (kind == PTX) newest = std::max(newest, 10u * major + minor);
+    at += header + length;
+  }
+  return newest;
+}
+
+// What a driver older than the image's toolkit says. It reads no newer PTX; of a fat binary by a toolkit of
+// its own major version it takes the machine code.
+CUresult check_version(const void* image) {
+  const int driver = driver_version();
+  if (driver >= DRIVER_VERSION) return CUDA_SUCCESS;
+  uint32_t magic;
+  std::memcpy(&magic, image, sizeof magic);
+  bool readable = true;
+  if (magic == FATBIN_MAGIC) {
+    readable = fat_ptx(static_cast<const unsigned char*>(image)) / 10 <= newest_ptx(driver) / 10;
+  } else if (magic != FATBIN_WRAPPER_MAGIC && std::memcmp(image, "\177ELF", 4)) {
+    readable = stated_ptx(static_cast<const char*>(image)) <= newest_ptx(driver);
+  }
+  return readable ? CUDA_SUCCESS : CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+}
+
 CUresult load(CUmodule* out, const void* image) {
   Call call;
   if (call.error) return call.error;
   if (CUresult error = capture_forbids(call)) return error;
   if (!out) return CUDA_ERROR_INVALID_VALUE;
   if (CUresult error = check_image(image)) return error;
+  if (CUresult error = check_version(image)) return error;
   auto module = std::make_shared<Module>();
   module->context = call.context;
   *out = call.driver.modules.add(module);
@@ -83,6 +138,8 @@ DRIVER_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const 
     *out = known->second;
     return CUDA_SUCCESS;
   }
+  // Where modules load lazily, the first look-up is what loads the kernel.
+  if (CUresult error = capture_forbids(call)) return error;
   const simt::Kernel* kernel = simt::find_kernel(name);
   if (!kernel) return CUDA_ERROR_NOT_FOUND;
   auto function = std::make_shared<Function>();

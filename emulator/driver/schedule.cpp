@@ -52,6 +52,7 @@ void run(Lock& lock, const OperationPtr& operation) {
     if (outcome.error) {
       std::fprintf(stderr, "%s: %s\n", error_name(outcome.error), outcome.report.c_str());
       operation->thread->report = outcome.report;
+      operation->thread->report_error = outcome.error;
       state().counters.failures++;
       if (!error) error = outcome.error;
     }

@@ -154,6 +154,7 @@ struct HostThread {
   uint64_t launches = 0;
   unsigned os_threads;
   std::string report;       // of the last failure among what this thread submitted
+  CUresult report_error = CUDA_SUCCESS;  // and its code
   std::string report_copy;  // what last_error() gave out
   ErrorDomainPtr default_domain = std::make_shared<ErrorDomain>();
   std::vector<ContextPtr> contexts;  // the stack; the last one is current
@@ -230,6 +231,7 @@ struct Driver {
   size_t allocated_bytes = 0;
   uint64_t release_threshold = 0;
   Counters counters;
+  std::unordered_map<const simt::Kernel*, int> carveouts;  // that were last preferred
 };
 Driver& state();  // never destroyed: threads may outlive the process's static objects
 

@@ -30,6 +30,7 @@
 //! | variable | values | meaning |
 //! |---|---|---|
 //! | `MOE_EMULATOR_CC` | `8.0`, `9.0` (default), `12.0` | compute capability and the limits that go with it |
+//! | `MOE_EMULATOR_DRIVER` | `12040`, ... (default 13000) | an older driver, which refuses newer images |
 //! | `MOE_EMULATOR_SEED` | a number (default 0) | the seed that threads start with |
 //! | `MOE_EMULATOR_THREADS` | a number (default 1) | OS threads for the blocks of one launch |
 //!
@@ -47,8 +48,8 @@
 //! - Not there at all: graphs built node by node or updated, cooperative launches, managed memory,
 //!   memory pools other than the default one, several devices. Such a call returns
 //!   `CUDA_ERROR_NOT_SUPPORTED`, and says so once on the standard error, or its symbol is missing.
-//! - A module's image is checked for being one and otherwise ignored: kernels are found by name
-//!   among those that were compiled in.
+//! - A module's image is checked for being one, and for its version of PTX where the driver is an older one;
+//!   otherwise it is ignored: kernels are found by name among those that were compiled in.
 //! - Kernels use 32 registers each, as far as occupancy is concerned, and no static shared memory.
 
 mod choice;
@@ -160,6 +161,7 @@ struct Control {
     set_seed: unsafe extern "C" fn(u64),
     set_os_threads: unsafe extern "C" fn(u32),
     last_error: unsafe extern "C" fn() -> *const c_char,
+    carveout: unsafe extern "C" fn(*const c_char) -> i32,
     clear_errors: unsafe extern "C" fn(),
     kernel_count: unsafe extern "C" fn() -> usize,
     kernel: unsafe extern "C" fn(usize) -> *const Kernel,
@@ -263,6 +265,7 @@ fn load(variant: Variant) -> Result<Control, InstallError> {
             set_seed: symbol(handle, c"moe_emulator_set_seed")?,
             set_os_threads: symbol(handle, c"moe_emulator_set_os_threads")?,
             last_error: symbol(handle, c"moe_emulator_last_error")?,
+            carveout: symbol(handle, c"moe_emulator_carveout")?,
             clear_errors: symbol(handle, c"moe_emulator_clear_errors")?,
             kernel_count: symbol(handle, c"moe_emulator_kernel_count")?,
             kernel: symbol(handle, c"moe_emulator_kernel")?,
@@ -324,13 +327,21 @@ pub fn set_os_threads(count: u32) {
     unsafe { (control().set_os_threads)(count) }
 }
 
-/// The full report of the last failure among what this OS thread has submitted, if there was one.
+/// The full report of the last failure among what this OS thread has submitted, if there was one. The driver's
+/// description of the failure's code, as errors print it, ends with the same report.
 pub fn last_error() -> Option<String> {
     // SAFETY: the result is null or a C string that is valid until this thread asks again.
     unsafe {
         let text = (control().last_error)();
         (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
     }
+}
+
+/// The carve-out that was last preferred for a kernel (`CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT`), in
+/// percent of the largest shared memory; `None` if nothing was preferred.
+pub fn preferred_carveout(symbol: &CStr) -> Option<u32> {
+    // SAFETY: the symbol is a C string.
+    u32::try_from(unsafe { (control().carveout)(symbol.as_ptr()) }).ok()
 }
 
 /// Forgets the failures that stick to the streams this OS thread has used, and their report.

@@ -21,7 +21,7 @@ pub use tokens::*;
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 
 use crate::abi::{
     CAPACITY_BY_CHOICE, CAPACITY_BY_CHOICE_AND_TOP_WEIGHT, CAPACITY_BY_TOKEN, CAPACITY_BY_WEIGHT,
@@ -30,6 +30,7 @@ use crate::abi::{
 use crate::config::{CapacityConfig, Priority};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
+    reads, writes,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result, check_len, int, product};
@@ -82,7 +83,7 @@ pub struct CapacityBuffers {
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a shape or a limit out of range, [`Error::Length`] for a buffer that does not fit,
-/// [`Error::Mismatch`] for a plan that is not of these slots or a stream of another context, and what a launch
+/// [`Error::Mismatch`] for a plan that is not of these slots, [`Error::Context`], and what a launch
 /// can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_fwd_into(
@@ -105,7 +106,8 @@ pub fn capacity_fwd_into(
 ///
 /// `plan` is the plan by slot of the requests that [`capacity_ask_fwd_into`] made. Slots that find room receive
 /// their expert in `expert_ids`, all others stay as they are; `kept` and `dropped` are added to, so that
-/// `dropped` counts every request that found no room. `weights` are those of the requests, but the first
+/// `dropped` counts every request that found no room; an expert whose number in `kept` is at or above its limit, any
+/// bits, has none. `weights` are those of the requests, but the first
 /// round's for [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd_into`].
 ///
 /// # Errors
@@ -196,10 +198,10 @@ impl Round<'_> {
         check_len(OP, "dropped", dropped.len(), cells)?;
         let (expert_offsets, row_of_slot) = (plan.expert_offsets(), plan.row_of_slot());
         let slot_of_row = plan.token_of_row();
-        let (expert_ids, _ids_guard) = expert_ids.device_ptr_mut(stream);
-        let (kept, _kept_guard) = kept.device_ptr_mut(stream);
-        let (dropped, _dropped_guard) = dropped.device_ptr_mut(stream);
-        let (weights, _weights_guard) = weights.device_ptr(stream);
+        let (expert_ids, _ids_guard) = writes(OP, "expert_ids", expert_ids, stream)?;
+        let (kept, _kept_guard) = writes(OP, "kept", kept, stream)?;
+        let (dropped, _dropped_guard) = writes(OP, "dropped", dropped, stream)?;
+        let (weights, _weights_guard) = reads(OP, "weights", weights, stream)?;
         let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
         let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
         let (slot_of_row, _slots_guard) = slot_of_row.device_ptr(stream);
@@ -213,7 +215,7 @@ impl Round<'_> {
             slot_of_row,
         };
         let stream = stream.cu_stream();
-        // SAFETY: the lengths were checked above, and a RoutingPlan's maps are valid for its shape. The
+        // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
         // guards order the launch after earlier uses of the buffers and outlive it.
         unsafe {
             capacity_fwd_raw(

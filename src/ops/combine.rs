@@ -4,14 +4,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 
 use crate::abi::{COMBINE_THREADS, CombineArgs};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, vector_rows,
+    optional, reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -110,7 +108,7 @@ pub struct CombineOptions {
 ///
 /// # Errors
 /// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for `H` of more
-/// than a grid reaches, [`Error::Mismatch`] for a stream of another context, and what a launch can meet.
+/// than a grid reaches, [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
 pub fn combine_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -139,15 +137,17 @@ pub fn combine_fwd_into<D: Dtype>(
     check_len(OP, "y", y.len(), tokens)?;
 
     let row_of_slot = plan.row_of_slot();
-    let (y, _y_guard) = y.device_ptr_mut(stream);
-    let (yp, _yp_guard) = yp.device_ptr(stream);
+    let (y, _y_guard) = writes(OP, "y", y, stream)?;
+    let (yp, _yp_guard) = reads(OP, "yp", yp, stream)?;
     let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
-    let (weights, _weights_guard) = optional(*weights, stream);
-    let (expert_ids, _ids_guard) = optional(identity.as_ref().map(|i| i.expert_ids), stream);
-    let (x, _x_guard) = optional(identity.as_ref().map(|i| i.x), stream);
-    let (output_bias, _bias_guard) = optional(*output_bias, stream);
-    let (shared_gate, _gate_guard) = optional(gate, stream);
-    let (shared_y, _shared_guard) = optional(shared.as_ref().map(|shared| shared.y), stream);
+    let (weights, _weights_guard) = optional(OP, "weights", *weights, stream)?;
+    let (ids, x) = identity.as_ref().map(|identity| (identity.expert_ids, identity.x)).unzip();
+    let (expert_ids, _ids_guard) = optional(OP, "expert_ids", ids, stream)?;
+    let (x, _x_guard) = optional(OP, "x", x, stream)?;
+    let (output_bias, _bias_guard) = optional(OP, "output_bias", *output_bias, stream)?;
+    let (shared_gate, _gate_guard) = optional(OP, "shared.gate", gate, stream)?;
+    let shared_y = shared.as_ref().map(|shared| shared.y);
+    let (shared_y, _shared_guard) = optional(OP, "shared.y", shared_y, stream)?;
     let buffers = CombineBuffers {
         y,
         yp,
@@ -163,7 +163,7 @@ pub fn combine_fwd_into<D: Dtype>(
         identity: identity.as_ref().map_or(0..0, |identity| identity.experts.clone()),
         average: shared.as_ref().is_some_and(|shared| shared.average),
     };
-    // SAFETY: the lengths were checked above, and a RoutingPlan's maps are valid for its shape. The
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
     // guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         combine_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, &options, buffers)

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::abi::{EXPERT_CHOICE_COLUMN_BYTES, EXPERT_CHOICE_THREADS, ExpertChoiceArgs};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
+    reads, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int};
@@ -45,7 +46,7 @@ pub struct ExpertChoice {
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for `T` or `E` out of range,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit them,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn expert_choice_fwd_into<D: Dtype>(
     device: &Device,
@@ -63,9 +64,9 @@ pub fn expert_choice_fwd_into<D: Dtype>(
     check_len(OP, "scores", scores.len(), shape.slots())?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(OP, "weights", weights.len(), shape.slots())?;
-    let (expert_ids, _ids_guard) = expert_ids.device_ptr_mut(stream);
-    let (weights, _weights_guard) = weights.device_ptr_mut(stream);
-    let (scores, _scores_guard) = scores.device_ptr(stream);
+    let (expert_ids, _ids_guard) = writes(OP, "expert_ids", expert_ids, stream)?;
+    let (weights, _weights_guard) = writes(OP, "weights", weights, stream)?;
+    let (scores, _scores_guard) = reads(OP, "scores", scores, stream)?;
     let buffers = ExpertChoiceBuffers { expert_ids, weights, scores };
     let stream = stream.cu_stream();
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the

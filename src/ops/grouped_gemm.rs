@@ -8,9 +8,7 @@ pub use gate_up::{
     grouped_gemm_gate_up_fwd_into, grouped_gemm_gate_up_fwd_raw,
 };
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
 use crate::abi::{
@@ -20,7 +18,7 @@ use crate::abi::{
 use crate::config::WeightOrder;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows,
+    optional, reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
@@ -86,7 +84,7 @@ pub struct GroupedGemmBuffers {
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a width out of range,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream or plan of another context, and what a
+/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another, and what a
 /// launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd_into<D: Dtype>(
@@ -113,10 +111,10 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
     check_len(OP, "y", y.len(), product(OP, "rows * n", shape.slots(), n)?)?;
     let (token_of_row, expert_offsets) = (plan.token_of_row(), plan.expert_offsets());
     let (tiles, num_tiles) = (plan.tiles(), plan.num_tiles());
-    let (y, _y_guard) = y.device_ptr_mut(stream);
-    let (x, _x_guard) = x.device_ptr(stream);
-    let (w, _w_guard) = w.device_ptr(stream);
-    let (bias, _bias_guard) = bias.map(|bias| bias.device_ptr(stream)).unzip();
+    let (y, _y_guard) = writes(OP, "y", y, stream)?;
+    let (x, _x_guard) = reads(OP, "x", x, stream)?;
+    let (w, _w_guard) = reads(OP, "w", w, stream)?;
+    let (bias, _bias_guard) = optional(OP, "bias", bias, stream)?;
     let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
     let (tiles, _tiles_guard) = tiles.device_ptr(stream);
@@ -125,14 +123,14 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
         y,
         x,
         w,
-        bias: bias.unwrap_or(0),
+        bias,
         token_of_row: if rows == Rows::Gathered { token_of_row } else { 0 },
         expert_offsets,
         tiles,
         num_tiles,
     };
-    // SAFETY: the lengths were checked above, and a RoutingPlan's parts are those of one plan for
-    // its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
+    // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, n, k, order, buffers)
     }
@@ -201,7 +199,8 @@ pub unsafe fn grouped_gemm_fwd_raw(
     width(OP, "k", k)?;
     let layout = Layout { order, features: n, step: 1 };
     let fast = layout.is_fast(dtype, k, &[x, w]);
-    let args = layout.args(OP, dtype, shape, n, k, y, fast)?;
+    let x_rows = if token_of_row == 0 { shape.slots() } else { shape.num_tokens };
+    let args = layout.args(OP, dtype, shape, x_rows, n, k, y, fast)?;
     if shape.num_tokens == 0 {
         return Ok(());
     }
@@ -255,6 +254,7 @@ impl Layout {
         op: &'static str,
         dtype: DType,
         shape: RoutingShape,
+        x_rows: usize,
         n: usize,
         k: usize,
         y: CUdeviceptr,
@@ -271,6 +271,8 @@ impl Layout {
             feature_stride: int(op, "k", feature_stride)?,
             k_stride: int(op, "n", k_stride)?,
             rows: int(op, "num_tokens * top_k", shape.slots())?,
+            x_rows: int(op, "rows of x", x_rows)?,
+            max_tiles: int(op, "tiles", max_tiles(shape))?,
             n: int(op, "n", n)?,
             k: int(op, "k", k)?,
             num_experts: int(op, "num_experts", shape.num_experts)?,
@@ -295,8 +297,13 @@ fn check_rows<D>(
     check_len(op, "x", x.len(), product(op, "rows of x * k", x_rows, k)?)
 }
 
-/// Blocks of `columns` outputs for as many tiles as any routing can make, in whole groups. A tile has
-/// a row at least, and every expert at most one that is short.
+/// As many tiles as any routing can make: a tile has a row at least, and every expert at most one that is short.
+fn max_tiles(shape: RoutingShape) -> usize {
+    let slots = shape.slots();
+    slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts)
+}
+
+/// Blocks of `columns` outputs for that many tiles, in whole groups.
 fn launch(
     op: &'static str,
     dtype: DType,
@@ -304,9 +311,7 @@ fn launch(
     n: usize,
     columns: usize,
 ) -> Result<Launch> {
-    let slots = shape.slots();
-    let tiles = slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts);
-    let blocks = tiles.next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
+    let blocks = max_tiles(shape).next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
     let threads = match dtype {
         DType::F32 => GEMM_THREADS_FMA,
         DType::F16 | DType::BF16 => GEMM_THREADS_MMA,

@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
 use crate::abi::{JITTER_THREADS, JitterArgs};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows,
+    reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int};
@@ -38,7 +36,7 @@ pub struct JitterBuffers {
 ///
 /// # Errors
 /// [`Error::Length`] for buffers of different lengths, [`Error::Unsupported`] for an `epsilon` that is not finite,
-/// [`Error::Mismatch`] for a stream of another context, and what a launch can meet.
+/// [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
 pub fn jitter_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -51,9 +49,9 @@ pub fn jitter_fwd_into<D: Dtype>(
     let len = x.len();
     check_len(OP, "u", u.len(), len)?;
     check_len(OP, "jittered", jittered.len(), len)?;
-    let (jittered, _jittered_guard) = jittered.device_ptr_mut(stream);
-    let (x, _x_guard) = x.device_ptr(stream);
-    let (u, _u_guard) = u.device_ptr(stream);
+    let (jittered, _jittered_guard) = writes(OP, "jittered", jittered, stream)?;
+    let (x, _x_guard) = reads(OP, "x", x, stream)?;
+    let (u, _u_guard) = reads(OP, "u", u, stream)?;
     let buffers = JitterBuffers { jittered, x, u };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtrMut};
+use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 
 use crate::abi::{NOISE_GUMBEL, NOISE_NORMAL, NOISE_THREADS, NOISE_UNIFORM, NoiseArgs};
 use crate::config::NoiseDistribution;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows,
+    vector_rows, writes,
 };
 use crate::dtype::DType;
 use crate::error::{Result, int};
@@ -25,7 +25,7 @@ const GROUP: usize = 4;
 /// The generator is Philox4x32-10. Asynchronous, ordered on `stream`; the same bits on every device.
 ///
 /// # Errors
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
 pub fn noise_fwd_into(
     device: &Device,
     stream: &CudaStream,
@@ -36,7 +36,7 @@ pub fn noise_fwd_into(
 ) -> Result<()> {
     check_stream(OP, device, stream)?;
     let len = noise.len();
-    let (noise, _guard) = noise.device_ptr_mut(stream);
+    let (noise, _guard) = writes(OP, "noise", noise, stream)?;
     // SAFETY: the view has `len` elements. The guard orders the launch after earlier uses and outlives it.
     unsafe { noise_fwd_raw(device, stream.cu_stream(), distribution, seed, offset, len, noise) }
 }

@@ -1,14 +1,12 @@
 //! Copies each token's row to its places in expert order: `x` `[T, H]` to `xp` `[R, H]`.
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
 use crate::abi::{PERMUTE_THREADS, PermuteArgs};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows,
+    reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
@@ -37,7 +35,7 @@ pub struct PermuteBuffers {
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
 pub fn permute_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -52,12 +50,12 @@ pub fn permute_fwd_into<D: Dtype>(
     check_len(OP, "x", x.len(), product(OP, "num_tokens * hidden", shape.num_tokens, hidden)?)?;
     check_len(OP, "xp", xp.len(), product(OP, "rows * hidden", shape.slots(), hidden)?)?;
     let (row_of_slot, expert_offsets) = (plan.row_of_slot(), plan.expert_offsets());
-    let (xp, _xp_guard) = xp.device_ptr_mut(stream);
-    let (x, _x_guard) = x.device_ptr(stream);
+    let (xp, _xp_guard) = writes(OP, "xp", xp, stream)?;
+    let (x, _x_guard) = reads(OP, "x", x, stream)?;
     let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
     let buffers = PermuteBuffers { xp, x, row_of_slot, expert_offsets };
-    // SAFETY: the lengths were checked above, and a RoutingPlan's maps are valid for its shape. The
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
     // guards order the launch after earlier uses of the buffers and outlive it.
     unsafe { permute_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, buffers) }
 }

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
 use crate::abi::{GEMM_BLOCK_M, PLAN_MAX_COUNTERS, PLAN_SCAN_THREADS, PLAN_THREADS, PlanArgs};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
+    optional, writes,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result, check_len, int};
@@ -37,7 +38,7 @@ pub struct PlanBuffers {
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a shape out of range, [`Error::Length`] for a buffer that does not fit it,
-/// [`Error::Alignment`], [`Error::Mismatch`] for a stream of another context, and what a launch can meet.
+/// [`Error::Alignment`], [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
 pub fn plan_fwd_into<'a>(
     device: &Device,
     stream: &CudaStream,
@@ -77,7 +78,7 @@ fn enqueue_into<'a>(
     mut memory: CudaViewMut<'a, u8>,
 ) -> Result<RoutingPlan<'a>> {
     enqueue(device, stream, &layout, expert_ids, &mut memory)?;
-    // SAFETY: the kernels were launched on this memory; views of it carry the order.
+    // SAFETY: length and alignment were checked before the launch.
     Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Borrowed(memory.into_view())) })
 }
 
@@ -106,10 +107,10 @@ pub fn plan_range_fwd(
     expert_ids: &CudaView<'_, u32>,
 ) -> Result<RoutingPlan<'static>> {
     let layout = PlanLayout::of_experts(shape, experts)?;
-    // SAFETY: the operation writes every part.
+    // SAFETY: the operation writes every part, and kernels bound what they read of one that it has not written.
     let mut memory = unsafe { alloc::<u8>(OP, stream, layout.bytes()) }?;
     enqueue(device, stream, &layout, Some(expert_ids), &mut memory.as_view_mut())?;
-    // SAFETY: the kernels were launched on this memory; views of it carry the order.
+    // SAFETY: it was allocated with that length, at a multiple of 256 bytes.
     Ok(unsafe { RoutingPlan::new(layout, PlanMemory::Owned(memory)) })
 }
 
@@ -128,10 +129,9 @@ fn enqueue(
         let (wanted, got) = (layout.bytes(), memory.len());
         return Err(Error::Length { op: OP, argument: "memory", wanted, got });
     }
-    let (plan, _plan_guard) = memory.device_ptr_mut(stream);
-    let ids = expert_ids.map(|expert_ids| expert_ids.device_ptr(stream));
-    let buffers =
-        PlanBuffers { plan, expert_ids: ids.as_ref().map_or(0, |(address, _guard)| *address) };
+    let (plan, _plan_guard) = writes(OP, "memory", memory, stream)?;
+    let (expert_ids, _ids_guard) = optional(OP, "expert_ids", expert_ids, stream)?;
+    let buffers = PlanBuffers { plan, expert_ids };
     // SAFETY: the lengths were checked above. The guards order the launches after earlier uses of the
     // buffers and outlive them.
     unsafe { plan_fwd_raw(device, stream.cu_stream(), layout, buffers) }

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
 use crate::abi::{
     PROJECT_FEW_EXPERTS, PROJECT_FEW_TOKENS, PROJECT_LANES, PROJECT_MAX_SLOTS, PROJECT_MIN_SLOTS,
@@ -13,7 +11,7 @@ use crate::abi::{
 };
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, vector_rows,
+    optional, reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -130,7 +128,7 @@ impl ProjectBody {
 ///
 /// # Errors
 /// [`Error::Length`] for a buffer that does not fit, [`Error::Unsupported`] for a dimension out of range or
-/// types that do not go together, [`Error::Mismatch`] for a stream of another context, and what a launch
+/// types that do not go together, [`Error::Context`] for a stream or a buffer of another context, and what a launch
 /// can meet.
 pub fn project_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     device: &Device,
@@ -152,10 +150,10 @@ pub fn project_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     let len = product(OP, "num_tokens * num_experts", shape.num_tokens, num_experts)?;
     check_len(OP, "logits", logits.len(), len)?;
     let types = ProjectTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
-    let (logits, _logits_guard) = logits.device_ptr_mut(stream);
-    let (x, _x_guard) = x.device_ptr(stream);
-    let (gate, _gate_guard) = gate.device_ptr(stream);
-    let (bias, _bias_guard) = optional(bias, stream);
+    let (logits, _logits_guard) = writes(OP, "logits", logits, stream)?;
+    let (x, _x_guard) = reads(OP, "x", x, stream)?;
+    let (gate, _gate_guard) = reads(OP, "gate", gate, stream)?;
+    let (bias, _bias_guard) = optional(OP, "bias", bias, stream)?;
     let buffers = ProjectBuffers { logits, x, gate, bias };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.

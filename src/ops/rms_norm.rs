@@ -2,15 +2,13 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
 use crate::abi::{RMS_NORM_THREADS, RmsNormArgs};
 use crate::config::RmsNorm;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, vector_rows,
+    optional, reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
@@ -69,7 +67,7 @@ pub struct RmsNormShape {
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that is not whole rows or not the plan's,
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a norm or an `H` out of range,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
 pub fn rms_norm_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -81,8 +79,8 @@ pub fn rms_norm_fwd_into<D: Dtype>(
 ) -> Result<()> {
     check_len(OP, "y", y.len(), x.len())?;
     let shape = check(device, stream, hidden, x.len(), inputs)?;
-    let (y, _y_guard) = y.device_ptr_mut(stream);
-    let (x, _x_guard) = x.device_ptr(stream);
+    let (y, _y_guard) = writes(OP, "y", y, stream)?;
+    let (x, _x_guard) = reads(OP, "x", x, stream)?;
     let buffers = RmsNormBuffers { y, x, weight: 0, expert_offsets: 0 };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
@@ -102,7 +100,7 @@ pub fn rms_norm_fwd_in_place<D: Dtype>(
     inputs: &RmsNormInputs<'_, D>,
 ) -> Result<()> {
     let shape = check(device, stream, hidden, x.len(), inputs)?;
-    let (x, _x_guard) = x.device_ptr_mut(stream);
+    let (x, _x_guard) = writes(OP, "x", x, stream)?;
     let buffers = RmsNormBuffers { y: x, x, weight: 0, expert_offsets: 0 };
     // SAFETY: as above; the kernel's y may be its x.
     unsafe { enqueue::<D>(device, stream, norm, shape, inputs, buffers) }
@@ -161,10 +159,10 @@ unsafe fn enqueue<D: Dtype>(
     buffers: RmsNormBuffers,
 ) -> Result<()> {
     let offsets = inputs.plan.map(RoutingPlan::expert_offsets);
-    let (weight, _weight_guard) = optional(inputs.weight, stream);
-    let (expert_offsets, _offsets_guard) = optional(offsets.as_ref(), stream);
+    let (weight, _weight_guard) = optional(OP, "weight", inputs.weight, stream)?;
+    let (expert_offsets, _offsets_guard) = optional(OP, "plan", offsets.as_ref(), stream)?;
     let buffers = RmsNormBuffers { weight, expert_offsets, ..buffers };
-    // SAFETY: the caller's promise; the weight's length was checked, and a plan's offsets are valid.
+    // SAFETY: the caller's promise; the weight's length was checked, and the kernel compares rows with a plan's offsets.
     unsafe { rms_norm_fwd_raw(device, stream.cu_stream(), D::DTYPE, norm, shape, buffers) }
 }
 

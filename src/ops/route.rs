@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::abi;
 use crate::abi::{RouteAddresses, RouteArgs};
@@ -11,7 +11,7 @@ use crate::config::{
 };
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows,
+    optional, reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int};
@@ -126,7 +126,7 @@ pub struct Routing {
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for a buffer that the
 /// router asks for and does not get or the reverse, [`Error::Length`](crate::Error::Length) for a buffer that does not
-/// fit, [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// fit, [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
 pub fn route_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -140,28 +140,29 @@ pub fn route_fwd_into<D: Dtype>(
     check_stream(OP, device, stream)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(OP, "weights", weights.len(), shape.slots())?;
-    let (expert_ids, _ids_guard) = expert_ids.device_ptr_mut(stream);
-    let (weights, _weights_guard) = weights.device_ptr_mut(stream);
-    let (logits, _logits_guard) = inputs.logits.device_ptr(stream);
-    let selection_bias = inputs.selection_bias.map(|view| view.device_ptr(stream));
-    let expert_scale = inputs.expert_scale.map(|view| view.device_ptr(stream));
-    let noise = inputs.noise.map(|view| view.device_ptr(stream));
-    let noise_logits = inputs.noise_logits.map(|view| view.device_ptr(stream));
-    let given_ids = inputs.given_ids.map(|view| view.device_ptr(stream));
-    let token_ids = inputs.token_ids.map(|view| view.device_ptr(stream));
-    let active = inputs.active.map(|view| view.device_ptr(stream));
+    let (expert_ids, _ids_guard) = writes(OP, "expert_ids", expert_ids, stream)?;
+    let (weights, _weights_guard) = writes(OP, "weights", weights, stream)?;
+    let (logits, _logits_guard) = reads(OP, "logits", inputs.logits, stream)?;
+    let (selection_bias, _selection_bias) =
+        optional(OP, "selection_bias", inputs.selection_bias, stream)?;
+    let (expert_scale, _expert_scale) = optional(OP, "expert_scale", inputs.expert_scale, stream)?;
+    let (noise, _noise) = optional(OP, "noise", inputs.noise, stream)?;
+    let (noise_logits, _noise_logits) = optional(OP, "noise_logits", inputs.noise_logits, stream)?;
+    let (given_ids, _given_ids) = optional(OP, "given_ids", inputs.given_ids, stream)?;
+    let (token_ids, _token_ids) = optional(OP, "token_ids", inputs.token_ids, stream)?;
+    let (active, _active) = optional(OP, "active", inputs.active, stream)?;
     let buffers = RouteBuffers {
         expert_ids,
         weights,
         logits,
-        selection_bias: selection_bias.as_ref().map_or(0, |(address, _)| *address),
-        expert_scale: expert_scale.as_ref().map_or(0, |(address, _)| *address),
-        noise: noise.as_ref().map_or(0, |(address, _)| *address),
-        noise_logits: noise_logits.as_ref().map_or(0, |(address, _)| *address),
-        given_ids: given_ids.as_ref().map_or(0, |(address, _)| *address),
+        selection_bias,
+        expert_scale,
+        noise,
+        noise_logits,
+        given_ids,
         given_rows: inputs.given_ids.map_or(0, |view| view.len() / shape.top_k),
-        token_ids: token_ids.as_ref().map_or(0, |(address, _)| *address),
-        active: active.as_ref().map_or(0, |(address, _)| *address),
+        token_ids,
+        active,
     };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.

@@ -22,6 +22,25 @@ fn warm_up_loads_every_kernel() {
     }
 }
 
+/// Two blocks of a product fit a multiprocessor only where shared memory has all that it can have.
+#[test]
+fn products_prefer_shared_memory() {
+    let gpu = gpu();
+    gpu.device.warm_up(DType::BF16).unwrap();
+    if !gpu.emulated {
+        return; // A GPU's driver does not tell what it prefers.
+    }
+    for (symbol, preferred) in [
+        (c"moe_grouped_gemm_fwd_bf16", Some(100)),
+        (c"moe_grouped_gemm_fwd_in_out_bf16", Some(100)),
+        (c"moe_grouped_gemm_fwd_gate_up_bf16", Some(100)),
+        (c"moe_grouped_gemm_fwd_gate_up_in_out_bf16", Some(100)),
+        (c"moe_combine_fwd_bf16", None),
+    ] {
+        assert_eq!(moe_emulator::preferred_carveout(symbol), preferred, "{symbol:?}");
+    }
+}
+
 #[test]
 fn every_kernel_file_is_in_the_binary() {
     let names: Vec<_> = kernel_files().map(|file| file.name).collect();
@@ -95,12 +114,12 @@ fn contexts_do_not_mix() {
     let shape = RoutingShape::new(2, 2, 1).unwrap();
     let ids = gpu.upload(&[1u32, 0]);
     let foreign_stream = plan::plan_fwd(&device, &gpu.stream, shape, &ids.view());
-    assert!(matches!(foreign_stream, Err(Error::Mismatch { op: "plan_fwd", .. })));
+    assert!(matches!(foreign_stream, Err(Error::Context { op: "plan_fwd", argument: "stream" })));
 
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap();
     let x = stream.clone_htod(&[1f32, 2.0]).unwrap();
     let foreign_plan = permute::permute_fwd(&device, &stream, &plan, 1, &x.as_view());
-    assert!(matches!(foreign_plan, Err(Error::Mismatch { op: "permute_fwd", .. })));
+    assert!(matches!(foreign_plan, Err(Error::Context { op: "permute_fwd", argument: "plan" })));
 }
 
 #[test]
@@ -141,8 +160,40 @@ fn every_operation_holds_device_stream_and_plan_together() {
         ]);
     }
     for error in errors {
-        assert!(matches!(error, Some(Error::Mismatch { .. })), "{error:?}");
+        assert!(matches!(error, Some(Error::Context { .. })), "{error:?}");
     }
+}
+
+/// A kernel that the software device stops: the error of the next call, whoever makes it, has the report.
+#[test]
+fn a_failure_comes_with_its_report() {
+    let gpu = gpu();
+    if !gpu.emulated {
+        return; // On a GPU it would end the context.
+    }
+    // A context of its own: cudarc tells a failure to whoever uses its context next.
+    let context = CudaContext::new(0).unwrap();
+    let (device, stream) = (&Device::new(&context).unwrap(), &context.new_stream().unwrap());
+    let shape = RoutingShape::new(2, 2, 1).unwrap();
+    let ids = stream.clone_htod(&[1u32, 0]).unwrap();
+    let plan = plan::plan_fwd(device, stream, shape, &ids.as_view()).unwrap();
+    let mut xp = stream.alloc_zeros::<f32>(2).unwrap();
+    let buffers = PermuteBuffers {
+        xp: xp.device_ptr_mut(stream).0,
+        x: 4096,
+        row_of_slot: plan.row_of_slot().device_ptr(stream).0,
+        expert_offsets: plan.expert_offsets().device_ptr(stream).0,
+    };
+    // SAFETY: none; `x` is no memory, which is what the software device has to find.
+    unsafe { permute::permute_fwd_raw(device, stream.cu_stream(), DType::F32, shape, 1, buffers) }
+        .unwrap();
+    let from_cudarc = stream.synchronize().unwrap_err();
+    let from_library = plan::plan_fwd(device, stream, shape, &ids.as_view()).err().unwrap();
+    for said in [format!("{from_cudarc:?}"), from_library.to_string()] {
+        assert!(said.contains("moe_permute_fwd_f32"), "{said}");
+        assert!(said.contains("invalid access at 0x1000"), "{said}");
+    }
+    moe_emulator::clear_errors();
 }
 
 /// What the driver refuses comes back with the driver's name for it.

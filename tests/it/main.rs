@@ -3,9 +3,11 @@
 
 #[cfg(feature = "bindgen")]
 mod abi;
+mod any_bits;
 mod capacity;
 mod combine;
 mod common;
+mod contexts;
 mod device;
 mod expert_choice;
 mod grouped_gemm;
@@ -21,3 +23,5 @@ mod project;
 mod rms_norm;
 mod route;
 mod tidy;
+mod unmade_plan;
+mod warm_up;

@@ -60,7 +60,7 @@ fn another_context_is_refused() {
     let other = cudarc::driver::CudaContext::new(0).unwrap();
     let stream = other.new_stream().unwrap();
     let result = noise::noise_fwd(&gpu.device, &stream, NoiseDistribution::Normal, 1, 0, 8);
-    assert!(matches!(result, Err(Error::Mismatch { op: "noise_fwd", .. })));
+    assert!(matches!(result, Err(Error::Context { op: "noise_fwd", argument: "stream" })));
     let noise = noise::noise_fwd(&gpu.device, &gpu.stream, NoiseDistribution::Normal, 1, 7, 0);
     assert_eq!(noise.unwrap().len(), 0);
 }

@@ -103,11 +103,7 @@ pub fn check(arguments: &Arguments) -> Result<bool> {
                     }
                     // The device may be of no use any more.
                     Err((op, error)) => {
-                        failures.push(format!(
-                            "{op}: {error}{}\n  {}\n",
-                            gpu.report(),
-                            reproduce(op)
-                        ));
+                        failures.push(format!("{op}: {error}\n  {}\n", reproduce(op)));
                         break 'cases;
                     }
                 }

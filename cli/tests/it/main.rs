@@ -5,6 +5,8 @@
 mod bench;
 mod check;
 mod common;
+#[cfg(feature = "emulator")]
+mod driver;
 mod errors;
 mod families;
 mod run;

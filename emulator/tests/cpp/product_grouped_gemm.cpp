@@ -48,16 +48,18 @@ void check(uint64_t seed, bool gated, Order order) {
   const Buffer<int> tokens_of_rows(r.token_of_row), offsets(r.expert_offsets), rows(r.row_of_slot);
   const Buffer<GemmTile> tiles(r.tiles);
   const Buffer<int> num_tiles(std::vector<int>{static_cast<int>(r.tiles.size())});
+  const int bound = std::min(r.slots(), (r.slots() + GEMM_BLOCK_M - 1) / GEMM_BLOCK_M + experts);
   const GroupedGemmArgs args = {static_cast<long long>(features) * k,
                                 in_out ? parts : k,
                                 in_out ? features : 1,
                                 r.slots(),
+                                x_rows,
+                                bound,
                                 n,
                                 k,
                                 experts,
                                 k * sizeof(Elem) % 16 == 0,
                                 n * sizeof(Elem) % 16 == 0};
-  const int bound = std::min(r.slots(), (r.slots() + GEMM_BLOCK_M - 1) / GEMM_BLOCK_M + experts);
   const int columns = GEMM_BLOCK_N / parts;
   const int blocks = (bound + GEMM_TILE_GROUP - 1) / GEMM_TILE_GROUP * GEMM_TILE_GROUP *
                      ((n + columns - 1) / columns);

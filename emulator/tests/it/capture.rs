@@ -70,6 +70,40 @@ fn waiting_while_capturing_is_refused_and_ends_the_capture() {
     context.synchronize().expect("nothing failed");
 }
 
+/// A module may load a kernel when it is first looked up. One that is known may be looked up at any time.
+#[test]
+fn the_first_look_up_of_a_function_is_refused_while_capturing() {
+    let context = own_context();
+    let module = load_module();
+    let find = |name: &std::ffi::CStr| {
+        let mut function = ptr::null_mut();
+        // SAFETY: the module is loaded and the name is a C string.
+        unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) }
+    };
+    assert_eq!(find(c"emu_ok_scale"), CUresult::CUDA_SUCCESS);
+    let stream = capturing();
+    assert_eq!(find(c"emu_ok_scale"), CUresult::CUDA_SUCCESS, "known");
+    assert_eq!(stream.capture_status(), Status::CU_STREAM_CAPTURE_STATUS_ACTIVE);
+    assert_eq!(find(c"emu_ok_append"), UNSUPPORTED);
+    assert_eq!(stream.capture_status(), Status::CU_STREAM_CAPTURE_STATUS_INVALIDATED);
+    assert_eq!(stream.end_capture(), INVALIDATED);
+    assert_eq!(find(c"emu_ok_append"), CUresult::CUDA_SUCCESS, "no capture goes on");
+    let stream = capturing();
+    std::thread::scope(|scope| {
+        let (context, module) = (&context, module as usize);
+        scope.spawn(move || {
+            context.bind_to_thread().expect("the context lives");
+            let (mut function, name) = (ptr::null_mut(), c"emu_bug_write_at");
+            // SAFETY: the module is loaded and the name is a C string.
+            let found = unsafe {
+                sys::cuModuleGetFunction(&mut function, module as sys::CUmodule, name.as_ptr())
+            };
+            assert_eq!(found, CUresult::CUDA_SUCCESS, "another thread's capture is its own");
+        });
+    });
+    assert!(stream.end_capture().is_ok());
+}
+
 #[test]
 fn an_invalid_capture_takes_nothing_more() {
     let context = own_context();

@@ -102,6 +102,36 @@ fn a_divergent_barrier_fails_the_launch() {
     assert!(report.contains("bugs.cu:"), "{report}");
 }
 
+/// The driver's description of an error, which messages print.
+fn description(error: CUresult) -> String {
+    cudarc::driver::DriverError(error).error_string().expect("a code").to_string_lossy().into()
+}
+
+#[test]
+fn the_description_of_a_failure_ends_with_its_report() {
+    let context = own_context();
+    let memory = context.default_stream().alloc_zeros::<i32>(64).expect("memory");
+    context.synchronize().expect("nothing failed");
+    let at = address(&memory, &context.default_stream());
+    let error = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
+    let plain = "an illegal memory access was encountered";
+    assert_eq!(description(error), plain);
+    let stream = Stream::non_blocking();
+    assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), error);
+    let report = moe_emulator::last_error().expect("a report");
+    assert!(report.contains("emu_bug_write_at"), "{report}");
+    assert_eq!(description(error), format!("{plain}: {report}"));
+    let printed = format!("{:?}", cudarc::driver::DriverError(error));
+    assert!(printed.contains("emu_bug_write_at"), "{printed}");
+    assert_eq!(description(CUresult::CUDA_ERROR_MISALIGNED_ADDRESS), "misaligned address");
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(description(error), plain, "another thread has not failed"));
+    });
+    moe_emulator::clear_errors();
+    assert_eq!(description(error), plain);
+}
+
 #[test]
 fn a_failure_sticks_to_its_stream() {
     let context = own_context();

@@ -81,6 +81,68 @@ fn child_without_device() {
 }
 
 #[test]
+fn an_unknown_driver_version_is_no_device() {
+    for version in ["12.4", "10020", "13010", "new"] {
+        alone("process::child_without_device", &[("MOE_EMULATOR_DRIVER", version)]);
+    }
+}
+
+#[test]
+fn an_older_driver_refuses_newer_images() {
+    alone("process::child_of_an_older_driver", &[("MOE_EMULATOR_DRIVER", "12040")]);
+}
+
+/// A fat binary of one part, machine code (kind 2) or PTX (kind 1) of this version.
+fn fat_binary(kind: u16, version: (u16, u16)) -> Vec<u8> {
+    let mut image = 0xba55_ed50_u32.to_le_bytes().to_vec();
+    image.extend([1, 0, 16, 0]);
+    image.extend(80u64.to_le_bytes());
+    image.extend(kind.to_le_bytes());
+    image.extend([1, 1, 64, 0, 0, 0]);
+    image.extend(16u64.to_le_bytes());
+    image.extend([0; 8]);
+    image.extend(version.1.to_le_bytes());
+    image.extend(version.0.to_le_bytes());
+    image.resize(96, 0);
+    image
+}
+
+#[test]
+#[ignore = "run by an_older_driver_refuses_newer_images"]
+fn child_of_an_older_driver() {
+    let _context = shared_context();
+    let mut version = 0;
+    // SAFETY: the pointer is valid for the call.
+    assert_eq!(unsafe { sys::cuDriverGetVersion(&mut version) }, CUresult::CUDA_SUCCESS);
+    assert_eq!(version, 12040);
+    let load = |image: &[u8]| {
+        let mut module = ptr::null_mut();
+        // SAFETY: the images end with NUL, or where their headers say.
+        unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) }
+    };
+    let refused = CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+    for (image, expected) in [
+        (&b".version 8.4\n.target sm_80\n\0"[..], CUresult::CUDA_SUCCESS),
+        (b".version 8.5\n.target sm_80\n\0", refused),
+        (b".version 9.0\n.target sm_80\n\0", refused),
+        (&fat_binary(1, (8, 4)), CUresult::CUDA_SUCCESS),
+        // Its machine code is of the driver's own major version.
+        (&fat_binary(1, (8, 8)), CUresult::CUDA_SUCCESS),
+        (&fat_binary(1, (9, 0)), refused),
+        (&fat_binary(2, (8, 1)), CUresult::CUDA_SUCCESS),
+    ] {
+        assert_eq!(load(image), expected, "{image:?}");
+    }
+    let mut function = ptr::null_mut();
+    // SAFETY: the name is a C string and the pointers are valid for the call.
+    let found = unsafe {
+        let name = c"cuFuncGetParamInfo".as_ptr();
+        sys::cuGetProcAddress_v2(name, &mut function, 12040, 0, ptr::null_mut())
+    };
+    assert_eq!(found, CUresult::CUDA_SUCCESS, "since 12.4");
+}
+
+#[test]
 fn the_last_release_of_the_primary_context_ends_it() {
     alone("process::child_releases_the_primary_context", &[]);
 }

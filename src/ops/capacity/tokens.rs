@@ -1,11 +1,12 @@
 //! What happens to slots token by token: those without room ask elsewhere, and what is kept is normalised.
 
-use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
 use crate::abi::{CAPACITY_TOKEN_THREADS, CapacityAskArgs, CapacityNormalizeArgs};
 use crate::config::{Normalization, kept_divisor};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream,
+    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream, reads,
+    writes,
 };
 use crate::dtype::DType;
 use crate::error::{Result, check_len, int, product};
@@ -40,13 +41,14 @@ pub struct CapacityAskBuffers {
 /// them. A slot without room asks the next candidate that is an expert and none of its token's own
 /// `expert_ids`, the slots of a token in order, and every candidate is asked once. `requests` `[T, K]` has
 /// that expert, `u32::MAX` where nothing is asked; `weights` `[T, K]` takes the candidate's weight.
-/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too.
+/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too; a token whose
+/// number is `C` or more, any bits, asks for nothing.
 /// Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_ask_fwd_into(
     device: &Device,
@@ -76,13 +78,14 @@ pub fn capacity_ask_fwd_into(
     ] {
         check_len(ASK, name, len, wanted)?;
     }
-    let (requests, _requests_guard) = requests.device_ptr_mut(stream);
-    let (weights, _weights_guard) = weights.device_ptr_mut(stream);
-    let (next_candidate, _next_guard) = next_candidate.device_ptr_mut(stream);
-    let (expert_ids, _ids_guard) = expert_ids.device_ptr(stream);
-    let (kept_ids, _kept_guard) = kept_ids.device_ptr(stream);
-    let (candidates, _candidates_guard) = candidates.device_ptr(stream);
-    let (candidate_weights, _of_candidates_guard) = candidate_weights.device_ptr(stream);
+    let (requests, _requests_guard) = writes(ASK, "requests", requests, stream)?;
+    let (weights, _weights_guard) = writes(ASK, "weights", weights, stream)?;
+    let (next_candidate, _next_guard) = writes(ASK, "next_candidate", next_candidate, stream)?;
+    let (expert_ids, _ids_guard) = reads(ASK, "expert_ids", expert_ids, stream)?;
+    let (kept_ids, _kept_guard) = reads(ASK, "kept_ids", kept_ids, stream)?;
+    let (candidates, _candidates_guard) = reads(ASK, "candidates", candidates, stream)?;
+    let (candidate_weights, _of_candidates_guard) =
+        reads(ASK, "candidate_weights", candidate_weights, stream)?;
     let buffers = CapacityAskBuffers {
         requests,
         weights,
@@ -102,8 +105,8 @@ pub fn capacity_ask_fwd_into(
 ///
 /// # Safety
 /// Each buffer has the elements that [`CapacityAskBuffers`] gives it, in memory of `device`'s context that
-/// stays valid until the kernel has run; none that is written overlaps another; unless `first`,
-/// `next_candidate` holds what an earlier call has left; `stream` is a stream of that context.
+/// stays valid until the kernel has run; none that is written overlaps another; `stream` is a stream of that
+/// context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
@@ -173,7 +176,7 @@ pub unsafe fn capacity_ask_fwd_raw(
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
-/// [`Error::Mismatch`](crate::Error::Mismatch) for a stream of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_normalize_fwd_into(
     device: &Device,
@@ -190,9 +193,9 @@ pub fn capacity_normalize_fwd_into(
     check_len(NORMALIZE, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(NORMALIZE, "weights", weights.len(), shape.slots())?;
     check_len(NORMALIZE, "normalized", normalized.len(), shape.slots())?;
-    let (normalized, _normalized_guard) = normalized.device_ptr_mut(stream);
-    let (expert_ids, _ids_guard) = expert_ids.device_ptr(stream);
-    let (weights, _weights_guard) = weights.device_ptr(stream);
+    let (normalized, _normalized_guard) = writes(NORMALIZE, "normalized", normalized, stream)?;
+    let (expert_ids, _ids_guard) = reads(NORMALIZE, "expert_ids", expert_ids, stream)?;
+    let (weights, _weights_guard) = reads(NORMALIZE, "weights", weights, stream)?;
     let buffers = CapacityNormalizeBuffers { normalized, expert_ids, weights };
     let stream = stream.cu_stream();
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the

@@ -1,8 +1,6 @@
 //! The first half of an expert: its gate and up projections, and the activation.
 
-use cudarc::driver::{
-    CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
 use crate::abi::{
@@ -13,7 +11,8 @@ use crate::config::{
     Activation, ActivationFunction, ExpertConfig, GateUp, Limit, WeightOrder, WeightPosition,
 };
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream,
+    Argument, CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream, optional,
+    reads, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -92,7 +91,7 @@ pub struct GateUpBuffers {
 /// # Errors
 /// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for a width or an
 /// option out of range, [`Error::Mismatch`] for weights, biases or tensors that `experts` does not have,
-/// or has and that are not given, and for a stream or plan of another context; and what a launch can meet.
+/// or has and that are not given, [`Error::Context`] for what is of another context, and what a launch can meet.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     device: &Device,
@@ -115,15 +114,15 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     let features = product(OP, "num_experts * intermediate", shape.num_experts, intermediate)?;
     let matrices = product(OP, "num_experts * intermediate * k", features, k)?;
     let all = product(OP, "parts * num_experts * intermediate * k", parts, matrices)?;
-    let (first, up) = match gate_up.tensors {
+    let (first_name, first, up) = match gate_up.tensors {
         GateUpTensors::Fused(gate_up) => {
             check_len(OP, "gate_up", gate_up.len(), all)?;
-            (gate_up, None)
+            ("gate_up", gate_up, None)
         }
         GateUpTensors::Separate { gate, up } => {
             check_len(OP, "gate", gate.len(), matrices)?;
             check_len(OP, "up", up.len(), matrices)?;
-            (gate, Some(up))
+            ("gate", gate, Some(up))
         }
     };
     if let Some(bias) = gate_up.bias {
@@ -143,12 +142,12 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     let (row_of_slot, token_of_row) = (plan.row_of_slot(), plan.token_of_row());
     let (expert_offsets, tiles, num_tiles) =
         (plan.expert_offsets(), plan.tiles(), plan.num_tiles());
-    let (act, _act_guard) = act.device_ptr_mut(stream);
-    let (x, _x_guard) = x.device_ptr(stream);
-    let (first, _first_guard) = first.device_ptr(stream);
-    let (up, _up_guard) = up.map(|up| up.device_ptr(stream)).unzip();
-    let (bias, _bias_guard) = gate_up.bias.map(|bias| bias.device_ptr(stream)).unzip();
-    let (weights, _weights_guard) = weights.map(|weights| weights.device_ptr(stream)).unzip();
+    let (act, _act_guard) = writes(OP, "act", act, stream)?;
+    let (x, _x_guard) = reads(OP, "x", x, stream)?;
+    let (first, _first_guard) = reads(OP, first_name, first, stream)?;
+    let (up, _up_guard) = optional(OP, "up", up, stream)?;
+    let (bias, _bias_guard) = optional(OP, "bias", gate_up.bias, stream)?;
+    let (weights, _weights_guard) = optional(OP, "weights", weights, stream)?;
     let (row_of_slot, _slots_guard) = row_of_slot.device_ptr(stream);
     let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
@@ -158,18 +157,18 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
         act,
         x,
         gate_up: first,
-        up: up.unwrap_or(0),
-        bias: bias.unwrap_or(0),
-        weights: weights.unwrap_or(0),
-        row_of_slot: weights.map_or(0, |_| row_of_slot),
+        up,
+        bias,
+        weights,
+        row_of_slot: if weights == 0 { 0 } else { row_of_slot },
         token_of_row,
         expert_offsets,
         tiles,
         num_tiles,
     };
     let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
-    // SAFETY: the lengths were checked above, and a RoutingPlan's parts are those of one plan for
-    // its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
+    // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_gate_up_fwd_raw(
             device,
@@ -285,8 +284,9 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     // Up that begins between two boundaries is as good as the pairs of which it is a half.
     let first_up = if layout.step == 2 { gate_up } else { up };
     let fast = layout.is_fast(dtype, k, &[x, gate_up, first_up]);
+    let x_rows = if gather { shape.num_tokens } else { shape.slots() };
     let args = GateUpArgs {
-        gemm: layout.args(OP, dtype, shape, intermediate, k, act, fast)?,
+        gemm: layout.args(OP, dtype, shape, x_rows, intermediate, k, act, fast)?,
         activation: activation_args(&experts.activation),
         gated: experts.gated.into(),
         gather: gather.into(),

@@ -1,0 +1,182 @@
+//! A variant of grouped_gemm, as scripts/tune-variants lists it: every number and the image are checked before
+//! the driver sees them.
+
+use std::ffi::CString;
+use std::fmt::Display;
+use std::fs;
+use std::ops::RangeInclusive;
+use std::path::{Component, Path};
+
+use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::{DriverError, result, sys};
+use serde_json::Value;
+
+use super::TILE_ROWS;
+use crate::device::Gpu;
+use crate::error::{Error, Result, io};
+
+/// The list of a few variants is some kilobytes, an image a megabyte.
+const MAX_LIST_BYTES: u64 = 16 << 20;
+const MAX_IMAGE_BYTES: u64 = 256 << 20;
+
+/// An image with both products in bf16, and how they are launched.
+pub(super) struct Variant {
+    pub(super) name: String,
+    pub(super) constants: Value,
+    pub(super) gate_up: sys::CUfunction,
+    pub(super) plain: sys::CUfunction,
+    pub(super) launch: Constants,
+}
+
+/// The constants of kernels/abi.h that a launch depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Constants {
+    pub(super) block_n: usize,
+    pub(super) tile_group: usize,
+    pub(super) threads: u32,
+    pub(super) shared_bytes: u32,
+}
+
+impl Constants {
+    fn read(constants: &Value) -> std::result::Result<Self, String> {
+        let number = |key: &str, wanted: RangeInclusive<u32>, step: u32| {
+            let value = constants[key].as_u64().and_then(|value| u32::try_from(value).ok());
+            let good = value.filter(|value| wanted.contains(value) && value.is_multiple_of(step));
+            good.ok_or_else(|| {
+                let (least, most) = (wanted.start(), wanted.end());
+                let wanted = format!("wanted a multiple of {step} from {least} to {most}");
+                format!("{key} is {}, {wanted}", constants[key])
+            })
+        };
+        let rows = number("GEMM_BLOCK_M", 1..=4096, 1)?;
+        if rows as usize != TILE_ROWS {
+            return Err(format!(
+                "GEMM_BLOCK_M is {rows}, while the plan's tiles have {TILE_ROWS} rows"
+            ));
+        }
+        Ok(Self {
+            // With a gate, a block has half of its columns of gate and half of up.
+            block_n: number("GEMM_BLOCK_N", 2..=4096, 2)? as usize,
+            tile_group: number("GEMM_TILE_GROUP", 1..=4096, 1)? as usize,
+            threads: number("GEMM_THREADS_MMA", 32..=1024, 32)?,
+            shared_bytes: number("GROUPED_GEMM_SMEM_BYTES", 0..=1 << 20, 1)?,
+        })
+    }
+}
+
+impl Variant {
+    /// Checks an entry of the list and loads its image.
+    pub(super) fn load(gpu: &Gpu, folder: &Path, entry: &Value) -> Result<Self> {
+        let list = folder.join("variants.json");
+        let bad = |why: String| bad_file(&list, format!("variant {}: {why}", entry["name"]));
+        let name = entry["name"].as_str().ok_or_else(|| bad("it has no name".into()))?;
+        let launch = Constants::read(&entry["constants"]).map_err(bad)?;
+        let image = entry["image"].as_str().unwrap_or_default();
+        // A name alone: no other folder, and nothing above this one.
+        let mut parts = Path::new(image).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == image)
+        {
+            return Err(bad(format!(
+                "its image {image:?} is not the name of a file in the folder"
+            )));
+        }
+        let image = Image::read(&folder.join(image))?;
+        // SAFETY: the image ends where its own header says, or with a zero, and is aligned.
+        let module = unsafe { result::module::load_data(image.words.as_ptr().cast()) }
+            .map_err(gpu.failed("load a variant"))?;
+        let function = |symbol: &str| -> std::result::Result<sys::CUfunction, DriverError> {
+            let name = CString::new(symbol).expect("a symbol has no zero");
+            // SAFETY: the module is never unloaded.
+            let function = unsafe { result::module::get_function(module, name) }?;
+            let attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = launch.shared_bytes as i32;
+            // SAFETY: as above.
+            unsafe { result::function::set_function_attribute(function, attribute, bytes) }?;
+            Ok(function)
+        };
+        let find = gpu.failed("find a variant's kernel");
+        Ok(Self {
+            name: name.into(),
+            constants: entry["constants"].clone(),
+            gate_up: function("moe_grouped_gemm_fwd_gate_up_bf16").map_err(&find)?,
+            plain: function("moe_grouped_gemm_fwd_bf16").map_err(&find)?,
+            launch,
+        })
+    }
+}
+
+// ---- Files --------------------------------------------------------------------------------------
+
+pub(super) fn read_list(path: &Path) -> Result<Value> {
+    let text = read(path, MAX_LIST_BYTES)?;
+    serde_json::from_slice(&text).map_err(|error| bad_file(path, error))
+}
+
+pub(super) fn bad_file(path: &Path, why: impl Display) -> Error {
+    Error::File { file: path.display().to_string(), why: why.to_string() }
+}
+
+/// A file of at most so many bytes; no link, folder, pipe or device.
+fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let found = fs::symlink_metadata(path).map_err(io("read", path))?;
+    if !found.is_file() {
+        return Err(bad_file(path, "not a regular file"));
+    }
+    if found.len() > most {
+        return Err(bad_file(path, format!("{} bytes, wanted at most {most}", found.len())));
+    }
+    fs::read(path).map_err(io("read", path))
+}
+
+/// A fat binary or PTX, which the driver is given without its length.
+struct Image {
+    /// With zeros behind the end, which is what ends PTX.
+    words: Vec<u128>,
+}
+
+impl Image {
+    fn read(path: &Path) -> Result<Self> {
+        let bytes = read(path, MAX_IMAGE_BYTES)?;
+        check_image(&bytes).map_err(|why| bad_file(path, why))?;
+        let mut words = vec![0u128; bytes.len() / size_of::<u128>() + 1];
+        bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
+        Ok(Self { words })
+    }
+}
+
+/// Holds an image against the lengths in its headers, so that the driver does not read past its end.
+fn check_image(bytes: &[u8]) -> std::result::Result<(), String> {
+    const FAT_BINARY: u64 = 0xba55_ed50;
+    if number(bytes, 0, 4) == Some(FAT_BINARY) {
+        let end = part(bytes, 0, (6, 2)).filter(|end| *end == bytes.len());
+        end.ok_or("a fat binary of another length than its header says")?;
+        let mut at = FAT_HEADER;
+        while at < bytes.len() {
+            at = part(bytes, at, (4, 4)).ok_or("a fat binary with a part that ends outside")?;
+        }
+        return Ok(());
+    }
+    if !bytes.starts_with(b".version") && !bytes.starts_with(b"//") {
+        return Err("neither a fat binary nor PTX".into());
+    }
+    let text = bytes.strip_suffix(b"\0").unwrap_or(bytes);
+    if text.contains(&0) { Err("PTX with a zero in it".into()) } else { Ok(()) }
+}
+
+/// Bytes of a fat binary's own header; that of a part is longer.
+const FAT_HEADER: usize = 16;
+
+/// Where a header at `at` and its content end, if both are inside. `length` is where the header has its own
+/// length, and in how many bytes; the content's is in the eight bytes from 8 on.
+fn part(bytes: &[u8], at: usize, length: (usize, usize)) -> Option<usize> {
+    let header = usize::try_from(number(bytes, at + length.0, length.1)?).ok()?;
+    let content = usize::try_from(number(bytes, at + 8, 8)?).ok()?;
+    let end = at.checked_add(header)?.checked_add(content)?;
+    (header >= FAT_HEADER && end <= bytes.len()).then_some(end)
+}
+
+/// An unsigned number of `len` bytes, the lowest first.
+fn number(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
+    let digits = bytes.get(at..at.checked_add(len)?)?;
+    Some(digits.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
+}
