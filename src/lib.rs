@@ -87,7 +87,7 @@ pub use config::*;
 pub use device::{CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols};
 pub use dtype::{DType, Dtype};
 pub use error::{Error, Result};
-pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice};
+pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice, RoutingOutputs};
 pub use routing_plan::{PlanLayout, RoutingPlan};
 pub use shape::{MAX_EXPERTS, RoutingShape};
 pub use tensors::{
