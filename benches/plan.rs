@@ -14,7 +14,7 @@ pub(crate) fn planned<'a>(gpu: &Gpu, draw: &Draw) -> Result<RoutingPlan<'a>> {
 
 /// The same of the reference, whose tiles nothing reads.
 pub(crate) fn planned_on_cpu(draw: &Draw) -> Result<reference::Plan> {
-    Ok(reference::plan_fwd(&draw.shape, draw.shape.slots().max(1), &draw.expert_ids)?)
+    Ok(reference::plan_fwd(&draw.shape, &draw.expert_ids)?)
 }
 
 pub(crate) fn on_gpu<'a>(gpu: &'a Gpu, draw: &Draw) -> Result<Workload<'a>> {

@@ -17,8 +17,8 @@
 //            of candidates, that is none of the token's own expert_ids; slots in order.
 //            Grid (T / CAPACITY_TOKEN_THREADS), a thread per token. A plan of `requests` and select
 //            with later = 1 follow: experts hold what they have, and take requests while there is room.
-// normalize  weights'[s] = scale * weights[s] / max(epsilon + sum over the token's kept slots, min), 0 for
-//            others. The sum runs from 0 in the order of k. Grid and block as for ask.
+// normalize  weights'[s] = weights[s] / max(epsilon + sum over the token's kept slots, min) * scale * expert_scale[e],
+//            0 for others and where that is NaN. The sum runs from 0 in the order of k. Grid and block as for ask.
 // Bytes   select reads each slot's row a few times (once by token) and 4*T*K of ids, writes 4*T*K.
 // Writers one per element: a slot has one expert in a plan, a token one thread. Atomics add integers,
 //         where order does not show. So the result is deterministic.
@@ -173,6 +173,7 @@ EXPORT_KERNEL(moe_capacity_fwd_ask, CAPACITY_TOKEN_THREADS)
 
 extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
 moe_capacity_fwd_normalize(float* normalized,           // [T, K] out
+                           const float* expert_scale,   // [E], or null
                            const uint32_t* expert_ids,  // [T, K], what select has made of them
                            const float* weights,        // [T, K]
                            const CapacityNormalizeArgs args) {
@@ -187,11 +188,16 @@ moe_capacity_fwd_normalize(float* normalized,           // [T, K] out
       if (expert_ids[slot] < num_experts) sum = __fadd_rn(sum, weights[slot]);
     }
     divisor = __fadd_rn(sum, args.epsilon);
-    if (divisor < args.min) divisor = args.min;  // Not for NaN, which stays.
+    if (divisor < args.min) divisor = args.min;
   }
   for (int64_t slot = first_slot; slot < end_slot; slot++) {
-    const bool is_kept = expert_ids[slot] < num_experts;
-    normalized[slot] = is_kept ? __fmul_rn(__fdiv_rn(weights[slot], divisor), args.scale) : 0.0f;
+    const uint32_t expert = expert_ids[slot];
+    float weight = 0.0f;
+    if (expert < num_experts) {
+      weight = __fmul_rn(__fdiv_rn(weights[slot], divisor), args.scale);
+      if (expert_scale != nullptr) weight = __fmul_rn(weight, expert_scale[expert]);
+    }
+    normalized[slot] = weight == weight ? weight : 0.0f;  // 0 / 0 is no weight.
   }
 }
 EXPORT_KERNEL(moe_capacity_fwd_normalize, CAPACITY_TOKEN_THREADS)

@@ -3,10 +3,12 @@
 mod contexts;
 mod experts;
 mod memory;
+mod outputs;
 mod route;
 mod sections;
 
 pub use memory::{OnDevice, OnDeviceMut, OwnedOnDevice};
+pub use outputs::RoutingOutputs;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
@@ -92,10 +94,12 @@ impl MoeLayer {
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_forward())?;
         let dense =
             pass.dense(&mut arena, pass.projects_by_gemm(inputs) || pass.has_dense_experts())?;
-        let mut expert_ids = arena.take(pass.sections.expert_ids)?;
-        let mut routing_weights = arena.take(pass.sections.routing_weights)?;
-        pass.route(inputs, dense.as_ref(), &mut arena, &mut expert_ids, &mut routing_weights)?;
-        let routing = (&expert_ids.as_view(), &routing_weights.as_view());
+        let mut outputs = RoutingOutputs::new(
+            arena.take(pass.sections.expert_ids)?,
+            arena.take(pass.sections.routing_weights)?,
+        );
+        pass.route(inputs, dense.as_ref(), &mut arena, &mut outputs)?;
+        let routing = (&outputs.expert_ids.as_view(), &outputs.weights.as_view());
         pass.experts(&inputs.x, routing, dense.as_ref(), &mut arena, y)
     }
 
@@ -131,7 +135,7 @@ impl MoeLayer {
 
     /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and
     /// `routing_weights` `[T, K]`. Slots that capacity dropped and those of inactive tokens have the id
-    /// `u32::MAX`.
+    /// `u32::MAX`. [`route_into`](Self::route_into) has further outputs.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
@@ -144,17 +148,33 @@ impl MoeLayer {
         expert_ids: &mut CudaViewMut<'_, u32>,
         routing_weights: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
+        let (ids, of_slots) = (expert_ids.slice_mut(..), routing_weights.slice_mut(..));
+        let outputs = &mut RoutingOutputs::new(ids, of_slots);
+        self.route_into(stream, inputs, weights, workspace, outputs)
+    }
+
+    /// [`route`](Self::route) with every output that the caller has a view for: the counts of a layer with capacity, for
+    /// one. Capturable as the whole pass is.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for counts of a layer without capacity.
+    pub fn route_into<D: Dtype>(
+        &self,
+        stream: &CudaStream,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        weights: &MoeWeights<OnDevice<'_>, D>,
+        workspace: &mut Workspace<'_>,
+        outputs: &mut RoutingOutputs<'_>,
+    ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
-        check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
-        check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
+        outputs.check(OP, &self.config, pass.shape, inputs.sequence_tokens)?;
         pass.contexts.inputs(inputs)?;
-        pass.contexts.written("expert_ids", expert_ids)?;
-        pass.contexts.written("routing_weights", routing_weights)?;
+        pass.contexts.outputs(outputs)?;
         pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
-        pass.route(inputs, dense.as_ref(), &mut arena, expert_ids, routing_weights)
+        pass.route(inputs, dense.as_ref(), &mut arena, outputs)
     }
 
     /// The second half of [`forward`](Self::forward), for experts that were chosen elsewhere or before:

@@ -90,7 +90,7 @@ pub use device::{
 };
 pub use dtype::{DType, Dtype};
 pub use error::{Error, Result};
-pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice};
+pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice, RoutingOutputs};
 pub use routing_plan::{PlanLayout, RoutingPlan};
 pub use shape::{MAX_EXPERTS, RoutingShape};
 pub use tensors::{

@@ -120,7 +120,7 @@ pub(crate) fn forward_cpu<D: Element>(
     }
     let routing = steps
         .time(PARTS[1], || reference::moe_layer_route_fwd::<f32, D>(config, &inputs, &weights))?;
-    let reference::Routing { expert_ids, weights: of_slots } = routing;
+    let reference::LayerRouting { expert_ids, weights: of_slots, .. } = routing;
     let y = steps.time(PARTS[2], || {
         let (x, ids) = (inputs.x, &expert_ids);
         reference::moe_layer_experts_fwd::<f32, D>(config, x, ids, &of_slots, &weights)

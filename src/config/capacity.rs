@@ -1,6 +1,6 @@
 //! Capacity: how many rows an expert takes at most, and which it leaves out.
 
-use super::field::{Checked, positive};
+use super::field::Checked;
 use super::router::Normalization;
 use crate::error::{Error, Result};
 use crate::shape::RoutingShape;
@@ -15,11 +15,12 @@ pub struct CapacityConfig {
     /// Which slots of an expert come first.
     pub priority: Priority,
     /// How often a slot that found no room asks its token's next-best expert; 0 drops it at once. In a layer the router
-    /// does not normalise then: [`normalization`](Self::normalization) does, once it is known who is kept.
+    /// does not normalise then: [`normalization`](Self::normalization) does, once it is known which slots are kept.
     #[cfg_attr(feature = "serde", serde(default))]
     pub overflow: usize,
-    /// What the weights of a token's kept slots are divided by once the others are dropped (NLLB): nothing, or their
-    /// sum, which takes a common factor out; [`RouterConfig::scale`](crate::RouterConfig::scale) then multiplies them.
+    /// The divisor of the weights of a token's kept slots, once the others are dropped (NLLB): none, or their sum. With
+    /// a divisor a layer scales afterwards: the router gives weights without its
+    /// [`scale`](crate::RouterConfig::scale) and expert scales, which multiply the quotients.
     #[cfg_attr(feature = "serde", serde(default = "undivided"))]
     pub normalization: Normalization,
 }
@@ -35,11 +36,16 @@ fn undivided() -> Normalization {
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum CapacityLimit {
-    /// `ceil(tokens * K / E * factor)`, at least 1, of the tokens of a sequence. Exactly so: the factor is the f32
-    /// that it is, and nothing is rounded before the end.
+    /// `ceil(tokens * K / E * factor)`, at least 1, of the tokens of a sequence: in f64, operation by operation from left
+    /// to right, as Python computes it.
     Factor {
-        /// A number above 0.
-        factor: f32,
+        /// A finite number above 0.
+        factor: f64,
+    },
+    /// `ceil(fraction * tokens)` of the tokens of a sequence, in f64 (the evaluation capacity of NLLB).
+    TokenFraction {
+        /// A finite number above 0.
+        fraction: f64,
     },
     /// So many rows.
     Rows {
@@ -59,10 +65,10 @@ pub enum Priority {
     Token,
     /// All first choices before all second ones, each token by token (GShard, NLLB).
     Choice,
-    /// By weight, the largest first.
+    /// By weight, the largest first. In a layer these are the weights that the router gives.
     Weight,
-    /// All first choices before all second ones, each by the weight of the token's first choice, the largest first
-    /// (batch-prioritised routing).
+    /// All first choices before all second ones, each by the score of the token's first choice, the largest first
+    /// (batch-prioritised routing). In a layer that is the router's score before any normalisation and scale.
     ChoiceByTopWeight,
 }
 
@@ -75,49 +81,40 @@ impl CapacityConfig {
     /// How many rows an expert takes in a sequence of `sequence_tokens` tokens, of which `shape` has the experts.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) for a factor that is no finite number above 0, or a shape out
-    /// of range.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for a factor or a fraction that is no finite number above 0, or
+    /// a shape out of range.
     pub fn rows(&self, shape: &RoutingShape, sequence_tokens: usize) -> Result<usize> {
         const OP: &str = "capacity";
         self.check(OP)?;
         RoutingShape { num_tokens: sequence_tokens, ..*shape }.check(OP)?;
+        // Conversions to f64 are exact below 2^53, and those from it saturate.
         Ok(match self.limit {
             CapacityLimit::Rows { rows } => rows,
             CapacityLimit::Factor { factor } => {
-                share(sequence_tokens * shape.top_k, shape.num_experts, factor)
+                let slots = (sequence_tokens * shape.top_k) as f64;
+                (slots / shape.num_experts as f64 * factor).ceil().max(1.0) as usize
+            }
+            CapacityLimit::TokenFraction { fraction } => {
+                (fraction * sequence_tokens as f64).ceil() as usize
             }
         })
     }
 
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         let at = Checked { op };
+        let positive = |argument, value: f64| {
+            let good = value.is_finite() && value > 0.0;
+            at.say(argument, good, "a finite number above 0", value)
+        };
         match self.limit {
-            CapacityLimit::Factor { factor } => {
-                at.hold("capacity.limit.factor", factor, positive, "a finite number above 0")
+            CapacityLimit::Factor { factor } => positive("capacity.limit.factor", factor),
+            CapacityLimit::TokenFraction { fraction } => {
+                positive("capacity.limit.fraction", fraction)
             }
             CapacityLimit::Rows { .. } => Ok(()),
         }?;
         kept_divisor(op, "capacity.normalization", self.normalization).map(|_| ())
     }
-}
-
-/// `ceil(slots / experts * factor)` in integers, at least 1. A factor is a 24-bit integer times a power of two.
-fn share(slots: usize, experts: usize, factor: f32) -> usize {
-    let (exponent, fraction) = ((factor.to_bits() >> 23) as i32, factor.to_bits() & 0x7f_ffff);
-    let (integer, power) = match exponent {
-        0 => (fraction, -149),
-        _ => (fraction | 0x80_0000, exponent - 150),
-    };
-    let (product, experts) = (slots as u128 * u128::from(integer), experts as u128);
-    let rows = match power {
-        // More than there are slots.
-        32.. if product > 0 => u128::MAX,
-        0.. => (product << power).div_ceil(experts),
-        // Slots are less than 2^31: the quotient is less than 1.
-        ..-80 => 1,
-        _ => product.div_ceil(experts << -power),
-    };
-    usize::try_from(rows.max(1)).unwrap_or(usize::MAX)
 }
 
 /// What the weights of a token's kept slots are divided by: whether by anything, what is added to their sum, and the
@@ -144,6 +141,9 @@ impl std::fmt::Display for CapacityConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.limit {
             CapacityLimit::Factor { factor } => write!(f, "capacity factor {factor}")?,
+            CapacityLimit::TokenFraction { fraction } => {
+                write!(f, "capacity {fraction} of the tokens")?;
+            }
             CapacityLimit::Rows { rows } => write!(f, "capacity {rows}")?,
         }
         f.write_str(match self.priority {
@@ -179,21 +179,22 @@ mod tests {
             (1.25, (65, 2, 8), 21),
             (1.0, (1, 1, 128), 1),
             (1.0, (0, 2, 8), 1),
-            // The f32 next to 1.1 is larger than 1.1, and so is the quotient.
-            (1.1, (100, 1, 10), 12),
-            (0.1, (100, 1, 10), 2),
-            (1.0f32.next_up(), (1 << 24, 1, 1), (1 << 24) + 2),
-            (1.0f32.next_down(), ((1 << 24) + 1, 1, 1), 1 << 24),
-            (f32::MIN_POSITIVE, (1 << 20, 8, 8), 1),
-            (f32::from_bits(1), (1 << 20, 8, 8), 1),
-            (2f32.powi(-40), (1 << 20, 8, 8), 1),
-            (2f32.powi(60), (2, 1, 3), usize::MAX),
-            (f32::MAX, (0, 1, 3), 1),
+            // What Python gives, where the nearest f32 would say one row more.
+            (0.15, (20, 1, 1), 3),
+            (0.1, (100, 1, 10), 1),
+            (1.1, (100, 1, 10), 11),
+            // 50 * 1.1 is 55.00000000000001 there.
+            (1.1, (500, 1, 10), 56),
+            (f64::MIN_POSITIVE, (1 << 20, 8, 8), 1),
+            (f64::from_bits(1), (1 << 20, 8, 8), 1),
+            (2f64.powi(80), (2, 1, 3), usize::MAX),
+            (f64::MAX, (3, 3, 3), usize::MAX),
+            (f64::MAX, (0, 1, 3), 1),
             (8388608.0, (3, 1, 2), 3 << 22),
         ] {
             assert_eq!(rows(factor, shape), Ok(wanted), "{factor:e} {shape:?}");
         }
-        for factor in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        for factor in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             assert!(rows(factor, (8, 2, 8)).is_err(), "{factor}");
         }
         assert!(rows(1.0, (1 << 31, 2, 8)).is_err());
@@ -203,5 +204,32 @@ mod tests {
             config.rows(&RoutingShape { num_tokens: 1, num_experts: 1, top_k: 1 }, 1),
             Ok(0)
         );
+    }
+
+    #[test]
+    fn rows_of_a_fraction_of_tokens() {
+        let rows = |fraction, tokens| {
+            let limit = CapacityLimit::TokenFraction { fraction };
+            let config = CapacityConfig::new(limit, Priority::Choice);
+            config.rows(&RoutingShape { num_tokens: 7, num_experts: 16, top_k: 2 }, tokens)
+        };
+        for (fraction, tokens, wanted) in [
+            (0.15, 20, 3),
+            (0.25, 20, 5),
+            (0.25, 21, 6),
+            // 0.07 * 100 is 7.000000000000001 in Python.
+            (0.07, 100, 8),
+            (0.5, 0, 0),
+            (1e-9, 5, 1),
+            (f64::from_bits(1), 1, 1),
+            (1.5, 4, 6),
+            (f64::MAX, 4, usize::MAX),
+        ] {
+            assert_eq!(rows(fraction, tokens), Ok(wanted), "{fraction} of {tokens}");
+        }
+        for fraction in [0.0, -0.5, f64::NAN, f64::INFINITY] {
+            let error = rows(fraction, 8).unwrap_err().to_string();
+            assert!(error.contains("`capacity.limit.fraction`"), "{error}");
+        }
     }
 }

@@ -230,6 +230,14 @@ impl MoeConfig {
         }
     }
 
+    /// The router as capacity reads its weights: where what is kept is normalised, scales come after that.
+    pub(crate) fn router_before_capacity(&self) -> RouterConfig {
+        match self.capacity.map(|capacity| capacity.normalization) {
+            None | Some(Normalization::None) => self.router,
+            Some(_) => self.router.unscaled(),
+        }
+    }
+
     /// Experts that the router chooses from: those with weights, and those without.
     pub fn router_experts(&self) -> usize {
         self.num_experts.saturating_add(self.zero_experts.map_or(0, |zero| zero.count))

@@ -199,6 +199,16 @@ impl RouterConfig {
         }
     }
 
+    /// The router that makes the same choice and weighs it by scores alone, neither normalised nor scaled.
+    pub(crate) fn of_scores(&self) -> Self {
+        Self { normalization: Normalization::None, ..self.unscaled() }
+    }
+
+    /// The router that makes the same choice and does not scale its weights.
+    pub(crate) fn unscaled(&self) -> Self {
+        Self { scale: 1.0, expert_scale: false, ..*self }
+    }
+
     /// Holds every field against its limits, for `num_experts` experts of which a token has `top_k`.
     pub(crate) fn check(&self, op: &'static str, num_experts: usize, top_k: usize) -> Result<()> {
         let at = Checked { op };

@@ -112,11 +112,15 @@ impl<'a> Keys<'a> {
     }
 
     /// A number that has to be there.
-    pub fn f32(&self, names: &[&str], default: f64) -> Result<f32> {
+    pub fn f64(&self, names: &[&str], default: f64) -> Result<f64> {
         let value = self.number(names, Some(default))?;
         let name = names.first().copied().unwrap_or_default();
-        let number = value.ok_or_else(|| self.error(name, &Value::Null, "a number"))?;
-        Ok(number as f32)
+        value.ok_or_else(|| self.error(name, &Value::Null, "a number"))
+    }
+
+    /// The nearest f32 to such a number.
+    pub fn f32(&self, names: &[&str], default: f64) -> Result<f32> {
+        Ok(self.f64(names, default)? as f32)
     }
 
     pub fn boolean(&self, names: &[&str], default: bool) -> Result<bool> {

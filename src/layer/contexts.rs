@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceSlice};
 
-use super::{OP, OnDevice, OnDeviceMut};
+use super::{OP, OnDevice, OnDeviceMut, RoutingOutputs};
 use crate::device::{Device, check_context, check_stream};
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -58,6 +58,14 @@ impl<'s> Contexts<'s> {
             Typed::Element(view) => self.written("logits", view),
             Typed::F32(view) => self.written("logits", view),
         }
+    }
+
+    pub(super) fn outputs(self, outputs: &RoutingOutputs<'_>) -> Result<()> {
+        let RoutingOutputs { expert_ids, weights, kept, dropped } = outputs;
+        self.written("expert_ids", expert_ids)?;
+        self.written("routing_weights", weights)?;
+        kept.as_ref().map_or(Ok(()), |kept| self.written("kept", kept))?;
+        dropped.as_ref().map_or(Ok(()), |dropped| self.written("dropped", dropped))
     }
 
     pub(super) fn workspace(self, workspace: &Workspace<'_>) -> Result<()> {

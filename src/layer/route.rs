@@ -2,8 +2,8 @@
 
 use cudarc::driver::{CudaView, CudaViewMut};
 
-use super::{OP, OnDevice, OnDeviceMut, Pass};
-use crate::config::{CapacityConfig, Normalization, Priority};
+use super::{OP, OnDevice, OnDeviceMut, Pass, RoutingOutputs};
+use crate::config::{CapacityConfig, Normalization, Priority, RouterConfig};
 use crate::dtype::Dtype;
 use crate::error::{Result, product};
 use crate::ops::capacity::{
@@ -33,18 +33,17 @@ impl<D: Dtype> Pass<'_, '_, D> {
         inputs: &MoeInputs<OnDevice<'_>, D>,
         dense: Option<&RoutingPlan<'_>>,
         arena: &mut Arena<'_>,
-        expert_ids: &mut CudaViewMut<'_, u32>,
-        routing_weights: &mut CudaViewMut<'_, f32>,
+        outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
         if let Some(logits) = &inputs.logits {
             return match logits {
                 Typed::Element(logits) => {
                     let noise = inputs.noise_logits.as_ref().and_then(Typed::element);
-                    self.choose(inputs, logits, noise, arena, expert_ids, routing_weights)
+                    self.choose(inputs, logits, noise, arena, outputs)
                 }
                 Typed::F32(logits) => {
                     let noise = inputs.noise_logits.as_ref().and_then(Typed::f32);
-                    self.choose(inputs, logits, noise, arena, expert_ids, routing_weights)
+                    self.choose(inputs, logits, noise, arena, outputs)
                 }
             };
         }
@@ -57,11 +56,11 @@ impl<D: Dtype> Pass<'_, '_, D> {
         match &logits {
             Typed::Element(logits) => {
                 let noise = inputs.noise_logits.as_ref().and_then(Typed::element);
-                self.choose(inputs, &logits.as_view(), noise, arena, expert_ids, routing_weights)
+                self.choose(inputs, &logits.as_view(), noise, arena, outputs)
             }
             Typed::F32(logits) => {
                 let noise = inputs.noise_logits.as_ref().and_then(Typed::f32);
-                self.choose(inputs, &logits.as_view(), noise, arena, expert_ids, routing_weights)
+                self.choose(inputs, &logits.as_view(), noise, arena, outputs)
             }
         }
     }
@@ -131,8 +130,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         logits: &CudaView<'_, L>,
         noise_logits: Option<&CudaView<'_, L>>,
         arena: &mut Arena<'_>,
-        expert_ids: &mut CudaViewMut<'_, u32>,
-        routing_weights: &mut CudaViewMut<'_, f32>,
+        outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
         let (device, stream, shape) = (self.device, self.stream, self.shape);
         let (config, router) = (self.config, &self.weights.router);
@@ -146,24 +144,35 @@ impl<D: Dtype> Pass<'_, '_, D> {
             token_ids: inputs.token_ids.as_ref(),
             active: inputs.active.as_ref(),
         };
-        let route = |shape: RoutingShape,
+        let route = |router: &RouterConfig,
+                     shape: RoutingShape,
                      ids: &mut CudaViewMut<'_, u32>,
                      weights: &mut CudaViewMut<'_, f32>| {
-            route_fwd_into(device, stream, shape, &config.router, &read, ids, weights)
+            let expert_scale = read.expert_scale.filter(|_| router.expert_scale);
+            let read = RouteInputs { expert_scale, ..read };
+            route_fwd_into(device, stream, shape, router, &read, ids, weights)
         };
         let Some(capacity) = &config.capacity else {
-            return route(shape, expert_ids, routing_weights);
+            return route(&config.router, shape, &mut outputs.expert_ids, &mut outputs.weights);
         };
         let tokens = inputs.sequence_tokens;
         let by = capacity.normalization;
         if by == Normalization::None {
-            return self.keep(capacity, tokens, &route, arena, expert_ids, routing_weights);
+            return self.keep(capacity, tokens, &route, arena, outputs);
         }
-        let mut weights = arena.take::<f32>(self.sections.chosen_weights)?;
-        self.keep(capacity, tokens, &route, arena, expert_ids, &mut weights)?;
-        let (kept, weights, scale) = (expert_ids.as_view(), weights.as_view(), config.router.scale);
-        let to = routing_weights;
-        capacity_normalize_fwd_into(device, stream, shape, by, scale, &kept, &weights, to)
+        let RoutingOutputs { expert_ids, weights: normalized, kept, dropped } = outputs;
+        let mut kept_weights = RoutingOutputs {
+            expert_ids: expert_ids.slice_mut(..),
+            weights: arena.take::<f32>(self.sections.chosen_weights)?,
+            kept: kept.as_mut().map(|kept| kept.slice_mut(..)),
+            dropped: dropped.as_mut().map(|dropped| dropped.slice_mut(..)),
+        };
+        self.keep(capacity, tokens, &route, arena, &mut kept_weights)?;
+        let (ids, weights) = (kept_weights.expert_ids.as_view(), kept_weights.weights.as_view());
+        let (scale, of_experts) = (config.router.scale, router.expert_scale.as_ref());
+        capacity_normalize_fwd_into(
+            device, stream, shape, by, scale, of_experts, &ids, &weights, normalized,
+        )
     }
 
     /// The choices that experts have room for, with their weights: the router's own, and then, as often as slots may
@@ -174,21 +183,37 @@ impl<D: Dtype> Pass<'_, '_, D> {
         sequence_tokens: Option<usize>,
         route: &Route<'_>,
         arena: &mut Arena<'_>,
-        expert_ids: &mut CudaViewMut<'_, u32>,
-        weights: &mut CudaViewMut<'_, f32>,
+        outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
         let (device, stream, shape) = (self.device, self.stream, self.shape);
+        let RoutingOutputs { expert_ids, weights, kept: kept_out, dropped: dropped_out } = outputs;
+        let router = self.config.router_before_capacity();
         let mut chosen = arena.take::<u32>(self.sections.chosen)?;
-        route(shape, &mut chosen, weights)?;
+        // The scores of first choices before any normalisation; the ids beside them are the same.
+        let mut top_scores = arena.take::<f32>(self.sections.top_scores)?;
+        let by_top_score = capacity.priority == Priority::ChoiceByTopWeight;
+        if by_top_score {
+            route(&self.config.router.of_scores(), shape, &mut chosen, &mut top_scores)?;
+        }
+        route(&router, shape, &mut chosen, weights)?;
         let mut memory = arena.take::<u8>(self.sections.slot_plan)?;
         let sequences = shape.sequences(sequence_tokens);
         let cells = product(OP, "sequences * num_experts", sequences, shape.num_experts)?;
         let mut kept = arena.take::<u32>(self.sections.kept)?;
         let mut dropped = arena.take::<u32>(self.sections.dropped)?;
-        let (mut kept, mut dropped) = (kept.slice_mut(..cells), dropped.slice_mut(..cells));
+        // Where the caller has no use for the counts, they stay in the workspace.
+        let mut kept = match kept_out {
+            Some(kept) => kept.slice_mut(..cells),
+            None => kept.slice_mut(..cells),
+        };
+        let mut dropped = match dropped_out {
+            Some(dropped) => dropped.slice_mut(..cells),
+            None => dropped.slice_mut(..cells),
+        };
         let chosen = chosen.as_view();
         let by_slot = shape.by_slot();
         let plan = plan_fwd_into(device, stream, by_slot, Some(&chosen), memory.slice_mut(..))?;
+        let of_priority = if by_top_score { top_scores.as_view() } else { weights.as_view() };
         capacity_fwd_into(
             device,
             stream,
@@ -196,7 +221,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
             shape,
             capacity,
             sequence_tokens,
-            &weights.as_view(),
+            &of_priority,
             expert_ids,
             &mut kept,
             &mut dropped,
@@ -209,15 +234,10 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let mut candidates = arena.take::<u32>(self.sections.candidates)?;
         let mut of_candidates = arena.take::<f32>(self.sections.candidate_weights)?;
         let next_best = RoutingShape { top_k: num_candidates, ..shape };
-        route(next_best, &mut candidates, &mut of_candidates)?;
+        route(&router, next_best, &mut candidates, &mut of_candidates)?;
         let (candidates, of_candidates) = (candidates.as_view(), of_candidates.as_view());
         let mut next = arena.take::<u32>(self.sections.next_candidate)?;
         let mut requests = arena.take::<u32>(self.sections.requests)?;
-        let mut first_weights = arena.take::<f32>(self.sections.first_weights)?;
-        let by_top_weight = capacity.priority == Priority::ChoiceByTopWeight;
-        if by_top_weight {
-            route(shape, &mut requests, &mut first_weights)?;
-        }
         // Every candidate is asked once.
         for round in 0..capacity.overflow.min(num_candidates) {
             capacity_ask_fwd_into(
@@ -236,8 +256,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
             )?;
             let asked = requests.as_view();
             let plan = plan_fwd_into(device, stream, by_slot, Some(&asked), memory.slice_mut(..))?;
-            let of_priority =
-                if by_top_weight { first_weights.as_view() } else { weights.as_view() };
+            let of_priority = if by_top_score { top_scores.as_view() } else { weights.as_view() };
             capacity_later_fwd_into(
                 device,
                 stream,
@@ -255,6 +274,11 @@ impl<D: Dtype> Pass<'_, '_, D> {
     }
 }
 
-/// Chooses the experts of a shape, as many as its `top_k`, into ids and weights.
-type Route<'r> =
-    dyn Fn(RoutingShape, &mut CudaViewMut<'_, u32>, &mut CudaViewMut<'_, f32>) -> Result<()> + 'r;
+/// Chooses the experts of a shape, as many as its `top_k`, into ids and weights, by a router whose choice is the layer's.
+type Route<'r> = dyn Fn(
+        &RouterConfig,
+        RoutingShape,
+        &mut CudaViewMut<'_, u32>,
+        &mut CudaViewMut<'_, f32>,
+    ) -> Result<()>
+    + 'r;

@@ -20,6 +20,8 @@ pub(super) struct Sections {
     /// What capacity reads and writes: choices and weights before it, the plan of slots, and counts.
     pub(super) chosen: Section,
     pub(super) chosen_weights: Section,
+    /// The scores of first choices, where they decide the order of slots.
+    pub(super) top_scores: Section,
     pub(super) slot_plan: Section,
     pub(super) kept: Section,
     pub(super) dropped: Section,
@@ -28,7 +30,6 @@ pub(super) struct Sections {
     pub(super) candidate_weights: Section,
     pub(super) next_candidate: Section,
     pub(super) requests: Section,
-    pub(super) first_weights: Section,
     pub(super) plan: Section,
     pub(super) shared_act: Section,
     pub(super) shared_y: Section,
@@ -58,6 +59,7 @@ impl Sections {
             *config;
         let inner = config.expert_hidden();
         let capacity = config.capacity;
+        let by_top = capacity.is_some_and(|c| c.priority == crate::Priority::ChoiceByTopWeight);
         let normalizes = capacity.is_some_and(|c| c.normalization != crate::Normalization::None);
         // Each sequence has a token at least.
         let cells = product(OP, "sequences * num_experts", num_tokens.max(1), num_experts)?;
@@ -73,6 +75,7 @@ impl Sections {
             routing_weights: words(true, slots)?,
             chosen: words(capacity.is_some(), slots)?,
             chosen_weights: words(normalizes, slots)?,
+            top_scores: words(by_top, slots)?,
             slot_plan: bytes(capacity.is_some(), PlanLayout::new(shape.by_slot())?)?,
             kept: words(capacity.is_some(), cells)?,
             dropped: words(capacity.is_some(), cells)?,
@@ -80,7 +83,6 @@ impl Sections {
             candidate_weights: words(overflows, listed)?,
             next_candidate: words(overflows, num_tokens)?,
             requests: words(overflows, slots)?,
-            first_weights: words(overflows, slots)?,
             plan: bytes(true, PlanLayout::of_experts(shape, 0..num_experts)?)?,
             shared_act: matrix(is_shared, num_tokens, shared_width)?,
             shared_y: matrix(is_shared, num_tokens, hidden)?,
@@ -98,7 +100,7 @@ impl Sections {
         let Self { dense, router_x, logits, chosen, chosen_weights, slot_plan, .. } = *self;
         let Self { kept, dropped, candidates, candidate_weights, .. } = *self;
         let asked = [candidates, candidate_weights, self.next_candidate, self.requests];
-        let kept = [chosen, chosen_weights, slot_plan, kept, dropped, self.first_weights];
+        let kept = [chosen, chosen_weights, self.top_scores, slot_plan, kept, dropped];
         [&[dense, router_x, logits], &kept[..], &asked[..]].concat()
     }
 

@@ -161,7 +161,7 @@ mod tests {
     /// One expert and one row of `k` numbers of either sign.
     fn one_row<D: Dtype>(n: usize, k: usize) -> (Plan, Vec<D>, Vec<D>) {
         let plan =
-            plan_fwd(&RoutingShape { num_tokens: 1, num_experts: 1, top_k: 1 }, 1, &[0]).unwrap();
+            plan_fwd(&RoutingShape { num_tokens: 1, num_experts: 1, top_k: 1 }, &[0]).unwrap();
         let mut sampler = Sampler::new(k as u64);
         (plan, sampler.elements(k), sampler.elements(n * k))
     }
@@ -290,7 +290,7 @@ mod tests {
         let (h, i, shape) = (config.hidden, config.intermediate, config.routing(20));
         let mut routing =
             route_in::<f32, D>(&shape, &config.router, &RouteInputs::new(logits)).unwrap();
-        let plan = plan_fwd(&shape, 64, &routing.expert_ids).unwrap();
+        let plan = plan_fwd(&shape, &routing.expert_ids).unwrap();
         let (gate_up, down) = (GateUpWeights::fused(&gate_up[..]), LinearWeights::new(&down[..]));
         let (experts, none) = (&config.experts, None::<&[f32]>);
         let act: Vec<D> = round(

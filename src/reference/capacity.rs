@@ -4,32 +4,21 @@
 use std::cmp::Ordering;
 
 use super::accum::Accum;
+use super::plan::Plan;
+use super::route::exact::Number;
 use crate::config::{CapacityConfig, Normalization, Priority, kept_divisor};
 use crate::error::{Error, Result, check_len, product};
 use crate::shape::RoutingShape;
 
-/// What capacity makes of a routing; for `N` sequences.
-#[derive(Debug, Clone, PartialEq)]
+/// Slots that experts keep.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capacity {
-    /// `[T, K]`: the expert that keeps the slot, `u32::MAX` where none does.
+    /// `[T, K]`: the expert where the slot is kept, else `u32::MAX`.
     pub expert_ids: Vec<u32>,
-    /// `[T, K]`: the weights, where a slot has asked another expert those of the last one that it asked.
-    pub weights: Vec<f32>,
-    /// `[N, E]`: slots that each expert keeps.
+    /// `[N, E]`: slots of each sequence that each expert keeps.
     pub kept: Vec<u32>,
-    /// `[N, E]`: requests that each expert had no room for; without overflow, slots that are dropped.
+    /// `[N, E]`: slots of each sequence that each expert had no room for.
     pub dropped: Vec<u32>,
-}
-
-/// The experts of each token in the order of its scores, for slots that find no room.
-#[derive(Debug, Clone, Copy)]
-pub struct Candidates<'a> {
-    /// `C`, how many there are for each token.
-    pub per_token: usize,
-    /// `[T, C]`
-    pub expert_ids: &'a [u32],
-    /// `[T, C]`
-    pub weights: &'a [f32],
 }
 
 /// Numbers in order, with -0 as 0 and NaN as minus infinity.
@@ -38,91 +27,111 @@ pub(super) fn order(a: f32, b: f32) -> Ordering {
     number(a).partial_cmp(&number(b)).unwrap_or(Ordering::Equal)
 }
 
-/// Keeps of each expert's slots, in each sequence of `sequence_tokens` tokens (without: in the batch), as many as
-/// `config` has room for, those that come first by its priority.
+/// Keeps as many slots of each expert, in each sequence, as `config` has room for: those that come first in the
+/// order of its priority.
 ///
-/// An id of `E` or more, any bits, asks nobody and never counts. With overflow, slots that found no room go on, round
-/// after round: in the order of slots, each asks the next of its token's candidates that is an expert, was not
-/// asked and is none of the token's own ids, with that candidate's weight; an expert that has room left takes what is
-/// asked of it by the same priority. The top weight of [`Priority::ChoiceByTopWeight`] stays that of `weights`.
+/// `shape` is that of the routing, and `plan` the plan of its ids by slot ([`RoutingShape::by_slot`]), which may be of
+/// some of the experts. A sequence has `sequence_tokens` tokens, the last one perhaps fewer; without a length the
+/// batch is one sequence. Inactive slots stay inactive and never count. `weights` `[T, K]` decide where the priority
+/// asks for them; for [`Priority::ChoiceByTopWeight`] they are those of first choices, before any normalisation. This
+/// is the first round: overflow is [`capacity_ask_fwd`] and [`capacity_later_fwd`], as often as slots may ask.
 ///
 /// # Errors
-/// A shape or limit out of range, a length that is not the shape's, or overflow without candidates.
+/// A shape or limit out of range, a length that is not the shape's, or a plan that is not of these slots.
 pub fn capacity_fwd(
+    plan: &Plan,
     shape: &RoutingShape,
     config: &CapacityConfig,
     sequence_tokens: Option<usize>,
-    expert_ids: &[u32],
     weights: &[f32],
-    candidates: Option<Candidates<'_>>,
 ) -> Result<Capacity> {
-    const OP: &str = "capacity_fwd";
     shape.check(OP)?;
-    check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
-    check_len(OP, "weights", weights.len(), shape.slots())?;
+    let cells = cells(plan, shape, sequence_tokens)?;
+    let mut capacity = Capacity {
+        expert_ids: vec![u32::MAX; shape.slots()],
+        kept: vec![0; cells],
+        dropped: vec![0; cells],
+    };
+    capacity_later_fwd(plan, shape, config, sequence_tokens, weights, &mut capacity)?;
+    Ok(capacity)
+}
+
+/// A later round of overflow: experts hold what `kept` says and take what `plan` asks while there is room.
+///
+/// `plan` is the plan by slot of the requests that [`capacity_ask_fwd`] made. Slots that find room receive their expert
+/// in `expert_ids`, all others stay as they are; `kept` and `dropped` are added to, so that `dropped` counts every
+/// request that found no room. `weights` are those of the requests, but the first round's for
+/// [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd`].
+///
+/// # Errors
+/// Those of [`capacity_fwd`].
+pub fn capacity_later_fwd(
+    plan: &Plan,
+    shape: &RoutingShape,
+    config: &CapacityConfig,
+    sequence_tokens: Option<usize>,
+    weights: &[f32],
+    capacity: &mut Capacity,
+) -> Result<()> {
+    shape.check(OP)?;
     if sequence_tokens == Some(0) {
         let (wanted, got) = ("1 or more".into(), "0".into());
         return Err(Error::Unsupported { op: OP, argument: "sequence_tokens", wanted, got });
     }
-    if let Some(Candidates { per_token, expert_ids, weights }) = candidates {
-        let len = product(OP, "num_tokens * candidates", shape.num_tokens, per_token)?;
-        check_len(OP, "candidates.expert_ids", expert_ids.len(), len)?;
-        check_len(OP, "candidates.weights", weights.len(), len)?;
-    } else if config.overflow > 0 {
-        let why = "overflow asks candidates, of which there are none".into();
-        return Err(Error::Mismatch { op: OP, why });
-    }
-    let tokens = sequence_tokens.unwrap_or(shape.num_tokens).max(1);
-    let capacity = config.rows(shape, sequence_tokens.unwrap_or(shape.num_tokens))?;
-    let cells = product(OP, "N * E", shape.sequences(sequence_tokens), shape.num_experts)?;
+    check_by_slot(plan, shape)?;
+    let cells = cells(plan, shape, sequence_tokens)?;
+    check_len(OP, "weights", weights.len(), shape.slots())?;
+    check_len(OP, "expert_ids", capacity.expert_ids.len(), shape.slots())?;
+    check_len(OP, "kept", capacity.kept.len(), cells)?;
+    check_len(OP, "dropped", capacity.dropped.len(), cells)?;
+    // A limit follows from whole sequences, even where all of the batch is less than one.
+    let tokens = sequence_tokens.unwrap_or(shape.num_tokens);
+    let rows = config.rows(shape, tokens)?;
 
-    let mut all = Capacity {
-        expert_ids: vec![u32::MAX; shape.slots()],
-        weights: weights.to_vec(),
-        kept: vec![0; cells],
-        dropped: vec![0; cells],
-    };
-    let mut requests = expert_ids.to_vec();
-    let mut next_candidate = vec![0; shape.num_tokens];
-    for round in 0..=config.overflow {
-        // The slots that ask each expert, of each sequence.
-        let mut asking = vec![Vec::new(); cells];
-        for (slot, &id) in requests.iter().enumerate() {
-            if (id as usize) < shape.num_experts {
-                let sequence = slot / shape.top_k / tokens;
-                asking[sequence * shape.num_experts + id as usize].push(slot);
-            }
-        }
-        for (cell, mut slots) in asking.into_iter().enumerate() {
-            slots.sort_by(|&a, &b| {
-                first_slot(config.priority, shape.top_k, weights, &all.weights, a, b)
-            });
-            let room = capacity.saturating_sub(all.kept[cell] as usize).min(slots.len());
-            all.kept[cell] += room as u32;
-            all.dropped[cell] += (slots.len() - room) as u32;
-            for &slot in &slots[..room] {
-                all.expert_ids[slot] = (cell % shape.num_experts) as u32;
-            }
-        }
-        if let (Some(candidates), true) = (candidates, round < config.overflow) {
-            let next = &mut next_candidate;
-            requests = ask(shape, expert_ids, candidates, next, &mut all);
+    for (expert, id) in plan.experts.clone().enumerate() {
+        // The slots that ask this expert, of each sequence.
+        let slots = plan.token_of_row[plan.rows_of(expert)].iter().map(|&slot| slot as usize);
+        let mut asking = vec![Vec::new(); shape.sequences(sequence_tokens)];
+        slots.for_each(|slot| asking[slot / shape.top_k / tokens.max(1)].push(slot));
+        for (sequence, mut slots) in asking.into_iter().enumerate() {
+            slots.sort_by(|&a, &b| first_slot(config.priority, shape.top_k, weights, a, b));
+            let cell = sequence * plan.num_experts() + expert;
+            let room = rows.saturating_sub(capacity.kept[cell] as usize).min(slots.len());
+            capacity.kept[cell] += room as u32;
+            capacity.dropped[cell] += (slots.len() - room) as u32;
+            slots[..room].iter().for_each(|&slot| capacity.expert_ids[slot] = id as u32);
         }
     }
-    Ok(all)
+    Ok(())
+}
+
+const OP: &str = "capacity_fwd";
+
+/// `N * E`, for the plan's experts.
+fn cells(plan: &Plan, shape: &RoutingShape, sequence_tokens: Option<usize>) -> Result<usize> {
+    product(OP, "sequences * num_experts", shape.sequences(sequence_tokens), plan.num_experts())
+}
+
+/// Whether the rows of a plan are the slots of a shape.
+fn check_by_slot(plan: &Plan, shape: &RoutingShape) -> Result<()> {
+    plan.check(OP)?;
+    let of_shape = plan.row_of_slot.len() == shape.slots()
+        && plan.rows() == shape.slots()
+        && plan.experts.end <= shape.num_experts;
+    let by_slot = plan.row_of_slot.iter().enumerate().filter(|(_, row)| **row >= 0);
+    let in_use = by_slot.clone().count() == plan.rows_in_use();
+    let mut by_slot = by_slot.map(|(slot, &row)| (slot as i32, plan.token_of_row[row as usize]));
+    if of_shape && in_use && by_slot.all(|(slot, token)| slot == token) {
+        return Ok(());
+    }
+    let why = format!("the plan is not one of {}, made by slot for {shape}", shape.by_slot());
+    Err(Error::Mismatch { op: OP, why })
 }
 
 /// Which of two slots of an expert comes first.
-fn first_slot(
-    priority: Priority,
-    top_k: usize,
-    first_weights: &[f32],
-    weights: &[f32],
-    a: usize,
-    b: usize,
-) -> Ordering {
+fn first_slot(priority: Priority, top_k: usize, weights: &[f32], a: usize, b: usize) -> Ordering {
     let choice = (a % top_k).cmp(&(b % top_k));
-    let top = |slot: usize| first_weights[slot / top_k * top_k];
+    let top = |slot: usize| weights[slot / top_k * top_k];
     let before = match priority {
         Priority::Token => Ordering::Equal,
         Priority::Choice => choice,
@@ -132,40 +141,73 @@ fn first_slot(
     before.then(a.cmp(&b))
 }
 
-/// What the slots without room ask next.
-fn ask(
+/// What the slots that found no room ask next, `[T, K]`: their token's next candidate, `u32::MAX` where nothing is
+/// asked.
+///
+/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights: what `route` gives with a
+/// larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` what the rounds so far have made of them. A slot
+/// without room asks the next candidate that is an expert and none of its token's own `expert_ids`, the slots of a
+/// token in order, and every candidate is asked once. `weights` `[T, K]` takes the candidate's weight.
+/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too.
+///
+/// # Errors
+/// A shape out of range, or a length that is not the shape's.
+#[allow(clippy::too_many_arguments, reason = "those of the device's")]
+pub fn capacity_ask_fwd(
     shape: &RoutingShape,
+    num_candidates: usize,
+    first: bool,
     expert_ids: &[u32],
-    candidates: Candidates<'_>,
-    next_candidate: &mut [usize],
-    all: &mut Capacity,
-) -> Vec<u32> {
+    kept_ids: &[u32],
+    candidates: &[u32],
+    candidate_weights: &[f32],
+    next_candidate: &mut [u32],
+    weights: &mut [f32],
+) -> Result<Vec<u32>> {
+    const OP: &str = "capacity_ask_fwd";
+    shape.check(OP)?;
+    let listed = product(OP, "num_tokens * candidates", shape.num_tokens, num_candidates)?;
+    for (name, len, wanted) in [
+        ("expert_ids", expert_ids.len(), shape.slots()),
+        ("kept_ids", kept_ids.len(), shape.slots()),
+        ("candidates", candidates.len(), listed),
+        ("candidate_weights", candidate_weights.len(), listed),
+        ("next_candidate", next_candidate.len(), shape.num_tokens),
+        ("weights", weights.len(), shape.slots()),
+    ] {
+        check_len(OP, name, len, wanted)?;
+    }
     let is_expert = |id: u32| (id as usize) < shape.num_experts;
     let mut requests = vec![u32::MAX; shape.slots()];
-    for slot in 0..shape.slots() {
-        if !is_expert(expert_ids[slot]) || is_expert(all.expert_ids[slot]) {
-            continue;
-        }
-        let token = slot / shape.top_k;
+    for (token, next) in next_candidate.iter_mut().enumerate() {
         let own = &expert_ids[token * shape.top_k..][..shape.top_k];
-        let of_token = token * candidates.per_token;
-        while next_candidate[token] < candidates.per_token {
-            let place = of_token + next_candidate[token];
-            next_candidate[token] += 1;
-            let id = candidates.expert_ids[place];
-            if is_expert(id) && !own.contains(&id) {
-                requests[slot] = id;
-                all.weights[slot] = candidates.weights[place];
-                break;
+        if first {
+            *next = 0;
+        }
+        for (k, &id) in own.iter().enumerate() {
+            let slot = token * shape.top_k + k;
+            if !is_expert(id) || is_expert(kept_ids[slot]) {
+                continue;
+            }
+            while (*next as usize) < num_candidates {
+                let place = token * num_candidates + *next as usize;
+                *next += 1;
+                let candidate = candidates[place];
+                if is_expert(candidate) && !own.contains(&candidate) {
+                    requests[slot] = candidate;
+                    weights[slot] = candidate_weights[place];
+                    break;
+                }
             }
         }
     }
-    requests
+    Ok(requests)
 }
 
 /// Weights of what is kept, `[T, K]`: divided by what `normalization` makes of the sum over a token's kept slots, in
-/// the order of `k`, times `scale`; 0 for slots that `expert_ids` does not give to an expert. In f32 the kernel has the
-/// same bits.
+/// the order of `k`, times `scale`, times the expert's entry of `expert_scale` `[E]`. A weight that is no number then, of
+/// `0 / 0` or `inf / inf`, is 0; so is that of a slot that `expert_ids` does not give to an expert. In f32 the kernel
+/// has the same bits.
 ///
 /// # Errors
 /// A shape out of range, a length that is not the shape's, or a p-norm.
@@ -173,6 +215,7 @@ pub fn capacity_normalize_fwd<A: Accum>(
     shape: &RoutingShape,
     normalization: Normalization,
     scale: f32,
+    expert_scale: Option<&[f32]>,
     expert_ids: &[u32],
     weights: &[A],
 ) -> Result<Vec<A>> {
@@ -180,6 +223,9 @@ pub fn capacity_normalize_fwd<A: Accum>(
     shape.check(OP)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(OP, "weights", weights.len(), shape.slots())?;
+    if let Some(expert_scale) = expert_scale {
+        check_len(OP, "expert_scale", expert_scale.len(), shape.num_experts)?;
+    }
     let (divide, epsilon, min) = kept_divisor(OP, "normalization", normalization)?;
     let (epsilon, min) = (A::from_dtype(epsilon), A::from_dtype(min));
     let is_kept = |slot: &usize| (expert_ids[*slot] as usize) < shape.num_experts;
@@ -193,7 +239,9 @@ pub fn capacity_normalize_fwd<A: Accum>(
             true => sum + epsilon,
         };
         for slot in slots.filter(is_kept) {
-            normalized[slot] = weights[slot] / divisor * A::from_dtype(scale);
+            let scaled = weights[slot] / divisor * A::from_dtype(scale);
+            let own = expert_scale.map(|scale| A::from_dtype(scale[expert_ids[slot] as usize]));
+            normalized[slot] = Number::or_zero(own.map_or(scaled, |own| scaled * own));
         }
     }
     Ok(normalized)
@@ -201,6 +249,7 @@ pub fn capacity_normalize_fwd<A: Accum>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::{plan_fwd, plan_range_fwd};
     use super::super::sample::Sampler;
     use super::*;
     use crate::config::CapacityLimit;
@@ -211,13 +260,48 @@ mod tests {
         CapacityConfig { overflow, ..CapacityConfig::new(CapacityLimit::Rows { rows }, priority) }
     }
 
+    /// The rounds of overflow, as a caller puts them together, with the weights that slots were kept by. A token's
+    /// candidates and their weights are `[T, C]`.
+    fn rounds(
+        shape: &RoutingShape,
+        config: &CapacityConfig,
+        ids: &[u32],
+        weights: &[f32],
+        candidates: (&[u32], &[f32]),
+    ) -> (Capacity, Vec<f32>) {
+        let mut capacity = kept(shape, config, None, ids, weights).unwrap();
+        let (mut asked, mut next) = (weights.to_vec(), vec![u32::MAX; shape.num_tokens]);
+        let listed = candidates.0.len() / shape.num_tokens;
+        for round in 0..config.overflow {
+            let (kept_ids, first) = (&capacity.expert_ids, round == 0);
+            let (of, by) = candidates;
+            let requests = capacity_ask_fwd(
+                shape, listed, first, ids, kept_ids, of, by, &mut next, &mut asked,
+            );
+            let plan = plan_fwd(&shape.by_slot(), &requests.unwrap()).unwrap();
+            capacity_later_fwd(&plan, shape, config, None, &asked, &mut capacity).unwrap();
+        }
+        (capacity, asked)
+    }
+
+    fn kept(
+        shape: &RoutingShape,
+        config: &CapacityConfig,
+        sequence_tokens: Option<usize>,
+        ids: &[u32],
+        weights: &[f32],
+    ) -> Result<Capacity> {
+        let plan = plan_fwd(&shape.by_slot(), ids)?;
+        capacity_fwd(&plan, shape, config, sequence_tokens, weights)
+    }
+
     #[test]
     fn by_hand() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 2, top_k: 2 };
         let ids = [0, 1, 1, 0, 0, 1];
         let weights = [0.6, 0.4, 0.7, 0.3, 0.9, 0.1];
         let kept = |priority, rows| {
-            capacity_fwd(&shape, &config(rows, priority, 0), None, &ids, &weights, None).unwrap()
+            kept(&shape, &config(rows, priority, 0), None, &ids, &weights).unwrap()
         };
         let token = kept(Priority::Token, 2);
         assert_eq!(token.expert_ids, [0, 1, 1, 0, NONE, NONE]);
@@ -233,27 +317,31 @@ mod tests {
     #[test]
     fn overflow_by_hand() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 3, top_k: 1 };
-        let candidates = Candidates {
-            per_token: 3,
-            expert_ids: &[0, 1, 2, 0, 1, 2, 0, 1, 2],
-            weights: &[0.6, 0.3, 0.1, 0.7, 0.2, 0.1, 0.8, 0.1, 0.05],
-        };
+        let candidates =
+            (&[0, 1, 2, 0, 1, 2, 0, 1, 2][..], &[0.6, 0.3, 0.1, 0.7, 0.2, 0.1, 0.8, 0.1, 0.05][..]);
         let run = |rows, overflow| {
             let config = config(rows, Priority::Token, overflow);
-            let weights = [0.6, 0.7, 0.8];
-            capacity_fwd(&shape, &config, None, &[0, 0, 0], &weights, Some(candidates)).unwrap()
+            rounds(&shape, &config, &[0, 0, 0], &[0.6, 0.7, 0.8], candidates)
         };
-        assert_eq!(run(1, 0).expert_ids, [0, NONE, NONE]);
-        let one = run(1, 1);
+        assert_eq!(run(1, 0).0.expert_ids, [0, NONE, NONE]);
+        let (one, _) = run(1, 1);
         assert_eq!(one.expert_ids, [0, 1, NONE]);
         assert_eq!((one.kept, one.dropped), (vec![1, 1, 0], vec![2, 1, 0]));
-        let two = run(1, 2);
-        assert_eq!((two.expert_ids, two.weights), (vec![0, 1, 2], vec![0.6, 0.2, 0.05]));
-        assert_eq!(run(1, 9).expert_ids, [0, 1, 2]);
-        assert!(
-            capacity_fwd(&shape, &config(1, Priority::Token, 1), None, &[0; 3], &[0.0; 3], None)
-                .is_err()
-        );
+        let (two, weights) = run(1, 2);
+        assert_eq!((two.expert_ids, weights), (vec![0, 1, 2], vec![0.6, 0.2, 0.05]));
+        assert_eq!(run(1, 9).0.expert_ids, [0, 1, 2]);
+    }
+
+    /// A plan of some of the experts has their columns alone, and the router's ids.
+    #[test]
+    fn some_of_the_experts() {
+        let shape = RoutingShape { num_tokens: 3, num_experts: 3, top_k: 2 };
+        let (ids, weights) = ([0, 1, 1, 2, 2, 1], [0.0; 6]);
+        let plan = plan_range_fwd(&shape.by_slot(), 1..3, &ids).unwrap();
+        let one = config(1, Priority::Token, 0);
+        let got = capacity_fwd(&plan, &shape, &one, None, &weights).unwrap();
+        assert_eq!(got.expert_ids, [NONE, 1, NONE, 2, NONE, NONE]);
+        assert_eq!((got.kept, got.dropped), (vec![1, 1], vec![2, 1]));
     }
 
     /// The mask of a router of transformers' Switch: in each sequence, a token keeps its expert while the running
@@ -308,7 +396,7 @@ mod tests {
             let (num_tokens, capacity) = (sampler.below(40), sampler.below(9));
             let kept = |shape, priority, tokens, ids: &[u32], weights: &[f32]| -> Vec<bool> {
                 let config = config(capacity, priority, 0);
-                let all = capacity_fwd(&shape, &config, tokens, ids, weights, None).unwrap();
+                let all = super::tests::kept(&shape, &config, tokens, ids, weights).unwrap();
                 for (slot, &id) in all.expert_ids.iter().enumerate() {
                     assert!(id == NONE || id == ids[slot]);
                 }
@@ -351,7 +439,7 @@ mod tests {
         let ids = [0, 1, NONE, 2, NONE, NONE];
         let weights = [0.5, 0.25, f32::NAN, 0.125, 0.5, 0.5];
         let run = |normalization, scale| {
-            capacity_normalize_fwd(&shape, normalization, scale, &ids, &weights)
+            capacity_normalize_fwd(&shape, normalization, scale, None, &ids, &weights)
         };
         let third = 0.5f32 / 0.75;
         let sum = run(Normalization::Sum { epsilon: 0.0 }, 1.0).unwrap();
@@ -364,21 +452,60 @@ mod tests {
         let halved = run(Normalization::None, -0.5).unwrap();
         assert_eq!(halved, [-0.25, -0.125, 0.0, -0.0625, 0.0, 0.0]);
         assert!(run(Normalization::PNorm { p: 2.0 }, 1.0).is_err());
+        let by = Normalization::Sum { epsilon: 0.0 };
+        let expert_scale =
+            |scale: &[f32]| capacity_normalize_fwd(&shape, by, 2.0, Some(scale), &ids, &weights);
+        let own = expert_scale(&[3.0, -1.0, 0.5, 9.0]).unwrap();
+        assert_eq!(own, [third * 2.0 * 3.0, 0.25 / 0.75 * -2.0, 0.0, 1.0, 0.0, 0.0]);
+        assert!(expert_scale(&[1.0; 3]).is_err());
+        // Nothing to divide, or by: no number, and no weight.
+        let nothing = capacity_normalize_fwd(&shape, by, 1.0, None, &ids, &[0.0f32; 6]).unwrap();
+        assert!(nothing.iter().all(|weight| weight.to_bits() == 0));
     }
 
     #[test]
     fn wrong_arguments() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let config = config(1, Priority::Token, 0);
-        let run = |tokens, ids: &[u32], weights: &[f32]| {
-            capacity_fwd(&shape, &config, tokens, ids, weights, None)
-        };
+        let run =
+            |tokens, ids: &[u32], weights: &[f32]| kept(&shape, &config, tokens, ids, weights);
         assert!(run(None, &[0, 7], &[0.0; 2]).is_ok());
         assert!(run(Some(0), &[0, 1], &[0.0; 2]).is_err());
-        assert!(run(None, &[0], &[0.0; 2]).is_err());
         assert!(run(None, &[0, 1], &[0.0]).is_err());
         let none = RoutingShape { num_tokens: 0, ..shape };
-        let nothing = capacity_fwd(&none, &config, None, &[], &[], None).unwrap();
+        let nothing = kept(&none, &config, None, &[], &[]).unwrap();
         assert!(nothing.kept.is_empty() && nothing.expert_ids.is_empty());
+
+        // Plans of tokens, of other slots, and of other experts.
+        let two = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 2 };
+        let with = |plan: Plan| capacity_fwd(&plan, &two, &config, None, &[0.0; 4]);
+        let ids = [0, 1, 0, 1];
+        assert!(with(plan_fwd(&two.by_slot(), &ids).unwrap()).is_ok());
+        assert!(with(plan_fwd(&two, &ids).unwrap()).is_err());
+        assert!(with(plan_fwd(&shape, &[0, 1]).unwrap()).is_err());
+        let more = RoutingShape { num_experts: 3, ..two.by_slot() };
+        assert!(with(plan_fwd(&more, &ids).unwrap()).is_err());
+
+        let plan = plan_fwd(&shape.by_slot(), &[0, 1]).unwrap();
+        let first = capacity_fwd(&plan, &shape, &config, None, &[0.0; 2]).unwrap();
+        let later = |damage: fn(&mut Capacity)| {
+            let mut capacity = first.clone();
+            damage(&mut capacity);
+            capacity_later_fwd(&plan, &shape, &config, None, &[0.0; 2], &mut capacity)
+        };
+        assert!(later(|_| ()).is_ok());
+        assert!(later(|capacity| capacity.kept.truncate(1)).is_err());
+        assert!(later(|capacity| capacity.dropped.push(0)).is_err());
+        assert!(later(|capacity| capacity.expert_ids.truncate(1)).is_err());
+        let ask = |next: &mut [u32], candidates: &[u32]| {
+            let mut weights = [0.0; 2];
+            let (of, by) = (candidates, &[0.0; 2]);
+            capacity_ask_fwd(&shape, 1, false, &[0, 1], &[0, NONE], of, by, next, &mut weights)
+        };
+        assert_eq!(ask(&mut [0, 0], &[1, 0]).unwrap(), [NONE, 0]);
+        // Any bits mean that a token has no candidates left.
+        assert_eq!(ask(&mut [0, 1 << 31], &[1, 0]).unwrap(), [NONE, NONE]);
+        assert!(ask(&mut [0], &[1, 0]).is_err());
+        assert!(ask(&mut [0, 0], &[1]).is_err());
     }
 }

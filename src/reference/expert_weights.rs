@@ -340,7 +340,7 @@ mod tests {
     #[test]
     fn what_the_configuration_does_not_have() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
-        let plan = plan_fwd(&shape, 64, &[0, 1]).unwrap();
+        let plan = plan_fwd(&shape, &[0, 1]).unwrap();
         let (x, w, weights) = ([0.0f32; 8], [0.0f32; 48], [1.0f32; 2]);
         let run = |experts: &ExpertConfig, bias: Option<&[f32]>, weights: Option<&[f32]>| {
             let gate_up = GateUpWeights { bias, ..GateUpWeights::fused(&w[..]) };

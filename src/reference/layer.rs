@@ -3,15 +3,20 @@
 use std::marker::PhantomData;
 
 use super::accum::{Accum, Element};
-use super::capacity::{Candidates, capacity_fwd, capacity_normalize_fwd};
+use super::capacity::{
+    Capacity, capacity_ask_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+};
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
 use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
-use super::plan::{Plan, plan_range_fwd};
+use super::plan::{Plan, plan_fwd, plan_range_fwd};
 use super::project::{ProjectInputs, project_fwd};
 use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
-use super::route::{RouteInputs, Routing, route_fwd};
-use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, WeightPosition, ZeroOutput};
+use super::route::{RouteInputs, route_fwd};
+use crate::config::{
+    ExpertConfig, MoeConfig, Normalization, Priority, RmsNorm, RouterConfig, WeightPosition,
+    ZeroOutput,
+};
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
@@ -38,8 +43,22 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
     moe_layer_experts_fwd(config, inputs.x, &routing.expert_ids, &routing.weights, weights)
 }
 
-/// The layer up to the choice of experts, capacity included: a slot that was dropped, or whose token is not
-/// active, has the id `u32::MAX`. Where slots may ask again, weights are those of f32, which decide who is kept.
+/// What a layer's router decides, capacity included; for `N` sequences.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerRouting<A> {
+    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot that was dropped, or whose token is
+    /// not active.
+    pub expert_ids: Vec<u32>,
+    /// `[T, K]`, their weights.
+    pub weights: Vec<A>,
+    /// `[N, E]`: slots of each sequence that each expert keeps; empty without capacity.
+    pub kept: Vec<u32>,
+    /// `[N, E]`: requests that each expert had no room for; without overflow, slots that are dropped.
+    pub dropped: Vec<u32>,
+}
+
+/// The layer up to the choice of experts, capacity included. Where slots may ask again, weights are those of f32, which
+/// decide who is kept.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`].
@@ -47,45 +66,64 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     config: &MoeConfig,
     inputs: &MoeInputs<Host<'_>, D>,
     weights: &MoeWeights<Host<'_>, D>,
-) -> Result<Routing<A>> {
-    let read = RouterReads::new::<A, D>(config, inputs, weights)?;
+) -> Result<LayerRouting<A>> {
+    let reads = RouterReads::new::<A, D>(config, inputs, weights)?;
     let shape = config.routing(inputs.x.len() / config.hidden);
-    let routing = route_fwd(&shape, &config.router, &read.inputs(inputs, weights))?;
-    let Some(capacity) = &config.capacity else { return Ok(routing) };
-    // Priorities are those of the weights in f32, on every device.
-    let in_f32 = route_fwd::<f32, f32>(&shape, &config.router, &read.inputs(inputs, weights))?;
-    let next_best = RoutingShape { top_k: config.candidates(), ..shape };
-    let candidates = match config.candidates() {
-        0 => None,
-        _ => {
-            Some(route_fwd::<f32, f32>(&next_best, &config.router, &read.inputs(inputs, weights))?)
+    let router = config.router_before_capacity();
+    let routing = route_fwd::<A, f32>(&shape, &router, &reads.of(&router, inputs, weights))?;
+    let Some(capacity) = &config.capacity else {
+        let (kept, dropped) = (Vec::new(), Vec::new());
+        let (expert_ids, weights) = (routing.expert_ids, routing.weights);
+        return Ok(LayerRouting { expert_ids, weights, kept, dropped });
+    };
+    // Priorities are those of f32, on every device.
+    let in_f32 = |router: &RouterConfig, shape: &RoutingShape| {
+        route_fwd::<f32, f32>(shape, router, &reads.of(router, inputs, weights))
+    };
+    let mut asked = in_f32(&router, &shape)?.weights;
+    let top = match capacity.priority {
+        Priority::ChoiceByTopWeight => Some(in_f32(&config.router.of_scores(), &shape)?.weights),
+        _ => None,
+    };
+    let tokens = inputs.sequence_tokens;
+    let select = |ids: &[u32], asked: &[f32], so_far: Option<Capacity>| -> Result<Capacity> {
+        let plan = plan_fwd(&shape.by_slot(), ids)?;
+        let by = top.as_deref().unwrap_or(asked);
+        let Some(mut so_far) = so_far else {
+            return capacity_fwd(&plan, &shape, capacity, tokens, by);
+        };
+        capacity_later_fwd(&plan, &shape, capacity, tokens, by, &mut so_far)?;
+        Ok(so_far)
+    };
+    let chosen = &routing.expert_ids;
+    let mut so_far = select(chosen, &asked, None)?;
+    let listed = config.candidates();
+    let all: Vec<A> = if listed == 0 {
+        routing.weights
+    } else {
+        let candidates = in_f32(&router, &RoutingShape { top_k: listed, ..shape })?;
+        let (of, by) = (&candidates.expert_ids, &candidates.weights);
+        let mut next = vec![0; shape.num_tokens];
+        // Every candidate is asked once.
+        for round in 0..capacity.overflow.min(listed) {
+            let (kept, first) = (&so_far.expert_ids, round == 0);
+            let requests = capacity_ask_fwd(
+                &shape, listed, first, chosen, kept, of, by, &mut next, &mut asked,
+            )?;
+            so_far = select(&requests, &asked, Some(so_far))?;
         }
+        // A slot that has asked again has the weight that it was kept by, in f32.
+        asked.iter().map(|weight| A::from_dtype(*weight)).collect()
     };
-    let kept = capacity_fwd(
-        &shape,
-        capacity,
-        inputs.sequence_tokens,
-        &routing.expert_ids,
-        &in_f32.weights,
-        candidates.as_ref().map(|candidates| Candidates {
-            per_token: next_best.top_k,
-            expert_ids: &candidates.expert_ids,
-            weights: &candidates.weights,
-        }),
-    )?;
-    // Who has asked again has the weight that it was kept by, in f32.
-    let all: Vec<A> = match candidates {
-        Some(_) => kept.weights.iter().map(|weight| A::from_dtype(*weight)).collect(),
-        None => routing.weights,
-    };
+    let Capacity { expert_ids, kept, dropped } = so_far;
     let weights = match capacity.normalization {
         Normalization::None => all,
         by => {
-            let (scale, ids) = (config.router.scale, &kept.expert_ids);
-            capacity_normalize_fwd(&shape, by, scale, ids, &all)?
+            let (scale, of_experts) = (config.router.scale, weights.router.expert_scale);
+            capacity_normalize_fwd(&shape, by, scale, of_experts, &expert_ids, &all)?
         }
     };
-    Ok(Routing { expert_ids: kept.expert_ids, weights })
+    Ok(LayerRouting { expert_ids, weights, kept, dropped })
 }
 
 /// The layer from the choice of experts on: `expert_ids` and `routing_weights` `[T, K]`, in which slots of
@@ -189,16 +227,17 @@ impl RouterReads {
         Ok(Self { logits, noise_logits: inputs.noise_logits.as_ref().map(widen) })
     }
 
-    /// What there is besides.
-    pub(super) fn inputs<'a, 'i: 'a, 'w: 'a, D: Dtype>(
+    /// What a router reads that chooses as the layer's does.
+    pub(super) fn of<'a, 'i: 'a, 'w: 'a, D: Dtype>(
         &'a self,
+        router: &RouterConfig,
         inputs: &MoeInputs<Host<'i>, D>,
         weights: &MoeWeights<Host<'w>, D>,
     ) -> RouteInputs<'a, f32> {
         RouteInputs {
             logits: &self.logits,
             selection_bias: weights.router.selection_bias,
-            expert_scale: weights.router.expert_scale,
+            expert_scale: weights.router.expert_scale.filter(|_| router.expert_scale),
             noise: inputs.noise,
             noise_logits: self.noise_logits.as_deref(),
             given_ids: inputs.given_ids.or(weights.router.table),
@@ -289,7 +328,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
     let shape = shape_of(OP, config, x.len())?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
     // Tiles are for kernels; the products of this module cut rows on their own.
-    let plan = plan_range_fwd(&shape, 0..config.num_experts, shape.slots().max(1), expert_ids)?;
+    let plan = plan_range_fwd(&shape, 0..config.num_experts, expert_ids)?;
     let dense = Plan::dense(shape.num_tokens);
     let tokens = by.exact(x);
     let shared = shared(by, config, &dense, &tokens, weights)?;

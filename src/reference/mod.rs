@@ -30,13 +30,17 @@ mod sample;
 
 pub use accum::{Accum, Element};
 pub use activation::activate;
-pub use capacity::{Candidates, Capacity, capacity_fwd, capacity_normalize_fwd};
+pub use capacity::{
+    Capacity, capacity_ask_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+};
 pub use combine::{CombineInputs, Identity, Shared, combine_fwd};
 pub use expert_choice::expert_choice_fwd;
 pub use expert_weights::{GateUpTensors, GateUpWeights, LinearWeights};
 pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
 pub use jitter::jitter_fwd;
-pub use layer::{moe_layer_experts_fwd, moe_layer_fwd, moe_layer_route_fwd, round, router_logits};
+pub use layer::{
+    LayerRouting, moe_layer_experts_fwd, moe_layer_fwd, moe_layer_route_fwd, round, router_logits,
+};
 pub use noise::{noise_fwd, philox};
 pub use permute::permute_fwd;
 pub use plan::{Plan, Tile, plan_fwd, plan_range_fwd};

@@ -40,7 +40,7 @@ mod tests {
     #[test]
     fn by_hand() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 2, top_k: 2 };
-        let plan = plan_fwd(&shape, 64, &[1, 0, 9, 1, 0, 9]).unwrap();
+        let plan = plan_fwd(&shape, &[1, 0, 9, 1, 0, 9]).unwrap();
         let xp = permute_fwd(&shape, &plan, 2, &[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
         assert_eq!(xp, [1.0, 2.0, 5.0, 6.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0]);
     }
@@ -48,12 +48,12 @@ mod tests {
     #[test]
     fn wrong_lengths() {
         let shape = RoutingShape { num_tokens: 1, num_experts: 2, top_k: 1 };
-        let plan = plan_fwd(&shape, 64, &[1]).unwrap();
+        let plan = plan_fwd(&shape, &[1]).unwrap();
         assert!(permute_fwd(&shape, &plan, 2, &[1.0f32]).is_err());
         let other = RoutingShape { num_tokens: 2, ..shape };
         assert!(permute_fwd(&other, &plan, 2, &[1.0f32; 4]).is_err());
         let none = RoutingShape { num_tokens: 0, ..shape };
-        let plan = plan_fwd(&none, 64, &[]).unwrap();
+        let plan = plan_fwd(&none, &[]).unwrap();
         assert!(permute_fwd::<f32>(&none, &plan, 2, &[]).unwrap().is_empty());
     }
 }

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use crate::abi::GEMM_BLOCK_M;
 use crate::error::{Error, Result, check_len};
 use crate::shape::RoutingShape;
 
@@ -24,6 +25,8 @@ pub struct Tile {
 /// the first `expert_offsets[E]` are in use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
+    /// The experts of this plan, in the numbers of the routing; all of them unless the plan is of a range.
+    pub experts: Range<usize>,
     /// `[E + 1]`: the rows of expert `e` are `expert_offsets[e]..expert_offsets[e + 1]`.
     pub expert_offsets: Vec<i32>,
     /// `[T * K]`: the row of a slot, -1 for an inactive one.
@@ -55,6 +58,7 @@ impl Plan {
     pub(super) fn dense(num_tokens: usize) -> Self {
         let all: Vec<i32> = (0..num_tokens as i32).collect();
         Self {
+            experts: 0..1,
             expert_offsets: vec![0, num_tokens as i32],
             row_of_slot: all.clone(),
             token_of_row: all,
@@ -92,12 +96,12 @@ impl Plan {
     }
 }
 
-/// Groups the slots by expert: `expert_ids` `[T, K]`. Tiles have at most `block_m` rows.
+/// Groups the slots by expert: `expert_ids` `[T, K]`. Tiles have at most 128 rows.
 ///
 /// # Errors
-/// A shape out of range, `block_m` of 0 or above `i32`, or a length that is not the shape's.
-pub fn plan_fwd(shape: &RoutingShape, block_m: usize, expert_ids: &[u32]) -> Result<Plan> {
-    plan_range_fwd(shape, 0..shape.num_experts, block_m, expert_ids)
+/// A shape out of range, or a length that is not the shape's.
+pub fn plan_fwd(shape: &RoutingShape, expert_ids: &[u32]) -> Result<Plan> {
+    plan_range_fwd(shape, 0..shape.num_experts, expert_ids)
 }
 
 /// [`plan_fwd`] for the experts whose ids are in `experts`: expert `e` of the plan is the router's
@@ -108,21 +112,21 @@ pub fn plan_fwd(shape: &RoutingShape, block_m: usize, expert_ids: &[u32]) -> Res
 pub fn plan_range_fwd(
     shape: &RoutingShape,
     experts: Range<usize>,
+    expert_ids: &[u32],
+) -> Result<Plan> {
+    grouped(shape, experts, GEMM_BLOCK_M as usize, expert_ids)
+}
+
+/// [`plan_range_fwd`] with tiles of at most `block_m` rows, which is 1 or more.
+fn grouped(
+    shape: &RoutingShape,
+    experts: Range<usize>,
     block_m: usize,
     expert_ids: &[u32],
 ) -> Result<Plan> {
     const OP: &str = "plan_fwd";
     let shape = &shape.of_experts(OP, experts.start, experts.end)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
-    if block_m == 0 || block_m > i32::MAX as usize {
-        let wanted = format!("1 to {}", i32::MAX);
-        return Err(Error::Unsupported {
-            op: OP,
-            argument: "block_m",
-            wanted,
-            got: block_m.to_string(),
-        });
-    }
     // The plan's expert of a slot, none for an inactive one.
     let expert_of = |id: u32| experts.contains(&(id as usize)).then(|| id as usize - experts.start);
 
@@ -153,7 +157,7 @@ pub fn plan_range_fwd(
             tiles.push(Tile { expert: expert as i32, first_row, num_rows });
         }
     }
-    Ok(Plan { expert_offsets, row_of_slot, token_of_row, tiles })
+    Ok(Plan { experts, expert_offsets, row_of_slot, token_of_row, tiles })
 }
 
 #[cfg(test)]
@@ -167,7 +171,7 @@ mod tests {
     fn by_hand() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
         // Expert 1 has no slot, and slot 3 belongs to nobody.
-        let plan = plan_fwd(&shape, 2, &[2, 0, 2, NONE, 3, 2]).unwrap();
+        let plan = grouped(&shape, 0..4, 2, &[2, 0, 2, NONE, 3, 2]).unwrap();
         assert_eq!(plan.expert_offsets, [0, 1, 1, 4, 5]);
         assert_eq!(plan.row_of_slot, [1, 0, 2, -1, 4, 3]);
         assert_eq!(plan.token_of_row, [0, 0, 1, 2, 2, -1]);
@@ -180,31 +184,30 @@ mod tests {
     #[test]
     fn corners() {
         let shape = RoutingShape { num_tokens: 0, num_experts: 2, top_k: 2 };
-        let plan = plan_fwd(&shape, 64, &[]).unwrap();
+        let plan = plan_fwd(&shape, &[]).unwrap();
         assert_eq!((plan.expert_offsets, plan.tiles), (vec![0, 0, 0], vec![]));
 
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
-        let nobody = plan_fwd(&shape, 64, &[2, NONE]).unwrap();
+        let nobody = plan_fwd(&shape, &[2, NONE]).unwrap();
         assert_eq!((nobody.rows_in_use(), nobody.row_of_slot), (0, vec![-1, -1]));
-        assert!(plan_fwd(&shape, 0, &[0, 0]).is_err());
-        assert!(plan_fwd(&shape, 64, &[0]).is_err());
+        assert!(plan_fwd(&shape, &[0]).is_err());
     }
 
     #[test]
     fn some_of_the_experts() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
         let ids = [2, 0, 2, NONE, 3, 2];
-        let plan = plan_range_fwd(&shape, 1..3, 64, &ids).unwrap();
-        assert_eq!(plan.expert_offsets, [0, 0, 3]);
+        let plan = plan_range_fwd(&shape, 1..3, &ids).unwrap();
+        assert_eq!((plan.experts, plan.expert_offsets), (1..3, vec![0, 0, 3]));
         assert_eq!(plan.row_of_slot, [0, -1, 1, -1, -1, 2]);
         assert_eq!(plan.token_of_row, [0, 1, 2, -1, -1, -1]);
         assert_eq!(plan.tiles, [Tile { expert: 1, first_row: 0, num_rows: 3 }]);
         // Fewer experts than a token chooses.
-        let plan = plan_range_fwd(&shape, 3..4, 64, &ids).unwrap();
+        let plan = plan_range_fwd(&shape, 3..4, &ids).unwrap();
         assert_eq!((plan.num_experts(), plan.rows_in_use()), (1, 1));
-        assert_eq!(plan_range_fwd(&shape, 0..4, 64, &ids), plan_fwd(&shape, 64, &ids));
-        assert!(plan_range_fwd(&shape, 2..2, 64, &ids).is_err());
-        assert!(plan_range_fwd(&shape, 2..5, 64, &ids).is_err());
+        assert_eq!(plan_range_fwd(&shape, 0..4, &ids), plan_fwd(&shape, &ids));
+        assert!(plan_range_fwd(&shape, 2..2, &ids).is_err());
+        assert!(plan_range_fwd(&shape, 2..5, &ids).is_err());
     }
 
     #[test]
@@ -216,7 +219,7 @@ mod tests {
             let shape = RoutingShape { num_tokens: sampler.below(30), num_experts, top_k };
             let ids = sampler.expert_ids(&shape);
             let block_m = 1 + sampler.below(5);
-            let plan = plan_fwd(&shape, block_m, &ids).unwrap();
+            let plan = grouped(&shape, 0..num_experts, block_m, &ids).unwrap();
             plan.check("test").unwrap();
 
             let mut slots: Vec<usize> = (0..shape.slots()).collect();
@@ -245,9 +248,17 @@ mod tests {
     }
 
     #[test]
+    fn tiles_have_at_most_128_rows() {
+        let shape = RoutingShape { num_tokens: 300, num_experts: 2, top_k: 1 };
+        let plan = plan_fwd(&shape, &[1; 300]).unwrap();
+        let rows: Vec<i32> = plan.tiles.iter().map(|tile| tile.num_rows).collect();
+        assert_eq!((plan.experts, rows), (0..2, vec![128, 128, 44]));
+    }
+
+    #[test]
     fn broken_plans_are_found() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
-        let plan = plan_fwd(&shape, 64, &[1, 0]).unwrap();
+        let plan = plan_fwd(&shape, &[1, 0]).unwrap();
         let breaks: [fn(&mut Plan); 7] = [
             |plan| plan.expert_offsets.clear(),
             |plan| plan.expert_offsets[0] = 1,

@@ -33,6 +33,6 @@ impl Sampler {
     }
 
     pub(super) fn plan(&mut self, shape: &RoutingShape) -> Plan {
-        plan_fwd(shape, 16, &self.expert_ids(shape)).unwrap()
+        plan_fwd(shape, &self.expert_ids(shape)).unwrap()
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use moe_kernels::ops::capacity::{self, CapacityBuffers};
 use moe_kernels::ops::plan;
-use moe_kernels::reference::{self, Candidates, Capacity};
+use moe_kernels::reference::{self, Capacity};
 use moe_kernels::{CapacityConfig, CapacityLimit, Error, Normalization, Priority, RoutingShape};
 use proptest::prelude::*;
 
@@ -65,19 +65,40 @@ impl Case {
         }
     }
 
-    fn reference(&self, config: &CapacityConfig, tokens: Option<usize>) -> Capacity {
-        let candidates = Candidates {
-            per_token: self.per_token,
-            expert_ids: &self.candidates,
-            weights: &self.candidate_weights,
-        };
-        let (ids, weights) = (&self.ids, &self.weights);
-        reference::capacity_fwd(&self.shape, config, tokens, ids, weights, Some(candidates))
-            .unwrap()
+    /// All rounds, and the weights that slots were kept by.
+    fn reference(&self, config: &CapacityConfig, tokens: Option<usize>) -> (Capacity, Vec<f32>) {
+        let (shape, mut weights) = (&self.shape, self.weights.clone());
+        let plan = reference::plan_fwd(&shape.by_slot(), &self.ids).unwrap();
+        let mut capacity =
+            reference::capacity_fwd(&plan, shape, config, tokens, &self.weights).unwrap();
+        let mut next = vec![u32::MAX; shape.num_tokens];
+        for round in 0..config.overflow {
+            let requests = reference::capacity_ask_fwd(
+                shape,
+                self.per_token,
+                round == 0,
+                &self.ids,
+                &capacity.expert_ids,
+                &self.candidates,
+                &self.candidate_weights,
+                &mut next,
+                &mut weights,
+            );
+            let plan = reference::plan_fwd(&shape.by_slot(), &requests.unwrap()).unwrap();
+            let by_top = config.priority == Priority::ChoiceByTopWeight;
+            let by = if by_top { &self.weights } else { &weights };
+            reference::capacity_later_fwd(&plan, shape, config, tokens, by, &mut capacity).unwrap();
+        }
+        (capacity, weights)
     }
 
     /// All rounds on the device, as a caller puts them together.
-    fn run(&self, gpu: &Gpu, config: &CapacityConfig, tokens: Option<usize>) -> Capacity {
+    fn run(
+        &self,
+        gpu: &Gpu,
+        config: &CapacityConfig,
+        tokens: Option<usize>,
+    ) -> (Capacity, Vec<f32>) {
         let (device, stream, shape) = (&gpu.device, &gpu.stream, self.shape);
         let cells = shape.sequences(tokens) * shape.num_experts;
         let (ids, first_weights) = (gpu.upload(&self.ids), gpu.upload(&self.weights));
@@ -135,20 +156,19 @@ impl Case {
             )
             .unwrap();
         }
-        Capacity {
+        let capacity = Capacity {
             expert_ids: gpu.download(&kept_ids.view()),
-            weights: gpu.download(&weights.view()),
             kept: gpu.download(&kept.view()),
             dropped: gpu.download(&dropped.view()),
-        }
+        };
+        (capacity, gpu.download(&weights.view()))
     }
 
     fn check(&self, gpu: &Gpu, config: &CapacityConfig, tokens: Option<usize>, what: &str) {
         let (got, want) = (self.run(gpu, config, tokens), self.reference(config, tokens));
         let what = format!("{} {config}, sequences of {tokens:?}, {what}", self.shape);
-        assert_eq!(got.expert_ids, want.expert_ids, "{what}");
-        assert_eq!((got.kept, got.dropped), (want.kept, want.dropped), "{what}");
-        assert_eq!(bits(&got.weights), bits(&want.weights), "{what}");
+        assert_eq!(got.0, want.0, "{what}");
+        assert_eq!(bits(&got.1), bits(&want.1), "{what}");
     }
 }
 
@@ -158,7 +178,8 @@ fn rows(rows: usize, priority: Priority) -> CapacityConfig {
 
 fn limit() -> impl Strategy<Value = CapacityLimit> {
     prop_oneof![
-        (0.05f32..2.5).prop_map(|factor| CapacityLimit::Factor { factor }),
+        (0.05f64..2.5).prop_map(|factor| CapacityLimit::Factor { factor }),
+        (0.01f64..1.2).prop_map(|fraction| CapacityLimit::TokenFraction { fraction }),
         (0usize..12).prop_map(|rows| CapacityLimit::Rows { rows }),
     ]
 }
@@ -191,25 +212,27 @@ proptest! {
         let ids = routing_ids(shape, Skew::Inactive, seed);
         let weights = some_weights(shape.slots(), &mut Rng::new(seed));
         let scale = [1.0, 0.8, -2.5][seed as usize % 3];
+        let of_experts = some_weights(shape.num_experts, &mut Rng::new(seed ^ 1));
+        let of_experts = (seed % 2 == 0).then_some(&of_experts[..]);
         for normalization in [
             Normalization::None,
             Normalization::Sum { epsilon: 1e-20 },
             Normalization::SumAtLeast { min: f32::EPSILON },
         ] {
-            let want =
-                reference::capacity_normalize_fwd(&shape, normalization, scale, &ids, &weights).unwrap();
+            let want = reference::capacity_normalize_fwd(
+                &shape, normalization, scale, of_experts, &ids, &weights,
+            ).unwrap();
             let (ids, weights) = (gpu.upload(&ids), gpu.upload(&weights));
+            let of_experts = of_experts.map(|scales| gpu.upload(scales));
             let mut normalized = gpu.poisoned::<f32>(shape.slots());
             capacity::capacity_normalize_fwd_into(
-                &gpu.device, &gpu.stream, shape, normalization, scale, &ids.view(), &weights.view(),
-                &mut normalized.view_mut(),
+                &gpu.device, &gpu.stream, shape, normalization, scale,
+                of_experts.as_ref().map(|scales| scales.view()).as_ref(), &ids.view(),
+                &weights.view(), &mut normalized.view_mut(),
             ).unwrap();
             let got = gpu.download(&normalized.view());
-            // Which NaN it is depends on the processor.
-            for (got, want) in got.iter().zip(&want) {
-                let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
-                prop_assert!(same, "{shape} {normalization:?}: {got} {want}");
-            }
+            prop_assert_eq!(bits(&got), bits(&want), "{} {:?}", shape, normalization);
+            prop_assert!(got.iter().all(|weight| !weight.is_nan()));
         }
     }
 }
@@ -270,7 +293,11 @@ fn some_of_the_experts() {
     let case = Case::new(shape, Skew::Inactive, 3, 6);
     let limit = CapacityLimit::Factor { factor: 0.75 };
     let config = CapacityConfig::new(limit, Priority::Weight);
-    let whole = case.reference(&config, Some(30));
+    let (whole, _) = case.reference(&config, Some(30));
+    let of_reference = |experts: Range<usize>| {
+        let plan = reference::plan_range_fwd(&shape.by_slot(), experts, &case.ids).unwrap();
+        reference::capacity_fwd(&plan, &shape, &config, Some(30), &case.weights).unwrap()
+    };
     let (ids, weights) = (gpu.upload(&case.ids), gpu.upload(&case.weights));
     let part = |experts: Range<usize>| {
         let plan = plan::plan_range_fwd(device, stream, shape.by_slot(), experts, &ids.view());
@@ -287,6 +314,9 @@ fn some_of_the_experts() {
         };
         assert_eq!(gpu.download(&got.kept.as_view()), columns(&whole.kept));
         assert_eq!(gpu.download(&got.dropped.as_view()), columns(&whole.dropped));
+        let (kept, dropped) = (columns(&whole.kept), columns(&whole.dropped));
+        let wanted = Capacity { expert_ids: want, kept, dropped };
+        assert_eq!(of_reference(experts), wanted);
     }
 }
 
@@ -315,7 +345,7 @@ fn errors_come_before_any_launch() {
         call(&by_slot, shape, good, Some(0), 8),
         Err(Error::Unsupported { argument: "sequence_tokens", .. })
     ));
-    for factor in [0.0, -1.0, f32::NAN] {
+    for factor in [0.0, -1.0, f64::NAN] {
         let config = CapacityConfig { limit: CapacityLimit::Factor { factor }, ..good };
         assert!(matches!(
             call(&by_slot, shape, config, None, 8),
@@ -329,11 +359,29 @@ fn errors_come_before_any_launch() {
         shape,
         Normalization::PNorm { p: 2.0 },
         1.0,
+        None,
         &ids.view(),
         &weights.view(),
         &mut normalized.view_mut(),
     );
     assert!(matches!(p_norm, Err(Error::Unsupported { argument: "normalization", .. })));
+
+    let scales = weights.view().slice(..2);
+    let scales = capacity::capacity_normalize_fwd_into(
+        device,
+        stream,
+        shape,
+        Normalization::None,
+        1.0,
+        Some(&scales),
+        &ids.view(),
+        &weights.view(),
+        &mut normalized.view_mut(),
+    );
+    assert!(matches!(
+        scales,
+        Err(Error::Length { argument: "expert_scale", wanted: 3, got: 2, .. })
+    ));
 
     let buffers = CapacityBuffers {
         expert_ids: 256,

@@ -216,10 +216,13 @@ fn capacities() {
             &mut weights.as_view_mut(),
         )
     });
-    check("capacity_normalize_fwd", &["normalized", "expert_ids", "weights"], |buffers| {
+    let arguments = ["normalized", "expert_scale", "expert_ids", "weights"];
+    check("capacity_normalize_fwd", &arguments, |buffers| {
         let Buffers { gpu, .. } = buffers;
         let (ids, weights) = (buffers.of("expert_ids", 8), buffers.of("weights", 8));
         let (ids, weights, by) = (ids.as_view(), weights.as_view(), Normalization::None);
+        let scale = buffers.of("expert_scale", SHAPE.num_experts);
+        let scale = Some(&scale.as_view());
         let mut to = buffers.of("normalized", 8);
         let to = &mut to.as_view_mut();
         capacity::capacity_normalize_fwd_into(
@@ -228,6 +231,7 @@ fn capacities() {
             SHAPE,
             by,
             1.0,
+            scale,
             &ids,
             &weights,
             to,

@@ -106,7 +106,7 @@ fn check<D: Dtype + DeviceRepr>(
     let inputs = Inputs::<D>::new(shape, skew, product, seed);
     let got = inputs.run(gpu, shape, product, 0);
     let Product { swiglu, n, k, rows } = product;
-    let plan = reference::plan_fwd(&shape, 128, &inputs.ids).unwrap();
+    let plan = reference::plan_fwd(&shape, &inputs.ids).unwrap();
     let (gather, w) = (rows == Rows::Gathered, &inputs.w[..]);
     let want = if swiglu {
         let (experts, w) = (ExpertConfig::default(), reference::GateUpWeights::fused(w));
@@ -254,7 +254,7 @@ fn the_order_of_tiles_does_not_change_bits() {
         let product = Product { swiglu, n: 72, k: 64, rows: Rows::Gathered };
         let inputs = Inputs::<bf16>::new(shape, Skew::OneHot, product, 10);
         let want = inputs.run(&gpu, shape, product, 0);
-        let plan = reference::plan_fwd(&shape, 128, &inputs.ids).unwrap();
+        let plan = reference::plan_fwd(&shape, &inputs.ids).unwrap();
         let reversed = plan.tiles.iter().rev();
         let tiles: Vec<i32> =
             reversed.flat_map(|tile| [tile.expert, tile.first_row, tile.num_rows, -1]).collect();
@@ -453,7 +453,7 @@ fn nan_stays_in_its_row_and_column() {
         // Neither the rows, nor the columns, nor the depth fill their tiles.
         let product = Product { swiglu: false, n: 72, k: 40, rows: Rows::Grouped };
         let mut inputs = Inputs::<D>::new(shape, Skew::Uniform, product, 14);
-        let plan = reference::plan_fwd(&shape, 128, &inputs.ids).unwrap();
+        let plan = reference::plan_fwd(&shape, &inputs.ids).unwrap();
         let clean = bits(&inputs.run(gpu, shape, product, 0));
         let (row, expert, column) = (plan.expert_offsets[1] as usize - 1, 1, 70);
         inputs.x[(row + 1) * product.k - 1] = D::from_f32(f32::NAN);

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 mod lines;
+mod nllb;
 
 /// The shapes of a checkpoint's tensors.
 type Shapes = BTreeMap<String, Vec<usize>>;

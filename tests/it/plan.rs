@@ -10,9 +10,6 @@ use proptest::prelude::*;
 
 use crate::common::{Gpu, Rng, Skew, config, gpu, routing_ids, skew};
 
-/// Rows of a tile, which the plan's list is made for.
-const BLOCK_M: usize = 128;
-
 /// What memory holds before. Not 0xff, for four of those are the -1 that a plan writes itself.
 const POISON: u8 = 0x55;
 
@@ -43,7 +40,7 @@ impl Parts {
 
     fn reference_of(shape: RoutingShape, experts: Range<usize>, ids: &[u32]) -> Self {
         let layout = PlanLayout::of_experts(shape, experts.clone()).unwrap();
-        let want = reference::plan_range_fwd(&shape, experts, BLOCK_M, ids).unwrap();
+        let want = reference::plan_range_fwd(&shape, experts, ids).unwrap();
         let list =
             want.tiles.iter().flat_map(|tile| [tile.expert, tile.first_row, tile.num_rows, 0]);
         let mut tiles: Vec<i32> = list.collect();

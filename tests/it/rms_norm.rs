@@ -31,7 +31,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
     fn planned(norm: RmsNorm, shape: RoutingShape, hidden: usize, seed: u64) -> Self {
         let mut case = Self::new(norm, shape.slots(), hidden, seed);
         let ids = routing_ids(shape, Skew::Inactive, seed);
-        let plan = reference::plan_fwd(&shape, 128, &ids).unwrap();
+        let plan = reference::plan_fwd(&shape, &ids).unwrap();
         case.x[plan.rows_in_use() * hidden..].fill(D::from_f32(f32::NAN));
         case.routing = Some((shape, ids, plan));
         case

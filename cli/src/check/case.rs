@@ -135,9 +135,6 @@ pub struct Case<D> {
     pub yp: Vec<D>,
 }
 
-/// Rows of a tile that `plan_fwd` makes, as its documentation says.
-const TILE_ROWS: usize = 128;
-
 impl<D: Dtype> Case<D> {
     pub fn new(dims: Shape, skew: Skew, seed: u64) -> Result<Self> {
         let Shape { num_tokens, hidden, intermediate, num_experts, top_k } = dims;
@@ -173,7 +170,7 @@ impl<D: Dtype> Case<D> {
                 *id = *foreign;
             }
         }
-        let plan = reference::plan_fwd(&shape, TILE_ROWS, &expert_ids)?;
+        let plan = reference::plan_fwd(&shape, &expert_ids)?;
         let weights = routing.weights.into_iter().map(|weight| weight as f32).collect();
         Ok(Self { config, shape, x, logits, gate_up, down, expert_ids, weights, plan, act, yp })
     }

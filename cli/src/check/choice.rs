@@ -72,8 +72,8 @@ pub fn capacity<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
             &mut kept.as_view_mut(),
             &mut dropped.as_view_mut(),
         )?;
-        let (ids, weights) = (&case.expert_ids, &case.weights);
-        let wanted = reference::capacity_fwd(&shape, &config, tokens, ids, weights, None)?;
+        let by_slot = reference::plan_fwd(&shape.by_slot(), &case.expert_ids)?;
+        let wanted = reference::capacity_fwd(&by_slot, &shape, &config, tokens, &case.weights)?;
         for (name, got, wanted) in [
             ("expert_ids", &kept_ids, &wanted.expert_ids),
             ("kept", &kept, &wanted.kept),

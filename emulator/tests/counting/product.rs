@@ -132,7 +132,7 @@ impl Case {
     }
 
     /// By token, with room for all or for half.
-    fn capacity(&self, factor: f32, priority: Priority) -> Traffic {
+    fn capacity(&self, factor: f64, priority: Priority) -> Traffic {
         let by_slot = self.shape.by_slot();
         let (device, stream) = (&self.device, &self.stream);
         let plan = plan::plan_fwd(device, stream, by_slot, &self.ids.as_view()).expect("a plan");

@@ -335,14 +335,12 @@ fn nllb(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     config.experts.gate_up_bias = true;
     config.experts.down_bias = true;
     // Outputs were dropped with this probability in training, without scaling what was left.
-    config.router.scale = 1.0 - keys.f32(&["moe_token_dropout"], 0.2)?;
+    config.router.scale = (1.0 - keys.f64(&["moe_token_dropout"], 0.2)?) as f32;
 
     // In evaluation an expert takes this share of all tokens. All of them is no limit, since a token's experts differ.
-    let name = "moe_eval_capacity_token_fraction";
-    let fraction = keys.f32(&[name], 1.0)?;
+    let fraction = keys.f64(&["moe_eval_capacity_token_fraction"], 1.0)?;
     let limit = if fraction > 0.0 {
-        let factor = fraction * config.num_experts as f32 / config.top_k as f32;
-        (fraction < 1.0).then_some(CapacityLimit::Factor { factor })
+        (fraction < 1.0).then_some(CapacityLimit::TokenFraction { fraction })
     } else {
         Some(CapacityLimit::Rows { rows: keys.size(&["expert_capacity"], 64)? })
     };

@@ -5,8 +5,8 @@ use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 use crate::abi::{CAPACITY_TOKEN_THREADS, CapacityAskArgs, CapacityNormalizeArgs};
 use crate::config::{Normalization, kept_divisor};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream, reads,
-    writes,
+    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream, optional,
+    reads, writes,
 };
 use crate::dtype::DType;
 use crate::error::{Result, check_len, int, product};
@@ -166,8 +166,8 @@ pub unsafe fn capacity_ask_fwd_raw(
     unsafe { device.launch(stream, Kernel::CapacityFwdAsk, DType::F32, launch, &arguments) }
 }
 
-/// Weights of what is kept: `weights[t, k]` divided by the sum over the token's kept slots, times `scale`; 0 for
-/// other slots.
+/// Weights of what is kept: `weights[t, k]` divided by the sum over the token's kept slots, times `scale`, times the
+/// expert's entry of `expert_scale` `[E]`; 0 for other slots, and for what is no number then, of `0 / 0` or `inf / inf`.
 ///
 /// `expert_ids` `[T, K]` are those that [`capacity_fwd_into`](crate::ops::capacity::capacity_fwd_into) has
 /// written. A slot counts where its id is less than `E`; sums are f32, in the order of `k`.
@@ -184,6 +184,7 @@ pub fn capacity_normalize_fwd_into(
     shape: RoutingShape,
     normalization: Normalization,
     scale: f32,
+    expert_scale: Option<&CudaView<'_, f32>>,
     expert_ids: &CudaView<'_, u32>,
     weights: &CudaView<'_, f32>,
     normalized: &mut CudaViewMut<'_, f32>,
@@ -193,10 +194,14 @@ pub fn capacity_normalize_fwd_into(
     check_len(NORMALIZE, "expert_ids", expert_ids.len(), shape.slots())?;
     check_len(NORMALIZE, "weights", weights.len(), shape.slots())?;
     check_len(NORMALIZE, "normalized", normalized.len(), shape.slots())?;
+    if let Some(expert_scale) = expert_scale {
+        check_len(NORMALIZE, "expert_scale", expert_scale.len(), shape.num_experts)?;
+    }
     let (normalized, _normalized_guard) = writes(NORMALIZE, "normalized", normalized, stream)?;
+    let (expert_scale, _scale_guard) = optional(NORMALIZE, "expert_scale", expert_scale, stream)?;
     let (expert_ids, _ids_guard) = reads(NORMALIZE, "expert_ids", expert_ids, stream)?;
     let (weights, _weights_guard) = reads(NORMALIZE, "weights", weights, stream)?;
-    let buffers = CapacityNormalizeBuffers { normalized, expert_ids, weights };
+    let buffers = CapacityNormalizeBuffers { normalized, expert_scale, expert_ids, weights };
     let stream = stream.cu_stream();
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
@@ -208,6 +213,8 @@ pub fn capacity_normalize_fwd_into(
 pub struct CapacityNormalizeBuffers {
     /// `[T, K]` `f32`, written whole.
     pub normalized: CUdeviceptr,
+    /// `[E]` `f32`, or 0 (null): no scales.
+    pub expert_scale: CUdeviceptr,
     /// `[T, K]` `u32`
     pub expert_ids: CUdeviceptr,
     /// `[T, K]` `f32`
@@ -217,8 +224,8 @@ pub struct CapacityNormalizeBuffers {
 /// [`capacity_normalize_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has `T * K` elements in memory of `device`'s context that stays valid until the kernel has run;
-/// `normalized` overlaps none of the others; `stream` is a stream of that context.
+/// Each buffer has the elements that [`CapacityNormalizeBuffers`] gives it, in memory of `device`'s context that stays
+/// valid until the kernel has run; `normalized` overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
@@ -232,8 +239,9 @@ pub unsafe fn capacity_normalize_fwd_raw(
     buffers: CapacityNormalizeBuffers,
 ) -> Result<()> {
     shape.check(NORMALIZE)?;
-    let CapacityNormalizeBuffers { normalized, expert_ids, weights } = buffers;
+    let CapacityNormalizeBuffers { normalized, expert_scale, expert_ids, weights } = buffers;
     check_aligned(NORMALIZE, "normalized", normalized, 4)?;
+    check_aligned(NORMALIZE, "expert_scale", expert_scale, 4)?;
     check_aligned(NORMALIZE, "expert_ids", expert_ids, 4)?;
     check_aligned(NORMALIZE, "weights", weights, 4)?;
     let (divide, epsilon, min) = kept_divisor(NORMALIZE, "normalization", normalization)?;
@@ -251,6 +259,7 @@ pub unsafe fn capacity_normalize_fwd_raw(
     }
     let arguments = [
         Argument::of(&normalized),
+        Argument::of(&expert_scale),
         Argument::of(&expert_ids),
         Argument::of(&weights),
         Argument::of(&args),

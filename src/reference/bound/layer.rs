@@ -39,7 +39,8 @@ pub fn moe_layer<D: Dtype>(
     let routing = moe_layer_route_fwd::<f64, D>(config, inputs, weights)?;
     let read = RouterReads::new::<f64, D>(config, inputs, weights)?;
     let shape = config.routing(inputs.x.len() / config.hidden);
-    let (before, mut errors) = route(&shape, &config.router, &read.inputs(inputs, weights))?;
+    let router = config.router_before_capacity();
+    let (before, mut errors) = route(&shape, &router, &read.of(&router, inputs, weights))?;
     if let Some(by) = config.capacity.map(|capacity| capacity.normalization)
         && by != Normalization::None
     {
@@ -47,6 +48,7 @@ pub fn moe_layer<D: Dtype>(
             &shape,
             by,
             config.router.scale,
+            weights.router.expert_scale,
             &routing.expert_ids,
             &before.weights,
             &errors,
@@ -121,6 +123,7 @@ fn normalized(
     shape: &RoutingShape,
     by: Normalization,
     scale: f32,
+    expert_scale: Option<&[f32]>,
     expert_ids: &[u32],
     weights: &[f64],
     errors: &[f64],
@@ -135,7 +138,10 @@ fn normalized(
         let (divisor, off) = ((sum(weights) + f64::from(epsilon)).max(f64::from(min)), sum(errors));
         let value = weights[slot] / divisor;
         let error = (errors[slot] + value.abs() * off) / (divisor.abs() - off).max(0.0);
-        f64::from(scale.abs()) * (error + 8.0 * U * value.abs())
+        let own = expert_scale.map_or(1.0, |scale| scale[expert_ids[slot] as usize].abs());
+        let error = f64::from(scale.abs()) * f64::from(own) * (error + 8.0 * U * value.abs());
+        // Of a sum that may be 0, the quotient may be anything.
+        if error.is_nan() { f64::INFINITY } else { error }
     };
     Ok((0..shape.slots()).map(|slot| if kept(slot) { error_of(slot) } else { 0.0 }).collect())
 }

@@ -117,6 +117,7 @@ pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
         limit: rng.one_of(&[
             CapacityLimit::Factor { factor: 0.7 },
             CapacityLimit::Factor { factor: 1.25 },
+            CapacityLimit::TokenFraction { fraction: 0.2 },
             CapacityLimit::Rows { rows: 3 },
         ]),
         priority: rng.one_of(&[

@@ -142,7 +142,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
     fn check(&self, gpu: &Gpu) -> Vec<u32> {
         let Self { shape, experts, i, k, rows, .. } = self;
         let got = self.run(gpu, [0; 4]);
-        let plan = reference::plan_fwd(shape, 128, &self.ids).unwrap();
+        let plan = reference::plan_fwd(shape, &self.ids).unwrap();
         let Stored { first, up, bias } = self.stored();
         let tensors = match &up {
             Some(up) => reference::GateUpTensors::Separate { gate: &first, up },

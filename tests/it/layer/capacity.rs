@@ -1,0 +1,529 @@
+//! A layer with capacity: every option against the same composition of the operations, with each router written out.
+
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaContext, DeviceRepr};
+use half::bf16;
+use moe_kernels::reference::{self, Capacity, RouteInputs};
+use moe_kernels::{
+    CapacityConfig, CapacityLimit, DType, Device, Dtype, Error, MoeConfig, MoeInputs, MoeLayer,
+    MoeWeights, Normalization, Priority, RouterConfig, RoutingOutputs, RoutingShape, Scoring,
+    Selection, Typed, Workspace,
+};
+use proptest::prelude::*;
+
+use super::{Case, Prepared};
+use crate::common::{Gpu, Rng, bits, config, gpu, random_config, random_inputs, random_weights};
+
+const NONE: u32 = u32::MAX;
+const PRIORITIES: [Priority; 4] =
+    [Priority::Token, Priority::Choice, Priority::Weight, Priority::ChoiceByTopWeight];
+
+/// Everything that the first half of a layer decides.
+#[derive(Debug, Clone, PartialEq)]
+struct Decided {
+    expert_ids: Vec<u32>,
+    weights: Vec<f32>,
+    kept: Vec<u32>,
+    dropped: Vec<u32>,
+}
+
+impl Decided {
+    fn check(&self, wanted: &Self, what: &str) {
+        assert_eq!(self.expert_ids, wanted.expert_ids, "ids of {what}");
+        assert_eq!(bits(&self.weights), bits(&wanted.weights), "weights of {what}");
+        assert_eq!(self.kept, wanted.kept, "kept of {what}");
+        assert_eq!(self.dropped, wanted.dropped, "dropped of {what}");
+    }
+}
+
+/// The operations one after the other, on logits that are given.
+fn composed<D: Dtype + DeviceRepr>(case: &Case<D>) -> Decided {
+    let (inputs, held) = (case.inputs.as_host(), case.weights.as_host());
+    let (config, capacity) = (&case.config, case.config.capacity.unwrap());
+    let shape = config.routing(case.num_tokens());
+    let widen = |numbers: &Typed<_, D>| match numbers {
+        Typed::Element(numbers) => Vec::<D>::clone(numbers).iter().map(|x| x.to_f32()).collect(),
+        Typed::F32(numbers) => Vec::clone(numbers),
+    };
+    let logits: Vec<f32> = widen(case.inputs.logits.as_ref().unwrap());
+    let noise_logits = case.inputs.noise_logits.as_ref().map(widen);
+    let route = |router: RouterConfig, shape: RoutingShape| {
+        let read = RouteInputs {
+            logits: &logits,
+            selection_bias: held.router.selection_bias,
+            expert_scale: held.router.expert_scale.filter(|_| router.expert_scale),
+            noise: inputs.noise,
+            noise_logits: noise_logits.as_deref(),
+            given_ids: inputs.given_ids.or(held.router.table),
+            token_ids: inputs.token_ids,
+            active: inputs.active,
+        };
+        reference::route_fwd::<f32, f32>(&shape, &router, &read).unwrap()
+    };
+
+    // The weights that slots are kept with: scaled at once, or after what is kept has been normalised.
+    let scaled_at_once = capacity.normalization == Normalization::None;
+    let weighs = match scaled_at_once {
+        true => config.router,
+        false => RouterConfig { scale: 1.0, expert_scale: false, ..config.router },
+    };
+    let chosen = route(weighs, shape);
+    // Batch-prioritised routing goes by the scores before any normalisation.
+    let scores = RouterConfig {
+        normalization: Normalization::None,
+        scale: 1.0,
+        expert_scale: false,
+        ..config.router
+    };
+    let scores = route(scores, shape);
+    assert_eq!(scores.expert_ids, chosen.expert_ids);
+    let mut weights = chosen.weights;
+    let order = |weights: &[f32]| match capacity.priority {
+        Priority::ChoiceByTopWeight => scores.weights.clone(),
+        _ => weights.to_vec(),
+    };
+
+    let (ids, tokens) = (&chosen.expert_ids, inputs.sequence_tokens);
+    let plan = reference::plan_fwd(&shape.by_slot(), ids).unwrap();
+    let by = order(&weights);
+    let mut kept = reference::capacity_fwd(&plan, &shape, &capacity, tokens, &by).unwrap();
+    if capacity.overflow > 0 {
+        let listed = shape.num_experts;
+        let candidates = route(weighs, RoutingShape { top_k: listed, ..shape });
+        let (of, of_weights) = (&candidates.expert_ids, &candidates.weights);
+        let mut next = vec![0; shape.num_tokens];
+        for round in 0..capacity.overflow {
+            let kept_ids = &kept.expert_ids;
+            let requests = reference::capacity_ask_fwd(
+                &shape,
+                listed,
+                round == 0,
+                ids,
+                kept_ids,
+                of,
+                of_weights,
+                &mut next,
+                &mut weights,
+            );
+            let plan = reference::plan_fwd(&shape.by_slot(), &requests.unwrap()).unwrap();
+            let by = order(&weights);
+            let to = &mut kept;
+            reference::capacity_later_fwd(&plan, &shape, &capacity, tokens, &by, to).unwrap();
+        }
+    }
+    let Capacity { expert_ids, kept, dropped } = kept;
+    if !scaled_at_once {
+        let (by, scale) = (capacity.normalization, config.router.scale);
+        let own = held.router.expert_scale;
+        let all = reference::capacity_normalize_fwd(&shape, by, scale, own, &expert_ids, &weights);
+        weights = all.unwrap();
+    }
+    Decided { expert_ids, weights, kept, dropped }
+}
+
+/// The device's, counts and all.
+fn on_device<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &Case<D>) -> Decided {
+    let shape = case.config.routing(case.num_tokens());
+    let cells = shape.sequences(case.inputs.sequence_tokens) * shape.num_experts;
+    case.on(gpu, |mut prepared| {
+        let (mut ids, mut of_slots) =
+            (gpu.poisoned(shape.slots()), gpu.poisoned::<f32>(shape.slots()));
+        let (mut kept, mut dropped) = (gpu.poisoned(cells), gpu.poisoned(cells));
+        let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
+        let mut outputs = RoutingOutputs {
+            kept: Some(kept.view_mut()),
+            dropped: Some(dropped.view_mut()),
+            ..RoutingOutputs::new(ids.view_mut(), of_slots.view_mut())
+        };
+        layer.route_into(&gpu.stream, inputs, weights, workspace, &mut outputs).unwrap();
+        Decided {
+            expert_ids: gpu.download(&ids.view()),
+            weights: gpu.download(&of_slots.view()),
+            kept: gpu.download(&kept.view()),
+            dropped: gpu.download(&dropped.view()),
+        }
+    })
+}
+
+fn on_host<D: Dtype>(case: &Case<D>) -> Decided {
+    let (inputs, weights) = (case.inputs.as_host(), case.weights.as_host());
+    let routing = reference::moe_layer_route_fwd::<f32, D>(&case.config, &inputs, &weights);
+    let reference::LayerRouting { expert_ids, weights, kept, dropped } = routing.unwrap();
+    Decided { expert_ids, weights, kept, dropped }
+}
+
+fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &Case<D>, what: &str) {
+    let wanted = composed(case);
+    on_host(case).check(&wanted, &format!("the reference: {what}"));
+    on_device(gpu, case).check(&wanted, &format!("the device: {what}"));
+    // Without counts the rest is the same.
+    let (ids, weights) = case.route(gpu);
+    assert_eq!((ids, bits(&weights)), (wanted.expert_ids, bits(&wanted.weights)), "{what}");
+}
+
+/// A layer of this router and capacity that is given its logits `[T, E]`.
+fn given(
+    router: RouterConfig,
+    capacity: CapacityConfig,
+    top_k: usize,
+    rows: &[&[f32]],
+) -> Case<f32> {
+    let num_experts = rows[0].len();
+    let config =
+        MoeConfig { router, capacity: Some(capacity), ..MoeConfig::new(1, 1, num_experts, top_k) };
+    let weights = MoeWeights::plain(vec![1.0; config.gate_up_len()], vec![1.0; config.down_len()]);
+    let inputs = MoeInputs::with_logits(vec![1.0; rows.len()], rows.concat());
+    Case { config, weights, inputs }
+}
+
+fn one_row(priority: Priority) -> CapacityConfig {
+    CapacityConfig::new(CapacityLimit::Rows { rows: 1 }, priority)
+}
+
+/// Logits whose softmax these probabilities are.
+fn logits_of(probabilities: &[f32]) -> Vec<f32> {
+    probabilities.iter().map(|p| p.ln()).collect()
+}
+
+fn near(got: f32, wanted: f64) -> bool {
+    (f64::from(got) - wanted).abs() <= 1e-6 * wanted.abs()
+}
+
+proptest! {
+    #![proptest_config(config(48))]
+
+    /// Any router beside any capacity.
+    #[test]
+    fn the_layer_is_its_operations(
+        tokens in 0usize..40, ties in any::<bool>(), sequence in proptest::option::of(1usize..50),
+        limit in limit(), priority in proptest::sample::select(PRIORITIES.to_vec()),
+        seed in any::<u64>(),
+    ) {
+        let mut rng = Rng::new(seed);
+        let mut config = random_config(&mut rng, 3);
+        while config.zero_experts.is_some() || config.capacity.is_none() {
+            config = random_config(&mut rng, 3);
+        }
+        let capacity = config.capacity.as_mut().unwrap();
+        (capacity.limit, capacity.priority) = (limit, priority);
+        let gpu = gpu();
+        gpu.reschedule(seed);
+        let what = format!("T{tokens} sequences of {sequence:?} ties {ties} {config} seed {seed}");
+        check(&gpu, &random_case::<f32>(config, tokens, sequence, ties, seed), &what);
+        check(&gpu, &random_case::<bf16>(config, tokens, sequence, ties, seed), &what);
+    }
+}
+
+fn limit() -> impl Strategy<Value = CapacityLimit> {
+    prop_oneof![
+        (0.1f64..2.0).prop_map(|factor| CapacityLimit::Factor { factor }),
+        (0.02f64..0.9).prop_map(|fraction| CapacityLimit::TokenFraction { fraction }),
+        (0usize..9).prop_map(|rows| CapacityLimit::Rows { rows }),
+    ]
+}
+
+/// Weights and inputs with given logits, of few values where there shall be ties.
+fn random_case<D: Dtype + DeviceRepr>(
+    config: MoeConfig,
+    tokens: usize,
+    sequence: Option<usize>,
+    ties: bool,
+    seed: u64,
+) -> Case<D> {
+    let mut rng = Rng::new(seed ^ 0xca);
+    let weights = random_weights(&config, &mut rng);
+    let mut inputs = random_inputs(&config, tokens, &mut rng);
+    let step = if ties { 1.0 } else { 1.0 / 64.0 };
+    let most = (4.0 / step) as usize;
+    let logits = (0..tokens * config.num_experts)
+        .map(|_| D::from_f64((rng.below(2 * most) as f64 - most as f64) * step))
+        .collect();
+    inputs.logits = Some(Typed::Element(logits));
+    if let Some(Typed::F32(noise_logits)) = &inputs.noise_logits {
+        let of_type = noise_logits.iter().map(|x| D::from_f32(*x)).collect();
+        inputs.noise_logits = Some(Typed::Element(of_type));
+    }
+    inputs.sequence_tokens = sequence;
+    Case { config, weights, inputs }
+}
+
+/// Each priority beside each way to normalise, before slots are dropped and after, with and without overflow.
+#[test]
+fn every_option_is_its_operations() {
+    let gpu = gpu();
+    let mut rng = Rng::new(3);
+    let before = [
+        Normalization::None,
+        Normalization::Sum { epsilon: 0.0 },
+        Normalization::Sum { epsilon: 0.25 },
+        Normalization::SumAtLeast { min: 0.75 },
+        Normalization::PNorm { p: 2.0 },
+    ];
+    let after = [
+        Normalization::None,
+        Normalization::Sum { epsilon: 0.0 },
+        Normalization::Sum { epsilon: 0.25 },
+        Normalization::SumAtLeast { min: 0.75 },
+    ];
+    let mut seed = 0;
+    for (priority, before, after, overflow) in
+        combinations(&PRIORITIES, &before, &after, &[0, 1, 3])
+    {
+        if overflow > 0 && before != Normalization::None {
+            continue;
+        }
+        seed += 1;
+        let limit = match rng.below(3) {
+            0 => CapacityLimit::Rows { rows: 5 },
+            1 => CapacityLimit::Factor { factor: 0.6 },
+            _ => CapacityLimit::TokenFraction { fraction: 0.3 },
+        };
+        let capacity = CapacityConfig {
+            overflow,
+            normalization: after,
+            ..CapacityConfig::new(limit, priority)
+        };
+        let scoring = [Scoring::Softmax, Scoring::Sigmoid, Scoring::SqrtSoftplus][rng.below(3)];
+        let router = RouterConfig {
+            scoring,
+            normalization: before,
+            scale: [0.8, 1.0, -1.5, 0.0][rng.below(4)],
+            expert_scale: rng.below(2) == 0,
+            ..RouterConfig::softmax_top_k(false)
+        };
+        let config = MoeConfig { router, capacity: Some(capacity), ..MoeConfig::new(2, 2, 5, 3) };
+        let sequence = [None, Some(7)][rng.below(2)];
+        let mut case = random_case::<f32>(config, 24, sequence, rng.below(2) == 0, seed);
+        case.inputs.active =
+            (rng.below(2) == 0).then(|| (0..24).map(|t| u8::from(t % 5 != 3)).collect());
+        check(&gpu, &case, &format!("{config}, sequences of {sequence:?}, {seed}"));
+    }
+}
+
+/// All combinations of four.
+fn combinations<A: Copy, B: Copy, C: Copy, D: Copy>(
+    a: &[A],
+    b: &[B],
+    c: &[C],
+    d: &[D],
+) -> Vec<(A, B, C, D)> {
+    let mut all = Vec::new();
+    for &a in a {
+        for &b in b {
+            for &c in c {
+                all.extend(d.iter().map(|&d| (a, b, c, d)));
+            }
+        }
+    }
+    all
+}
+
+/// Token 0 has the larger probability, and the smaller share of its own two.
+#[test]
+fn batch_priority_goes_by_the_scores() {
+    let gpu = gpu();
+    let rows = [logits_of(&[0.5, 0.1, 0.4]), logits_of(&[0.45, 0.3, 0.25])];
+    let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+    for normalization in [
+        Normalization::None,
+        Normalization::Sum { epsilon: 0.0 },
+        Normalization::SumAtLeast { min: f32::EPSILON },
+        Normalization::PNorm { p: 2.0 },
+    ] {
+        for scale in [1.0, 0.8, -1.0, 0.0] {
+            let router =
+                RouterConfig { normalization, scale, ..RouterConfig::softmax_top_k(false) };
+            let case = given(router, one_row(Priority::ChoiceByTopWeight), 2, &rows);
+            for got in [on_host(&case), on_device(&gpu, &case)] {
+                assert_eq!(got.expert_ids, [0, 2, NONE, 1], "{normalization:?} * {scale}");
+                assert_eq!((got.kept, got.dropped), (vec![1, 1, 1], vec![1, 0, 0]));
+            }
+        }
+    }
+    // Not by the weight of the expert that it is: token 0 has expert 2 although expert 0 is scaled down.
+    let rows = [logits_of(&[0.5, 0.1, 0.4]), logits_of(&[0.15, 0.45, 0.4])];
+    let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+    let router = RouterConfig { expert_scale: true, ..RouterConfig::softmax_top_k(false) };
+    let mut case = given(router, one_row(Priority::ChoiceByTopWeight), 2, &rows);
+    case.weights.router.expert_scale = Some(vec![0.1, 1.0, 1.0]);
+    for got in [on_host(&case), on_device(&gpu, &case)] {
+        assert_eq!(got.expert_ids, [0, 2, 1, NONE]);
+        assert!(near(got.weights[0], 0.05) && near(got.weights[1], 0.4));
+    }
+    // By weight: the weight that the router gives, scaled.
+    let router = RouterConfig { scale: -1.0, ..RouterConfig::softmax_top_k(false) };
+    let case = given(router, one_row(Priority::Weight), 1, &[&[0.0, 9.0], &[0.0, 8.0]]);
+    for got in [on_host(&case), on_device(&gpu, &case)] {
+        assert_eq!(got.expert_ids, [NONE, 1]);
+    }
+}
+
+/// Scales come after the divisor of what is kept, whatever is added to it and however small it may be.
+#[test]
+fn what_is_kept_is_normalised_before_it_is_scaled() {
+    let gpu = gpu();
+    // Both ask expert 0 first; token 1 keeps expert 1 alone, whose probability is 2^-24, or 0.
+    let small = -24.0 * std::f32::consts::LN_2;
+    let run = |normalization, small: f32, scale, of_experts: [f32; 3]| {
+        let router =
+            RouterConfig { scale, expert_scale: true, ..RouterConfig::softmax_top_k(false) };
+        let capacity = CapacityConfig { normalization, ..one_row(Priority::Choice) };
+        let rows: [&[f32]; 2] =
+            [&[0.0, f32::NEG_INFINITY, small], &[0.0, small, f32::NEG_INFINITY]];
+        let mut case = given(router, capacity, 2, &rows);
+        case.weights.router.expert_scale = Some(of_experts.to_vec());
+        let got = on_device(&gpu, &case);
+        got.check(&on_host(&case), &format!("{normalization:?} {small} {scale}"));
+        assert_eq!(got.expert_ids, [0, 2, NONE, 1]);
+        got.weights
+    };
+    let nllb = Normalization::SumAtLeast { min: f32::EPSILON };
+    let sum = Normalization::Sum { epsilon: 0.0 };
+    let ones = [1.0; 3];
+    let weights = run(nllb, small, 0.8, ones);
+    assert!(near(weights[0], 0.8) && weights[2] == 0.0, "{weights:?}");
+    // 2^-24 / 2^-23, then the scale.
+    assert!((weights[3] - 0.4).abs() < 1e-5, "{weights:?}");
+    // A whole share, times both scales: not a share of scaled weights.
+    let weights = run(sum, small, -2.0, [5.0, 0.5, 1.0]);
+    assert!(near(weights[0], -10.0) && near(weights[3], -1.0), "{weights:?}");
+    assert_eq!(run(sum, small, 0.0, ones), [0.0; 4]);
+    // Of nothing there is no share.
+    let weights = run(sum, -200.0, 1.0, ones);
+    assert_eq!(weights, [1.0, 0.0, 0.0, 0.0]);
+    assert_eq!(run(nllb, -200.0, 1.0, ones)[3], 0.0);
+}
+
+#[test]
+fn counts_are_of_each_sequence() {
+    let gpu = gpu();
+    let rows: Vec<&[f32]> = vec![&[1.0, 0.0]; 5];
+    let router = RouterConfig::softmax_top_k(false);
+    let mut case = given(router, one_row(Priority::Token), 1, &rows);
+    case.inputs.sequence_tokens = Some(2);
+    case.inputs.active = Some(vec![1, 1, 1, 0, 1]);
+    for got in [on_host(&case), on_device(&gpu, &case)] {
+        assert_eq!(got.expert_ids, [0, NONE, 0, NONE, 0]);
+        assert_eq!(got.kept, [1, 0, 1, 0, 1, 0]);
+        assert_eq!(got.dropped, [1, 0, 0, 0, 0, 0]);
+    }
+    // With overflow each request without room counts.
+    case.config.capacity.as_mut().unwrap().overflow = 1;
+    case.inputs.sequence_tokens = None;
+    for got in [on_host(&case), on_device(&gpu, &case)] {
+        assert_eq!(got.expert_ids, [0, 1, NONE, NONE, NONE]);
+        assert_eq!((got.kept, got.dropped), (vec![1, 1], vec![3, 2]));
+    }
+    // A layer without capacity has none.
+    case.config.capacity = None;
+    let got = on_host(&case);
+    assert!(got.kept.is_empty() && got.dropped.is_empty());
+}
+
+#[test]
+fn wrong_counts_are_refused_before_any_launch() {
+    let gpu = gpu();
+    let rows: [&[f32]; 3] = [&[1.0, 0.0], &[0.0, 1.0], &[1.0, 2.0]];
+    let router = RouterConfig::softmax_top_k(false);
+    let mut case = given(router, one_row(Priority::Token), 1, &rows);
+    case.inputs.sequence_tokens = Some(2);
+    let call = |case: &Case<f32>, lengths: [Option<usize>; 2], slots: usize| {
+        case.on(&gpu, |mut prepared| {
+            let (mut ids, mut of_slots) = (gpu.poisoned::<u32>(slots), gpu.poisoned::<f32>(3));
+            let [mut kept, mut dropped] =
+                lengths.map(|len| len.map(|len| gpu.poisoned::<u32>(len)));
+            let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
+            let mut outputs = RoutingOutputs {
+                kept: kept.as_mut().map(|kept| kept.view_mut()),
+                dropped: dropped.as_mut().map(|dropped| dropped.view_mut()),
+                ..RoutingOutputs::new(ids.view_mut(), of_slots.view_mut())
+            };
+            let result = layer.route_into(&gpu.stream, inputs, weights, workspace, &mut outputs);
+            if result.is_err() {
+                assert!(gpu.download(&ids.view()).iter().all(|&id| id == u32::MAX));
+                assert!(gpu.download(&of_slots.view()).iter().all(|weight| weight.is_nan()));
+            }
+            result
+        })
+    };
+    for lengths in [[None, None], [Some(4), None], [None, Some(4)], [Some(4), Some(4)]] {
+        assert_eq!(call(&case, lengths, 3), Ok(()));
+    }
+    let short =
+        |argument, wanted, got| Err(Error::Length { op: "MoeLayer", argument, wanted, got });
+    assert_eq!(call(&case, [Some(2), None], 3), short("kept", 4, 2));
+    assert_eq!(call(&case, [Some(4), Some(5)], 3), short("dropped", 4, 5));
+    assert_eq!(call(&case, [None, None], 2), short("expert_ids", 3, 2));
+    case.config.capacity = None;
+    for (lengths, name) in [([Some(4), None], "`kept`"), ([None, Some(4)], "`dropped`")] {
+        let error = call(&case, lengths, 3).unwrap_err();
+        assert!(matches!(&error, Error::Mismatch { why, .. } if why.contains(name)), "{error}");
+    }
+}
+
+#[test]
+fn captured_counts_replay_with_new_routing() {
+    // A context of its own: while it captures, cudarc must not wait for events of other tests.
+    let gpu = gpu();
+    let context = CudaContext::new(0).unwrap();
+    // SAFETY: everything of this context runs on one stream.
+    unsafe { context.disable_event_tracking() };
+    let (device, stream) = (Device::new(&context).unwrap(), context.new_stream().unwrap());
+    let capacity = CapacityConfig {
+        overflow: 2,
+        normalization: Normalization::Sum { epsilon: 1e-20 },
+        ..CapacityConfig::new(CapacityLimit::Rows { rows: 4 }, Priority::ChoiceByTopWeight)
+    };
+    let router = RouterConfig { scale: 1.5, ..RouterConfig::softmax_top_k(false) };
+    let config = MoeConfig { router, capacity: Some(capacity), ..MoeConfig::new(3, 2, 5, 2) };
+    assert_eq!(config.router.selection, Selection::Score);
+    let (tokens, sequence) = (21, Some(8));
+    let cases: Vec<Case<f32>> = (0..3)
+        .map(|seed| {
+            let mut case = random_case::<f32>(config, tokens, sequence, seed == 1, seed);
+            (case.inputs.noise, case.inputs.noise_logits) = (None, None);
+            (case.inputs.active, case.inputs.router_x) = (None, None);
+            case
+        })
+        .collect();
+    let layer = MoeLayer::new(&device, config).unwrap();
+    let weights = cases[0].weights.upload(&stream).unwrap();
+    let mut inputs = cases[0].inputs.upload(&stream).unwrap();
+    let (slots, cells) = (tokens * 2, 3 * 5);
+    let mut ids = stream.clone_htod(&vec![7u32; slots]).unwrap();
+    let mut of_slots = stream.clone_htod(&vec![f32::NAN; slots]).unwrap();
+    let mut kept = stream.clone_htod(&vec![77u32; cells]).unwrap();
+    let mut dropped = stream.clone_htod(&vec![77u32; cells]).unwrap();
+    let bytes = MoeLayer::workspace_bytes(&config, DType::F32, tokens).unwrap();
+    let mut workspace = Workspace::alloc(&stream, bytes).unwrap();
+
+    device.warm_up(DType::F32).unwrap();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let mut outputs = RoutingOutputs {
+        kept: Some(kept.as_view_mut()),
+        dropped: Some(dropped.as_view_mut()),
+        ..RoutingOutputs::new(ids.as_view_mut(), of_slots.as_view_mut())
+    };
+    let views = weights.as_views();
+    layer.route_into(&stream, &inputs.as_views(), &views, &mut workspace, &mut outputs).unwrap();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).unwrap().unwrap();
+    assert_eq!(stream.clone_dtoh(&kept).unwrap(), [77; 15], "capturing runs nothing");
+    for case in &cases {
+        let (Some(Typed::Element(logits)), Some(Typed::Element(to))) =
+            (&case.inputs.logits, &mut inputs.logits)
+        else {
+            unreachable!()
+        };
+        stream.memcpy_htod(logits, to).unwrap();
+        graph.launch().unwrap();
+        let got = Decided {
+            expert_ids: stream.clone_dtoh(&ids).unwrap(),
+            weights: stream.clone_dtoh(&of_slots).unwrap(),
+            kept: stream.clone_dtoh(&kept).unwrap(),
+            dropped: stream.clone_dtoh(&dropped).unwrap(),
+        };
+        got.check(&composed(case), "a replay");
+        gpu.reschedule(1);
+    }
+}
