@@ -57,7 +57,9 @@ impl Folder {
     }
 
     fn json(&self, file: &str, bytes: &Bytes) -> Result<Map<String, Value>> {
-        match serde_json::from_slice(bytes.as_slice()) {
+        let text = std::str::from_utf8(bytes.as_slice())
+            .map_err(|error| self.missing(file, &format!("not JSON: {error}")))?;
+        match serde_json::from_str(&hf::strict_json(text)) {
             Ok(Value::Object(object)) => Ok(object),
             Ok(_) => Err(self.missing(file, "the JSON in it is not an object")),
             Err(error) => Err(self.missing(file, &format!("not JSON: {error}"))),

@@ -24,9 +24,11 @@
 
 mod families;
 mod family;
+mod json;
 mod keys;
 mod names;
 
+pub use json::strict_json;
 pub use names::{Array, Layout, Part, Role, Stored};
 
 use serde_json::Value;
@@ -116,7 +118,8 @@ impl MoeConfig {
 /// # Errors
 /// Those of [`MoeConfig::from_hf`].
 pub fn blocks(json: &str, layer: usize) -> Result<Vec<Block>> {
-    let json: Value = serde_json::from_str(json).map_err(|error| not_json(error.to_string()))?;
+    let json = strict_json(json);
+    let json: Value = serde_json::from_str(&json).map_err(|error| not_json(error.to_string()))?;
     let Value::Object(object) = json else { return Err(not_json("it is not an object".into())) };
     let model_type = object.get("model_type").and_then(Value::as_str).unwrap_or_default();
     let rows = FAMILIES.iter().flat_map(|families| families.iter());
