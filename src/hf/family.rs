@@ -7,9 +7,10 @@ use crate::config::{
     Normalization, ProjectionConfig, RouterConfig, Scoring, SharedConfig, WeightOrder,
     WeightPosition,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hf::keys::Keys;
 use crate::hf::names::Layout;
+use crate::hf::schedule::Schedule;
 use crate::hf::{Block, LogitsFrom};
 
 /// A row of the table of families. Absent keys mean the default of transformers' class, which the row has.
@@ -24,6 +25,8 @@ pub(super) struct Family {
     pub optional: bool,
     /// Which element counts where a size is a list; none for that of the layer.
     pub element: Option<usize>,
+    /// Which layers have experts.
+    pub schedule: Schedule,
     pub keys: SizeKeys,
     /// The defaults of `H`, `I`, `E` and `K`; 0 where the class has none.
     pub sizes: [usize; 4],
@@ -41,6 +44,15 @@ pub(super) struct Family {
     pub prefixes: &'static [&'static str],
     /// The kinds of checkpoints, the most frequent first.
     pub layouts: &'static [Layout],
+}
+
+/// What a layer has of a family.
+pub(super) enum Found {
+    Block(Box<Block>),
+    /// No experts: the key that makes the layer dense, or that ends before it.
+    Dense(Error),
+    /// The model is without this part.
+    Absent,
 }
 
 /// Keys of the sizes, the first that is there counts.
@@ -182,25 +194,39 @@ pub(super) fn function(keys: &Keys<'_>, key: &str, default: &str) -> Result<Acti
 }
 
 impl Family {
-    /// The block of one layer; none if the configuration calls the layer dense, or does not have the part of the
-    /// model that the block is in.
-    pub fn block(&'static self, json: &Map<String, Value>, layer: usize) -> Result<Option<Block>> {
+    /// The keys of the block, as one layer sees them; none if the model does not have the part that the block is in.
+    fn keys<'a>(&self, json: &'a Map<String, Value>, layer: usize) -> Result<Option<Keys<'a>>> {
         let mut keys = Keys::new(json, layer);
         if let Some(element) = self.element {
             keys.element = element;
         }
-        if self.optional && !self.path.iter().take(1).any(|names| names.iter().any(|n| keys.has(n)))
-        {
+        if self.optional && !self.path.iter().take(1).any(|names| keys.has_any(names)) {
             return Ok(None);
         }
         for names in self.path {
             keys = keys.nested(names)?;
         }
-        // A list of another length is an error only where a family says more in it than this.
-        if let Ok(Some(kind)) = keys.by_layer("mlp_layer_types")
-            && kind == "dense"
-        {
-            return Ok(None);
+        Ok(Some(keys))
+    }
+
+    /// The numbers of the layers that have a block.
+    pub fn layers(&self, json: &Map<String, Value>) -> Result<Vec<usize>> {
+        let Some(mut keys) = self.keys(json, 0)? else { return Ok(Vec::new()) };
+        let mut layers = Vec::new();
+        for layer in 0..self.schedule.total(&keys)? {
+            keys.layer = layer;
+            if self.schedule.without_experts(&keys)?.is_none() {
+                layers.push(layer);
+            }
+        }
+        Ok(layers)
+    }
+
+    /// The block of one layer.
+    pub fn block(&'static self, json: &Map<String, Value>, layer: usize) -> Result<Found> {
+        let Some(keys) = self.keys(json, layer)? else { return Ok(Found::Absent) };
+        if let Some(why) = self.schedule.without_experts(&keys)? {
+            return Ok(Found::Dense(why));
         }
         let [hidden, intermediate, experts, top_k] = self.sizes;
         let plain = MoeConfig::new(
@@ -245,7 +271,7 @@ impl Family {
             block.config = layout.config(&block);
         }
         block.config.check()?;
-        Ok(Some(block))
+        Ok(Found::Block(Box::new(block)))
     }
 }
 

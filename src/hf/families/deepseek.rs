@@ -14,6 +14,7 @@ use crate::hf::family::{
 };
 use crate::hf::keys::Keys;
 use crate::hf::names::{LatentNames, Layout, RouterNames, SharedNames};
+use crate::hf::schedule::{Dense, first_k, layers};
 
 const KEYS: SizeKeys =
     SizeKeys { experts: &["n_routed_experts", "num_local_experts", "num_experts"], ..QWEN_KEYS };
@@ -28,6 +29,7 @@ const fn shared_experts(default: usize) -> Shared {
 
 const V3: Family = Family {
     model_types: &["deepseek_v3", "kimi_k2"],
+    schedule: layers(61).dense(first_k(3)),
     keys: KEYS,
     sizes: [7168, 2048, 256, 8],
     f32_logits: true,
@@ -91,9 +93,10 @@ const NEMOTRON: Layout = Layout {
 pub const FAMILIES: &[Family] = &[
     V3,
     Family { model_types: &["kimi_k25"], path: &[&["text_config"]], prefixes: TEXT, ..V3 },
-    Family { model_types: &["deepseek_v32"], ..V3 },
+    Family { model_types: &["deepseek_v32"], schedule: layers(61).typed(first_k(3)), ..V3 },
     Family {
         model_types: &["axk1"],
+        schedule: layers(61).typed(Dense::FirstAndFrequency),
         sizes: [7168, 2048, 192, 8],
         rule: deepseek(2.5, (8, 4)),
         special: output_norm,
@@ -105,6 +108,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["bailing_hybrid"],
+        schedule: layers(42).typed(first_k(2)),
         keys: KIMI_KEYS,
         sizes: [2560, 768, 512, 8],
         rule: deepseek(2.5, (8, 4)),
@@ -113,6 +117,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["kimi_linear"],
+        schedule: layers(27).typed(first_k(1)),
         keys: KIMI_KEYS,
         sizes: [2304, 1024, 256, 8],
         rule: deepseek(2.446, (1, 1)),
@@ -121,6 +126,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dots1"],
+        schedule: layers(62).dense(first_k(0)),
         sizes: [4608, 1408, 0, 0],
         rule: Rule { renormalize: Flag::Key(&["norm_topk_prob"], false), ..deepseek(1.0, (1, 1)) },
         shared: shared_experts(0),
@@ -128,18 +134,21 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["glm4_moe"],
+        schedule: layers(46).dense(first_k(1)),
         sizes: [4096, 1408, 128, 8],
         rule: deepseek(1.0, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["glm4_moe_lite"],
+        schedule: layers(47).typed(Dense::First(&[], 1)),
         sizes: [2048, 1536, 64, 4],
         rule: deepseek(1.8, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["glm4v_moe", "glm4v_moe_text"],
+        schedule: layers(46).dense(first_k(1)),
         path: &[&["text_config"]],
         sizes: [4096, 1408, 128, 8],
         rule: deepseek(1.0, (1, 1)),
@@ -148,12 +157,14 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["glm_moe_dsa"],
+        schedule: layers(78).typed(first_k(3)),
         sizes: [6144, 2048, 256, 8],
         rule: deepseek(2.5, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["exaone_moe"],
+        schedule: layers(32).typed(first_k(1)),
         keys: QWEN_KEYS,
         sizes: [4096, 1024, 64, 8],
         rule: deepseek(2.5, (1, 1)),
@@ -162,12 +173,14 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["solar_open"],
+        schedule: layers(48),
         sizes: [4096, 1280, 128, 8],
         rule: deepseek(1.0, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["mimo_v2_flash"],
+        schedule: layers(48).typed(Dense::First(&[], 1)),
         sizes: [4096, 2048, 256, 8],
         rule: deepseek(1.0, (1, 1)),
         shared: NO_SHARED,
@@ -175,6 +188,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dots3_note", "dots3_note_text"],
+        schedule: layers(46).typed(Dense::FirstAndFrequency),
         path: &[&["text_config"]],
         part: "text",
         sizes: [5120, 1536, 256, 8],
@@ -191,6 +205,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dots3_note"],
+        schedule: layers(42).dense(Dense::Pyramid),
         path: &[&["vision_config"]],
         part: "vision",
         optional: true,
@@ -215,6 +230,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["glm5_next", "glm5_next_text"],
+        schedule: layers(45).typed(Dense::First(&[], 3)),
         path: &[&["text_config"]],
         sizes: [4096, 2048, 288, 8],
         rule: deepseek(2.5, (1, 1)),
@@ -224,6 +240,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["hy_v4"],
+        schedule: layers(34).typed(Dense::First(&[], 1)),
         sizes: [2816, 768, 256, 8],
         rule: deepseek(2.827, (1, 1)),
         special: routed_clamped,
@@ -232,6 +249,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["hy_v3"],
+        schedule: layers(80).typed(Dense::First(&[], 1)),
         keys: QWEN_KEYS,
         sizes: [4096, 1536, 192, 8],
         rule: Rule {
@@ -245,6 +263,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["axk2"],
+        schedule: layers(48).typed(Dense::FirstAndFrequency),
         sizes: [2048, 512, 128, 8],
         // Masked experts are worth 0, not minus infinity, so that they win against negative values.
         rule: Rule { groups: Some(masked_at_zero((0, 0))), ..deepseek(2.5, (0, 0)) },
@@ -252,6 +271,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["beam"],
+        schedule: layers(52).typed(Dense::First(&[], 3)),
         keys: QWEN_KEYS,
         sizes: [5120, 2560, 256, 8],
         rule: deepseek(2.5, (8, 4)),
@@ -260,6 +280,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["nemotron_h"],
+        schedule: layers(4).dense(Dense::Pattern),
         sizes: [4096, 7688, 8, 2],
         activation: Function::Key("mlp_hidden_act", "relu2"),
         gated: false,
@@ -278,6 +299,7 @@ pub const FAMILIES: &[Family] = &[
 /// DeepSeek-V2 chooses groups by their largest score and does not renormalise.
 const V2: Family = Family {
     model_types: &["deepseek_v2"],
+    schedule: layers(32).dense(first_k(0)),
     sizes: [4096, 1407, 64, 0],
     rule: Rule {
         scale: Scale::Key(&["routed_scaling_factor"], 1.0),
@@ -291,6 +313,7 @@ const V2: Family = Family {
 
 const MISTRAL: Family = Family {
     model_types: &["mistral4"],
+    schedule: layers(36).dense(first_k(0)),
     sizes: [4096, 2048, 128, 4],
     f32_logits: false,
     rule: Rule {
@@ -319,12 +342,14 @@ pub const SOFTMAX_FAMILIES: &[Family] = &[
     V2,
     Family {
         model_types: &["deepseek_ocr2", "deepseek_ocr2_text"],
+        schedule: layers(32).typed(first_k(0)),
         path: &[&["text_config", "language_config"]],
         prefixes: TEXT,
         ..V2
     },
     Family {
         model_types: &["unlimited_ocr", "unlimited_ocr_text"],
+        schedule: layers(12).typed(first_k(1)),
         path: &[&["text_config", "language_config"]],
         sizes: [1280, 896, 64, 6],
         prefixes: TEXT,
@@ -333,6 +358,7 @@ pub const SOFTMAX_FAMILIES: &[Family] = &[
     MISTRAL,
     Family {
         model_types: &["mistral_large4", "mistral_large4_text"],
+        schedule: layers(72).typed(first_k(1)),
         path: &[&["text_config"]],
         sizes: [6144, 6144, 128, 4],
         f32_logits: true,

@@ -14,10 +14,12 @@ use crate::hf::family::{
 };
 use crate::hf::keys::Keys;
 use crate::hf::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames};
+use crate::hf::schedule::{Dense, layers};
 
 /// Mixtral's keys, tensor names and all, with a biased sigmoid.
 const MINIMAX: Family = Family {
     model_types: &["minimax_m2"],
+    schedule: layers(62),
     sizes: [3072, 1536, 256, 8],
     rule: SIGMOID,
     layouts: &[MIXTRAL, FUSED.with_bias("mlp.e_score_correction_bias"), FUSED],
@@ -88,6 +90,7 @@ pub const FAMILIES: &[Family] = &[
     MINIMAX,
     Family {
         model_types: &["minimax_m3_vl", "minimax_m3_vl_text"],
+        schedule: layers(60).typed(Dense::Frequency),
         path: &[&["text_config"]],
         sizes: [6144, 3072, 128, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
@@ -101,6 +104,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["step3p7", "step3p5"],
+        schedule: layers(45).typed(Dense::Enumerated),
         path: &[&["text_config"]],
         keys: SizeKeys {
             experts: &["n_routed_experts", "moe_num_experts", "num_local_experts"],
@@ -117,6 +121,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["laguna"],
+        schedule: layers(40).typed(Dense::First(&[], 1)),
         sizes: [2048, 512, 256, 8],
         rule: Rule { scale: Scale::Key(&["moe_routed_scaling_factor"], 1.0), ..SIGMOID },
         shared: shared_width(SHARED_WIDTH, 512),
@@ -129,6 +134,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["afmoe"],
+        schedule: layers(32).dense(Dense::First(&["num_dense_layers"], 1)),
         sizes: [2048, 1408, 64, 6],
         rule: Rule {
             scale: Scale::Key(&["route_scale"], 1.0),
@@ -144,6 +150,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["flint"],
+        schedule: layers(49).dense(Dense::Steps(&[0, 1])),
         sizes: [2048, 512, 256, 6],
         f32_logits: true,
         rule: Rule {
@@ -157,6 +164,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["kolibri1"],
+        schedule: layers(50),
         sizes: [2560, 512, 384, 6],
         f32_logits: true,
         // The bias is added to logits, and the sigmoid taken of the chosen.
@@ -171,6 +179,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["lfm2_moe"],
+        schedule: layers(32).dense(Dense::First(&["num_dense_layers"], 2)),
         sizes: [2048, 1792, 32, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
         rule: Rule {
@@ -190,6 +199,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["inkling_mm_model", "inkling_text"],
+        schedule: layers(66).typed(Dense::First(&["dense_mlp_idx"], 0)),
         path: &[&["text_config"]],
         keys: SizeKeys { experts: &["n_routed_experts", "num_local_experts"], ..QWEN_KEYS },
         sizes: [6144, 3072, 256, 6],
@@ -202,6 +212,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["inkling2", "inkling2_text"],
+        schedule: layers(48),
         path: &[&["text_config"]],
         keys: SizeKeys {
             intermediate: &["moe_intermediate_size", "intermediate_size"],
@@ -222,6 +233,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["muse_spark", "muse_spark_text"],
+        schedule: layers(62).typed(Dense::None),
         path: &[&["text_config"]],
         sizes: [8192, 4096, 256, 8],
         f32_logits: true,
@@ -233,6 +245,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["deepseek_v4"],
+        schedule: layers(43),
         keys: SizeKeys {
             intermediate: &["moe_intermediate_size", "intermediate_size"],
             experts: &["n_routed_experts", "num_local_experts"],
