@@ -186,7 +186,14 @@ impl Checkpoint {
     /// Every MoE block of one layer that the checkpoint has, every tensor of it found and of the right shape: models
     /// with text and vision experts have two. At least one.
     pub fn layers(&self, layer: usize) -> Result<Vec<Layer<'_>>> {
-        let blocks = hf::blocks(&self.config, layer).map_err(|error| self.config_error(error))?;
+        let blocks = hf::blocks(&self.config, layer).map_err(|error| {
+            let layers = hf::layers(&self.config).unwrap_or_default();
+            if layers.is_empty() || layers.contains(&layer) {
+                return self.config_error(error);
+            }
+            let why = format!("{error}; layers that have one: {}", ranges(&layers));
+            self.folder.missing(CONFIG, &why)
+        })?;
         let found: Vec<_> = blocks
             .iter()
             .filter_map(|block| self.find_block(block).transpose())

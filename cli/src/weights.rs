@@ -228,6 +228,8 @@ impl Reader<'_> {
         };
         let shared = || -> Result<_> {
             Ok(SharedWeights {
+                gate_up_bias: self.find(Role::SharedGateUpBias)?,
+                down_bias: self.find(Role::SharedDownBias)?,
                 sigmoid_gate: self.find(Role::SharedSigmoidGate)?,
                 ..SharedWeights::new(self.array(Role::SharedGateUp)?, self.array(Role::SharedDown)?)
             })

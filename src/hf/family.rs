@@ -115,6 +115,8 @@ pub(super) struct Shared {
     pub width: Width,
     pub count: (Names, usize),
     pub sigmoid_gate: bool,
+    /// The key that gives every projection of it a bias; none where it cannot have any.
+    pub bias: Names,
 }
 
 #[derive(Clone, Copy)]
@@ -126,7 +128,7 @@ pub(super) enum Width {
 }
 
 pub(super) const NO_SHARED: Shared =
-    Shared { width: Width::None, count: (&[], 1), sigmoid_gate: false };
+    Shared { width: Width::None, count: (&[], 1), sigmoid_gate: false, bias: &[] };
 
 /// A shared expert with a width of its own.
 pub(super) const fn shared_width(key: Names, default: usize) -> Shared {
@@ -136,6 +138,13 @@ pub(super) const fn shared_width(key: Names, default: usize) -> Shared {
 /// So many shared experts of the routed ones' width, in one.
 pub(super) const fn shared_count(key: Names, default: usize) -> Shared {
     Shared { width: Width::Experts, count: (key, default), ..NO_SHARED }
+}
+
+impl Shared {
+    /// With biases if the key says so.
+    pub const fn with_bias(self, bias: Names) -> Self {
+        Self { bias, ..self }
+    }
 }
 
 /// Softmax over all experts, the largest as they are.
@@ -287,7 +296,7 @@ impl Rule {
         let renormalize = match self.renormalize {
             Flag::Always => true,
             Flag::Never => false,
-            Flag::Key(names, default) => keys.boolean(names, default)?,
+            Flag::Key(names, default) => keys.flag(names, default)?,
         };
         if renormalize {
             router.normalization = self.normalization;
@@ -308,6 +317,7 @@ impl GroupRule {
         let Self { defaults: (num_groups, top_groups), score, masked } = *self;
         let num_groups = keys.count(&["n_group", "num_expert_group"], num_groups)?;
         if num_groups <= 1 {
+            keys.size(&["topk_group"], 1)?;
             return Ok(None);
         }
         let top_groups = keys.size(&["topk_group"], top_groups)?;
@@ -331,8 +341,15 @@ impl Shared {
         let (names, default) = self.count;
         let intermediate = width.saturating_mul(keys.count(names, default)?);
         let sigmoid_gate = self.sigmoid_gate;
-        let shared =
-            SharedConfig { activation, gated, sigmoid_gate, ..SharedConfig::new(intermediate) };
+        let bias = !self.bias.is_empty() && keys.boolean(self.bias, false)?;
+        let shared = SharedConfig {
+            activation,
+            gated,
+            gate_up_bias: bias,
+            down_bias: bias,
+            sigmoid_gate,
+            ..SharedConfig::new(intermediate)
+        };
         Ok((intermediate > 0).then_some(shared))
     }
 }

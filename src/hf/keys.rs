@@ -156,6 +156,14 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// A flag that null turns off, as Python's None is false.
+    pub fn flag(&self, names: &[&str], default: bool) -> Result<bool> {
+        match self.find_or_null(names) {
+            Some((_, Value::Null)) => Ok(false),
+            _ => self.boolean(names, default),
+        }
+    }
+
     /// One of some words, as what it stands for. `default` is one of the words.
     pub fn word<T: Copy>(&self, names: &[&str], default: &str, known: &[(&str, T)]) -> Result<T> {
         let find =

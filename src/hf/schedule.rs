@@ -22,6 +22,8 @@ pub(super) struct Schedule {
 #[derive(Clone, Copy)]
 pub(super) enum Dense {
     None,
+    /// None; `num_hidden_layers` counts two for each layer, and `num_layers`, which counts after it, one.
+    Pairs,
     /// The first ones: as many as one of the keys says, or the default.
     First(Names, usize),
     /// The first `first_k_dense_replace` (1 by default), and those whose number is no multiple of `moe_layer_freq`, or
@@ -46,9 +48,9 @@ pub(super) enum Dense {
     Pyramid,
     /// All but every so many as the key says (4 by default).
     Every(Names),
-    /// All but the second of each run of layers. The keys of the number of sparse layers, which is that of the runs (3
-    /// by default), and of the length of a run, which counts before it.
-    Spread(Names, Names),
+    /// All but the second of each run of layers. The keys of the number of layers that is divided into runs (12 by
+    /// default), of the number of runs (3), and of the length of a run, which counts before both.
+    Spread(Names, Names, Names),
 }
 
 /// So many layers by default, all with experts.
@@ -108,6 +110,7 @@ impl Schedule {
             let (names, default) = self.count;
             let (name, got) = match self.dense {
                 Dense::Pattern => keys.shown(&[BLOCK_TYPES, LETTERS].concat(), "4 layers"),
+                Dense::Pairs => keys.shown(&["num_hidden_layers", "num_layers"], "28 pairs"),
                 _ => keys.shown(names, &default.to_string()),
             };
             let wanted = format!("more than {layer} layers to have layer {layer}");
@@ -123,7 +126,7 @@ impl Schedule {
                 _ => Err(keys.error(TYPES, kind, "\"sparse\" or \"dense\" for each layer")),
             };
         }
-        Ok(self.reason(keys, total)?.map(|(names, default)| {
+        Ok(self.reason(keys)?.map(|(names, default)| {
             let (name, got) = keys.shown(names, &default);
             keys.error_text(name, format!("{got}, which makes layer {layer} dense"), SPARSE)
         }))
@@ -134,8 +137,10 @@ impl Schedule {
         let (names, default) = self.count;
         let total = match self.dense {
             Dense::Pattern => kinds(keys)?.len(),
-            _ if self.at_top => keys.top().count(names, default)?,
-            _ => keys.count(names, default)?,
+            Dense::Pairs if keys.has("num_hidden_layers") => keys.size(names, default)? / 2,
+            Dense::Pairs => keys.size(&["num_layers"], default)?,
+            _ if self.at_top => keys.top().size(names, default)?,
+            _ => keys.size(names, default)?,
         };
         if total > MAX_LAYERS {
             let (name, got) = keys.shown(names, "");
@@ -144,10 +149,10 @@ impl Schedule {
         Ok(total)
     }
 
-    fn reason(&self, keys: &Keys<'_>, total: usize) -> Result<Reason> {
+    fn reason(&self, keys: &Keys<'_>) -> Result<Reason> {
         let layer = keys.layer;
         Ok(match self.dense {
-            Dense::None => None,
+            Dense::None | Dense::Pairs => None,
             Dense::First(names, default) => {
                 let first = keys.count(names, default)?;
                 let names = if names.is_empty() { &[TYPES] } else { names };
@@ -217,9 +222,9 @@ impl Schedule {
                 let step = keys.count(names, 4)?;
                 unless(step > 0 && (layer + 1).is_multiple_of(step), names, 4)
             }
-            Dense::Spread(of, run) => {
-                let runs = keys.count(of, 3)?;
-                let length = keys.count(run, total.checked_div(runs).unwrap_or(total))?;
+            Dense::Spread(layers, of, run) => {
+                let (layers, runs) = (keys.size(layers, 12)?, keys.count(of, 3)?);
+                let length = keys.count(run, layers.checked_div(runs).unwrap_or(layers))?;
                 let sparse = length == 1 || layer.checked_rem(length) == Some(1);
                 let names = if keys.has_any(run) { run } else { of };
                 unless(sparse, names, 3)

@@ -130,7 +130,7 @@ fn defaults() {
     );
     let null = json!({
         "model_type": "qwen3_moe", "hidden_size": null, "norm_topk_prob": null, "hidden_act": null,
-        "mlp_only_layers": null, "num_hidden_layers": null, "text_config": null,
+        "mlp_only_layers": null, "num_hidden_layers": null, "text_config": null, "per_layer_config": null,
     });
     assert_eq!(line(null, 0), line(json!({ "model_type": "qwen3_moe" }), 0));
     assert_eq!(line(json!({ "model_type": "qwen3_moe" }), 0), "H2048 I768 E128 K8, softmax, top-k");
@@ -191,7 +191,14 @@ fn layers_that_differ() {
     let blocks = hf::blocks(&dots.to_string(), 2).unwrap();
     let parts: Vec<_> =
         blocks.iter().map(|b| (b.part, b.config.hidden, b.config.num_experts)).collect();
-    assert_eq!(parts, [("text", 5120, 256), ("vision", 48, 8)]);
+    // Exceptions by layer take the place of those that the list makes.
+    assert_eq!(parts, [("text", 5120, 256), ("vision", 48, 64)]);
+    let dots = json!({
+        "model_type": "dots3_note", "text_config": {}, "vision_config": { "pyramid_num_routed": [-1, 4, 1] },
+    });
+    let blocks = hf::blocks(&dots.to_string(), 2).unwrap();
+    let sizes: Vec<_> = blocks.iter().map(|b| (b.config.num_experts, b.config.top_k)).collect();
+    assert_eq!(sizes, [(256, 8), (1, 1)]);
 }
 
 /// Where logits come from is part of what a block is.
@@ -265,10 +272,17 @@ fn errors() {
             &["`num_local_experts` is 0", "at least 1"],
         ),
         (
-            json!({ "model_type": "nllb-moe", "second_expert_policy": "random" }),
+            json!({
+                "model_type": "nllb-moe", "encoder_sparse_step": 1, "second_expert_policy": "random"
+            }),
             &["`second_expert_policy` is \"random\"", "\"all\""],
         ),
-        (json!({ "model_type": "aria", "mlp_bias": true }), &["`mlp_bias` is true"]),
+        (
+            json!({
+                "model_type": "nemotron_h", "layers_block_type": ["moe"], "mlp_bias": true, "moe_latent_size": 8
+            }),
+            &["`mlp_bias` is true"],
+        ),
         (json!({ "model_type": "deepseek_v4", "scoring_func": "softmax" }), &["sqrtsoftplus"]),
         (json!([1]), &["`config.json` is not JSON"]),
     ];

@@ -3,8 +3,8 @@
 use super::layouts::{DECODER, EACH, FUSED, TEXT, each, fused, shared};
 use super::softmax::{PLAIN, QWEN_KEYS};
 use crate::config::{
-    Activation, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization, RmsNorm,
-    RouterConfig,
+    Activation, ActivationFunction, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization,
+    RmsNorm, RouterConfig,
 };
 use crate::error::Result;
 use crate::hf::Block;
@@ -234,7 +234,7 @@ pub const FAMILIES: &[Family] = &[
         path: &[&["text_config"]],
         sizes: [4096, 2048, 288, 8],
         rule: deepseek(2.5, (1, 1)),
-        special: clamped,
+        special: glm5_next,
         prefixes: TEXT,
         ..V3
     },
@@ -243,7 +243,7 @@ pub const FAMILIES: &[Family] = &[
         schedule: layers(34).typed(Dense::First(&[], 1)),
         sizes: [2816, 768, 256, 8],
         rule: deepseek(2.827, (1, 1)),
-        special: routed_clamped,
+        special: hy_v4,
         layouts: &[HY_V4, FUSED, EACH],
         ..V3
     },
@@ -258,6 +258,7 @@ pub const FAMILIES: &[Family] = &[
             groups: None,
             ..deepseek(1.0, (0, 0))
         },
+        shared: shared_experts(1).with_bias(&["mlp_bias"]),
         layouts: &[HY_V3, FUSED.with_bias("mlp.e_score_correction_bias")],
         ..V3
     },
@@ -285,7 +286,8 @@ pub const FAMILIES: &[Family] = &[
         activation: Function::Key("mlp_hidden_act", "relu2"),
         gated: false,
         rule: deepseek(1.0, (1, 1)),
-        shared: shared_width(&["moe_shared_expert_intermediate_size"], 7688),
+        shared: shared_width(&["moe_shared_expert_intermediate_size"], 7688)
+            .with_bias(&["mlp_bias"]),
         special: nemotron,
         prefixes: &["backbone.layers.{layer}.", "model.layers.{layer}."],
         layouts: &[
@@ -306,7 +308,7 @@ const V2: Family = Family {
         only: &[("scoring_func", &["softmax"])],
         ..SOFTMAX
     },
-    shared: shared_experts(2),
+    shared: shared_experts(2).with_bias(&["mlp_bias"]),
     special: v2,
     ..V3
 };
@@ -379,49 +381,60 @@ fn output_norm(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-/// The limit of gate and up.
-fn clamped_activation(keys: &Keys<'_>, block: &Block) -> Result<Activation> {
-    let limit = match keys.number(&["swiglu_limit"], Some(10.0))? {
-        Some(limit) => Limit::Before { limit: limit as f32 },
-        None => Limit::None,
-    };
-    Ok(Activation { limit, ..block.config.experts.activation })
+/// The limit of gate and up; an infinite one is none.
+fn limit(keys: &Keys<'_>) -> Result<Limit> {
+    let limit = keys.number(&["swiglu_limit"], Some(10.0))?.filter(|limit| *limit != f64::INFINITY);
+    Ok(limit.map_or(Limit::None, |limit| Limit::Before { limit: limit as f32 }))
 }
 
-/// GLM-5-Next clamps the shared expert as well.
+/// Routed experts and the shared one are clamped.
 pub fn clamped(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    routed_clamped(keys, block)?;
-    let activation = block.config.experts.activation;
-    if let Some(shared) = &mut block.config.shared {
-        shared.activation = activation;
-    }
-    Ok(())
-}
-
-/// HY-V4 does not.
-fn routed_clamped(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    block.config.experts.activation = clamped_activation(keys, block)?;
-    Ok(())
-}
-
-/// The vision tower of dots3 has more experts the deeper the layer. Older configurations say so in one list.
-fn pyramid(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     let config = &mut block.config;
-    if let Some(value) = keys.by_layer("pyramid_num_routed")? {
-        let experts = value.as_u64().and_then(|count| usize::try_from(count).ok());
-        let wanted = "a list of whole numbers, at least 1 where a layer has experts";
-        config.num_experts = experts
-            .filter(|count| *count > 0)
-            .ok_or_else(|| keys.error("pyramid_num_routed", value, wanted))?;
-        config.top_k = config.top_k.min(config.num_experts);
+    config.experts.activation.limit = limit(keys)?;
+    if let Some(shared) = &mut config.shared {
+        shared.activation.limit = config.experts.activation.limit;
     }
+    Ok(())
+}
+
+/// The key of the activation function is that of the shared expert alone.
+fn glm5_next(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    clamped(keys, block)?;
+    block.config.experts.activation.function = ActivationFunction::Silu;
+    Ok(())
+}
+
+/// So it is here, and the shared expert is not clamped.
+fn hy_v4(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    block.config.experts.activation = Activation { limit: limit(keys)?, ..Activation::default() };
+    Ok(())
+}
+
+/// The vision tower of dots3 has more experts the deeper the layer. Older configurations say so in one list, or not at
+/// all; others have the layers' own keys.
+fn pyramid(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    let name = "pyramid_num_routed";
+    let experts = match keys.by_layer(name)? {
+        _ if keys.has("per_layer_config") => return Ok(()),
+        Some(value) => {
+            let experts = value.as_u64().and_then(|count| usize::try_from(count).ok());
+            let wanted = "a list of whole numbers, at least 1 where a layer has experts";
+            experts.filter(|count| *count > 0).ok_or_else(|| keys.error(name, value, wanted))?
+        }
+        None if keys.has("mlp_layer_types") => return Ok(()),
+        None => block.layer.saturating_sub(24).saturating_mul(4).clamp(4, 64),
+    };
+    block.config.num_experts = experts;
+    block.config.top_k = block.config.top_k.min(experts);
     Ok(())
 }
 
 /// The experts may stand between two projections.
 fn nemotron(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    keys.off("mlp_bias", "false: the projections around the experts have no biases here")?;
     let latent = keys.count(&["moe_latent_size"], 0)?;
+    if latent > 0 {
+        keys.off("mlp_bias", "false: the projections around the experts have no biases here")?;
+    }
     block.config.latent = (latent > 0).then_some(LatentConfig { hidden: latent, norm: None });
     Ok(())
 }

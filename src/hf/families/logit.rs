@@ -148,9 +148,8 @@ pub const FAMILIES: &[Family] = &[
         path: &[&["text_config"]],
         keys: SizeKeys { experts: &["moe_num_experts"], top_k: &["moe_topk"], ..MIXTRAL_KEYS },
         sizes: [4096, 4096, 8, 2],
-        // transformers has SiLU in the code of the routed experts, and the key for the shared one.
-        shared: shared_count(&["moe_num_shared_experts"], 2),
-        special: no_shared_bias,
+        shared: shared_count(&["moe_num_shared_experts"], 2).with_bias(&["mlp_bias"]),
+        special: routed_silu,
         prefixes: TEXT,
         layouts: &[
             EACH.with_gate("mlp.router.weight")
@@ -213,8 +212,10 @@ fn output_bias(_: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn no_shared_bias(keys: &Keys<'_>, _: &mut Block) -> Result<()> {
-    keys.off("mlp_bias", "false: shared experts have no biases here")
+/// The key of the activation function is that of the shared expert alone.
+fn routed_silu(_: &Keys<'_>, block: &mut Block) -> Result<()> {
+    block.config.experts.activation = Activation::default();
+    Ok(())
 }
 
 fn cohere(keys: &Keys<'_>, block: &mut Block) -> Result<()> {

@@ -107,13 +107,16 @@ pub const FAMILIES: &[Family] = &[
         schedule: layers(45).typed(Dense::Enumerated),
         path: &[&["text_config"]],
         keys: SizeKeys {
-            experts: &["n_routed_experts", "moe_num_experts", "num_local_experts"],
+            experts: &["n_routed_experts", "moe_num_experts"],
             top_k: &["num_experts_per_tok", "moe_top_k"],
             ..QWEN_KEYS
         },
         sizes: [4096, 1280, 288, 8],
+        // transformers overwrites `hidden_act`.
+        activation: Function::Fixed(ActivationFunction::Silu),
         rule: Rule { scale: Scale::Key(&["moe_router_scaling_factor"], 1.0), ..SIGMOID },
-        shared: shared_width(&["share_expert_dim", "share_expert_dims"], 1280),
+        shared: shared_width(&["share_expert_dim", "share_expert_dims"], 1280)
+            .with_bias(&["mlp_bias"]),
         special: step,
         prefixes: TEXT,
         layouts: &[STEP, FUSED],
@@ -254,7 +257,7 @@ pub const FAMILIES: &[Family] = &[
         sizes: [4096, 2048, 256, 6],
         // transformers renormalises whatever `norm_topk_prob` says, and so does the model.
         rule: Rule { scale: Scale::Key(&["routed_scaling_factor"], 1.5), ..sum_plus(1e-20) },
-        shared: shared_count(&[], 1),
+        shared: shared_count(&[], 1).with_bias(&["mlp_bias"]),
         special: deepseek_v4,
         layouts: &[DEEPSEEK_V4, FUSED_V4],
         ..QWEN
@@ -295,7 +298,6 @@ fn gpt_oss_gate(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
 
 /// Clamped behind the activation, with limits by layer; 0 is none.
 fn step(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    keys.off("mlp_bias", "false: shared experts have no biases here")?;
     let limit = |name| -> Result<Limit> {
         let Some(value) = keys.by_layer(name)? else { return Ok(Limit::None) };
         let number = if value.is_null() { Some(0.0) } else { value.as_f64() };

@@ -146,7 +146,8 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["qwen3_omni_moe"],
-        schedule: layers(20).dense(Dense::Steps(&[])),
+        // The talker's code ignores `mlp_only_layers` and `decoder_sparse_step`.
+        schedule: layers(20),
         path: &[&["talker_config"], &["text_config"]],
         part: "talker",
         optional: true,

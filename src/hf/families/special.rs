@@ -34,7 +34,7 @@ const ERNIE: Family = Family {
     sizes: [2560, 1536, 64, 6],
     f32_logits: true,
     rule: Rule { renormalize: Flag::Always, ..BIASED_SOFTMAX },
-    shared: shared_count(&["moe_num_shared_experts"], 2),
+    shared: shared_count(&["moe_num_shared_experts"], 2).with_bias(&["use_bias"]),
     special: ernie,
     layouts: &[ernie_names(EACH, "mlp.gate.weight", false, (0, 1))],
     ..PLAIN
@@ -80,9 +80,11 @@ const GEMMA_NAMES: Layout = Layout {
 
 const SWITCH: Family = Family {
     model_types: &["switch_transformers"],
-    schedule: layers(12)
-        .counted_by(&["num_layers", "num_hidden_layers"])
-        .dense(Dense::Spread(&["num_sparse_encoder_layers"], &["encoder_sparse_step"])),
+    schedule: layers(12).counted_by(&["num_hidden_layers", "num_layers"]).dense(Dense::Spread(
+        &["num_layers"],
+        &["num_sparse_encoder_layers"],
+        &["encoder_sparse_step"],
+    )),
     part: "encoder",
     keys: SizeKeys {
         hidden: &["d_model", "hidden_size"],
@@ -115,7 +117,7 @@ const SWITCH: Family = Family {
 const NLLB: Family = Family {
     model_types: &["nllb-moe"],
     schedule: layers(12)
-        .counted_by(&["encoder_layers", "num_hidden_layers"])
+        .counted_by(&["num_hidden_layers", "encoder_layers"])
         .dense(Dense::Every(&["encoder_sparse_step"])),
     part: "encoder",
     keys: SizeKeys { intermediate: &["encoder_ffn_dim"], ..SWITCH.keys },
@@ -182,7 +184,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dbrx"],
-        schedule: layers(24).counted_at_top(&["n_layers", "num_hidden_layers"]),
+        schedule: layers(24).counted_at_top(&["num_hidden_layers", "n_layers"]),
         path: &[&["ffn_config"]],
         keys: SizeKeys {
             hidden: &["hidden_size"],
@@ -215,7 +217,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["longcat_flash"],
-        schedule: layers(28).counted_by(&["num_layers"]),
+        schedule: layers(28).dense(Dense::Pairs),
         keys: SizeKeys {
             intermediate: &["expert_ffn_hidden_size", "moe_intermediate_size"],
             experts: &["n_routed_experts", "num_local_experts"],
@@ -253,9 +255,11 @@ pub const FAMILIES: &[Family] = &[
     SWITCH,
     Family {
         part: "decoder",
-        schedule: layers(12)
-            .counted_by(&["num_decoder_layers", "num_layers", "num_hidden_layers"])
-            .dense(Dense::Spread(&["num_sparse_decoder_layers"], &["decoder_sparse_step"])),
+        schedule: layers(12).counted_by(&["num_decoder_layers"]).dense(Dense::Spread(
+            &["num_decoder_layers"],
+            &["num_sparse_decoder_layers"],
+            &["decoder_sparse_step"],
+        )),
         prefixes: &["decoder.block.{layer}.layer.2."],
         ..SWITCH
     },
@@ -272,7 +276,6 @@ pub const FAMILIES: &[Family] = &[
 ];
 
 fn ernie(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    keys.off("use_bias", "false: shared experts have no biases here")?;
     let min = keys.f32(&["moe_norm_min"], 1e-12)?;
     block.config.router.normalization = Normalization::SumAtLeast { min };
     Ok(())
