@@ -176,6 +176,18 @@ fn every_key_counts_as_in_transformers() {
     }
 }
 
+/// Every fixture is in the table, but for those whose weights alone are other ones.
+#[test]
+fn every_fixture_has_its_keys() {
+    let table = Table::read();
+    for folder in super::fixtures() {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let name = name.trim_end_matches("-tiny");
+        let plain = name.trim_end_matches("-fp8").trim_end_matches("-mxfp4");
+        assert!(table.families[plain].keys.len() > 4, "{name}");
+    }
+}
+
 /// Other values of a key, by the type that it has in the fixture.
 fn others(value: Option<&Value>) -> Vec<Value> {
     match value {
@@ -205,10 +217,19 @@ fn layers_with_experts() {
         let decoder = family.decoder.iter().map(|layers| ("decoder", layers));
         let parts = [(family.part.as_str(), &family.layers)].into_iter().chain(decoder);
         for (part, expected) in parts {
+            assert_eq!(table.cases.len(), expected.len(), "{name}");
             for (case, expected) in table.cases.iter().zip(expected).filter(|(_, e)| *e != "-") {
                 let mut config = config.clone();
                 family.keys_of(&mut config).extend(case.clone());
-                let has = |layer: &usize| read(&config, *layer, part).is_ok();
+                let has = |layer: &usize| match read(&config, *layer, part) {
+                    Ok(_) => true,
+                    Err(why) => {
+                        let dense = ["a layer with experts", "layers to have layer", "block"];
+                        let named = dense.iter().any(|words| why.contains(words));
+                        assert!(named, "{name} {case:?}: {why}");
+                        false
+                    }
+                };
                 let got: String = (0..8).filter(has).map(|layer| layer.to_string()).collect();
                 if got != *expected {
                     let case = Value::Object(case.clone());
