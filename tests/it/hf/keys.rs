@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use moe_kernels::hf;
+use moe_kernels::{MoeConfig, SharedConfig, hf};
 use serde_json::{Map, Value, from_value, json};
 
 use super::KEYS;
@@ -28,6 +28,9 @@ struct Family {
     set: Map<String, Value>,
     /// For each key that counts values, and the number of the outcome or a word.
     keys: BTreeMap<String, Vec<(Value, Value)>>,
+    /// Of those the ones that count for the shared expert alone, and for all but it.
+    shared_only: Vec<String>,
+    routed_only: Vec<String>,
     layers: Vec<String>,
     /// The same of the decoder, where the fixture is of the encoder.
     decoder: Option<Vec<String>>,
@@ -68,6 +71,8 @@ impl Family {
             part: from_value(it["part"].clone()).unwrap(),
             set: from_value(it.get("set").cloned().unwrap_or(json!({}))).unwrap(),
             keys: from_value(it["keys"].clone()).unwrap(),
+            shared_only: from_value(it.get("shared_only").cloned().unwrap_or(json!([]))).unwrap(),
+            routed_only: from_value(it.get("routed_only").cloned().unwrap_or(json!([]))).unwrap(),
             layers: from_value(it["layers"].clone()).unwrap(),
             decoder: it.get("decoder").map(|layers| from_value(layers.clone()).unwrap()),
         }
@@ -174,6 +179,38 @@ fn every_key_counts_as_in_transformers() {
         let found = wrong.iter().any(|(fixture, other, _)| fixture == name && other == key);
         assert!(found, "{name}: {key} does not differ from transformers any more");
     }
+}
+
+/// A key that counts for the shared expert alone leaves the others as they are, and the other way round.
+#[test]
+fn keys_of_the_shared_expert() {
+    let parts = |config: &Value, layer, part: &str| -> Option<(MoeConfig, Option<SharedConfig>)> {
+        let blocks = hf::blocks(&config.to_string(), layer).ok()?;
+        let block = blocks.iter().find(|block| part.is_empty() || block.part == part)?;
+        Some((MoeConfig { shared: None, ..block.config }, block.config.shared))
+    };
+    let (mut wrong, mut checked) = (Vec::new(), 0);
+    for (name, family) in Table::read().families {
+        let (config, layer) = family.open(&name);
+        let (routed, Some(shared)) = parts(&config, layer, &family.part).unwrap() else { continue };
+        for (key, values) in &family.keys {
+            for (value, _) in values.iter().filter(|(_, outcome)| outcome.is_u64()) {
+                let changed = family.changed(&config, key, value);
+                let Some(found) = parts(&changed, layer, &family.part) else { continue };
+                checked += 1;
+                if family.shared_only.contains(key) && found.0 != routed {
+                    wrong.push(format!(
+                        "{name}: {key} {value} is not the shared expert's alone here"
+                    ));
+                }
+                if family.routed_only.contains(key) && found.1 != Some(shared) {
+                    wrong.push(format!("{name}: {key} {value} is the shared expert's here, too"));
+                }
+            }
+        }
+    }
+    assert!(checked > 500, "{checked}");
+    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 /// Every fixture is in the table, but for those whose weights alone are other ones.
