@@ -57,7 +57,9 @@ impl Folder {
     }
 
     fn json(&self, file: &str, bytes: &Bytes) -> Result<Map<String, Value>> {
-        match serde_json::from_slice(bytes.as_slice()) {
+        let text = std::str::from_utf8(bytes.as_slice())
+            .map_err(|error| self.missing(file, &format!("not JSON: {error}")))?;
+        match serde_json::from_str(&hf::strict_json(text)) {
             Ok(Value::Object(object)) => Ok(object),
             Ok(_) => Err(self.missing(file, "the JSON in it is not an object")),
             Err(error) => Err(self.missing(file, &format!("not JSON: {error}"))),
@@ -184,7 +186,14 @@ impl Checkpoint {
     /// Every MoE block of one layer that the checkpoint has, every tensor of it found and of the right shape: models
     /// with text and vision experts have two. At least one.
     pub fn layers(&self, layer: usize) -> Result<Vec<Layer<'_>>> {
-        let blocks = hf::blocks(&self.config, layer).map_err(|error| self.config_error(error))?;
+        let blocks = hf::blocks(&self.config, layer).map_err(|error| {
+            let layers = hf::layers(&self.config).unwrap_or_default();
+            if layers.is_empty() || layers.contains(&layer) {
+                return self.config_error(error);
+            }
+            let why = format!("{error}; layers that have one: {}", ranges(&layers));
+            self.folder.missing(CONFIG, &why)
+        })?;
         let found: Vec<_> = blocks
             .iter()
             .filter_map(|block| self.find_block(block).transpose())

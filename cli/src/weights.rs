@@ -228,9 +228,10 @@ impl Reader<'_> {
         };
         let shared = || -> Result<_> {
             Ok(SharedWeights {
-                gate_up: self.array(Role::SharedGateUp)?,
-                down: self.array(Role::SharedDown)?,
+                gate_up_bias: self.find(Role::SharedGateUpBias)?,
+                down_bias: self.find(Role::SharedDownBias)?,
                 sigmoid_gate: self.find(Role::SharedSigmoidGate)?,
+                ..SharedWeights::new(self.array(Role::SharedGateUp)?, self.array(Role::SharedDown)?)
             })
         };
         Ok(MoeWeights {

@@ -7,9 +7,10 @@ use crate::config::{
     Normalization, ProjectionConfig, RouterConfig, Scoring, SharedConfig, WeightOrder,
     WeightPosition,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hf::keys::Keys;
 use crate::hf::names::Layout;
+use crate::hf::schedule::Schedule;
 use crate::hf::{Block, LogitsFrom};
 
 /// A row of the table of families. Absent keys mean the default of transformers' class, which the row has.
@@ -24,6 +25,8 @@ pub(super) struct Family {
     pub optional: bool,
     /// Which element counts where a size is a list; none for that of the layer.
     pub element: Option<usize>,
+    /// Which layers have experts.
+    pub schedule: Schedule,
     pub keys: SizeKeys,
     /// The defaults of `H`, `I`, `E` and `K`; 0 where the class has none.
     pub sizes: [usize; 4],
@@ -41,6 +44,15 @@ pub(super) struct Family {
     pub prefixes: &'static [&'static str],
     /// The kinds of checkpoints, the most frequent first.
     pub layouts: &'static [Layout],
+}
+
+/// What a layer has of a family.
+pub(super) enum Found {
+    Block(Box<Block>),
+    /// No experts: the key that makes the layer dense, or that ends before it.
+    Dense(Error),
+    /// The model is without this part.
+    Absent,
 }
 
 /// Keys of the sizes, the first that is there counts.
@@ -103,6 +115,8 @@ pub(super) struct Shared {
     pub width: Width,
     pub count: (Names, usize),
     pub sigmoid_gate: bool,
+    /// The key that gives every projection of it a bias; none where it cannot have any.
+    pub bias: Names,
 }
 
 #[derive(Clone, Copy)]
@@ -114,7 +128,7 @@ pub(super) enum Width {
 }
 
 pub(super) const NO_SHARED: Shared =
-    Shared { width: Width::None, count: (&[], 1), sigmoid_gate: false };
+    Shared { width: Width::None, count: (&[], 1), sigmoid_gate: false, bias: &[] };
 
 /// A shared expert with a width of its own.
 pub(super) const fn shared_width(key: Names, default: usize) -> Shared {
@@ -124,6 +138,13 @@ pub(super) const fn shared_width(key: Names, default: usize) -> Shared {
 /// So many shared experts of the routed ones' width, in one.
 pub(super) const fn shared_count(key: Names, default: usize) -> Shared {
     Shared { width: Width::Experts, count: (key, default), ..NO_SHARED }
+}
+
+impl Shared {
+    /// With biases if the key says so.
+    pub const fn with_bias(self, bias: Names) -> Self {
+        Self { bias, ..self }
+    }
 }
 
 /// Softmax over all experts, the largest as they are.
@@ -182,25 +203,39 @@ pub(super) fn function(keys: &Keys<'_>, key: &str, default: &str) -> Result<Acti
 }
 
 impl Family {
-    /// The block of one layer; none if the configuration calls the layer dense, or does not have the part of the
-    /// model that the block is in.
-    pub fn block(&'static self, json: &Map<String, Value>, layer: usize) -> Result<Option<Block>> {
+    /// The keys of the block, as one layer sees them; none if the model does not have the part that the block is in.
+    fn keys<'a>(&self, json: &'a Map<String, Value>, layer: usize) -> Result<Option<Keys<'a>>> {
         let mut keys = Keys::new(json, layer);
         if let Some(element) = self.element {
             keys.element = element;
         }
-        if self.optional && !self.path.iter().take(1).any(|names| names.iter().any(|n| keys.has(n)))
-        {
+        if self.optional && !self.path.iter().take(1).any(|names| keys.has_any(names)) {
             return Ok(None);
         }
         for names in self.path {
             keys = keys.nested(names)?;
         }
-        // A list of another length is an error only where a family says more in it than this.
-        if let Ok(Some(kind)) = keys.by_layer("mlp_layer_types")
-            && kind == "dense"
-        {
-            return Ok(None);
+        Ok(Some(keys))
+    }
+
+    /// The numbers of the layers that have a block.
+    pub fn layers(&self, json: &Map<String, Value>) -> Result<Vec<usize>> {
+        let Some(mut keys) = self.keys(json, 0)? else { return Ok(Vec::new()) };
+        let mut layers = Vec::new();
+        for layer in 0..self.schedule.total(&keys)? {
+            keys.layer = layer;
+            if self.schedule.without_experts(&keys)?.is_none() {
+                layers.push(layer);
+            }
+        }
+        Ok(layers)
+    }
+
+    /// The block of one layer.
+    pub fn block(&'static self, json: &Map<String, Value>, layer: usize) -> Result<Found> {
+        let Some(keys) = self.keys(json, layer)? else { return Ok(Found::Absent) };
+        if let Some(why) = self.schedule.without_experts(&keys)? {
+            return Ok(Found::Dense(why));
         }
         let [hidden, intermediate, experts, top_k] = self.sizes;
         let plain = MoeConfig::new(
@@ -245,7 +280,7 @@ impl Family {
             block.config = layout.config(&block);
         }
         block.config.check()?;
-        Ok(Some(block))
+        Ok(Found::Block(Box::new(block)))
     }
 }
 
@@ -261,7 +296,7 @@ impl Rule {
         let renormalize = match self.renormalize {
             Flag::Always => true,
             Flag::Never => false,
-            Flag::Key(names, default) => keys.boolean(names, default)?,
+            Flag::Key(names, default) => keys.flag(names, default)?,
         };
         if renormalize {
             router.normalization = self.normalization;
@@ -282,6 +317,7 @@ impl GroupRule {
         let Self { defaults: (num_groups, top_groups), score, masked } = *self;
         let num_groups = keys.count(&["n_group", "num_expert_group"], num_groups)?;
         if num_groups <= 1 {
+            keys.size(&["topk_group"], 1)?;
             return Ok(None);
         }
         let top_groups = keys.size(&["topk_group"], top_groups)?;
@@ -305,7 +341,15 @@ impl Shared {
         let (names, default) = self.count;
         let intermediate = width.saturating_mul(keys.count(names, default)?);
         let sigmoid_gate = self.sigmoid_gate;
-        let shared = SharedConfig { intermediate, activation, gated, sigmoid_gate, average: false };
+        let bias = !self.bias.is_empty() && keys.boolean(self.bias, false)?;
+        let shared = SharedConfig {
+            activation,
+            gated,
+            gate_up_bias: bias,
+            down_bias: bias,
+            sigmoid_gate,
+            ..SharedConfig::new(intermediate)
+        };
         Ok((intermediate > 0).then_some(shared))
     }
 }

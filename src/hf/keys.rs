@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::json;
 use crate::error::{Error, Result};
 
 /// One object of config.json, as one layer sees it.
@@ -26,9 +27,6 @@ impl<'a> Keys<'a> {
     /// configurations without the nested object have its keys at their top.
     pub fn nested(mut self, names: &[&str]) -> Result<Self> {
         let Some((name, value)) = self.find(names) else { return Ok(self) };
-        if value.is_null() {
-            return Ok(self);
-        }
         let Value::Object(object) = value else {
             return Err(self.error(name, value, "an object"));
         };
@@ -43,22 +41,50 @@ impl<'a> Keys<'a> {
         Self { objects, path: String::new(), layer: self.layer, element: self.element }
     }
 
-    /// The first of `names` that is there, as this layer has it: `per_layer_config` has the exceptions.
+    /// The first of `names` that is there and is not null, which Python writes for what is absent.
     fn find<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &'a Value)> {
+        self.find_where(names, |value| !value.is_null())
+    }
+
+    /// The first of `names` that is there, where null says something else than absence.
+    fn find_or_null<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &'a Value)> {
+        self.find(names).or_else(|| self.find_where(names, |_| true))
+    }
+
+    /// The first of `names` that `good` accepts, as this layer has it: `per_layer_config` has the exceptions.
+    fn find_where<'n>(
+        &self,
+        names: &[&'n str],
+        good: impl Fn(&Value) -> bool,
+    ) -> Option<(&'n str, &'a Value)> {
         let here = self.objects.last()?;
         let exceptions = here
             .get("per_layer_config")
             .and_then(|layers| layers.get(self.layer.to_string()))
             .and_then(Value::as_object);
         let of = |object: &'a Map<String, Value>| {
-            names.iter().find_map(|name| Some((*name, object.get(*name)?)))
+            let value = |name| object.get(name).filter(|value| good(value));
+            names.iter().find_map(|name| Some((*name, value(*name)?)))
         };
-        exceptions.and_then(of).or_else(|| of(here))
+        exceptions.and_then(&of).or_else(|| of(here))
     }
 
     /// Whether a key is there and is not null.
     pub fn has(&self, name: &str) -> bool {
-        self.find(&[name]).is_some_and(|(_, value)| !value.is_null())
+        self.find(&[name]).is_some()
+    }
+
+    pub fn has_any(&self, names: &[&str]) -> bool {
+        self.find(names).is_some()
+    }
+
+    /// The first of `names` that is there with its value; else the first of them, as missing.
+    pub fn shown<'n>(&self, names: &[&'n str], default: &str) -> (&'n str, String) {
+        let missing = || {
+            let name = names.first().copied().unwrap_or_default();
+            (name, format!("missing ({default} by default)"))
+        };
+        self.find(names).map_or_else(missing, |(name, value)| (name, shortened(value)))
     }
 
     pub fn error(&self, name: &str, got: &Value, wanted: impl Into<String>) -> Error {
@@ -69,23 +95,27 @@ impl<'a> Keys<'a> {
         Error::Json { key: format!("{}{name}", self.path), got, wanted: wanted.into() }
     }
 
-    /// A whole number, or `default` where no key is there; 0 is no default.
+    /// A whole number of at least 1, or `default` where no key is there; 0 is no default.
     pub fn size(&self, names: &[&str], default: usize) -> Result<usize> {
-        self.count(names, default).and_then(|size| match size {
-            0 => {
-                let name = names.first().copied().unwrap_or_default();
-                let (name, got) = self
-                    .find(names)
-                    .map_or((name, "missing".into()), |(name, got)| (name, shortened(got)));
-                Err(self.error_text(name, got, "a whole number of at least 1"))
-            }
-            size => Ok(size),
-        })
+        let found = self.find(names);
+        let size = found.map_or(Ok(default), |(name, value)| self.whole(name, value))?;
+        if size > 0 {
+            return Ok(size);
+        }
+        let name = names.first().copied().unwrap_or_default();
+        let (name, got) =
+            found.map_or((name, "missing".into()), |(name, got)| (name, shortened(got)));
+        Err(self.error_text(name, got, "a whole number of at least 1"))
     }
 
-    /// The same where 0 and null say that there is no such thing.
+    /// A whole number, or `default` where no key is there; 0 and null say that there is no such thing.
     pub fn count(&self, names: &[&str], default: usize) -> Result<usize> {
-        let Some((name, value)) = self.find(names) else { return Ok(default) };
+        let Some((name, value)) = self.find_or_null(names) else { return Ok(default) };
+        self.whole(name, value)
+    }
+
+    /// A whole number, or the one of this element in a list; null is 0.
+    fn whole(&self, name: &str, value: &Value) -> Result<usize> {
         let element = match value {
             Value::Array(values) => values.get(self.element).ok_or_else(|| {
                 let wanted = format!("a list of at least {} numbers", self.element + 1);
@@ -102,20 +132,19 @@ impl<'a> Keys<'a> {
 
     /// A number; null is none.
     pub fn number(&self, names: &[&str], default: Option<f64>) -> Result<Option<f64>> {
-        match self.find(names) {
+        match self.find_or_null(names) {
             None => Ok(default),
             Some((_, Value::Null)) => Ok(None),
             Some((name, value)) => {
-                value.as_f64().map(Some).ok_or_else(|| self.error(name, value, "a number"))
+                json::number(value).map(Some).ok_or_else(|| self.error(name, value, "a number"))
             }
         }
     }
 
-    /// A number that has to be there.
+    /// A number, or `default` where no key is there.
     pub fn f64(&self, names: &[&str], default: f64) -> Result<f64> {
-        let value = self.number(names, Some(default))?;
-        let name = names.first().copied().unwrap_or_default();
-        value.ok_or_else(|| self.error(name, &Value::Null, "a number"))
+        let Some((name, value)) = self.find(names) else { return Ok(default) };
+        json::number(value).ok_or_else(|| self.error(name, value, "a number"))
     }
 
     /// The nearest f32 to such a number.
@@ -128,6 +157,14 @@ impl<'a> Keys<'a> {
             None => Ok(default),
             Some((_, Value::Bool(value))) => Ok(*value),
             Some((name, value)) => Err(self.error(name, value, "true or false")),
+        }
+    }
+
+    /// A flag that null turns off, as Python's None is false.
+    pub fn flag(&self, names: &[&str], default: bool) -> Result<bool> {
+        match self.find_or_null(names) {
+            Some((_, Value::Null)) => Ok(false),
+            _ => self.boolean(names, default),
         }
     }
 
@@ -150,10 +187,39 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The element of a list that belongs to this layer; none where the key is not there, or null.
+    /// A text, or `default` where no key is there.
+    pub fn text(&self, names: &[&str], default: &'a str) -> Result<&'a str> {
+        let Some((name, value)) = self.find(names) else { return Ok(default) };
+        value.as_str().ok_or_else(|| self.error(name, value, "a text"))
+    }
+
+    /// A list; none where the key is something else.
+    pub fn list(&self, name: &str) -> Option<&'a [Value]> {
+        self.find(&[name]).and_then(|(_, value)| value.as_array()).map(Vec::as_slice)
+    }
+
+    /// The numbers of layers in a list, or in a text between commas; none where the key is not there.
+    pub fn layer_numbers(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        let Some((_, value)) = self.find(&[name]) else { return Ok(None) };
+        let of_text = |part: &str| part.trim().parse().ok();
+        let of_value = |value: &Value| {
+            let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
+            number.or_else(|| value.as_str().and_then(of_text))
+        };
+        let numbers: Option<Vec<_>> = match value {
+            Value::Array(values) => values.iter().map(of_value).collect(),
+            Value::String(text) => {
+                text.split(',').filter(|part| !part.trim().is_empty()).map(of_text).collect()
+            }
+            _ => None,
+        };
+        numbers.map(Some).ok_or_else(|| self.error(name, value, "a list of layers' numbers"))
+    }
+
+    /// The element of a list that belongs to this layer; none where the key is not there.
     pub fn by_layer(&self, name: &str) -> Result<Option<&'a Value>> {
         match self.find(&[name]) {
-            None | Some((_, Value::Null)) => Ok(None),
+            None => Ok(None),
             Some((_, Value::Array(values))) if values.is_empty() => Ok(None),
             Some((_, value @ Value::Array(values))) => {
                 let wanted = || format!("a list with an element for layer {}", self.layer);
@@ -177,7 +243,7 @@ impl<'a> Keys<'a> {
 /// A value as a message shows it: a long one by its beginning.
 fn shortened(value: &Value) -> String {
     const MOST: usize = 80;
-    let text = value.to_string();
+    let text = json::word(value).map_or_else(|| value.to_string(), str::to_string);
     match text.char_indices().nth(MOST) {
         None => text,
         Some((end, _)) => format!("{}...", &text[..end]),

@@ -24,16 +24,22 @@
 
 mod families;
 mod family;
+mod json;
 mod keys;
 mod names;
+mod schedule;
 
+pub use json::strict_json;
 pub use names::{Array, Layout, Part, Role, Stored};
 
-use serde_json::Value;
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
 
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
 use families::{FAMILIES, NOT_COVERED};
+use family::{Family, Found};
 
 /// The MoE block of one layer of a model.
 #[derive(Debug, Clone)]
@@ -103,7 +109,7 @@ impl MoeConfig {
     ///
     /// # Errors
     /// [`Error::Json`](crate::Error::Json), which names the key, its value and what is known; for families whose block
-    /// is none of this crate's it says why. [`Error::Unsupported`](crate::Error::Unsupported) for sizes out of range.
+    /// is none of this crate's it says why, and for a dense layer, or one behind the last, the key that makes it so. [`Error::Unsupported`](crate::Error::Unsupported) for sizes out of range.
     pub fn from_hf(json: &str, layer: usize) -> Result<Self> {
         let blocks = blocks(json, layer)?;
         blocks.first().map(|block| block.config).ok_or_else(|| not_json("without a block".into()))
@@ -116,25 +122,50 @@ impl MoeConfig {
 /// # Errors
 /// Those of [`MoeConfig::from_hf`].
 pub fn blocks(json: &str, layer: usize) -> Result<Vec<Block>> {
-    let json: Value = serde_json::from_str(json).map_err(|error| not_json(error.to_string()))?;
-    let Value::Object(object) = json else { return Err(not_json("it is not an object".into())) };
-    let model_type = object.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let object = object(json)?;
+    let mut blocks = Vec::new();
+    let mut dense = None;
+    for family in families_of(&object)? {
+        match family.block(&object, layer)? {
+            Found::Block(block) => blocks.push(*block),
+            Found::Dense(why) => dense = dense.or(Some(why)),
+            Found::Absent => {}
+        }
+    }
+    match dense {
+        Some(why) if blocks.is_empty() => Err(why),
+        _ => Ok(blocks),
+    }
+}
+
+/// The numbers of the layers that have MoE blocks, in any part of the model.
+///
+/// # Errors
+/// Those of [`MoeConfig::from_hf`].
+pub fn layers(json: &str) -> Result<Vec<usize>> {
+    let object = object(json)?;
+    let mut layers = BTreeSet::new();
+    for family in families_of(&object)? {
+        layers.extend(family.layers(&object)?);
+    }
+    Ok(layers.into_iter().collect())
+}
+
+fn object(json: &str) -> Result<Map<String, Value>> {
+    match serde_json::from_str(&strict_json(json)) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => Err(not_json("it is not an object".into())),
+        Err(error) => Err(not_json(error.to_string())),
+    }
+}
+
+/// The rows of a model's family: at least one.
+fn families_of(object: &Map<String, Value>) -> Result<Vec<&'static Family>> {
+    let model_type = object.get("model_type");
+    let name = model_type.and_then(Value::as_str).unwrap_or_default();
     let rows = FAMILIES.iter().flat_map(|families| families.iter());
-    let mut rows = rows.filter(|family| family.model_types.contains(&model_type)).peekable();
-    if rows.peek().is_none() {
-        return Err(unknown(object.get("model_type")));
-    }
-    let blocks: Vec<Block> = rows
-        .filter_map(|family| family.block(&object, layer).transpose())
-        .collect::<Result<_>>()?;
-    if blocks.is_empty() {
-        return Err(Error::Json {
-            key: "mlp_layer_types".into(),
-            got: format!("\"dense\" for layer {layer}"),
-            wanted: "a layer with experts".into(),
-        });
-    }
-    Ok(blocks)
+    let rows: Vec<_> = rows.filter(|family| family.model_types.contains(&name)).collect();
+    if rows.is_empty() { Err(unknown(model_type)) } else { Ok(rows) }
 }
 
 /// Every `model_type` that is covered, in alphabetical order.

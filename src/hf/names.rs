@@ -46,8 +46,12 @@ pub enum Role {
     LatentOut,
     /// The shared expert's gate and then its up, `[2I, H]`; up alone `[I, H]` without a gate.
     SharedGateUp,
+    /// The biases of the shared expert's gate and then its up, `[2I]`; of up alone `[I]` without a gate.
+    SharedGateUpBias,
     /// The shared expert's down, `[H, I]`.
     SharedDown,
+    /// The bias of the shared expert's down, `[H]`.
+    SharedDownBias,
     /// The vector `[H]` of the shared expert's own sigmoid gate.
     SharedSigmoidGate,
     /// The weights `[H]` of the norm of the layer's output.
@@ -377,6 +381,17 @@ impl Arrays<'_> {
             } else {
                 self.whole(role, up, &[both, hidden])?;
             }
+            if shared.gate_up_bias {
+                let role = Role::SharedGateUpBias;
+                let names = [gate, up].into_iter().filter(|name| !name.is_empty());
+                let size = if shared.gated && !gate.is_empty() { width } else { both };
+                let parts = names.map(|name| self.part(role, &bias_of(name), &[size]));
+                let parts = parts.collect::<Result<Vec<_>>>()?;
+                self.push(role, &[both], parts);
+            }
+            if shared.down_bias {
+                self.whole(Role::SharedDownBias, &bias_of(down), &[hidden])?;
+            }
             self.whole(Role::SharedDown, down, &[hidden, width])?;
             if shared.sigmoid_gate {
                 let part = self.part(Role::SharedSigmoidGate, sigmoid_gate, &[1, hidden])?;
@@ -388,6 +403,11 @@ impl Arrays<'_> {
         }
         Ok(self.arrays)
     }
+}
+
+/// The name of the bias of a linear layer, whose weight has the name; none where it is no such name.
+fn bias_of(weight: &str) -> String {
+    weight.strip_suffix(".weight").map_or_else(String::new, |layer| format!("{layer}.bias"))
 }
 
 fn product(shape: &[usize]) -> usize {

@@ -9,6 +9,7 @@ use moe_kernels::{Error, MoeConfig};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+mod keys;
 mod lines;
 mod nllb;
 
@@ -128,7 +129,17 @@ fn defaults() {
         "H7168 I2048 E256 K8, f32 logits, sigmoid + bias, 4 of 8 groups by top-2 sum, top-k, renormalised + 1e-20, \
          * 2.5; shared I2048 gated SiLU"
     );
+    let null = json!({
+        "model_type": "qwen3_moe", "hidden_size": null, "norm_topk_prob": null, "hidden_act": null,
+        "mlp_only_layers": null, "num_hidden_layers": null, "text_config": null, "per_layer_config": null,
+    });
+    assert_eq!(line(null, 0), line(json!({ "model_type": "qwen3_moe" }), 0));
     assert_eq!(line(json!({ "model_type": "qwen3_moe" }), 0), "H2048 I768 E128 K8, softmax, top-k");
+    let infinite = r#"{"model_type": "qwen3_moe", "time_step_limit": [0.0, Infinity], "x": NaN}"#;
+    assert_eq!(
+        MoeConfig::from_hf(infinite, 0).unwrap().to_string(),
+        line(json!({ "model_type": "qwen3_moe" }), 0)
+    );
     let omni = json!({
         "model_type": "qwen3_omni_moe",
         "thinker_config": { "text_config": { "num_experts": 16 } },
@@ -150,7 +161,7 @@ fn layers_that_differ() {
 
     let step = json!({
         "model_type": "step3p7",
-        "text_config": { "swiglu_limits": [0.0, null, 7.0], "swiglu_limits_shared": [16.0, 0, null] },
+        "text_config": { "moe_layers_enum": "0, 1, 2", "swiglu_limits": [0.0, null, 7.0], "swiglu_limits_shared": [16.0, 0, null] },
     });
     for (layer, limits) in [(0, ["", "16"]), (1, ["", ""]), (2, ["7", ""])] {
         let config = MoeConfig::from_hf(&step.to_string(), layer).unwrap();
@@ -181,7 +192,14 @@ fn layers_that_differ() {
     let blocks = hf::blocks(&dots.to_string(), 2).unwrap();
     let parts: Vec<_> =
         blocks.iter().map(|b| (b.part, b.config.hidden, b.config.num_experts)).collect();
-    assert_eq!(parts, [("text", 5120, 256), ("vision", 48, 8)]);
+    // Exceptions by layer take the place of those that the list makes.
+    assert_eq!(parts, [("text", 5120, 256), ("vision", 48, 64)]);
+    let dots = json!({
+        "model_type": "dots3_note", "text_config": {}, "vision_config": { "pyramid_num_routed": [-1, 4, 1] },
+    });
+    let blocks = hf::blocks(&dots.to_string(), 2).unwrap();
+    let sizes: Vec<_> = blocks.iter().map(|b| (b.config.num_experts, b.config.top_k)).collect();
+    assert_eq!(sizes, [(256, 8), (1, 1)]);
 }
 
 /// Where logits come from is part of what a block is.
@@ -215,7 +233,7 @@ fn errors() {
             &["`hidden_act` is \"mish\"", "one of \"silu\"", "\"relu2\""],
         ),
         (json!({ "model_type": "mixtral", "hidden_size": "64" }), &["`hidden_size` is \"64\""]),
-        (json!({ "model_type": "mixtral", "hidden_size": null }), &["`hidden_size` is null"]),
+        (json!({ "model_type": "mixtral", "hidden_size": 0 }), &["`hidden_size` is 0"]),
         (json!({ "model_type": "mixtral", "num_experts_per_tok": 9 }), &["`top_k` is 9", "8"]),
         (json!({ "model_type": "deepseek_v2" }), &["`num_experts_per_tok` is missing"]),
         (
@@ -223,15 +241,18 @@ fn errors() {
             &["`topk_method` is \"noaux_tc\"", "group_limited_greedy"],
         ),
         (
-            json!({ "model_type": "deepseek_v3", "scoring_func": "softmax" }),
+            json!({ "model_type": "deepseek_v3", "first_k_dense_replace": 0, "scoring_func": "softmax" }),
             &["`scoring_func` is \"softmax\"", "one of \"sigmoid\""],
         ),
         (
-            json!({ "model_type": "deepseek_v3", "n_group": 3 }),
+            json!({ "model_type": "deepseek_v3", "first_k_dense_replace": 0, "n_group": 3 }),
             &["`router.groups.num_groups` is 3"],
         ),
         (
-            json!({ "model_type": "glm4v_moe", "text_config": { "norm_topk_prob": 1 } }),
+            json!({
+                "model_type": "glm4v_moe",
+                "text_config": { "norm_topk_prob": 1, "first_k_dense_replace": 0 },
+            }),
             &["`text_config.norm_topk_prob` is 1, wanted true or false"],
         ),
         (
@@ -252,10 +273,17 @@ fn errors() {
             &["`num_local_experts` is 0", "at least 1"],
         ),
         (
-            json!({ "model_type": "nllb-moe", "second_expert_policy": "random" }),
+            json!({
+                "model_type": "nllb-moe", "encoder_sparse_step": 1, "second_expert_policy": "random"
+            }),
             &["`second_expert_policy` is \"random\"", "\"all\""],
         ),
-        (json!({ "model_type": "aria", "mlp_bias": true }), &["`mlp_bias` is true"]),
+        (
+            json!({
+                "model_type": "nemotron_h", "layers_block_type": ["moe"], "mlp_bias": true, "moe_latent_size": 8
+            }),
+            &["`mlp_bias` is true"],
+        ),
         (json!({ "model_type": "deepseek_v4", "scoring_func": "softmax" }), &["sqrtsoftplus"]),
         (json!([1]), &["`config.json` is not JSON"]),
     ];
@@ -266,7 +294,7 @@ fn errors() {
             assert!(error.to_string().contains(word), "no '{word}' in: {error}");
         }
     }
-    for text in ["", "{", "{\"hidden_size\": NaN}", "null"] {
+    for text in ["", "{", "{\"hidden_size\": nan}", "{NaN: 1}", "null"] {
         let error = MoeConfig::from_hf(text, 0).unwrap_err().to_string();
         assert!(error.contains("`config.json` is not JSON"), "{error}");
     }
@@ -280,26 +308,39 @@ const KEYS: &[&str] = &[
     "d_ff",
     "d_model",
     "decoder_ffn_dim",
+    "decoder_layers",
+    "decoder_sparse_step",
     "dense_act_fn",
     "dense_intermediate_size",
+    "dense_mlp_idx",
     "embed_dim",
     "enable_moe_block",
     "encoder_ffn_dim",
+    "encoder_layers",
+    "encoder_sparse_step",
     "expert_capacity",
     "expert_ffn_hidden_size",
+    "expert_layer_offset",
+    "expert_layer_period",
     "expert_selection_fn",
     "ffn_act_fn",
     "ffn_config",
     "ffn_hidden_size",
+    "first_k_dense_replace",
     "hidden_act",
     "hidden_activation",
     "hidden_size",
+    "hybrid_override_pattern",
+    "interleave_moe_layer_step",
     "intermediate_size",
     "language_config",
+    "layer_types",
+    "layers_block_type",
     "mlp_bias",
     "mlp_gate_softcap",
     "mlp_hidden_act",
     "mlp_layer_types",
+    "mlp_only_layers",
     "mlp_up_softcap",
     "moe_apply_router_weight_on_input",
     "moe_eval_capacity_token_fraction",
@@ -307,6 +348,12 @@ const KEYS: &[&str] = &[
     "moe_intermediate_size",
     "moe_k",
     "moe_latent_size",
+    "moe_layer_end_index",
+    "moe_layer_freq",
+    "moe_layer_interval",
+    "moe_layer_start_index",
+    "moe_layers",
+    "moe_layers_enum",
     "moe_norm_min",
     "moe_normalize_expert_weights",
     "moe_num_experts",
@@ -320,17 +367,24 @@ const KEYS: &[&str] = &[
     "moe_top_k",
     "moe_topk",
     "n_group",
+    "n_layers",
     "n_routed_experts",
     "n_shared_experts",
     "norm_topk_prob",
     "normalize_router_prob_before_dropping",
+    "num_decoder_layers",
+    "num_dense_layers",
     "num_expert_group",
     "num_experts",
     "num_experts_per_tok",
     "num_experts_per_token",
     "num_hash_layers",
+    "num_hidden_layers",
+    "num_layers",
     "num_local_experts",
     "num_shared_experts",
+    "num_sparse_decoder_layers",
+    "num_sparse_encoder_layers",
     "output_multiplier",
     "per_layer_config",
     "post_norm_eps",
@@ -347,6 +401,7 @@ const KEYS: &[&str] = &[
     "scoring_func",
     "second_expert_policy",
     "share_expert_dim",
+    "share_expert_dims",
     "shared_expert_combination_strategy",
     "shared_expert_intermediate_size",
     "shared_expert_sink",

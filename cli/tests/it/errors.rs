@@ -25,13 +25,14 @@ fn check_failure(done: &Done, words: &[&str]) {
 
 #[test]
 fn config() {
-    let cases: [(&str, &str, &[&str]); 10] = [
+    let cases: [(&str, &str, &[&str]); 11] = [
         (
             "\"mixtral\"",
             "\"llama\"",
             &["config.json", "`model_type` is \"llama\"", "mixtral", "qwen3_moe"],
         ),
-        ("\"hidden_size\": 40", "\"hidden_size\": NaN", &["config.json", "not JSON", "line"]),
+        ("\"hidden_size\": 40", "\"hidden_size\": nan", &["config.json", "not JSON", "line"]),
+        ("\"hidden_size\": 40", "\"hidden_size\": NaN", &["config.json", "`hidden_size` is NaN"]),
         (
             "\"hidden_size\": 40",
             "\"hidden_size\": 0",
@@ -125,15 +126,29 @@ fn files_that_are_cut_short() {
 #[test]
 fn layers_that_are_not_there() {
     let folder = Folder::of("qwen3-moe-tiny");
-    for layer in [0, 2] {
+    let whys = [
+        "`mlp_only_layers` is [0], which makes layer 0 dense",
+        "`num_hidden_layers` is 2, wanted more than 2 layers to have layer 2",
+    ];
+    for (layer, why) in [0, 2].into_iter().zip(whys) {
         let done = run(&folder, layer, &["--device", "cpu"]);
-        check_failure(
-            &done,
-            &[&format!("layer {layer} has no qwen3_moe block"), "layers that have one: 1"],
-        );
+        check_failure(&done, &["config.json", why, "layers that have one: 1"]);
     }
+    folder.edit("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
+    let done = run(&folder, 2, &["--device", "cpu"]);
+    check_failure(&done, &["layer 2 has no qwen3_moe block", "layers that have one: 1"]);
     let folder = Folder::of("mixtral-tiny");
     check_failure(&run(&folder, 9, &["--device", "cpu"]), &["layers that have one: 0-1"]);
+}
+
+/// The words of Python's JSON that others do not have, where no key of the block is.
+#[test]
+fn infinity_is_read() {
+    let folder = Folder::of("mixtral-tiny");
+    let more = "\"hidden_size\": 40, \"limits\": [-Infinity, Infinity, NaN, \"NaN\"]";
+    folder.edit("config.json", "\"hidden_size\": 40", more);
+    let done = run(&folder, 1, &["--device", "cpu"]);
+    assert_eq!(done.status, Some(0), "{done:?}");
 }
 
 /// Writes the Mixtral checkpoint with one tensor changed.

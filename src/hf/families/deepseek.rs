@@ -3,8 +3,8 @@
 use super::layouts::{DECODER, EACH, FUSED, TEXT, each, fused, shared};
 use super::softmax::{PLAIN, QWEN_KEYS};
 use crate::config::{
-    Activation, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization, RmsNorm,
-    RouterConfig,
+    Activation, ActivationFunction, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization,
+    RmsNorm, RouterConfig,
 };
 use crate::error::Result;
 use crate::hf::Block;
@@ -14,6 +14,7 @@ use crate::hf::family::{
 };
 use crate::hf::keys::Keys;
 use crate::hf::names::{LatentNames, Layout, RouterNames, SharedNames};
+use crate::hf::schedule::{Dense, first_k, layers};
 
 const KEYS: SizeKeys =
     SizeKeys { experts: &["n_routed_experts", "num_local_experts", "num_experts"], ..QWEN_KEYS };
@@ -28,6 +29,7 @@ const fn shared_experts(default: usize) -> Shared {
 
 const V3: Family = Family {
     model_types: &["deepseek_v3", "kimi_k2"],
+    schedule: layers(61).dense(first_k(3)),
     keys: KEYS,
     sizes: [7168, 2048, 256, 8],
     f32_logits: true,
@@ -91,9 +93,10 @@ const NEMOTRON: Layout = Layout {
 pub const FAMILIES: &[Family] = &[
     V3,
     Family { model_types: &["kimi_k25"], path: &[&["text_config"]], prefixes: TEXT, ..V3 },
-    Family { model_types: &["deepseek_v32"], ..V3 },
+    Family { model_types: &["deepseek_v32"], schedule: layers(61).typed(first_k(3)), ..V3 },
     Family {
         model_types: &["axk1"],
+        schedule: layers(61).typed(Dense::FirstAndFrequency),
         sizes: [7168, 2048, 192, 8],
         rule: deepseek(2.5, (8, 4)),
         special: output_norm,
@@ -105,6 +108,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["bailing_hybrid"],
+        schedule: layers(42).typed(first_k(2)),
         keys: KIMI_KEYS,
         sizes: [2560, 768, 512, 8],
         rule: deepseek(2.5, (8, 4)),
@@ -113,6 +117,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["kimi_linear"],
+        schedule: layers(27).typed(first_k(1)),
         keys: KIMI_KEYS,
         sizes: [2304, 1024, 256, 8],
         rule: deepseek(2.446, (1, 1)),
@@ -121,6 +126,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dots1"],
+        schedule: layers(62).dense(first_k(0)),
         sizes: [4608, 1408, 0, 0],
         rule: Rule { renormalize: Flag::Key(&["norm_topk_prob"], false), ..deepseek(1.0, (1, 1)) },
         shared: shared_experts(0),
@@ -128,18 +134,21 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["glm4_moe"],
+        schedule: layers(46).dense(first_k(1)),
         sizes: [4096, 1408, 128, 8],
         rule: deepseek(1.0, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["glm4_moe_lite"],
+        schedule: layers(47).typed(Dense::First(&[], 1)),
         sizes: [2048, 1536, 64, 4],
         rule: deepseek(1.8, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["glm4v_moe", "glm4v_moe_text"],
+        schedule: layers(46).dense(first_k(1)),
         path: &[&["text_config"]],
         sizes: [4096, 1408, 128, 8],
         rule: deepseek(1.0, (1, 1)),
@@ -148,12 +157,14 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["glm_moe_dsa"],
+        schedule: layers(78).typed(first_k(3)),
         sizes: [6144, 2048, 256, 8],
         rule: deepseek(2.5, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["exaone_moe"],
+        schedule: layers(32).typed(first_k(1)),
         keys: QWEN_KEYS,
         sizes: [4096, 1024, 64, 8],
         rule: deepseek(2.5, (1, 1)),
@@ -162,12 +173,14 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["solar_open"],
+        schedule: layers(48),
         sizes: [4096, 1280, 128, 8],
         rule: deepseek(1.0, (1, 1)),
         ..V3
     },
     Family {
         model_types: &["mimo_v2_flash"],
+        schedule: layers(48).typed(Dense::First(&[], 1)),
         sizes: [4096, 2048, 256, 8],
         rule: deepseek(1.0, (1, 1)),
         shared: NO_SHARED,
@@ -175,6 +188,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dots3_note", "dots3_note_text"],
+        schedule: layers(46).typed(Dense::FirstAndFrequency),
         path: &[&["text_config"]],
         part: "text",
         sizes: [5120, 1536, 256, 8],
@@ -191,6 +205,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dots3_note"],
+        schedule: layers(42).dense(Dense::Pyramid),
         path: &[&["vision_config"]],
         part: "vision",
         optional: true,
@@ -215,23 +230,26 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["glm5_next", "glm5_next_text"],
+        schedule: layers(45).typed(Dense::First(&[], 3)),
         path: &[&["text_config"]],
         sizes: [4096, 2048, 288, 8],
         rule: deepseek(2.5, (1, 1)),
-        special: clamped,
+        special: glm5_next,
         prefixes: TEXT,
         ..V3
     },
     Family {
         model_types: &["hy_v4"],
+        schedule: layers(34).typed(Dense::First(&[], 1)),
         sizes: [2816, 768, 256, 8],
         rule: deepseek(2.827, (1, 1)),
-        special: routed_clamped,
+        special: hy_v4,
         layouts: &[HY_V4, FUSED, EACH],
         ..V3
     },
     Family {
         model_types: &["hy_v3"],
+        schedule: layers(80).typed(Dense::First(&[], 1)),
         keys: QWEN_KEYS,
         sizes: [4096, 1536, 192, 8],
         rule: Rule {
@@ -240,11 +258,13 @@ pub const FAMILIES: &[Family] = &[
             groups: None,
             ..deepseek(1.0, (0, 0))
         },
+        shared: shared_experts(1).with_bias(&["mlp_bias"]),
         layouts: &[HY_V3, FUSED.with_bias("mlp.e_score_correction_bias")],
         ..V3
     },
     Family {
         model_types: &["axk2"],
+        schedule: layers(48).typed(Dense::FirstAndFrequency),
         sizes: [2048, 512, 128, 8],
         // Masked experts are worth 0, not minus infinity, so that they win against negative values.
         rule: Rule { groups: Some(masked_at_zero((0, 0))), ..deepseek(2.5, (0, 0)) },
@@ -252,6 +272,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["beam"],
+        schedule: layers(52).typed(Dense::First(&[], 3)),
         keys: QWEN_KEYS,
         sizes: [5120, 2560, 256, 8],
         rule: deepseek(2.5, (8, 4)),
@@ -260,11 +281,13 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["nemotron_h"],
+        schedule: layers(4).dense(Dense::Pattern),
         sizes: [4096, 7688, 8, 2],
         activation: Function::Key("mlp_hidden_act", "relu2"),
         gated: false,
         rule: deepseek(1.0, (1, 1)),
-        shared: shared_width(&["moe_shared_expert_intermediate_size"], 7688),
+        shared: shared_width(&["moe_shared_expert_intermediate_size"], 7688)
+            .with_bias(&["mlp_bias"]),
         special: nemotron,
         prefixes: &["backbone.layers.{layer}.", "model.layers.{layer}."],
         layouts: &[
@@ -278,19 +301,21 @@ pub const FAMILIES: &[Family] = &[
 /// DeepSeek-V2 chooses groups by their largest score and does not renormalise.
 const V2: Family = Family {
     model_types: &["deepseek_v2"],
+    schedule: layers(32).dense(first_k(0)),
     sizes: [4096, 1407, 64, 0],
     rule: Rule {
         scale: Scale::Key(&["routed_scaling_factor"], 1.0),
         only: &[("scoring_func", &["softmax"])],
         ..SOFTMAX
     },
-    shared: shared_experts(2),
+    shared: shared_experts(2).with_bias(&["mlp_bias"]),
     special: v2,
     ..V3
 };
 
 const MISTRAL: Family = Family {
     model_types: &["mistral4"],
+    schedule: layers(36).dense(first_k(0)),
     sizes: [4096, 2048, 128, 4],
     f32_logits: false,
     rule: Rule {
@@ -319,12 +344,14 @@ pub const SOFTMAX_FAMILIES: &[Family] = &[
     V2,
     Family {
         model_types: &["deepseek_ocr2", "deepseek_ocr2_text"],
+        schedule: layers(32).typed(first_k(0)),
         path: &[&["text_config", "language_config"]],
         prefixes: TEXT,
         ..V2
     },
     Family {
         model_types: &["unlimited_ocr", "unlimited_ocr_text"],
+        schedule: layers(12).typed(first_k(1)),
         path: &[&["text_config", "language_config"]],
         sizes: [1280, 896, 64, 6],
         prefixes: TEXT,
@@ -333,6 +360,7 @@ pub const SOFTMAX_FAMILIES: &[Family] = &[
     MISTRAL,
     Family {
         model_types: &["mistral_large4", "mistral_large4_text"],
+        schedule: layers(72).typed(first_k(1)),
         path: &[&["text_config"]],
         sizes: [6144, 6144, 128, 4],
         f32_logits: true,
@@ -353,49 +381,60 @@ fn output_norm(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-/// The limit of gate and up.
-fn clamped_activation(keys: &Keys<'_>, block: &Block) -> Result<Activation> {
-    let limit = match keys.number(&["swiglu_limit"], Some(10.0))? {
-        Some(limit) => Limit::Before { limit: limit as f32 },
-        None => Limit::None,
-    };
-    Ok(Activation { limit, ..block.config.experts.activation })
+/// The limit of gate and up; an infinite one is none.
+fn limit(keys: &Keys<'_>) -> Result<Limit> {
+    let limit = keys.number(&["swiglu_limit"], Some(10.0))?.filter(|limit| *limit != f64::INFINITY);
+    Ok(limit.map_or(Limit::None, |limit| Limit::Before { limit: limit as f32 }))
 }
 
-/// GLM-5-Next clamps the shared expert as well.
+/// Routed experts and the shared one are clamped.
 pub fn clamped(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    routed_clamped(keys, block)?;
-    let activation = block.config.experts.activation;
-    if let Some(shared) = &mut block.config.shared {
-        shared.activation = activation;
-    }
-    Ok(())
-}
-
-/// HY-V4 does not.
-fn routed_clamped(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    block.config.experts.activation = clamped_activation(keys, block)?;
-    Ok(())
-}
-
-/// The vision tower of dots3 has more experts the deeper the layer. Older configurations say so in one list.
-fn pyramid(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     let config = &mut block.config;
-    if let Some(value) = keys.by_layer("pyramid_num_routed")? {
-        let experts = value.as_u64().and_then(|count| usize::try_from(count).ok());
-        let wanted = "a list of whole numbers, at least 1 where a layer has experts";
-        config.num_experts = experts
-            .filter(|count| *count > 0)
-            .ok_or_else(|| keys.error("pyramid_num_routed", value, wanted))?;
-        config.top_k = config.top_k.min(config.num_experts);
+    config.experts.activation.limit = limit(keys)?;
+    if let Some(shared) = &mut config.shared {
+        shared.activation.limit = config.experts.activation.limit;
     }
+    Ok(())
+}
+
+/// The key of the activation function is that of the shared expert alone.
+fn glm5_next(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    clamped(keys, block)?;
+    block.config.experts.activation.function = ActivationFunction::Silu;
+    Ok(())
+}
+
+/// So it is here, and the shared expert is not clamped.
+fn hy_v4(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    block.config.experts.activation = Activation { limit: limit(keys)?, ..Activation::default() };
+    Ok(())
+}
+
+/// The vision tower of dots3 has more experts the deeper the layer. Older configurations say so in one list, or not at
+/// all; others have the layers' own keys.
+fn pyramid(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+    let name = "pyramid_num_routed";
+    let experts = match keys.by_layer(name)? {
+        _ if keys.has("per_layer_config") => return Ok(()),
+        Some(value) => {
+            let experts = value.as_u64().and_then(|count| usize::try_from(count).ok());
+            let wanted = "a list of whole numbers, at least 1 where a layer has experts";
+            experts.filter(|count| *count > 0).ok_or_else(|| keys.error(name, value, wanted))?
+        }
+        None if keys.has("mlp_layer_types") => return Ok(()),
+        None => block.layer.saturating_sub(24).saturating_mul(4).clamp(4, 64),
+    };
+    block.config.num_experts = experts;
+    block.config.top_k = block.config.top_k.min(experts);
     Ok(())
 }
 
 /// The experts may stand between two projections.
 fn nemotron(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    keys.off("mlp_bias", "false: the projections around the experts have no biases here")?;
     let latent = keys.count(&["moe_latent_size"], 0)?;
+    if latent > 0 {
+        keys.off("mlp_bias", "false: the projections around the experts have no biases here")?;
+    }
     block.config.latent = (latent > 0).then_some(LatentConfig { hidden: latent, norm: None });
     Ok(())
 }

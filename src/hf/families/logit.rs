@@ -13,6 +13,7 @@ use crate::hf::family::{
 };
 use crate::hf::keys::Keys;
 use crate::hf::names::{ExpertNames, Layout, RouterNames, SharedNames, Stored};
+use crate::hf::schedule::{Dense, first_k, layers};
 
 const TOP_K: Family = Family { rule: TOP_K_SOFTMAX, ..PLAIN };
 
@@ -71,12 +72,18 @@ const GRANITE: &[Layout] = &[
         .with_shared(GRANITE_SHARED),
 ];
 
-const GRANITE_MOE: Family =
-    Family { model_types: &["granitemoe"], sizes: [4096, 11008, 8, 2], layouts: GRANITE, ..TOP_K };
+const GRANITE_MOE: Family = Family {
+    model_types: &["granitemoe"],
+    schedule: layers(32),
+    sizes: [4096, 11008, 8, 2],
+    layouts: GRANITE,
+    ..TOP_K
+};
 
 pub const FAMILIES: &[Family] = &[
     Family {
         model_types: &["gpt_oss"],
+        schedule: layers(36),
         sizes: [2880, 2880, 128, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
         special: gpt_oss,
@@ -85,6 +92,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["openai_privacy_filter"],
+        schedule: layers(8),
         sizes: [640, 640, 128, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
         // transformers divides the weights by K and multiplies the output by it again; neither is done here.
@@ -95,6 +103,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["llama4", "llama4_text"],
+        schedule: layers(48).dense(Dense::Listed),
         path: &[&["text_config"]],
         sizes: [5120, 8192, 16, 1],
         weight_position: WeightPosition::Input,
@@ -123,6 +132,7 @@ pub const FAMILIES: &[Family] = &[
     // Its FFN. Its attention chooses among projections in the same way, which is no FFN and not covered.
     Family {
         model_types: &["jetmoe"],
+        schedule: layers(12),
         sizes: [2048, 5632, 8, 2],
         activation: Function::Key("activation_function", "silu"),
         special: output_bias,
@@ -134,12 +144,12 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["aria", "aria_text"],
+        schedule: layers(32),
         path: &[&["text_config"]],
         keys: SizeKeys { experts: &["moe_num_experts"], top_k: &["moe_topk"], ..MIXTRAL_KEYS },
         sizes: [4096, 4096, 8, 2],
-        // transformers has SiLU in the code of the routed experts, and the key for the shared one.
-        shared: shared_count(&["moe_num_shared_experts"], 2),
-        special: no_shared_bias,
+        shared: shared_count(&["moe_num_shared_experts"], 2).with_bias(&["mlp_bias"]),
+        special: routed_silu,
         prefixes: TEXT,
         layouts: &[
             EACH.with_gate("mlp.router.weight")
@@ -151,6 +161,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["cohere2_moe"],
+        schedule: layers(40).typed(first_k(0)),
         keys: OLMOE_KEYS,
         sizes: [8192, 22528, 8, 2],
         shared: shared_count(&["num_shared_experts"], 0),
@@ -201,8 +212,10 @@ fn output_bias(_: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn no_shared_bias(keys: &Keys<'_>, _: &mut Block) -> Result<()> {
-    keys.off("mlp_bias", "false: shared experts have no biases here")
+/// The key of the activation function is that of the shared expert alone.
+fn routed_silu(_: &Keys<'_>, block: &mut Block) -> Result<()> {
+    block.config.experts.activation = Activation::default();
+    Ok(())
 }
 
 fn cohere(keys: &Keys<'_>, block: &mut Block) -> Result<()> {

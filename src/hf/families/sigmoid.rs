@@ -14,10 +14,12 @@ use crate::hf::family::{
 };
 use crate::hf::keys::Keys;
 use crate::hf::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames};
+use crate::hf::schedule::{Dense, layers};
 
 /// Mixtral's keys, tensor names and all, with a biased sigmoid.
 const MINIMAX: Family = Family {
     model_types: &["minimax_m2"],
+    schedule: layers(62),
     sizes: [3072, 1536, 256, 8],
     rule: SIGMOID,
     layouts: &[MIXTRAL, FUSED.with_bias("mlp.e_score_correction_bias"), FUSED],
@@ -88,6 +90,7 @@ pub const FAMILIES: &[Family] = &[
     MINIMAX,
     Family {
         model_types: &["minimax_m3_vl", "minimax_m3_vl_text"],
+        schedule: layers(60).typed(Dense::Frequency),
         path: &[&["text_config"]],
         sizes: [6144, 3072, 128, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
@@ -101,15 +104,19 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["step3p7", "step3p5"],
+        schedule: layers(45).typed(Dense::Enumerated),
         path: &[&["text_config"]],
         keys: SizeKeys {
-            experts: &["n_routed_experts", "moe_num_experts", "num_local_experts"],
+            experts: &["n_routed_experts", "moe_num_experts"],
             top_k: &["num_experts_per_tok", "moe_top_k"],
             ..QWEN_KEYS
         },
         sizes: [4096, 1280, 288, 8],
+        // transformers overwrites `hidden_act`.
+        activation: Function::Fixed(ActivationFunction::Silu),
         rule: Rule { scale: Scale::Key(&["moe_router_scaling_factor"], 1.0), ..SIGMOID },
-        shared: shared_width(&["share_expert_dim", "share_expert_dims"], 1280),
+        shared: shared_width(&["share_expert_dim", "share_expert_dims"], 1280)
+            .with_bias(&["mlp_bias"]),
         special: step,
         prefixes: TEXT,
         layouts: &[STEP, FUSED],
@@ -117,6 +124,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["laguna"],
+        schedule: layers(40).typed(Dense::First(&[], 1)),
         sizes: [2048, 512, 256, 8],
         rule: Rule { scale: Scale::Key(&["moe_routed_scaling_factor"], 1.0), ..SIGMOID },
         shared: shared_width(SHARED_WIDTH, 512),
@@ -129,6 +137,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["afmoe"],
+        schedule: layers(32).dense(Dense::First(&["num_dense_layers"], 1)),
         sizes: [2048, 1408, 64, 6],
         rule: Rule {
             scale: Scale::Key(&["route_scale"], 1.0),
@@ -144,6 +153,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["flint"],
+        schedule: layers(49).dense(Dense::Steps(&[0, 1])),
         sizes: [2048, 512, 256, 6],
         f32_logits: true,
         rule: Rule {
@@ -157,6 +167,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["kolibri1"],
+        schedule: layers(50),
         sizes: [2560, 512, 384, 6],
         f32_logits: true,
         // The bias is added to logits, and the sigmoid taken of the chosen.
@@ -171,6 +182,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["lfm2_moe"],
+        schedule: layers(32).dense(Dense::First(&["num_dense_layers"], 2)),
         sizes: [2048, 1792, 32, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
         rule: Rule {
@@ -190,6 +202,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["inkling_mm_model", "inkling_text"],
+        schedule: layers(66).typed(Dense::First(&["dense_mlp_idx"], 0)),
         path: &[&["text_config"]],
         keys: SizeKeys { experts: &["n_routed_experts", "num_local_experts"], ..QWEN_KEYS },
         sizes: [6144, 3072, 256, 6],
@@ -202,6 +215,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["inkling2", "inkling2_text"],
+        schedule: layers(48),
         path: &[&["text_config"]],
         keys: SizeKeys {
             intermediate: &["moe_intermediate_size", "intermediate_size"],
@@ -222,6 +236,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["muse_spark", "muse_spark_text"],
+        schedule: layers(62).typed(Dense::None),
         path: &[&["text_config"]],
         sizes: [8192, 4096, 256, 8],
         f32_logits: true,
@@ -233,6 +248,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["deepseek_v4"],
+        schedule: layers(43),
         keys: SizeKeys {
             intermediate: &["moe_intermediate_size", "intermediate_size"],
             experts: &["n_routed_experts", "num_local_experts"],
@@ -241,7 +257,7 @@ pub const FAMILIES: &[Family] = &[
         sizes: [4096, 2048, 256, 6],
         // transformers renormalises whatever `norm_topk_prob` says, and so does the model.
         rule: Rule { scale: Scale::Key(&["routed_scaling_factor"], 1.5), ..sum_plus(1e-20) },
-        shared: shared_count(&[], 1),
+        shared: shared_count(&[], 1).with_bias(&["mlp_bias"]),
         special: deepseek_v4,
         layouts: &[DEEPSEEK_V4, FUSED_V4],
         ..QWEN
@@ -282,7 +298,6 @@ fn gpt_oss_gate(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
 
 /// Clamped behind the activation, with limits by layer; 0 is none.
 fn step(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    keys.off("mlp_bias", "false: shared experts have no biases here")?;
     let limit = |name| -> Result<Limit> {
         let Some(value) = keys.by_layer(name)? else { return Ok(Limit::None) };
         let number = if value.is_null() { Some(0.0) } else { value.as_f64() };

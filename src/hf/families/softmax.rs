@@ -8,6 +8,7 @@ use crate::hf::family::{
     shared_width,
 };
 use crate::hf::names::Layout;
+use crate::hf::schedule::{Dense, layers};
 
 pub const MIXTRAL_KEYS: SizeKeys = SizeKeys {
     hidden: &["hidden_size"],
@@ -34,6 +35,7 @@ const fn by_key(default: bool) -> Rule {
 
 pub const PLAIN: Family = Family {
     model_types: &["mixtral"],
+    schedule: layers(32),
     path: &[],
     part: "",
     optional: false,
@@ -74,14 +76,21 @@ pub const FAMILIES: &[Family] = &[
     Family { model_types: &["minimax"], ..PLAIN },
     Family {
         model_types: &["qwen2_moe"],
+        schedule: layers(24).dense(Dense::Steps(&[])),
         sizes: [2048, 1408, 60, 4],
         shared: sigmoid_gated(5632),
         layouts: QWEN_WITH_SHARED,
         ..QWEN
     },
-    Family { model_types: &["qwen3_moe"], sizes: [2048, 768, 128, 8], ..QWEN },
+    Family {
+        model_types: &["qwen3_moe"],
+        schedule: layers(24).dense(Dense::Steps(&[])),
+        sizes: [2048, 768, 128, 8],
+        ..QWEN
+    },
     Family {
         model_types: &["qwen3_next"],
+        schedule: layers(48).dense(Dense::Steps(&[])),
         sizes: [2048, 512, 512, 10],
         rule: by_key(true),
         shared: sigmoid_gated(512),
@@ -90,6 +99,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["qwen3_5_moe", "qwen3_5_moe_text"],
+        schedule: layers(40),
         path: &[&["text_config"]],
         sizes: [2048, 512, 256, 8],
         rule: RENORMALIZED,
@@ -100,6 +110,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["qwen4_exp", "qwen4_exp_text"],
+        schedule: layers(40),
         path: &[&["text_config"]],
         sizes: [2048, 512, 512, 10],
         rule: by_key(true),
@@ -110,6 +121,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["qwen3_vl_moe", "qwen3_vl_moe_text"],
+        schedule: layers(24).dense(Dense::Steps(&[])),
         path: &[&["text_config"]],
         sizes: [2048, 1408, 60, 4],
         rule: RENORMALIZED,
@@ -120,6 +132,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text"],
+        schedule: layers(28).dense(Dense::Steps(&[])),
         path: &[&["thinker_config"], &["text_config"]],
         part: "thinker",
         sizes: [2048, 768, 128, 8],
@@ -133,6 +146,8 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["qwen3_omni_moe"],
+        // The talker's code ignores `mlp_only_layers` and `decoder_sparse_step`.
+        schedule: layers(20),
         path: &[&["talker_config"], &["text_config"]],
         part: "talker",
         optional: true,
@@ -143,11 +158,30 @@ pub const FAMILIES: &[Family] = &[
         layouts: QWEN_WITH_SHARED,
         ..QWEN
     },
-    Family { model_types: &["mellum"], sizes: [2304, 896, 64, 8], rule: by_key(true), ..QWEN },
-    Family { model_types: &["olmoe"], keys: OLMOE_KEYS, sizes: [2048, 2048, 64, 8], ..QWEN },
-    Family { model_types: &["flex_olmo"], keys: OLMOE_KEYS, sizes: [4096, 11008, 7, 5], ..QWEN },
+    Family {
+        model_types: &["mellum"],
+        schedule: layers(28).typed(Dense::None),
+        sizes: [2304, 896, 64, 8],
+        rule: by_key(true),
+        ..QWEN
+    },
+    Family {
+        model_types: &["olmoe"],
+        schedule: layers(16),
+        keys: OLMOE_KEYS,
+        sizes: [2048, 2048, 64, 8],
+        ..QWEN
+    },
+    Family {
+        model_types: &["flex_olmo"],
+        schedule: layers(32),
+        keys: OLMOE_KEYS,
+        sizes: [4096, 11008, 7, 5],
+        ..QWEN
+    },
     Family {
         model_types: &["jamba"],
+        schedule: layers(32).dense(Dense::Period),
         keys: OLMOE_KEYS,
         sizes: [4096, 14336, 16, 2],
         rule: SOFTMAX,
@@ -166,6 +200,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["hunyuan_v1_moe"],
+        schedule: layers(32),
         // The number of experts and that of a token may be lists by layer.
         keys: SizeKeys { top_k: &["moe_topk", "num_experts_per_tok"], ..OLMOE_KEYS },
         sizes: [4096, 11008, 1, 1],

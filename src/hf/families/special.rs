@@ -12,6 +12,7 @@ use crate::hf::family::{
 };
 use crate::hf::keys::Keys;
 use crate::hf::names::{ExpertNames, Layout, RouterNames};
+use crate::hf::schedule::{Dense, layers};
 use crate::hf::{Block, LogitsFrom};
 
 const BIASED_SOFTMAX: Rule = Rule {
@@ -24,6 +25,7 @@ const NLLB_SUM: Normalization = Normalization::SumAtLeast { min: f32::EPSILON };
 
 const ERNIE: Family = Family {
     model_types: &["ernie4_5_moe"],
+    schedule: layers(28).dense(Dense::Range),
     keys: SizeKeys {
         experts: &["moe_num_experts", "num_experts"],
         top_k: &["moe_k", "num_experts_per_tok"],
@@ -32,7 +34,7 @@ const ERNIE: Family = Family {
     sizes: [2560, 1536, 64, 6],
     f32_logits: true,
     rule: Rule { renormalize: Flag::Always, ..BIASED_SOFTMAX },
-    shared: shared_count(&["moe_num_shared_experts"], 2),
+    shared: shared_count(&["moe_num_shared_experts"], 2).with_bias(&["use_bias"]),
     special: ernie,
     layouts: &[ernie_names(EACH, "mlp.gate.weight", false, (0, 1))],
     ..PLAIN
@@ -53,6 +55,7 @@ const fn ernie_names(
 
 const GEMMA: Family = Family {
     model_types: &["gemma4", "gemma4_text"],
+    schedule: layers(30),
     path: &[&["text_config"]],
     keys: SizeKeys { top_k: &["top_k_experts"], ..QWEN_KEYS },
     sizes: [2304, 0, 0, 0],
@@ -77,6 +80,11 @@ const GEMMA_NAMES: Layout = Layout {
 
 const SWITCH: Family = Family {
     model_types: &["switch_transformers"],
+    schedule: layers(12).counted_by(&["num_hidden_layers", "num_layers"]).dense(Dense::Spread(
+        &["num_layers"],
+        &["num_sparse_encoder_layers"],
+        &["encoder_sparse_step"],
+    )),
     part: "encoder",
     keys: SizeKeys {
         hidden: &["d_model", "hidden_size"],
@@ -108,6 +116,9 @@ const SWITCH: Family = Family {
 
 const NLLB: Family = Family {
     model_types: &["nllb-moe"],
+    schedule: layers(12)
+        .counted_by(&["num_hidden_layers", "encoder_layers"])
+        .dense(Dense::Every(&["encoder_sparse_step"])),
     part: "encoder",
     keys: SizeKeys { intermediate: &["encoder_ffn_dim"], ..SWITCH.keys },
     sizes: [1024, 4096, 128, 2],
@@ -140,6 +151,7 @@ pub const FAMILIES: &[Family] = &[
     ERNIE,
     Family {
         model_types: &["ernie4_5_vl_moe", "ernie4_5_vl_moe_text"],
+        schedule: layers(28).typed(Dense::First(&[], 1)),
         path: &[&["text_config"]],
         part: "text",
         element: Some(0),
@@ -149,6 +161,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["ernie4_5_vl_moe", "ernie4_5_vl_moe_text"],
+        schedule: layers(28).typed(Dense::First(&[], 1)),
         path: &[&["text_config"]],
         part: "vision",
         element: Some(1),
@@ -160,6 +173,9 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["phimoe"],
+        // The sparse mixer chooses two experts, whatever `num_experts_per_tok` says.
+        keys: SizeKeys { top_k: &[], ..MIXTRAL_KEYS },
+        schedule: layers(32),
         sizes: [4096, 6400, 16, 2],
         rule: SOFTMAX,
         special: phimoe,
@@ -168,6 +184,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["dbrx"],
+        schedule: layers(24).counted_at_top(&["num_hidden_layers", "n_layers"]),
         path: &[&["ffn_config"]],
         keys: SizeKeys {
             hidden: &["hidden_size"],
@@ -200,6 +217,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["longcat_flash"],
+        schedule: layers(28).dense(Dense::Pairs),
         keys: SizeKeys {
             intermediate: &["expert_ffn_hidden_size", "moe_intermediate_size"],
             experts: &["n_routed_experts", "num_local_experts"],
@@ -222,6 +240,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["zaya"],
+        schedule: layers(40),
         keys: QWEN_KEYS,
         sizes: [2048, 2048, 16, 1],
         rule: BIASED_SOFTMAX,
@@ -234,10 +253,22 @@ pub const FAMILIES: &[Family] = &[
         ..PLAIN
     },
     SWITCH,
-    Family { part: "decoder", prefixes: &["decoder.block.{layer}.layer.2."], ..SWITCH },
+    Family {
+        part: "decoder",
+        schedule: layers(12).counted_by(&["num_decoder_layers"]).dense(Dense::Spread(
+            &["num_decoder_layers"],
+            &["num_sparse_decoder_layers"],
+            &["decoder_sparse_step"],
+        )),
+        prefixes: &["decoder.block.{layer}.layer.2."],
+        ..SWITCH
+    },
     NLLB,
     Family {
         part: "decoder",
+        schedule: layers(12)
+            .counted_by(&["decoder_layers"])
+            .dense(Dense::Every(&["decoder_sparse_step"])),
         keys: SizeKeys { intermediate: &["decoder_ffn_dim"], ..NLLB.keys },
         prefixes: &["model.decoder.layers.{layer}.", "decoder.layers.{layer}."],
         ..NLLB
@@ -245,7 +276,6 @@ pub const FAMILIES: &[Family] = &[
 ];
 
 fn ernie(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    keys.off("use_bias", "false: shared experts have no biases here")?;
     let min = keys.f32(&["moe_norm_min"], 1e-12)?;
     block.config.router.normalization = Normalization::SumAtLeast { min };
     Ok(())

@@ -1,0 +1,126 @@
+//! JSON as Python's `json` module writes and reads it.
+
+use std::borrow::Cow;
+
+use serde_json::{Value, json};
+
+/// The words for numbers that JSON does not have.
+const WORDS: [&str; 3] = ["Infinity", "-Infinity", "NaN"];
+
+/// Python's JSON as JSON of RFC 8259.
+///
+/// Python writes and reads the bare words `Infinity`, `-Infinity` and `NaN` as numbers, and released config.json files
+/// have them. Each of them outside of a string becomes the object that transformers writes in its place since version
+/// 5, `{"__float__": "Infinity"}`; every other byte stays. A parser for RFC 8259 thus reads what Python reads, and
+/// refuses what Python refuses: the words are values alone, not keys and not parts of longer words.
+///
+/// ```
+/// let text = moe_kernels::hf::strict_json(r#"{"a": -Infinity, "b": "NaN"}"#);
+/// assert_eq!(text, r#"{"a": {"__float__": "-Infinity"}, "b": "NaN"}"#);
+/// ```
+pub fn strict_json(text: &str) -> Cow<'_, str> {
+    let mut strict = String::new();
+    let mut copied = 0;
+    let mut at = 0;
+    let bytes = text.as_bytes();
+    while let Some(&byte) = bytes.get(at) {
+        at = match byte {
+            b'"' => behind_string(bytes, at),
+            b'-' | b'.' | b'_' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => {
+                let end = behind_word(bytes, at);
+                if let Some(word) = text.get(at..end).filter(|word| WORDS.contains(word)) {
+                    strict += text.get(copied..at).unwrap_or_default();
+                    strict += &format!("{{\"__float__\": \"{word}\"}}");
+                    copied = end;
+                }
+                end
+            }
+            _ => at + 1,
+        };
+    }
+    if copied == 0 {
+        return Cow::Borrowed(text);
+    }
+    strict += text.get(copied..).unwrap_or_default();
+    Cow::Owned(strict)
+}
+
+/// Where the string ends that begins at `start`, its quotes included.
+fn behind_string(bytes: &[u8], start: usize) -> usize {
+    let mut at = start + 1;
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    bytes.len()
+}
+
+/// Where the run of letters, digits and signs ends that begins at `start`.
+fn behind_word(bytes: &[u8], start: usize) -> usize {
+    let of_word = |byte: &u8| byte.is_ascii_alphanumeric() || b"+-._".contains(byte);
+    let rest = bytes.get(start..).unwrap_or_default();
+    start + rest.iter().take_while(|byte| of_word(byte)).count()
+}
+
+/// A number, which may be one of those that JSON does not have.
+pub(super) fn number(value: &Value) -> Option<f64> {
+    value.as_f64().or_else(|| match word(value)? {
+        "Infinity" => Some(f64::INFINITY),
+        "-Infinity" => Some(f64::NEG_INFINITY),
+        _ => Some(f64::NAN),
+    })
+}
+
+/// The word that stands for a number that JSON does not have.
+pub(super) fn word(value: &Value) -> Option<&'static str> {
+    value.get("__float__")?;
+    WORDS.into_iter().find(|word| *value == json!({ "__float__": word }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The words are values wherever a value may stand, and what is in strings stays.
+    #[test]
+    fn words_are_values() {
+        let text =
+            r#"{"a": [0.0, Infinity,-Infinity , NaN], "NaN": "Infinity \" NaN", "c": {"d":NaN}}"#;
+        let value: Value = serde_json::from_str(&strict_json(text)).unwrap();
+        let numbers: Vec<_> = value["a"].as_array().unwrap().iter().map(number).collect();
+        assert_eq!(numbers[..3], [Some(0.0), Some(f64::INFINITY), Some(f64::NEG_INFINITY)]);
+        assert!(numbers[3].unwrap().is_nan() && number(&value["c"]["d"]).unwrap().is_nan());
+        assert_eq!(value["NaN"], "Infinity \" NaN");
+        assert_eq!(number(&json!("NaN")), None);
+        assert_eq!(number(&json!({ "__float__": "NaN", "more": 1 })), None);
+    }
+
+    /// Text without the words is the text, and what Python refuses stays refused.
+    #[test]
+    fn nothing_else_is_read() {
+        for text in ["", "{\"a\": 1e3, \"b\": [true, null]}", "\"\\\\\" NaN\"", "\"Infinity"] {
+            assert!(matches!(strict_json(text), Cow::Borrowed(same) if same == text), "{text}");
+        }
+        let wrong = [
+            "{NaN: 1}",
+            "[nan]",
+            "[NaNs]",
+            "[-NaN]",
+            "[+Infinity]",
+            "[Infinity1]",
+            "[1Infinity]",
+            "[- Infinity]",
+            "[Inf]",
+            "[NaN NaN]",
+            "[NaN.0]",
+            "[INFINITY]",
+        ];
+        for text in wrong {
+            let read = serde_json::from_str::<Value>(&strict_json(text));
+            assert!(read.is_err(), "{text} is read as {read:?}");
+        }
+    }
+}

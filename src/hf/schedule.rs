@@ -1,0 +1,260 @@
+//! Which layers of a model have experts: the others are dense, and there are none behind the last one.
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::hf::family::Names;
+use crate::hf::keys::Keys;
+
+/// The layers of a family's models. Every key here is one that the family's own code reads.
+#[derive(Clone, Copy)]
+pub(super) struct Schedule {
+    /// The keys of the number of layers, and the default.
+    pub count: (Names, usize),
+    /// That key stands at the top of config.json.
+    pub at_top: bool,
+    /// A list `mlp_layer_types` by layer counts before the rule, where it is there.
+    pub types: bool,
+    pub dense: Dense,
+}
+
+/// Which layers are dense.
+#[derive(Clone, Copy)]
+pub(super) enum Dense {
+    None,
+    /// None; `num_hidden_layers` counts two for each layer, and `num_layers`, which counts after it, one.
+    Pairs,
+    /// The first ones: as many as one of the keys says, or the default.
+    First(Names, usize),
+    /// The first `first_k_dense_replace` (1 by default), and those whose number is no multiple of `moe_layer_freq`, or
+    /// whose element in the list of that name is 0.
+    FirstAndFrequency,
+    /// Those whose element in the list `moe_layer_freq` is 0.
+    Frequency,
+    /// Those that `mlp_only_layers` names (or the default), and all but every `decoder_sparse_step`th.
+    Steps(&'static [usize]),
+    /// All but every `expert_layer_period`th (2 by default) from `expert_layer_offset` (1) on; all if there is one
+    /// expert.
+    Period,
+    /// All but those that `moe_layers` names; without it all but every `interleave_moe_layer_step`th.
+    Listed,
+    /// All but those that `moe_layers_enum` names; without it the first 3.
+    Enumerated,
+    /// Those outside `moe_layer_start_index..=moe_layer_end_index`, and all but every `moe_layer_interval`th.
+    Range,
+    /// All whose element in `layers_block_type` is not "moe", or whose letter in `hybrid_override_pattern` is not `E`.
+    Pattern,
+    /// Those whose number in `pyramid_num_routed` is not above 0; without it those of `mlp_layer_types`.
+    Pyramid,
+    /// All but every so many as the key says (4 by default).
+    Every(Names),
+    /// All but the second of each run of layers. The keys of the number of layers that is divided into runs (12 by
+    /// default), of the number of runs (3), and of the length of a run, which counts before both.
+    Spread(Names, Names, Names),
+}
+
+/// So many layers by default, all with experts.
+pub(super) const fn layers(default: usize) -> Schedule {
+    Schedule {
+        count: (&["num_hidden_layers"], default),
+        at_top: false,
+        types: false,
+        dense: Dense::None,
+    }
+}
+
+/// The first `first_k_dense_replace` are dense.
+pub(super) const fn first_k(default: usize) -> Dense {
+    Dense::First(&["first_k_dense_replace"], default)
+}
+
+/// The most layers that a model may have here.
+const MAX_LAYERS: usize = 1 << 16;
+
+const SPARSE: &str = "a layer with experts";
+const TYPES: &str = "mlp_layer_types";
+const FREQUENCY: Names = &["moe_layer_freq"];
+const BLOCK_TYPES: Names = &["layers_block_type", "layer_types"];
+const LETTERS: Names = &["hybrid_override_pattern"];
+const PYRAMID: Names = &["pyramid_num_routed"];
+
+/// The key that makes a layer dense, and what it is where it is missing.
+type Reason = Option<(Names, String)>;
+
+impl Schedule {
+    pub const fn dense(self, dense: Dense) -> Self {
+        Self { dense, ..self }
+    }
+
+    /// With a list `mlp_layer_types` that counts before the rule.
+    pub const fn typed(self, dense: Dense) -> Self {
+        Self { types: true, dense, ..self }
+    }
+
+    pub const fn counted_by(self, keys: Names) -> Self {
+        Self { count: (keys, self.count.1), ..self }
+    }
+
+    pub const fn counted_at_top(self, keys: Names) -> Self {
+        Self { at_top: true, ..self.counted_by(keys) }
+    }
+
+    /// Why the layer has no experts, if it has none: it is dense, or there is no such layer.
+    ///
+    /// # Errors
+    /// [`Error::Json`] for a key of the wrong type.
+    pub fn without_experts(&self, keys: &Keys<'_>) -> Result<Option<Error>> {
+        let (layer, total) = (keys.layer, self.total(keys)?);
+        if layer >= total {
+            let keys = if self.at_top { &keys.top() } else { keys };
+            let (names, default) = self.count;
+            let (name, got) = match self.dense {
+                Dense::Pattern => keys.shown(&[BLOCK_TYPES, LETTERS].concat(), "4 layers"),
+                Dense::Pairs => keys.shown(&["num_hidden_layers", "num_layers"], "28 pairs"),
+                _ => keys.shown(names, &default.to_string()),
+            };
+            let wanted = format!("more than {layer} layers to have layer {layer}");
+            return Ok(Some(keys.error_text(name, got, wanted)));
+        }
+        if self.types
+            && let Some(kind) = keys.by_layer(TYPES)?
+        {
+            let dense = Some(keys.error_text(TYPES, format!("{kind} for layer {layer}"), SPARSE));
+            return match kind.as_str() {
+                Some("sparse") => Ok(None),
+                Some("dense") => Ok(dense),
+                _ => Err(keys.error(TYPES, kind, "\"sparse\" or \"dense\" for each layer")),
+            };
+        }
+        Ok(self.reason(keys)?.map(|(names, default)| {
+            let (name, got) = keys.shown(names, &default);
+            keys.error_text(name, format!("{got}, which makes layer {layer} dense"), SPARSE)
+        }))
+    }
+
+    /// The number of layers.
+    pub fn total(&self, keys: &Keys<'_>) -> Result<usize> {
+        let (names, default) = self.count;
+        let total = match self.dense {
+            Dense::Pattern => kinds(keys)?.len(),
+            Dense::Pairs if keys.has("num_hidden_layers") => keys.size(names, default)? / 2,
+            Dense::Pairs => keys.size(&["num_layers"], default)?,
+            _ if self.at_top => keys.top().size(names, default)?,
+            _ => keys.size(names, default)?,
+        };
+        if total > MAX_LAYERS {
+            let (name, got) = keys.shown(names, "");
+            return Err(keys.error_text(name, got, format!("at most {MAX_LAYERS}")));
+        }
+        Ok(total)
+    }
+
+    fn reason(&self, keys: &Keys<'_>) -> Result<Reason> {
+        let layer = keys.layer;
+        Ok(match self.dense {
+            Dense::None | Dense::Pairs => None,
+            Dense::First(names, default) => {
+                let first = keys.count(names, default)?;
+                let names = if names.is_empty() { &[TYPES] } else { names };
+                unless(layer >= first, names, format!("{default} dense layers"))
+            }
+            Dense::FirstAndFrequency => {
+                let names: Names = &["first_k_dense_replace"];
+                let first = unless(layer >= keys.count(names, 1)?, names, 1);
+                first.or(unless(in_frequency(keys)?, FREQUENCY, 1))
+            }
+            Dense::Frequency => unless(in_frequency(keys)?, FREQUENCY, 1),
+            Dense::Steps(default) => {
+                let only = keys.layer_numbers("mlp_only_layers")?;
+                let listed = only.as_deref().unwrap_or(default).contains(&layer);
+                let names: Names = &["decoder_sparse_step"];
+                let step = keys.size(names, 1)?;
+                unless(!listed, &["mlp_only_layers"], format!("{default:?}")).or(unless(
+                    (layer + 1).is_multiple_of(step),
+                    names,
+                    1,
+                ))
+            }
+            Dense::Period => {
+                let (period, offset): (Names, Names) =
+                    (&["expert_layer_period"], &["expert_layer_offset"]);
+                let sparse = layer % keys.size(period, 2)? == keys.count(offset, 1)?;
+                unless(sparse, period, "2, with `expert_layer_offset` 1").or(unless(
+                    keys.count(&["num_experts"], 16)? > 1,
+                    &["num_experts"],
+                    16,
+                ))
+            }
+            Dense::Listed => match keys.layer_numbers("moe_layers")? {
+                Some(listed) => unless(listed.contains(&layer), &["moe_layers"], ""),
+                None => {
+                    let names: Names = &["interleave_moe_layer_step"];
+                    unless((layer + 1).is_multiple_of(keys.size(names, 1)?), names, 1)
+                }
+            },
+            Dense::Enumerated => {
+                let listed = keys.layer_numbers("moe_layers_enum")?;
+                let sparse = listed.map_or(layer >= 3, |listed| listed.contains(&layer));
+                unless(sparse, &["moe_layers_enum"], "all but the first 3")
+            }
+            Dense::Range => {
+                let (interval, start): (Names, Names) =
+                    (&["moe_layer_interval"], &["moe_layer_start_index"]);
+                let end: Names = &["moe_layer_end_index"];
+                let last = keys.number(end, None)?.unwrap_or(-1.0);
+                unless((layer + 1).is_multiple_of(keys.size(interval, 1)?), interval, 1)
+                    .or(unless(layer >= keys.count(start, 1)?, start, 1))
+                    .or(unless(last == -1.0 || layer as f64 <= last, end, -1))
+            }
+            Dense::Pattern => {
+                let sparse = kinds(keys)?.get(layer).is_some_and(|kind| *kind == "moe");
+                let names = if keys.has_any(BLOCK_TYPES) { BLOCK_TYPES } else { LETTERS };
+                unless(sparse, names, "\"ME*-\"")
+            }
+            Dense::Pyramid => match (keys.by_layer("pyramid_num_routed")?, keys.by_layer(TYPES)?) {
+                (Some(count), _) => {
+                    unless(count.as_f64().is_some_and(|count| count > 0.0), PYRAMID, "")
+                }
+                (None, Some(kind)) => unless(kind == "sparse", &[TYPES], ""),
+                (None, None) => unless(layer >= 25, PYRAMID, "25 dense layers"),
+            },
+            Dense::Every(names) => {
+                let step = keys.count(names, 4)?;
+                unless(step > 0 && (layer + 1).is_multiple_of(step), names, 4)
+            }
+            Dense::Spread(layers, of, run) => {
+                let (layers, runs) = (keys.size(layers, 12)?, keys.count(of, 3)?);
+                let length = keys.count(run, layers.checked_div(runs).unwrap_or(layers))?;
+                let sparse = length == 1 || layer.checked_rem(length) == Some(1);
+                let names = if keys.has_any(run) { run } else { of };
+                unless(sparse, names, 3)
+            }
+        })
+    }
+}
+
+fn unless(sparse: bool, names: Names, default: impl ToString) -> Reason {
+    (!sparse).then(|| (names, default.to_string()))
+}
+
+/// Whether `moe_layer_freq`, a number or a list by layer, gives a layer experts.
+fn in_frequency(keys: &Keys<'_>) -> Result<bool> {
+    match keys.list("moe_layer_freq") {
+        None => Ok(keys.layer.is_multiple_of(keys.size(FREQUENCY, 1)?)),
+        Some(_) => Ok(keys.by_layer("moe_layer_freq")?.is_none_or(|value| match value {
+            Value::Bool(value) => *value,
+            value => value.as_f64() != Some(0.0),
+        })),
+    }
+}
+
+/// What each layer of a Nemotron-H is.
+fn kinds<'a>(keys: &Keys<'a>) -> Result<Vec<&'a str>> {
+    for name in BLOCK_TYPES {
+        if let Some(kinds) = keys.list(name) {
+            return Ok(kinds.iter().map(|kind| kind.as_str().unwrap_or_default()).collect());
+        }
+    }
+    let letters = keys.text(LETTERS, "ME*-")?;
+    Ok(letters.chars().map(|letter| if letter == 'E' { "moe" } else { "" }).collect())
+}
