@@ -117,11 +117,12 @@ impl Recording {
         let ids = file.tensor("expert_ids")?;
         let per_token = ids.len() / made.num_tokens.max(1);
         ids.check_ids(&[made.num_tokens, per_token])?;
-        let ids = ids.read_ids()?;
+        let experts = layers.iter().map(|layer| layer.config.router_experts()).max().unwrap_or(0);
+        let ids = ids.read_ids(experts, "ids of experts")?;
         // Slots that found no room; and experts that every token has are not in the recording.
         let kept = file.find("kept").map(|kept| {
             kept.check_ids(&[made.num_tokens, per_token])?;
-            kept.read_ids()
+            kept.read_ids(2, "1 for a slot that is kept and 0 for others")
         });
         let kept = kept.transpose()?;
         let sinks = |layer: &Layer<'_>| layer.config.router.num_sinks;

@@ -174,18 +174,42 @@ impl Tensor<'_> {
         bytes.ok_or_else(|| self.error(format!("{:?}", self.shape), wanted()))
     }
 
-    /// The whole tensor as ids; none may be negative or beyond a u32.
-    pub fn read_ids(&self) -> Result<Vec<u32>> {
-        let id = |value: i64| {
-            let wanted = || "ids from 0 on".into();
-            u32::try_from(value).map_err(|_| self.error(format!("{value} in it"), wanted()))
+    /// The whole tensor as ids, each of them below `end`; an error says which element is not, and that it should be
+    /// `one_of`.
+    pub fn read_ids(&self, end: usize, one_of: &str) -> Result<Vec<u32>> {
+        let id = |(at, value): (usize, i64)| {
+            u32::try_from(value).ok().filter(|id| (*id as usize) < end).ok_or_else(|| {
+                let got = format!("{value} at {:?}", self.position(at));
+                self.error(got, format!("{one_of}, from 0 and below {end}"))
+            })
         };
         if self.dtype == DiskDtype::I64 {
             let (values, _) = self.data.as_chunks::<8>();
-            return values.iter().map(|bytes| id(i64::from_le_bytes(*bytes))).collect();
+            return values
+                .iter()
+                .map(|bytes| i64::from_le_bytes(*bytes))
+                .enumerate()
+                .map(id)
+                .collect();
         }
         let (values, _) = self.data.as_chunks::<4>();
-        values.iter().map(|bytes| id(i32::from_le_bytes(*bytes).into())).collect()
+        values.iter().map(|bytes| i32::from_le_bytes(*bytes).into()).enumerate().map(id).collect()
+    }
+
+    /// The indices of an element.
+    fn position(&self, mut element: usize) -> Vec<usize> {
+        let mut position: Vec<usize> = self
+            .shape
+            .iter()
+            .rev()
+            .map(|size| {
+                let index = element % size.max(&1);
+                element /= size.max(&1);
+                index
+            })
+            .collect();
+        position.reverse();
+        position
     }
 
     /// Fails unless the tensor holds floating-point numbers in rows of `width`; gives their number.

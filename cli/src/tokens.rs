@@ -81,11 +81,7 @@ fn blocks<'l, 'a>(
     let num_tokens = x.rows_of(first.config.hidden)?;
     let tensor = file.tensor("token_types")?;
     tensor.check_ids(&[num_tokens])?;
-    let types = tensor.read_ids()?;
-    if let Some(other) = types.iter().find(|&&kind| kind as usize >= fits.len()) {
-        let wanted = format!("numbers of the layer's {} blocks, from 0 on", fits.len());
-        return Err(tensor.error(format!("{other} in it"), wanted));
-    }
+    let types = tensor.read_ids(fits.len(), "numbers of the layer's blocks")?;
     let of = |block: usize| -> Vec<usize> {
         (0..num_tokens).filter(|token| types[*token] as usize == block).collect()
     };
@@ -121,7 +117,7 @@ fn read_inputs<D: Dtype>(
     if config.router.selection == Selection::Given {
         let tensor = file.tensor("token_ids")?;
         tensor.check_ids(&[num_tokens])?;
-        let ids = tensor.read_ids()?;
+        let ids = tensor.read_ids(layer.block.vocabulary, "rows of the table of expert ids")?;
         inputs.token_ids = Some(tokens.iter().map(|&token| ids[token]).collect());
     }
     Ok(inputs)

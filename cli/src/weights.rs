@@ -174,12 +174,12 @@ impl Array<'_> {
         Ok(values)
     }
 
-    /// The ids of a table.
-    fn read_ids(&self) -> Result<Vec<u32>> {
+    /// The ids of a table, which are those of `experts` experts.
+    fn read_ids(&self, experts: usize) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(self.len());
         for piece in &self.pieces {
             if let Source::Plain(tensor) = &piece.source {
-                ids.extend(tensor.read_ids()?);
+                ids.extend(tensor.read_ids(experts, "ids of experts")?);
             }
         }
         Ok(ids)
@@ -240,7 +240,11 @@ impl Reader<'_> {
                 norm: self.find(Role::RouterNorm)?,
                 selection_bias: self.find(Role::SelectionBias)?,
                 expert_scale: self.find(Role::ExpertScale)?,
-                table: self.layer.array(Role::Table).map(Array::read_ids).transpose()?,
+                table: self
+                    .layer
+                    .array(Role::Table)
+                    .map(|table| table.read_ids(config.router_experts()))
+                    .transpose()?,
             },
             experts: ExpertWeights {
                 gate_up: match config.experts.gate_up {

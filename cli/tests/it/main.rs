@@ -7,6 +7,7 @@ mod check;
 mod common;
 mod errors;
 mod families;
+mod ids;
 mod run;
 #[cfg(feature = "emulator")]
 mod tune;
