@@ -10,6 +10,7 @@ use crate::config::{
 use crate::error::Result;
 use crate::hf::keys::Keys;
 use crate::hf::names::Layout;
+use crate::hf::quantization::Quantization;
 use crate::hf::{Block, LogitsFrom};
 
 /// A row of the table of families. Absent keys mean the default of transformers' class, which the row has.
@@ -237,6 +238,7 @@ impl Family {
             logits: self.logits,
             vocabulary: 0,
             first_expert: 0,
+            quantization: Quantization::read(&keys)?,
             prefixes: self.prefixes,
             layouts: self.layouts,
         };

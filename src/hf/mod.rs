@@ -26,8 +26,10 @@ mod families;
 mod family;
 mod keys;
 mod names;
+mod quantization;
 
 pub use names::{Array, Layout, Part, Role, Stored};
+pub use quantization::Quantization;
 
 use serde_json::Value;
 
@@ -54,6 +56,8 @@ pub struct Block {
     pub vocabulary: usize,
     /// The number that the first expert has in the names of tensors.
     pub first_expert: usize,
+    /// How config.json says that weights are quantised; none where it does not.
+    pub quantization: Option<Quantization>,
     prefixes: &'static [&'static str],
     layouts: &'static [Layout],
 }
