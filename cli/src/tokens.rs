@@ -1,7 +1,7 @@
 //! What an input file has for a layer: the tokens, and what else its router reads.
 
 use moe_kernels::hf::LogitsFrom;
-use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
+use moe_kernels::{Dtype, MoeInputs, Owned, RoutingShape, Selection, Typed};
 
 use crate::backend::{Element, Output, rows_per_expert};
 use crate::checkpoint::Layer;
@@ -33,6 +33,9 @@ pub fn forward<D: Element>(
     let hidden = blocks.first().map_or(0, |(layer, _)| layer.config.hidden);
     let top_k = blocks.iter().map(|(layer, _)| layer.config.top_k).max().unwrap_or(0);
     let num_tokens = blocks.iter().map(|(_, tokens)| tokens.len()).sum();
+    let experts = blocks.iter().map(|(layer, _)| layer.config.router_experts()).max().unwrap_or(0);
+    // Before anything is allocated by them: a narrow input of few bytes may ask for any number of slots.
+    RoutingShape::new(num_tokens, experts, top_k)?;
     let mut all = Outputs {
         num_tokens,
         hidden,
