@@ -98,11 +98,6 @@ impl Stored {
         Self { name: name.into(), dtype: Dtype::F32, shape: shape.into(), data }
     }
 
-    pub fn i64(name: &str, shape: &[usize], values: &[i64]) -> Self {
-        let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self { name: name.into(), dtype: Dtype::I64, shape: shape.into(), data }
-    }
-
     pub fn values(&self) -> Vec<f64> {
         let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
         match self.dtype {

@@ -148,19 +148,15 @@ fn weights_in_8_bits() {
             tensor.data.truncate(tensor.shape.iter().product());
         })
     };
-    let folder = quantised();
-    fails(&folder, &["config.json", "weight_block_size` is missing, wanted [128, 128]"]);
     let blocks = |side: usize| {
         format!(
             "\"quantization_config\": {{\"weight_block_size\": [{side}, {side}]}}, \"hidden_size\""
         )
     };
-    folder.edit("config.json", "\"hidden_size\"", &blocks(64));
-    fails(&folder, &["weight_block_size` is [64,64], wanted [128, 128]"]);
     let folder = quantised();
     folder.edit("config.json", "\"hidden_size\"", &blocks(128));
     let scales = format!("{EXPERT}_scale_inv");
-    fails(&folder, &["model.safetensors", &format!("no tensor `{scales}`")]);
+    fails(&folder, &["model.safetensors", &format!("no tensor `{scales}`, wanted [1, 1]")]);
     let mut tensors = folder.tensors("model.safetensors");
     tensors.push(Stored::f32(&scales, &[1, 2], &[1.0, 1.0]));
     write(&folder.path("model.safetensors"), &tensors);
@@ -228,7 +224,8 @@ fn inputs_that_are_missing() {
 fn recordings_that_do_not_fit() {
     let folder = Folder::of("switch-transformers-tiny");
     let right = folder.tensors("recorded.safetensors");
-    let cases: [(&str, fn(&mut Stored), &str); 3] = [
+    type Case = (&'static str, fn(&mut Stored), &'static str);
+    let cases: [Case; 3] = [
         ("kept", |kept| kept.shape = vec![1, 12], "`kept` is [1, 12], wanted [12, 1]"),
         ("expert_ids", |ids| ids.shape = vec![1, 12], "`expert_ids` is [1, 12], wanted [12, 1]"),
         ("y", |y| y.shape.reverse(), "`y` is [20, 12], wanted [12, 20]"),

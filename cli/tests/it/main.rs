@@ -7,7 +7,13 @@ mod check;
 mod common;
 mod errors;
 mod families;
+#[cfg(unix)]
+mod files;
+mod formats;
 mod ids;
+mod model;
+mod refusals;
 mod run;
 #[cfg(feature = "emulator")]
 mod tune;
+mod unread;
