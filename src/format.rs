@@ -2,7 +2,7 @@
 //!
 //! Every code is an f32 without rounding; a product with a scale rounds once, where it is not a power of two.
 
-use crate::error::{Result, check_len};
+use crate::error::{Error, Result, check_len, product};
 
 /// The side of the square blocks that share a scale in FP8 checkpoints (DeepSeek-V3, Kimi).
 pub const FP8_BLOCK: usize = 128;
@@ -57,26 +57,103 @@ pub fn dequantize_fp8_blocks(
     k: usize,
     out: &mut [f32],
 ) -> Result<()> {
-    const OP: &str = "dequantize_fp8_blocks";
-    let elements = crate::error::product(OP, "codes", n, k)?;
-    let blocks_per_row = k.div_ceil(FP8_BLOCK);
-    check_len(OP, "codes", codes.len(), elements)?;
-    check_len(OP, "scales", scales.len(), n.div_ceil(FP8_BLOCK) * blocks_per_row)?;
-    check_len(OP, "out", out.len(), elements)?;
+    let op = "dequantize_fp8_blocks";
+    scaled(op, codes, scales, [n, k], [FP8_BLOCK, FP8_BLOCK], 1, out, scale_e4m3)
+}
+
+/// A matrix `[n, k]` of E4M3 codes with a scale for each block of `block[0]` rows and `block[1]` columns, the last
+/// ones of which may be smaller: `scales` is `[n.div_ceil(block[0]), k.div_ceil(block[1])]`, and multiplies. A block
+/// `[n, k]` is one scale for the matrix, `[1, k]` one for each row.
+///
+/// # Errors
+/// [`Error::Length`](crate::Error::Length) for slices that do not fit, [`Error::Unsupported`](crate::Error::Unsupported)
+/// for a block without rows or columns.
+pub fn dequantize_fp8(
+    codes: &[u8],
+    scales: &[f32],
+    n: usize,
+    k: usize,
+    block: [usize; 2],
+    out: &mut [f32],
+) -> Result<()> {
+    scaled("dequantize_fp8", codes, scales, [n, k], block, 1, out, scale_e4m3)
+}
+
+/// A matrix `[n, k]` of E2M1 codes, two in a byte and the low one first (so that `codes` is `[n, k / 2]`), with scales
+/// as [`dequantize_fp8`] has them.
+///
+/// # Errors
+/// [`Error::Length`](crate::Error::Length) for slices that do not fit, [`Error::Unsupported`](crate::Error::Unsupported)
+/// for an odd `k` and for a block without rows or with an odd number of columns.
+pub fn dequantize_fp4(
+    codes: &[u8],
+    scales: &[f32],
+    n: usize,
+    k: usize,
+    block: [usize; 2],
+    out: &mut [f32],
+) -> Result<()> {
+    scaled("dequantize_fp4", codes, scales, [n, k], block, 2, out, |bytes, scale, out| {
+        for (&byte, out) in bytes.iter().zip(out.chunks_exact_mut(2)) {
+            out.copy_from_slice(&[e2m1_to_f32(byte) * scale, e2m1_to_f32(byte >> 4) * scale]);
+        }
+    })
+}
+
+fn scale_e4m3(codes: &[u8], scale: f32, out: &mut [f32]) {
+    for (out, &code) in out.iter_mut().zip(codes) {
+        *out = e4m3_to_f32(code) * scale;
+    }
+}
+
+/// Widens a matrix by the runs of a row that share a scale; a byte has `per_byte` codes.
+#[allow(clippy::too_many_arguments)]
+fn scaled(
+    op: &'static str,
+    codes: &[u8],
+    scales: &[f32],
+    [n, k]: [usize; 2],
+    [rows, columns]: [usize; 2],
+    per_byte: usize,
+    out: &mut [f32],
+    widen: impl Fn(&[u8], f32, &mut [f32]),
+) -> Result<()> {
+    for (argument, size) in [("k", k), ("block", columns)] {
+        if !size.is_multiple_of(per_byte) {
+            let wanted = format!("a multiple of {per_byte}");
+            return Err(Error::Unsupported { op, argument, wanted, got: size.to_string() });
+        }
+    }
+    let elements = product(op, "codes", n, k)?;
+    let scales_per_row = blocks(op, k, columns)?;
+    check_len(op, "codes", codes.len(), elements / per_byte)?;
+    check_len(op, "scales", scales.len(), scales_of(op, [n, k], [rows, columns])?)?;
+    check_len(op, "out", out.len(), elements)?;
     if elements == 0 {
         return Ok(());
     }
-    let rows = codes.chunks_exact(k).zip(out.chunks_exact_mut(k));
-    for (row, (codes, out)) in rows.enumerate() {
-        let scales = &scales[row / FP8_BLOCK * blocks_per_row..][..blocks_per_row];
-        let blocks = codes.chunks(FP8_BLOCK).zip(out.chunks_mut(FP8_BLOCK));
-        for (&scale, (codes, out)) in scales.iter().zip(blocks) {
-            for (out, &code) in out.iter_mut().zip(codes) {
-                *out = e4m3_to_f32(code) * scale;
-            }
+    let matrix = codes.chunks_exact(k / per_byte).zip(out.chunks_exact_mut(k));
+    for (row, (codes, out)) in matrix.enumerate() {
+        let scales = &scales[row / rows * scales_per_row..][..scales_per_row];
+        let runs = codes.chunks(columns / per_byte).zip(out.chunks_mut(columns));
+        for (&scale, (codes, out)) in scales.iter().zip(runs) {
+            widen(codes, scale, out);
         }
     }
     Ok(())
+}
+
+/// How many blocks a dimension has.
+fn blocks(op: &'static str, size: usize, block: usize) -> Result<usize> {
+    if block == 0 {
+        let (wanted, got) = ("at least one row and one column".into(), block.to_string());
+        return Err(Error::Unsupported { op, argument: "block", wanted, got });
+    }
+    Ok(size.div_ceil(block))
+}
+
+fn scales_of(op: &'static str, [n, k]: [usize; 2], block: [usize; 2]) -> Result<usize> {
+    product(op, "scales", blocks(op, n, block[0])?, blocks(op, k, block[1])?)
 }
 
 /// Blocks of 32 numbers as MXFP4 has them: 16 bytes of two E2M1 codes each, the low one first, and an E8M0 scale that
@@ -87,18 +164,8 @@ pub fn dequantize_fp8_blocks(
 pub fn dequantize_mxfp4(blocks: &[u8], scales: &[u8], out: &mut [f32]) -> Result<()> {
     const OP: &str = "dequantize_mxfp4";
     const BYTES: usize = MXFP4_BLOCK / 2;
-    check_len(
-        OP,
-        "blocks",
-        blocks.len(),
-        crate::error::product(OP, "scales", scales.len(), BYTES)?,
-    )?;
-    check_len(
-        OP,
-        "out",
-        out.len(),
-        crate::error::product(OP, "scales", scales.len(), MXFP4_BLOCK)?,
-    )?;
+    check_len(OP, "blocks", blocks.len(), product(OP, "scales", scales.len(), BYTES)?)?;
+    check_len(OP, "out", out.len(), product(OP, "scales", scales.len(), MXFP4_BLOCK)?)?;
     let blocks = blocks.chunks_exact(BYTES).zip(out.chunks_exact_mut(MXFP4_BLOCK));
     for (&scale, (bytes, out)) in scales.iter().zip(blocks) {
         let scale = e8m0_to_f32(scale);
@@ -109,12 +176,21 @@ pub fn dequantize_mxfp4(blocks: &[u8], scales: &[u8], out: &mut [f32]) -> Result
     Ok(())
 }
 
-/// The number of scales that a matrix `[n, k]` of FP8 codes has.
+/// The number of scales that a matrix `[n, k]` has with one for each block of `block[0]` rows and `block[1]` columns.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) where that is more than there can be, and for a block without
+/// rows or columns.
+pub fn num_scales(n: usize, k: usize, block: [usize; 2]) -> Result<usize> {
+    scales_of("num_scales", [n, k], block)
+}
+
+/// The number of scales that a matrix `[n, k]` of FP8 codes has in blocks of 128 x 128.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) where that is more than there can be.
 pub fn fp8_scales(n: usize, k: usize) -> Result<usize> {
-    crate::error::product("fp8_scales", "n * k", n.div_ceil(FP8_BLOCK), k.div_ceil(FP8_BLOCK))
+    scales_of("fp8_scales", [n, k], [FP8_BLOCK, FP8_BLOCK])
 }
 
 #[cfg(test)]
@@ -190,6 +266,104 @@ mod tests {
         assert!(fails(&[0; 4], &[1.0; 2], 2, 2, &mut [0.0; 4]).contains("`scales`"));
         assert!(fails(&[0; 4], &[1.0], 2, 2, &mut [0.0; 5]).contains("`out`"));
         assert!(fails(&[], &[], usize::MAX, 2, &mut []).contains("`codes`"));
+    }
+
+    /// Every code under every power of two that a scale may be, and under scales that are none: the product of the
+    /// exact values, rounded once.
+    #[test]
+    fn every_code_of_fp8_under_every_scale() {
+        let codes: Vec<u8> = (0..=255).collect();
+        let mut scales: Vec<f32> = (0..=255).map(e8m0_to_f32).collect();
+        scales.extend([0.37, -1.7e-3, 3.1e38, 1e-45, 0.0, f32::INFINITY]);
+        for scale in scales {
+            // One scale for the matrix, one for each row, and one for each block of a row.
+            for (n, k, block) in
+                [(1, 256, [1, 256]), (4, 64, [4, 64]), (16, 16, [1, 16]), (2, 128, [1, 32])]
+            {
+                let count = num_scales(n, k, block).unwrap();
+                let mut out = vec![0.25; 256];
+                dequantize_fp8(&codes, &vec![scale; count], n, k, block, &mut out).unwrap();
+                for (&code, got) in codes.iter().zip(out) {
+                    same_or_nan(got, f64::from(e4m3_to_f32(code)) * f64::from(scale));
+                }
+            }
+        }
+    }
+
+    /// Every byte under every scale of E8M0, the low half first.
+    #[test]
+    fn every_byte_of_fp4_under_every_scale() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        for scale in 0..=255u8 {
+            for (n, k, block) in [(1, 512, [1, 32]), (16, 32, [1, 32]), (8, 64, [4, 64])] {
+                let count = num_scales(n, k, block).unwrap();
+                let scales = vec![e8m0_to_f32(scale); count];
+                let mut out = vec![0.25; 512];
+                dequantize_fp4(&bytes, &scales, n, k, block, &mut out).unwrap();
+                for (i, got) in out.into_iter().enumerate() {
+                    let code = if i % 2 == 0 { bytes[i / 2] & 15 } else { bytes[i / 2] >> 4 };
+                    let value = defined(code >> 3, i32::from(code >> 1 & 3), 1, code & 1, 1);
+                    let scale =
+                        if scale == 255 { f64::NAN } else { 2f64.powi(i32::from(scale) - 127) };
+                    same_or_nan(got, value * scale);
+                }
+            }
+        }
+    }
+
+    /// The product rounded to f32, which every such product is in one step: the factors have 24 and 4 bits at most.
+    fn same_or_nan(got: f32, wanted: f64) {
+        if wanted.is_nan() {
+            assert!(got.is_nan(), "{got} is not NaN");
+        } else {
+            assert_eq!(got.to_bits(), (wanted as f32).to_bits(), "{got} is not {wanted}");
+        }
+    }
+
+    /// Each element has the scale of its own block, in tails as well.
+    #[test]
+    fn blocks_of_any_size() {
+        for (n, k, block) in [
+            (1, 2, [1, 2]),
+            (5, 14, [2, 4]),
+            (5, 14, [5, 14]),
+            (5, 14, [1, 14]),
+            (129, 258, [128, 128]),
+            (3, 4, [100, 100]),
+            (0, 6, [1, 2]),
+        ] {
+            let codes: Vec<u8> = (0..n * k).map(|i| (i * 37 % 251) as u8).collect();
+            let count = num_scales(n, k, block).unwrap();
+            let scales: Vec<f32> = (0..count).map(|i| 0.37 + i as f32 * 1.7).collect();
+            let scale =
+                |i: usize| scales[i / k / block[0] * k.div_ceil(block[1]) + i % k / block[1]];
+            let mut out = vec![f32::NAN; n * k];
+            dequantize_fp8(&codes, &scales, n, k, block, &mut out).unwrap();
+            for (i, got) in out.iter().enumerate() {
+                let wanted = e4m3_to_f32(codes[i]) * scale(i);
+                assert_eq!(got.to_bits(), wanted.to_bits(), "{i} of [{n}, {k}] by {block:?}");
+            }
+            dequantize_fp4(&codes[..n * k / 2], &scales, n, k, block, &mut out).unwrap();
+            for (i, got) in out.iter().enumerate() {
+                let wanted = e2m1_to_f32(codes[i / 2] >> (4 * (i % 2))) * scale(i);
+                assert_eq!(
+                    got.to_bits(),
+                    wanted.to_bits(),
+                    "{i} of [{n}, {k}] by {block:?} in FP4"
+                );
+            }
+        }
+        let fails = |n, k, block| {
+            let mut out = vec![0.0; n * k];
+            let error = dequantize_fp4(&vec![0; n * k / 2], &[1.0], n, k, block, &mut out);
+            error.unwrap_err().to_string()
+        };
+        assert!(fails(1, 3, [1, 2]).contains("`k` is 3, wanted a multiple of 2"));
+        assert!(fails(1, 4, [1, 3]).contains("`block` is 3"));
+        assert!(fails(1, 4, [0, 2]).contains("`block` is 0"));
+        assert!(fails(1, 4, [1, 0]).contains("`block` is 0"));
+        assert!(fails(1, 4, [1, 2]).contains("`scales` has 1 elements, wanted 2"));
+        assert!(fails(2, 4, [2, 2]).contains("`scales` has 1 elements, wanted 2"));
     }
 
     /// All bytes under all scales; the low half of a byte comes first.

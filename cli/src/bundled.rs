@@ -1,6 +1,6 @@
 //! The checkpoints of fixtures/ that are part of this binary.
 
-use crate::checkpoint::Folder;
+use crate::folder::Folder;
 
 /// One bundled checkpoint: the files of its folder.
 pub struct Fixture {

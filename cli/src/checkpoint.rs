@@ -2,85 +2,30 @@
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Component, Path};
 
 use moe_kernels::MoeConfig;
-use moe_kernels::hf::{self, Block, Layout, Role, Stored};
-use serde_json::{Map, Value};
+use moe_kernels::hf::{self, Block, Layout, Part, Role, Stored};
+use serde_json::Value;
 
-use crate::error::{Error, Result, io};
-use crate::tensor_file::{Bytes, Tensor, TensorFile};
-use crate::weights::{Array, Piece, Source};
+use crate::error::{Error, Result};
+use crate::folder::{Folder, MOST_CONFIG_BYTES, MOST_INDEX_BYTES};
+use crate::source::{Code, Source, scale_shapes};
+use crate::tensor_file::{Tensor, TensorFile};
+use crate::weights::{Array, Piece};
 
-const CONFIG: &str = "config.json";
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-
-/// Where the files of a checkpoint are.
-#[derive(Clone)]
-pub enum Folder {
-    Disk(PathBuf),
-    /// Part of this binary: a name for messages, and the files.
-    Bundled(&'static str, &'static [(&'static str, &'static [u8])]),
-}
-
-impl Folder {
-    /// What messages call a file of the folder.
-    fn name(&self, file: &str) -> String {
-        match self {
-            Folder::Disk(folder) => folder.join(file).display().to_string(),
-            Folder::Bundled(name, _) => format!("bundled {name}/{file}"),
-        }
-    }
-
-    /// The bytes of a file, or nothing where there is no such file.
-    pub fn find(&self, file: &str) -> Result<Option<Bytes>> {
-        match self {
-            Folder::Disk(folder) => {
-                let path = folder.join(file);
-                match path.try_exists() {
-                    Ok(true) => Bytes::map(&path).map(Some),
-                    Ok(false) => Ok(None),
-                    Err(error) => Err(io("read", path)(error)),
-                }
-            }
-            Folder::Bundled(_, files) => Ok(files
-                .iter()
-                .find(|(name, _)| *name == file)
-                .map(|(_, bytes)| Bytes::Bundled(bytes))),
-        }
-    }
-
-    pub fn tensors(&self, file: &str) -> Result<TensorFile> {
-        let bytes = self.find(file)?.ok_or_else(|| self.missing(file, "no such file"))?;
-        TensorFile::new(self.name(file), bytes)
-    }
-
-    fn json(&self, file: &str, bytes: &Bytes) -> Result<Map<String, Value>> {
-        let text = std::str::from_utf8(bytes.as_slice())
-            .map_err(|error| self.missing(file, &format!("not JSON: {error}")))?;
-        match serde_json::from_str(&hf::strict_json(text)) {
-            Ok(Value::Object(object)) => Ok(object),
-            Ok(_) => Err(self.missing(file, "the JSON in it is not an object")),
-            Err(error) => Err(self.missing(file, &format!("not JSON: {error}"))),
-        }
-    }
-
-    fn missing(&self, file: &str, why: &str) -> Error {
-        Error::File { file: self.name(file), why: why.into() }
-    }
-}
+pub const CONFIG: &str = "config.json";
+pub const SINGLE: &str = "model.safetensors";
+pub const INDEX: &str = "model.safetensors.index.json";
 
 /// An open checkpoint. Shards are mapped when a tensor of theirs is first wanted.
 pub struct Checkpoint {
-    folder: Folder,
+    pub(crate) folder: Folder,
     /// The text of config.json.
     config: String,
-    /// What config.json says of how weights are quantised.
-    quantization: Option<Value>,
     files: BTreeMap<String, OnceCell<TensorFile>>,
     /// The file of each tensor.
-    file_of_tensor: BTreeMap<String, String>,
+    pub(crate) file_of_tensor: BTreeMap<String, String>,
 }
 
 impl Checkpoint {
@@ -93,10 +38,10 @@ impl Checkpoint {
                 why: "no such folder".into(),
             });
         }
-        let bytes = folder.find(CONFIG)?.ok_or_else(|| {
-            folder.missing(CONFIG, "no such file; a checkpoint folder has a config.json")
+        let bytes = folder.find_text(CONFIG, MOST_CONFIG_BYTES)?.ok_or_else(|| {
+            let why = "no such file; a checkpoint folder has a config.json";
+            folder.error(CONFIG, why.into())
         })?;
-        let quantization = folder.json(CONFIG, &bytes)?.remove("quantization_config");
         let config = String::from_utf8_lossy(bytes.as_slice()).into_owned();
 
         let mut files = BTreeMap::new();
@@ -105,25 +50,36 @@ impl Checkpoint {
             let file = TensorFile::new(folder.name(SINGLE), bytes)?;
             file_of_tensor.extend(file.names().into_iter().map(|name| (name, SINGLE.to_string())));
             files.insert(SINGLE.to_string(), OnceCell::from(file));
-        } else if let Some(bytes) = folder.find(INDEX)? {
-            let index = folder.json(INDEX, &bytes)?;
+        } else if let Some(bytes) = folder.find_text(INDEX, MOST_INDEX_BYTES)? {
+            let index: Value = serde_json::from_slice(bytes.as_slice())
+                .map_err(|error| folder.error(INDEX, format!("not JSON: {error}")))?;
             let Some(Value::Object(weight_map)) = index.get("weight_map") else {
-                return Err(folder.missing(INDEX, "no object `weight_map` in it"));
+                return Err(folder.error(INDEX, "no object `weight_map` in it".into()));
             };
             for (tensor, file) in weight_map {
                 let file = file.as_str().filter(|file| is_file_name(file)).ok_or_else(|| {
                     let why = format!(
                         "`{tensor}` is said to be in {file}, wanted the name of a file beside it"
                     );
-                    folder.missing(INDEX, &why)
+                    folder.error(INDEX, why)
                 })?;
                 files.entry(file.to_string()).or_insert_with(OnceCell::new);
                 file_of_tensor.insert(tensor.clone(), file.to_string());
             }
         } else {
-            return Err(folder.missing(SINGLE, &format!("no such file, and no {INDEX} beside it")));
+            return Err(crate::refusal::no_weights(&folder));
         }
-        Ok(Self { folder, config, quantization, files, file_of_tensor })
+        Ok(Self { folder, config, files, file_of_tensor })
+    }
+
+    /// The names of the files that its tensors are in.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(String::as_str)
+    }
+
+    /// The file that says which tensors there are.
+    pub(crate) fn list_of_tensors(&self) -> &'static str {
+        if self.files.contains_key(SINGLE) { SINGLE } else { INDEX }
     }
 
     /// A tensor by its whole name, or nothing where the checkpoint has none of that name.
@@ -140,59 +96,58 @@ impl Checkpoint {
         file.tensor(name).map(Some)
     }
 
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
-        self.find(name)?.ok_or_else(|| {
-            let file = if self.files.contains_key(SINGLE) { SINGLE } else { INDEX };
-            self.folder.missing(file, &format!("no tensor `{name}`, wanted {shape:?}"))
-        })
-    }
-
     /// A tensor of numbers as it is, or quantised with its scales beside it; of the right shape in any case.
-    fn source(&self, part: &hf::Part, ids: bool) -> Result<Source<'_>> {
+    fn source(&self, part: &Part, ids: bool, block: &Block) -> Result<Source<'_>> {
         let (name, shape) = (&part.name, &part.shape[..]);
+        let tensor = |name: &str| {
+            let shape = format!("{shape:?}");
+            self.find(name)?.ok_or_else(|| self.missing(name, &shape, block))
+        };
         if part.stored == Stored::Mxfp4 {
-            let (blocks, scales) = (format!("{name}_blocks"), format!("{name}_scales"));
-            let blocks = self.tensor(&blocks, shape)?;
-            let scales = self.tensor(&scales, shape)?;
+            let blocks = tensor(&format!("{name}_blocks"))?;
+            let scales = tensor(&format!("{name}_scales"))?;
             return Source::mxfp4(blocks, scales, shape);
         }
-        let tensor = self.tensor(name, shape)?;
+        let tensor = tensor(name)?;
         if ids {
             tensor.check_ids(shape)?;
-        } else if tensor.is_fp8() {
-            self.check_fp8_blocks()?;
-            let scales = self.tensor(&format!("{name}_scale_inv"), shape)?;
-            return Source::fp8(tensor, scales, shape);
-        } else {
-            tensor.check(shape)?;
+            return Ok(Source::Plain(tensor));
         }
-        Ok(Source::Plain(tensor))
+        let Some(code) = Code::of(&tensor, shape) else {
+            if tensor.is_float() {
+                tensor.check(shape)?;
+                return Ok(Source::Plain(tensor));
+            }
+            return Err(self.unreadable(&tensor, block));
+        };
+        let blocks = block.quantization.as_ref().and_then(|it| it.block);
+        let names = part.scale_names();
+        let Some(scale) = names.iter().find(|name| self.file_of_tensor.contains_key(*name)) else {
+            // Codes of 4 bits are told from other bytes by their scales.
+            return Err(match code {
+                Code::Fp8 => self.no_scales(&tensor, &names, &scale_shapes(code, shape, blocks)),
+                Code::Fp4 => self.unreadable(&tensor, block),
+            });
+        };
+        let Some(scales) = self.find(scale)? else {
+            return Err(self.no_scales(&tensor, &names, &scale_shapes(code, shape, blocks)));
+        };
+        if code == Code::Fp4 && scales.is_e4m3() {
+            return Err(self.unreadable(&tensor, block));
+        }
+        Source::scaled(code, tensor, scales, shape, blocks)
     }
 
-    /// The scales of FP8 weights belong to blocks, whose size config.json says.
-    fn check_fp8_blocks(&self) -> Result<()> {
-        const SIDE: usize = moe_kernels::format::FP8_BLOCK;
-        let got = self.quantization.as_ref().and_then(|it| it.get("weight_block_size"));
-        if got == Some(&Value::from(vec![SIDE, SIDE])) {
-            return Ok(());
-        }
-        let got = got.map_or("missing".into(), Value::to_string);
-        let why = format!(
-            "`quantization_config.weight_block_size` is {got}, wanted [{SIDE}, {SIDE}] for FP8 weights"
-        );
-        Err(self.folder.missing(CONFIG, &why))
-    }
-
-    /// Every MoE block of one layer that the checkpoint has, every tensor of it found and of the right shape: models
-    /// with text and vision experts have two. At least one.
+    /// Every MoE block of one layer that the checkpoint has, every tensor of it found and of the right shape, and no
+    /// tensor left over: models with text and vision experts have two. At least one.
     pub fn layers(&self, layer: usize) -> Result<Vec<Layer<'_>>> {
         let blocks = hf::blocks(&self.config, layer).map_err(|error| {
             let layers = hf::layers(&self.config).unwrap_or_default();
             if layers.is_empty() || layers.contains(&layer) {
                 return self.config_error(error);
             }
-            let why = format!("{error}; layers that have one: {}", ranges(&layers));
-            self.folder.missing(CONFIG, &why)
+            let why = format!("{error}; layers that have one: {}", crate::refusal::ranges(&layers));
+            self.folder.error(CONFIG, why)
         })?;
         let found: Vec<_> = blocks
             .iter()
@@ -201,6 +156,7 @@ impl Checkpoint {
         if found.is_empty() {
             return Err(self.no_block(layer, &blocks));
         }
+        self.check_all_read(&found)?;
         Ok(found)
     }
 
@@ -217,7 +173,7 @@ impl Checkpoint {
                 if !self.has(&arrays) {
                     continue;
                 }
-                match self.with_layout(block, layout, arrays) {
+                match self.with_layout(block, layout, &prefix, arrays) {
                     Ok(layer) => return Ok(Some(layer)),
                     Err(error) => why = why.or(Some(error)),
                 }
@@ -227,29 +183,29 @@ impl Checkpoint {
     }
 
     fn config_error(&self, error: moe_kernels::Error) -> Error {
-        self.folder.missing(CONFIG, &error.to_string())
+        self.folder.error(CONFIG, error.to_string())
     }
 
     /// Whether the checkpoint has the first tensors of the router and of the experts.
     fn has(&self, arrays: &[hf::Array]) -> bool {
-        let needed = [Role::RouterGate, Role::Gate, Role::GateUp];
-        arrays.iter().filter(|array| needed.contains(&array.role)).all(|array| {
-            array.parts.first().is_some_and(|part| {
-                let ending = if part.stored == Stored::Mxfp4 { "_blocks" } else { "" };
-                self.file_of_tensor.contains_key(&format!("{}{ending}", part.name))
-            })
-        })
+        first_parts(arrays).all(|part| self.file_of_tensor.contains_key(&name_on_disk(part)))
     }
 
     fn with_layout(
         &self,
         block: &Block,
-        layout: &Layout,
+        layout: &'static Layout,
+        prefix: &str,
         arrays: Vec<hf::Array>,
     ) -> Result<Layer<'_>> {
+        let modules = layout.modules(&arrays, prefix);
+        let mut may_stay = BTreeSet::new();
         let arrays = arrays.into_iter().map(|array| {
             let pieces = array.parts.iter().map(|part| {
-                let source = self.source(part, array.role == Role::Table)?;
+                let source = self.source(part, array.role == Role::Table, block)?;
+                if let Source::Scaled(_) = source {
+                    may_stay.extend(part.activation_scale_names());
+                }
                 Ok(Piece { source, elements: part.elements.clone() })
             });
             let pieces = pieces.collect::<Result<Vec<_>>>()?;
@@ -257,47 +213,23 @@ impl Checkpoint {
             Ok(Array { role, shape, pieces, transposed, repeated })
         });
         let arrays = arrays.collect::<Result<_>>()?;
-        Ok(Layer { config: layout.config(block), block: block.clone(), arrays })
+        let config = layout.config(block);
+        let prefix = prefix.to_string();
+        Ok(Layer { config, block: block.clone(), arrays, layout, prefix, modules, may_stay })
     }
+}
 
-    /// Says which layers do have a block: a dense layer and a number past the end look alike otherwise.
-    fn no_block(&self, layer: usize, blocks: &[Block]) -> Error {
-        let mut layers = BTreeSet::new();
-        let mut wanted = String::new();
-        for block in blocks {
-            for prefix in block.prefixes() {
-                for layout in block.layouts() {
-                    let Ok(arrays) = layout.arrays(block, &prefix) else { continue };
-                    let first = arrays.first().and_then(|array| array.parts.first());
-                    let Some(name) = first.map(|part| &part.name) else { continue };
-                    if wanted.is_empty() {
-                        wanted.clone_from(name);
-                    }
-                    let Some(ending) = name.strip_prefix(&prefix) else { continue };
-                    let tensors = self.file_of_tensor.keys();
-                    let named = tensors.filter(|tensor| tensor.ends_with(ending));
-                    layers.extend(named.filter_map(|tensor| block.layer_of(tensor)));
-                }
-            }
-        }
-        let layers: Vec<usize> = layers.into_iter().collect();
-        let why = if layers.is_empty() {
-            "and no other layer of it has one".into()
-        } else {
-            format!("layers that have one: {}", ranges(&layers))
-        };
-        let file = match &self.folder {
-            Folder::Disk(path) => path.display().to_string(),
-            Folder::Bundled(name, _) => format!("bundled {name}"),
-        };
-        let model_type = blocks.first().map_or("MoE", |block| block.model_type);
-        Error::File {
-            file,
-            why: format!(
-                "layer {layer} has no {model_type} block (no tensor `{wanted}` with experts beside it); {why}"
-            ),
-        }
-    }
+/// The first tensors of the router and of the experts, without which there is no block.
+pub fn first_parts(arrays: &[hf::Array]) -> impl Iterator<Item = &Part> {
+    let needed = [Role::RouterGate, Role::Gate, Role::GateUp];
+    let needed = arrays.iter().filter(move |array| needed.contains(&array.role));
+    needed.filter_map(|array| array.parts.first())
+}
+
+/// The name of the tensor that has the numbers or codes of a part.
+pub fn name_on_disk(part: &Part) -> String {
+    let ending = if part.stored == Stored::Mxfp4 { "_blocks" } else { "" };
+    format!("{}{ending}", part.name)
 }
 
 /// The MoE block of one layer, still on disk.
@@ -306,11 +238,24 @@ pub struct Layer<'a> {
     /// What it computes, with the weights in the order in which this checkpoint has them.
     pub config: MoeConfig,
     arrays: Vec<Array<'a>>,
+    layout: &'static Layout,
+    /// The beginning of the names of all tensors of the layer.
+    prefix: String,
+    /// The beginnings of the names of all that belongs to the block.
+    pub(crate) modules: Vec<String>,
+    /// Names of tensors that the block may have and that are not read.
+    may_stay: BTreeSet<String>,
 }
 
 impl<'a> Layer<'a> {
     pub fn array(&self, role: Role) -> Option<&Array<'a>> {
         self.arrays.iter().find(|array| array.role == role)
+    }
+
+    /// Whether a tensor of the block's modules is one that the checkpoint may have without its being read.
+    pub(crate) fn may_stay_unread(&self, name: &str) -> bool {
+        self.may_stay.contains(name)
+            || name.strip_prefix(&self.prefix).is_some_and(|name| self.layout.may_stay_unread(name))
     }
 
     /// All that the block has, in the order in which it is used.
@@ -331,29 +276,9 @@ fn is_file_name(name: &str) -> bool {
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
 }
 
-/// `0-2, 5` for `[0, 1, 2, 5]`.
-fn ranges(sorted: &[usize]) -> String {
-    let mut parts: Vec<(usize, usize)> = Vec::new();
-    for &value in sorted {
-        match parts.last_mut() {
-            Some((_, last)) if *last + 1 == value => *last = value,
-            _ => parts.push((value, value)),
-        }
-    }
-    let part =
-        |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
-    parts.into_iter().map(part).collect::<Vec<_>>().join(", ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges_are_short() {
-        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
-        assert_eq!(ranges(&[]), "");
-    }
 
     #[test]
     fn an_index_stays_in_its_folder() {

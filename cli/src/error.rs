@@ -1,21 +1,23 @@
 //! The one error type of the program. Every message is a sentence that names the file, the tensor or
-//! the option, what was wanted and what was there.
+//! the option, what was wanted and what was there. Names that come from files are escaped.
 
 use std::path::PathBuf;
+
+use crate::text::escaped;
 
 /// What can go wrong. All of these end the program with exit status 2.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused something.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}", escaped(&path.display().to_string()))]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
 
     /// A file is not what its name says.
-    #[error("{file}: {why}")]
+    #[error("{}: {}", escaped(file), escaped(why))]
     File { file: String, why: String },
 
     /// A tensor is there, and is another one than the layer needs.
-    #[error("{file}: tensor `{tensor}` is {got}, wanted {wanted}")]
+    #[error("{}: tensor `{}` is {}, wanted {wanted}", escaped(file), escaped(tensor), escaped(got))]
     Tensor { file: String, tensor: String, got: String, wanted: String },
 
     /// The device that was asked for cannot be had.

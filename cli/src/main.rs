@@ -11,6 +11,7 @@ mod check;
 mod checkpoint;
 mod device;
 mod error;
+mod folder;
 mod gpu;
 mod info;
 mod load;
@@ -18,7 +19,9 @@ mod progress;
 #[cfg(test)]
 mod readings;
 mod recording;
+mod refusal;
 mod run;
+mod source;
 mod tensor_file;
 mod text;
 mod tokens;

@@ -6,10 +6,12 @@ use moe_kernels::reference::bound::relative_error;
 use moe_kernels::{CapacityConfig, CapacityLimit, DType, Dtype, Priority};
 
 use crate::bundled::FIXTURES;
-use crate::checkpoint::{Checkpoint, Folder, Layer};
+use crate::checkpoint::{Checkpoint, Layer};
 use crate::device::Place;
 use crate::error::{Error, Result, io};
+use crate::folder::Folder;
 use crate::tensor_file::TensorFile;
+use crate::text::escaped;
 use crate::tokens::Outputs;
 
 const RECORDED: &str = "recorded.safetensors";
@@ -61,7 +63,8 @@ impl Recording {
     }
 
     fn of_checkpoint(path: &Path) -> Vec<Self> {
-        let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into());
+        let name =
+            path.file_name().map_or_else(String::new, |name| escaped(&name.to_string_lossy()));
         let files = [(RECORDED, ""), (RECORDED_CAPACITY, " (capacity)")];
         let there = files.iter().filter(|(file, _)| path.join(file).is_file());
         let recording = |(file, what): &(&'static str, &str)| Self {
@@ -117,11 +120,12 @@ impl Recording {
         let ids = file.tensor("expert_ids")?;
         let per_token = ids.len() / made.num_tokens.max(1);
         ids.check_ids(&[made.num_tokens, per_token])?;
-        let ids = ids.read_ids()?;
+        let experts = layers.iter().map(|layer| layer.config.router_experts()).max().unwrap_or(0);
+        let ids = ids.read_ids(experts, "ids of experts")?;
         // Slots that found no room; and experts that every token has are not in the recording.
         let kept = file.find("kept").map(|kept| {
             kept.check_ids(&[made.num_tokens, per_token])?;
-            kept.read_ids()
+            kept.read_ids(2, "1 for a slot that is kept and 0 for others")
         });
         let kept = kept.transpose()?;
         let sinks = |layer: &Layer<'_>| layer.config.router.num_sinks;

@@ -6,14 +6,15 @@ use std::process::{Command, Stdio};
 use moe_kernels::DType;
 
 use crate::backend::{Backend, Element, FORWARD, dispatch};
-use crate::checkpoint::{Checkpoint, Folder, Layer};
+use crate::checkpoint::{Checkpoint, Layer};
 use crate::device::{Choice, Place, available};
 use crate::error::{Error, Result, io};
+use crate::folder::Folder;
 use crate::load;
 use crate::progress::Steps;
 use crate::recording::{self, Distance, Recording};
 use crate::tensor_file::{self, TensorFile};
-use crate::text::{Table, say, time};
+use crate::text::{Table, say, time, warn};
 use crate::tokens::{self, Outputs};
 
 /// Runs one MoE layer of a checkpoint forward
@@ -119,6 +120,9 @@ fn run_checkpoint(
     let checkpoint =
         steps.time("open the checkpoint", || Checkpoint::open(Folder::Disk(folder.into())))?;
     let layers = checkpoint.layers(layer_number)?;
+    if let Some(beside) = checkpoint.beside() {
+        warn(&beside);
+    }
     let input_file = TensorFile::open(input)?;
     let x = input_file.tensor("x")?;
     let backend = steps.time("open the device", || Backend::open(place))?;

@@ -1,46 +1,18 @@
 //! One safetensors file: mapped into memory or part of this binary, its tensors converted on reading.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use half::{bf16, f16};
-use memmap2::Mmap;
 use moe_kernels::{DType, Dtype};
 use rayon::prelude::*;
-use safetensors::tensor::{Metadata, TensorView};
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::{Dtype as DiskDtype, SafeTensors};
 
 use crate::error::{Error, Result, io};
-
-/// The bytes of a file.
-pub enum Bytes {
-    Mapped(Mmap),
-    Bundled(&'static [u8]),
-}
-
-impl Bytes {
-    /// Maps a file; an empty one, which cannot be mapped, becomes no bytes.
-    pub fn map(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(io("open", path))?;
-        if file.metadata().map_err(io("read", path))?.len() == 0 {
-            return Ok(Bytes::Bundled(&[]));
-        }
-        // SAFETY: the mapping is read-only and private to this process. Another process that shortens
-        // the file while it is being read ends this one with SIGBUS, which no program that maps
-        // checkpoints can rule out; nothing here writes to a file in place.
-        let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
-        Ok(Bytes::Mapped(map))
-    }
-
-    pub fn as_slice(&self) -> &[u8] {
-        match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Bundled(bytes) => bytes,
-        }
-    }
-}
+use crate::folder::Bytes;
 
 /// A safetensors file whose header has been read and held against the file's length.
 pub struct TensorFile {
@@ -108,6 +80,9 @@ impl TensorFile {
     }
 }
 
+/// The types that numbers may have without a scale.
+pub const FLOATS: &str = "f32, bf16 or f16";
+
 /// One tensor of a file.
 pub struct Tensor<'a> {
     file: &'a str,
@@ -141,6 +116,37 @@ impl Tensor<'_> {
         Err(self.error(format!("{:?}", self.shape), format!("{wanted:?}")))
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn dtype(&self) -> DiskDtype {
+        self.dtype
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    /// Whether the tensor holds numbers without scales.
+    pub fn is_float(&self) -> bool {
+        self.check_float().is_ok()
+    }
+
+    /// Whether the tensor holds FP8 codes of kind E4M3.
+    pub fn is_e4m3(&self) -> bool {
+        self.dtype == DiskDtype::F8_E4M3
+    }
+
+    /// Fails unless the tensor holds scales: numbers, or exponents of E8M0, which some files call bytes.
+    pub fn check_scales(&self) -> Result<()> {
+        match self.dtype {
+            DiskDtype::F8_E8M0 | DiskDtype::U8 => Ok(()),
+            _ if self.is_float() => Ok(()),
+            _ => Err(self.error(self.dtype_name(), format!("{FLOATS}, or f8_e8m0"))),
+        }
+    }
+
     /// Fails unless the tensor holds bytes of this shape.
     pub fn check_bytes(&self, wanted: &[usize]) -> Result<()> {
         if self.dtype != DiskDtype::U8 {
@@ -157,11 +163,6 @@ impl Tensor<'_> {
         }
     }
 
-    /// Whether the tensor holds FP8 codes of kind E4M3.
-    pub fn is_fp8(&self) -> bool {
-        self.dtype == DiskDtype::F8_E4M3
-    }
-
     /// The number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -174,18 +175,42 @@ impl Tensor<'_> {
         bytes.ok_or_else(|| self.error(format!("{:?}", self.shape), wanted()))
     }
 
-    /// The whole tensor as ids; none may be negative or beyond a u32.
-    pub fn read_ids(&self) -> Result<Vec<u32>> {
-        let id = |value: i64| {
-            let wanted = || "ids from 0 on".into();
-            u32::try_from(value).map_err(|_| self.error(format!("{value} in it"), wanted()))
+    /// The whole tensor as ids, each of them below `end`; an error says which element is not, and that it should be
+    /// `one_of`.
+    pub fn read_ids(&self, end: usize, one_of: &str) -> Result<Vec<u32>> {
+        let id = |(at, value): (usize, i64)| {
+            u32::try_from(value).ok().filter(|id| (*id as usize) < end).ok_or_else(|| {
+                let got = format!("{value} at {:?}", self.position(at));
+                self.error(got, format!("{one_of}, from 0 and below {end}"))
+            })
         };
         if self.dtype == DiskDtype::I64 {
             let (values, _) = self.data.as_chunks::<8>();
-            return values.iter().map(|bytes| id(i64::from_le_bytes(*bytes))).collect();
+            return values
+                .iter()
+                .map(|bytes| i64::from_le_bytes(*bytes))
+                .enumerate()
+                .map(id)
+                .collect();
         }
         let (values, _) = self.data.as_chunks::<4>();
-        values.iter().map(|bytes| id(i32::from_le_bytes(*bytes).into())).collect()
+        values.iter().map(|bytes| i32::from_le_bytes(*bytes).into()).enumerate().map(id).collect()
+    }
+
+    /// The indices of an element.
+    fn position(&self, mut element: usize) -> Vec<usize> {
+        let mut position: Vec<usize> = self
+            .shape
+            .iter()
+            .rev()
+            .map(|size| {
+                let index = element % size.max(&1);
+                element /= size.max(&1);
+                index
+            })
+            .collect();
+        position.reverse();
+        position
     }
 
     /// Fails unless the tensor holds floating-point numbers in rows of `width`; gives their number.
@@ -203,10 +228,7 @@ impl Tensor<'_> {
     fn check_float(&self) -> Result<()> {
         match self.dtype {
             DiskDtype::F64 | DiskDtype::F32 | DiskDtype::F16 | DiskDtype::BF16 => Ok(()),
-            _ => {
-                let wanted = "f32, bf16 or f16, or f8_e4m3 where there are scales beside it";
-                Err(self.error(self.dtype_name(), wanted.into()))
-            }
+            _ => Err(self.error(self.dtype_name(), FLOATS.into())),
         }
     }
 
@@ -237,6 +259,16 @@ impl Tensor<'_> {
             _ => convert_parallel(data, out, f64::from_le_bytes, D::from_f64),
         }
         Ok(())
+    }
+
+    /// The whole tensor as scales.
+    pub fn read_scales(&self) -> Result<Vec<f32>> {
+        match self.dtype {
+            DiskDtype::F8_E8M0 | DiskDtype::U8 => {
+                Ok(self.data.iter().map(|code| moe_kernels::format::e8m0_to_f32(*code)).collect())
+            }
+            _ => self.read(),
+        }
     }
 
     /// The whole tensor as f64, which is exact for every type that is read.
@@ -305,33 +337,129 @@ fn raw_view<'v>(dtype: DiskDtype, shape: &[usize], bytes: &'v [u8]) -> Result<Te
 /// Writes tensors and notes about them. The file appears whole or not at all.
 pub fn write(
     path: &Path,
-    tensors: Vec<(&str, TensorView<'_>)>,
+    mut tensors: Vec<(&str, TensorView<'_>)>,
     notes: Option<HashMap<String, String>>,
 ) -> Result<()> {
-    replace(path, |neighbour| {
-        safetensors::serialize_to_file(tensors, notes, neighbour).map_err(std::io::Error::other)
+    // As the format asks for: by type, the widest first, so that every tensor is aligned.
+    tensors.sort_by(|(a, left), (b, right)| right.dtype().cmp(&left.dtype()).then(a.cmp(b)));
+    let mut end = 0;
+    let infos = tensors.iter().map(|(name, tensor)| {
+        let begin = end;
+        end += tensor.data().len();
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        (name.to_string(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
+    });
+    let infos = infos.collect();
+    let header = Metadata::new(notes, infos).map_err(std::io::Error::other);
+    let header = header.and_then(|header| serde_json::to_vec(&header).map_err(Into::into));
+    let mut header = header.map_err(io("write", path))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    replace(path, |_, file| {
+        let mut file = BufWriter::with_capacity(1 << 20, file);
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        for (_, tensor) in &tensors {
+            file.write_all(tensor.data())?;
+        }
+        file.flush()
     })
 }
 
 /// Makes a file that appears whole or not at all: `write` fills a neighbour, which then takes the name.
-pub fn replace(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
-    let neighbour = neighbour(path);
-    let write = || -> std::io::Result<()> {
-        write(&neighbour)?;
-        File::open(&neighbour)?.sync_all()?;
-        std::fs::rename(&neighbour, path)
+///
+/// The neighbour is new, has a name that nothing can foresee, and is removed where anything fails. Its ending is that of
+/// the file: it may say what kind of file is to be made.
+pub fn replace(
+    path: &Path,
+    write: impl FnOnce(&Path, &mut std::fs::File) -> std::io::Result<()>,
+) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     };
-    write().map_err(|error| {
-        // The first error is the one to tell; the neighbour may not even be there.
-        let _ = std::fs::remove_file(&neighbour);
-        io("write", path)(error)
-    })
+    let ending = path.extension().map_or_else(Default::default, |ending| {
+        let mut dotted = std::ffi::OsString::from(".");
+        dotted.push(ending);
+        dotted
+    });
+    let write = || -> std::io::Result<()> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".moe-kernels.part.").suffix(&ending);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            // Less what the user's mask takes away, as for any new file.
+            builder.permissions(std::fs::Permissions::from_mode(0o666));
+        }
+        let mut neighbour = builder.tempfile_in(folder)?;
+        let name = neighbour.path().to_path_buf();
+        write(&name, neighbour.as_file_mut())?;
+        neighbour.as_file().sync_all()?;
+        neighbour.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    write().map_err(io("write", path))
 }
 
-/// A name in the same folder, so that taking the final name is one step, and of this process alone.
-/// The ending stays: it may say what kind of file is to be made.
-fn neighbour(path: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(format!(".{}.part.", std::process::id()));
-    name.push(path.file_name().unwrap_or_default());
-    path.with_file_name(name)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file that cannot be written whole leaves what was there, and nothing else.
+    #[test]
+    fn a_file_is_replaced_or_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("y.txt");
+        let names = || std::fs::read_dir(folder.path()).unwrap().count();
+        let mut neighbours = std::collections::BTreeSet::new();
+        for text in ["one", "two"] {
+            replace(&path, |name, file| {
+                assert_eq!(name.parent(), Some(folder.path()));
+                assert_eq!(name.extension(), path.extension());
+                neighbours.insert(name.to_path_buf());
+                file.write_all(text.as_bytes())
+            })
+            .unwrap();
+            assert_eq!((std::fs::read_to_string(&path).unwrap().as_str(), names()), (text, 1));
+        }
+        assert_eq!(neighbours.len(), 2, "{neighbours:?}");
+        let error = replace(&path, |_, file| {
+            file.write_all(b"half of")?;
+            Err(std::io::Error::other("the disk is full"))
+        });
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("cannot write") && text.contains("the disk is full"), "{text}");
+        assert_eq!((std::fs::read_to_string(&path).unwrap().as_str(), names()), ("two", 1));
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+            let plain = folder.path().join("plain");
+            std::fs::write(&plain, "").unwrap();
+            assert_eq!(mode(&path), mode(&plain), "permissions are those of any new file");
+        }
+    }
+
+    /// The program's own files are read back by the crate that the format comes from.
+    #[test]
+    fn written_tensors_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("y.safetensors");
+        let (x, ids) = ([1.0f32, -2.0, f32::NAN], [7u32, 8]);
+        let tensors = vec![
+            ("ids", view_ids(&[2], &ids).unwrap()),
+            ("half", view(&[1, 1], &[half::f16::ONE]).unwrap()),
+            ("x", view(&[3, 1], &x).unwrap()),
+        ];
+        let notes = HashMap::from([("layer".to_string(), "3".to_string())]);
+        write(&path, tensors, Some(notes)).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let read = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(read.tensor("x").unwrap().shape(), [3, 1]);
+        assert_eq!(read.tensor("x").unwrap().data(), bytemuck::cast_slice::<f32, u8>(&x));
+        assert_eq!(read.tensor("ids").unwrap().data(), bytemuck::cast_slice::<u32, u8>(&ids));
+        assert_eq!(read.tensor("half").unwrap().dtype(), DiskDtype::F16);
+        let file = TensorFile::open(&path).unwrap();
+        assert_eq!(file.note("layer"), Some("3"));
+    }
 }

@@ -9,6 +9,28 @@ pub fn say(text: impl std::fmt::Display) {
     let _ = write!(stdout, "{text}").and_then(|()| stdout.flush());
 }
 
+/// Prints a line about something that the result may suffer from, and that is no error.
+pub fn warn(text: &str) {
+    eprintln!("warning: {}", escaped(text));
+}
+
+/// Text from a file as a terminal may have it: what moves the cursor, changes colours, starts a line or turns the
+/// direction of writing is spelled out.
+pub fn escaped(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{feff}' => safe.extend(c.escape_unicode()),
+            c if c.is_control() => safe.extend(c.escape_default()),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
 /// Rows of cells under a heading, columns as wide as their widest cell. Columns whose cells are numbers stand to the right.
 pub struct Table {
     heading: Vec<String>,
@@ -85,6 +107,13 @@ pub fn seconds(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn text_of_files_is_escaped() {
+        assert_eq!(escaped("a `b` \u{1b}[2J\r\n\t\u{9b}1m"), "a `b` \\u{1b}[2J\\r\\n\\t\\u{9b}1m");
+        assert_eq!(escaped("x\u{202e}y\u{2066}\u{feff}"), "x\\u{202e}y\\u{2066}\\u{feff}");
+        assert_eq!(escaped("Größe 模型 C:\\x"), "Größe 模型 C:\\x");
+    }
 
     #[test]
     fn columns_line_up() {

@@ -1,7 +1,7 @@
 //! What an input file has for a layer: the tokens, and what else its router reads.
 
 use moe_kernels::hf::LogitsFrom;
-use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
+use moe_kernels::{Dtype, MoeInputs, Owned, RoutingShape, Selection, Typed};
 
 use crate::backend::{Element, Output, rows_per_expert};
 use crate::checkpoint::Layer;
@@ -33,6 +33,9 @@ pub fn forward<D: Element>(
     let hidden = blocks.first().map_or(0, |(layer, _)| layer.config.hidden);
     let top_k = blocks.iter().map(|(layer, _)| layer.config.top_k).max().unwrap_or(0);
     let num_tokens = blocks.iter().map(|(_, tokens)| tokens.len()).sum();
+    let experts = blocks.iter().map(|(layer, _)| layer.config.router_experts()).max().unwrap_or(0);
+    // Before anything is allocated by them: a narrow input of few bytes may ask for any number of slots.
+    RoutingShape::new(num_tokens, experts, top_k)?;
     let mut all = Outputs {
         num_tokens,
         hidden,
@@ -81,11 +84,7 @@ fn blocks<'l, 'a>(
     let num_tokens = x.rows_of(first.config.hidden)?;
     let tensor = file.tensor("token_types")?;
     tensor.check_ids(&[num_tokens])?;
-    let types = tensor.read_ids()?;
-    if let Some(other) = types.iter().find(|&&kind| kind as usize >= fits.len()) {
-        let wanted = format!("numbers of the layer's {} blocks, from 0 on", fits.len());
-        return Err(tensor.error(format!("{other} in it"), wanted));
-    }
+    let types = tensor.read_ids(fits.len(), "numbers of the layer's blocks")?;
     let of = |block: usize| -> Vec<usize> {
         (0..num_tokens).filter(|token| types[*token] as usize == block).collect()
     };
@@ -121,7 +120,7 @@ fn read_inputs<D: Dtype>(
     if config.router.selection == Selection::Given {
         let tensor = file.tensor("token_ids")?;
         tensor.check_ids(&[num_tokens])?;
-        let ids = tensor.read_ids()?;
+        let ids = tensor.read_ids(layer.block.vocabulary, "rows of the table of expert ids")?;
         inputs.token_ids = Some(tokens.iter().map(|&token| ids[token]).collect());
     }
     Ok(inputs)

@@ -8,6 +8,7 @@ mod variant;
 
 use std::ffi::c_void;
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 use std::ptr::from_mut;
 use std::time::{Duration, Instant};
@@ -115,7 +116,7 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
                 let all = json!({
                     "format": 1, "compiler": compiler, "complete": complete, "rows": rows,
                 });
-                replace(&file, |path| fs::write(path, format!("{all:#}\n")))?;
+                replace(&file, |_, file| writeln!(file, "{all:#}"))?;
             }
         }
     }

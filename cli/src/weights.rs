@@ -1,19 +1,21 @@
 //! The weights of a block in memory: every array of it, put together from tensors and widened where they are quantised.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Mutex;
 
-use moe_kernels::format::{FP8_BLOCK, MXFP4_BLOCK, dequantize_fp8_blocks, dequantize_mxfp4};
 use moe_kernels::hf::Role;
 use moe_kernels::{
     Dtype, ExpertWeights, GateUp, GateUpTensors, LatentWeights, MoeWeights, Owned, RouterWeights,
-    SharedWeights, Typed, format,
+    SharedWeights, Typed,
 };
 use rayon::prelude::*;
 
 use crate::checkpoint::Layer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::tensor_file::Tensor;
+use crate::source::Source;
+use crate::text::warn;
 
 /// One array of a block, still on disk.
 pub struct Array<'a> {
@@ -34,121 +36,13 @@ pub struct Piece<'a> {
     pub elements: Range<usize>,
 }
 
-/// A tensor that has been found, and is of the right shape.
-pub enum Source<'a> {
-    Plain(Tensor<'a>),
-    /// Codes `[.., n, k]`, and scales of their blocks.
-    Fp8 {
-        codes: Tensor<'a>,
-        scales: Tensor<'a>,
-        n: usize,
-        k: usize,
-    },
-    /// Blocks `[.., k / 32, 16]`, and their scales.
-    Mxfp4 {
-        blocks: Tensor<'a>,
-        scales: Tensor<'a>,
-    },
-}
-
-impl<'a> Source<'a> {
-    pub fn fp8(codes: Tensor<'a>, scales: Tensor<'a>, shape: &[usize]) -> Result<Self> {
-        codes.check_shape(shape)?;
-        let (n, k) = match *shape {
-            [.., n, k] => (n, k),
-            [k] => (1, k),
-            [] => (1, 1),
-        };
-        let mut wanted = shape.to_vec();
-        for size in wanted.iter_mut().rev().take(2) {
-            *size = size.div_ceil(FP8_BLOCK);
-        }
-        scales.check(&wanted)?;
-        Ok(Source::Fp8 { codes, scales, n, k })
-    }
-
-    pub fn mxfp4(blocks: Tensor<'a>, scales: Tensor<'a>, shape: &[usize]) -> Result<Self> {
-        let mut wanted = shape.to_vec();
-        if let Some(last) = wanted.last_mut() {
-            *last = last.div_ceil(MXFP4_BLOCK);
-        }
-        scales.check_bytes(&wanted)?;
-        wanted.push(MXFP4_BLOCK / 2);
-        blocks.check_bytes(&wanted)?;
-        if shape.last().is_some_and(|last| !last.is_multiple_of(MXFP4_BLOCK)) {
-            let wanted = format!("blocks of {MXFP4_BLOCK} that fill {shape:?}");
-            return Err(blocks.error("a last block that is not full".into(), wanted));
-        }
-        Ok(Source::Mxfp4 { blocks, scales })
-    }
-
-    /// The type on disk.
-    pub fn dtype_name(&self) -> String {
-        match self {
-            Source::Plain(tensor) => tensor.dtype_name(),
-            Source::Fp8 { codes, .. } => codes.dtype_name(),
-            Source::Mxfp4 { .. } => "mxfp4".into(),
-        }
-    }
-
-    /// Elements `first..first + out.len()`, rounded to nearest where `D` is narrower than the values.
-    fn read_into<D: Dtype>(&self, first: usize, out: &mut [D]) -> Result<()> {
-        match self {
-            Source::Plain(tensor) => tensor.read_into(first, out),
-            Source::Fp8 { codes, scales, n, k } => {
-                let scales = scales.read::<f32>()?;
-                let (matrix, per_matrix) = (n * k, format::fp8_scales(*n, *k)?);
-                widen_into(first, out, matrix, codes.len(), |elements, out| {
-                    let scales = &scales[elements.start / matrix * per_matrix..][..per_matrix];
-                    Ok(dequantize_fp8_blocks(codes.bytes(elements)?, scales, *n, *k, out)?)
-                })
-            }
-            Source::Mxfp4 { blocks, scales } => {
-                // Large enough that the loop costs nothing, and small enough for a cache.
-                const RUN: usize = MXFP4_BLOCK * 512;
-                widen_into(first, out, RUN, scales.len() * MXFP4_BLOCK, |elements, out| {
-                    let blocks = blocks.bytes(elements.start / 2..elements.end / 2)?;
-                    let range = elements.start / MXFP4_BLOCK..elements.end / MXFP4_BLOCK;
-                    Ok(dequantize_mxfp4(blocks, scales.bytes(range)?, out)?)
-                })
-            }
-        }
-    }
-}
-
-/// Elements `first..first + out.len()` of `total`, which `widen` makes in units of `unit` (the last may be shorter).
-fn widen_into<D: Dtype>(
-    first: usize,
-    out: &mut [D],
-    unit: usize,
-    total: usize,
-    widen: impl Fn(Range<usize>, &mut [f32]) -> Result<()>,
-) -> Result<()> {
-    let end = first + out.len();
-    let mut values = vec![0.0; unit.min(total)];
-    let mut at = first;
-    while at < end {
-        let start = at / unit * unit;
-        let whole = start..(start + unit).min(total);
-        let values = &mut values[..whole.len()];
-        widen(whole.clone(), values)?;
-        let next = whole.end.min(end);
-        let wanted = &values[at - start..next - start];
-        for (out, value) in out[at - first..next - first].iter_mut().zip(wanted) {
-            *out = D::from_f32(*value);
-        }
-        at = next;
-    }
-    Ok(())
-}
-
 impl Array<'_> {
     fn len(&self) -> usize {
         self.shape.iter().product()
     }
 
     /// The whole array as `D`.
-    pub fn read<D: Dtype>(&self, progress: &Progress) -> Result<Vec<D>> {
+    pub fn read<D: Dtype>(&self, reading: &Reading) -> Result<Vec<D>> {
         let zero = D::from_f32(0.0);
         let mut values = vec![zero; self.pieces.iter().map(|piece| piece.elements.len()).sum()];
         let mut left = &mut values[..];
@@ -159,9 +53,9 @@ impl Array<'_> {
             left = rest;
         }
         work.into_par_iter().try_for_each(|(piece, out)| {
-            let done = piece.source.read_into(piece.elements.start, out);
-            progress.advance();
-            done
+            piece.source.read_into(piece.elements.start, out)?;
+            reading.finish(piece, out);
+            Ok::<_, Error>(())
         })?;
         if self.repeated {
             values = vec![values.first().copied().unwrap_or(zero); self.len()];
@@ -174,12 +68,12 @@ impl Array<'_> {
         Ok(values)
     }
 
-    /// The ids of a table.
-    fn read_ids(&self) -> Result<Vec<u32>> {
+    /// The ids of a table, which are those of `experts` experts.
+    fn read_ids(&self, experts: usize) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(self.len());
         for piece in &self.pieces {
             if let Source::Plain(tensor) = &piece.source {
-                ids.extend(tensor.read_ids()?);
+                ids.extend(tensor.read_ids(experts, "ids of experts")?);
             }
         }
         Ok(ids)
@@ -189,19 +83,67 @@ impl Array<'_> {
 /// Reads and converts all of a layer.
 pub fn read_weights<D: Dtype>(layer: &Layer<'_>) -> Result<MoeWeights<Owned, D>> {
     let pieces = layer.arrays().iter().map(|array| array.pieces.len()).sum();
-    let progress = Progress::parts("read the weights", pieces);
-    Reader { layer, progress: &progress }.weights()
+    let reading = Reading::new(pieces);
+    let weights = Reader { layer, reading: &reading }.weights()?;
+    if let Some(text) = reading.not_finite::<D>() {
+        drop(reading);
+        warn(&text);
+    }
+    Ok(weights)
+}
+
+/// Shows how far it is, and notes tensors with elements that are no finite numbers.
+pub struct Reading {
+    progress: Progress,
+    /// How many there are of each tensor.
+    not_finite: Mutex<BTreeMap<String, usize>>,
+}
+
+impl Reading {
+    pub fn new(pieces: usize) -> Self {
+        let progress = Progress::parts("read the weights", pieces);
+        Self { progress, not_finite: Mutex::default() }
+    }
+
+    /// A piece is there.
+    fn finish<D: Dtype>(&self, piece: &Piece<'_>, values: &[D]) {
+        // As large as the pieces that numbers are converted in.
+        let count: usize = values
+            .par_chunks(1 << 16)
+            .map(|values| values.iter().filter(|value| !value.to_f32().is_finite()).count())
+            .sum();
+        if let (1.., Ok(mut all), Some(name)) =
+            (count, self.not_finite.lock(), piece.source.names().first())
+        {
+            *all.entry(name.to_string()).or_default() += count;
+        }
+        self.progress.advance();
+    }
+
+    /// The first such tensor, and how many more there are.
+    fn not_finite<D: Dtype>(&self) -> Option<String> {
+        let all = self.not_finite.lock().ok()?;
+        let (name, count) = all.first_key_value()?;
+        let more = match all.len() - 1 {
+            0 => String::new(),
+            more => format!("; so have {more} more"),
+        };
+        Some(format!(
+            "tensor `{name}` has NaN or infinities, {count} of them in {}{more}",
+            D::DTYPE
+        ))
+    }
 }
 
 struct Reader<'r> {
     layer: &'r Layer<'r>,
-    progress: &'r Progress,
+    reading: &'r Reading,
 }
 
 impl Reader<'_> {
     /// An array that the block may have.
     fn find<D: Dtype>(&self, role: Role) -> Result<Option<Vec<D>>> {
-        self.layer.array(role).map(|array| array.read(self.progress)).transpose()
+        self.layer.array(role).map(|array| array.read(self.reading)).transpose()
     }
 
     /// An array that every block has whose configuration is this one's.
@@ -241,7 +183,11 @@ impl Reader<'_> {
                 norm: self.find(Role::RouterNorm)?,
                 selection_bias: self.find(Role::SelectionBias)?,
                 expert_scale: self.find(Role::ExpertScale)?,
-                table: self.layer.array(Role::Table).map(Array::read_ids).transpose()?,
+                table: self
+                    .layer
+                    .array(Role::Table)
+                    .map(|table| table.read_ids(config.router_experts()))
+                    .transpose()?,
             },
             experts: ExpertWeights {
                 gate_up: match config.experts.gate_up {
@@ -271,7 +217,8 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::checkpoint::{Checkpoint, Folder};
+    use crate::checkpoint::Checkpoint;
+    use crate::folder::Folder;
     use crate::tensor_file::TensorFile;
 
     /// Every checkpoint of fixtures/ opens, and its arrays are as long as their shapes, of numbers that are written.
@@ -285,36 +232,19 @@ mod tests {
             let number = recorded.note("layer").unwrap().parse().unwrap();
             let checkpoint = Checkpoint::open(Folder::Disk(folder)).unwrap();
             for layer in checkpoint.layers(number).unwrap() {
-                let progress = Progress::parts("a test", 1);
+                let reading = Reading::new(1);
                 for array in layer.arrays().iter().filter(|array| array.role != Role::Table) {
-                    let wide = array.read::<f32>(&progress).unwrap();
+                    let wide = array.read::<f32>(&reading).unwrap();
                     assert_eq!(wide.len(), array.len(), "{name}: {:?}", array.role);
                     let written = wide.iter().filter(|value| value.is_finite() && **value != 0.0);
                     assert!(written.count() * 4 > 3 * wide.len(), "{name}: {:?}", array.role);
-                    let narrow = array.read::<bf16>(&progress).unwrap();
+                    let narrow = array.read::<bf16>(&reading).unwrap();
                     let rounded = wide.iter().map(|value| bf16::from_f32(*value));
                     assert!(rounded.eq(narrow), "{name}: {:?} in bf16", array.role);
                 }
                 let weights = read_weights::<f32>(&layer).unwrap();
                 assert_eq!(weights.experts.down.len(), layer.config.down_len(), "{name}");
             }
-        }
-    }
-
-    /// Any piece of what is widened unit by unit is that piece of the whole.
-    #[test]
-    fn pieces_of_units() {
-        let widen = |elements: Range<usize>, out: &mut [f32]| {
-            for (out, element) in out.iter_mut().zip(elements) {
-                *out = element as f32;
-            }
-            Ok(())
-        };
-        for (first, len) in [(0, 23), (0, 0), (5, 1), (4, 10), (9, 14), (22, 1), (23, 0)] {
-            let mut out = vec![f32::NAN; len];
-            widen_into(first, &mut out, 5, 23, widen).unwrap();
-            let wanted: Vec<f32> = (first..first + len).map(|element| element as f32).collect();
-            assert_eq!(out, wanted);
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::config::{
 use crate::error::{Error, Result};
 use crate::hf::keys::Keys;
 use crate::hf::names::Layout;
+use crate::hf::quantization::Quantization;
 use crate::hf::schedule::Schedule;
 use crate::hf::{Block, LogitsFrom};
 
@@ -272,6 +273,7 @@ impl Family {
             logits: self.logits,
             vocabulary: 0,
             first_expert: 0,
+            quantization: Quantization::read(&keys)?,
             prefixes: self.prefixes,
             layouts: self.layouts,
         };

@@ -41,6 +41,16 @@ impl<'a> Keys<'a> {
         Self { objects, path: String::new(), layer: self.layer, element: self.element }
     }
 
+    /// The first of `names` in the innermost of the objects that lead here that has one, with its path.
+    pub fn around(&self, names: &[&str]) -> Option<(String, &'a Value)> {
+        let here: Vec<&str> = self.path.split_terminator('.').collect();
+        self.objects.iter().enumerate().rev().find_map(|(depth, object)| {
+            let path = here.get(..depth)?.iter().map(|key| format!("{key}.")).collect::<String>();
+            let of = |name: &&str| Some((format!("{path}{name}"), object.get(*name)?));
+            names.iter().filter_map(of).find(|(_, value)| value.is_object())
+        })
+    }
+
     /// The first of `names` that is there and is not null, which Python writes for what is absent.
     fn find<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &'a Value)> {
         self.find_where(names, |value| !value.is_null())

@@ -27,10 +27,12 @@ mod family;
 mod json;
 mod keys;
 mod names;
+mod quantization;
 mod schedule;
 
 pub use json::strict_json;
 pub use names::{Array, Layout, Part, Role, Stored};
+pub use quantization::Quantization;
 
 use std::collections::BTreeSet;
 
@@ -60,6 +62,8 @@ pub struct Block {
     pub vocabulary: usize,
     /// The number that the first expert has in the names of tensors.
     pub first_expert: usize,
+    /// How config.json says that weights are quantised; none where it does not.
+    pub quantization: Option<Quantization>,
     prefixes: &'static [&'static str],
     layouts: &'static [Layout],
 }

@@ -61,7 +61,7 @@ pub enum Role {
 /// How the numbers of a tensor are stored, where that is not one of its own element type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stored {
-    /// As they are, or as FP8 with the scales of their blocks in `<name>_scale_inv`.
+    /// As they are, or as codes of 8 or 4 bits with scales beside them: [`scale_names`](Part::scale_names).
     Plain,
     /// As MXFP4: blocks in `<name>_blocks`, scales in `<name>_scales`.
     Mxfp4,
@@ -78,6 +78,31 @@ pub struct Part {
     pub elements: Range<usize>,
     /// How they are stored.
     pub stored: Stored,
+}
+
+impl Part {
+    /// The names that the scales of the tensor may have, where it is quantised, the most frequent first: DeepSeek-V3's,
+    /// that of compressed-tensors, of Inkling 2 and of ModelOpt, DeepSeek-V4's, and Mistral Large 4's.
+    pub fn scale_names(&self) -> Vec<String> {
+        let name = &self.name;
+        let mut names = vec![format!("{name}_scale_inv"), format!("{name}_scale")];
+        if let Some(module) = name.strip_suffix(".weight") {
+            names.extend([format!("{module}.scale"), format!("{module}.qscale_weight")]);
+        }
+        names
+    }
+
+    /// The names of the scales with which a quantised model rounds what it multiplies by the tensor. Layers here take
+    /// their inputs as they are.
+    pub fn activation_scale_names(&self) -> Vec<String> {
+        let name = &self.name;
+        let mut names = vec![format!("{name}_activation_scale")];
+        if let Some(module) = name.strip_suffix(".weight") {
+            let of = |scale| format!("{module}.{scale}");
+            names.extend(["input_scale", "activation_scale", "qscale_act"].map(of));
+        }
+        names
+    }
 }
 
 /// An array that a layer needs: its parts one behind the other.
@@ -104,6 +129,9 @@ pub struct Layout {
     pub(super) latent: LatentNames,
     pub(super) shared: SharedNames,
     pub(super) output_norm: &'static str,
+    /// Names in the block's modules that checkpoints have and that it does not need, or, with a dot at the end,
+    /// modules of such names.
+    pub(super) unread: &'static [&'static str],
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -177,6 +205,32 @@ impl Layout {
         let mut config = block.config;
         self.apply(&mut config);
         config
+    }
+
+    /// The beginnings, each with a dot at its end, of the names of all tensors in the block's own modules, of which
+    /// `arrays` are those that it needs: a tensor with such a beginning that is none of them belongs to another block
+    /// than config.json describes, unless [`may_stay_unread`](Self::may_stay_unread) knows it.
+    pub fn modules(&self, arrays: &[Array], prefix: &str) -> Vec<String> {
+        let SharedNames { gate, up, down, sigmoid_gate } = self.shared;
+        let shared = [gate, up, down, sigmoid_gate];
+        let parts = arrays.iter().flat_map(|array| &array.parts);
+        let used = parts.filter_map(|part| part.name.strip_prefix(prefix));
+        // A shared expert may have a module of its own; it is the block's in any case.
+        let names = used.chain(shared).filter_map(|name| name.split_once('.'));
+        let mut modules: Vec<String> =
+            names.map(|(module, _)| format!("{prefix}{module}.")).collect();
+        modules.sort_unstable();
+        modules.dedup();
+        modules
+    }
+
+    /// Whether checkpoints of this kind have a tensor of this name, without the layer's prefix, that the block does
+    /// not need.
+    pub fn may_stay_unread(&self, name: &str) -> bool {
+        self.unread.iter().any(|unread| match unread.ends_with('.') {
+            true => name.starts_with(unread),
+            false => name == *unread,
+        })
     }
 
     /// Every array of a block, in checkpoints of this kind, whose layers begin with `prefix`.

@@ -122,9 +122,12 @@ impl<'s> Contexts<'s> {
             self.optional("latent.norm", norm)?;
             self.read("latent.after", after)?;
         }
-        if let Some(SharedWeights { gate_up, down, sigmoid_gate }) = shared {
+        if let Some(shared) = shared {
+            let SharedWeights { gate_up, gate_up_bias, down, down_bias, sigmoid_gate } = shared;
             self.read("shared.gate_up", gate_up)?;
+            self.optional("shared.gate_up_bias", gate_up_bias)?;
             self.read("shared.down", down)?;
+            self.optional("shared.down_bias", down_bias)?;
             self.optional("shared.sigmoid_gate", sigmoid_gate)?;
         }
         self.optional("output_norm", output_norm)

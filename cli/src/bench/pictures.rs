@@ -229,7 +229,7 @@ fn both(folder: &Path, name: &str, picture: &Picture) -> Result<PathBuf> {
     let make = |ending: &str| -> Result<PathBuf> {
         let path = folder.join(format!("{name}.{ending}"));
         let mut drawn = Ok(());
-        replace(&path, |part| {
+        replace(&path, |part, _| {
             drawn = match ending {
                 "svg" => picture.draw(SVGBackend::new(part, SIZE)),
                 _ => picture.draw(BitMapBackend::new(part, SIZE)),

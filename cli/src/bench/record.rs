@@ -1,5 +1,6 @@
 //! `bench.json`: what was measured, where, and against what.
 
+use std::io::Write;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -120,9 +121,9 @@ impl Record {
 
     /// Writes the file as it stands; who reads it finds the last state or this one, nothing between.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        replace(&folder.join("bench.json"), |path| {
+        replace(&folder.join("bench.json"), |_, file| {
             let text = serde_json::to_string_pretty(self)?;
-            std::fs::write(path, text + "\n")
+            writeln!(file, "{text}")
         })
     }
 }

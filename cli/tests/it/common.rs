@@ -64,6 +64,13 @@ impl Folder {
     pub fn tensors(&self, file: &str) -> Vec<Stored> {
         read(&self.path(file))
     }
+
+    /// Changes the tensors of a file; its notes are lost.
+    pub fn change(&self, file: &str, change: impl FnOnce(&mut Vec<Stored>)) {
+        let mut tensors = self.tensors(file);
+        change(&mut tensors);
+        write(&self.path(file), &tensors);
+    }
 }
 
 impl Drop for Folder {
@@ -144,6 +151,10 @@ pub fn find<'a>(tensors: &'a [Stored], name: &str) -> &'a Stored {
     tensors.iter().find(|tensor| tensor.name == name).unwrap()
 }
 
+pub fn find_mut<'a>(tensors: &'a mut [Stored], name: &str) -> &'a mut Stored {
+    tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
+}
+
 /// `|y - wanted| / |wanted|`
 pub fn distance(y: &[f64], wanted: &[f64]) -> f64 {
     assert_eq!(y.len(), wanted.len());
@@ -183,4 +194,21 @@ pub fn run(folder: &Folder, layer: usize, more: &[&str]) -> Done {
     arguments.extend(["--input", input.to_str().unwrap(), "--output", output.to_str().unwrap()]);
     arguments.extend(more);
     program(&arguments)
+}
+
+/// Runs layer 1 of the folder and holds the failure against what it should say.
+#[track_caller]
+pub fn fails(folder: &Folder, words: &[&str]) {
+    let before = folder.names();
+    check_failure(&run(folder, 1, &["--device", "cpu"]), words);
+    assert_eq!(folder.names(), before, "something was written");
+}
+
+#[track_caller]
+pub fn check_failure(done: &Done, words: &[&str]) {
+    assert_eq!(done.status, Some(2), "{done:?}");
+    assert!(done.stderr.starts_with("error: "), "{}", done.stderr);
+    for word in words {
+        assert!(done.stderr.contains(word), "no '{word}' in: {}", done.stderr);
+    }
 }

@@ -2,26 +2,9 @@
 
 use safetensors::Dtype;
 
-use crate::common::{Done, Folder, Stored, program, run, write, write_with};
+use crate::common::{Folder, Stored, check_failure, fails, program, run, write, write_with};
 
 const EXPERT: &str = "model.layers.1.block_sparse_moe.experts.3.w2.weight";
-
-/// Runs layer 1 of the folder and holds the failure against what it should say.
-#[track_caller]
-fn fails(folder: &Folder, words: &[&str]) {
-    let before = folder.names();
-    check_failure(&run(folder, 1, &["--device", "cpu"]), words);
-    assert_eq!(folder.names(), before, "something was written");
-}
-
-#[track_caller]
-fn check_failure(done: &Done, words: &[&str]) {
-    assert_eq!(done.status, Some(2), "{done:?}");
-    assert!(done.stderr.starts_with("error: "), "{}", done.stderr);
-    for word in words {
-        assert!(done.stderr.contains(word), "no '{word}' in: {}", done.stderr);
-    }
-}
 
 #[test]
 fn config() {
@@ -180,19 +163,15 @@ fn weights_in_8_bits() {
             tensor.data.truncate(tensor.shape.iter().product());
         })
     };
-    let folder = quantised();
-    fails(&folder, &["config.json", "weight_block_size` is missing, wanted [128, 128]"]);
     let blocks = |side: usize| {
         format!(
             "\"quantization_config\": {{\"weight_block_size\": [{side}, {side}]}}, \"hidden_size\""
         )
     };
-    folder.edit("config.json", "\"hidden_size\"", &blocks(64));
-    fails(&folder, &["weight_block_size` is [64,64], wanted [128, 128]"]);
     let folder = quantised();
     folder.edit("config.json", "\"hidden_size\"", &blocks(128));
     let scales = format!("{EXPERT}_scale_inv");
-    fails(&folder, &["model.safetensors", &format!("no tensor `{scales}`")]);
+    fails(&folder, &["model.safetensors", &format!("no tensor `{scales}`, wanted [1, 1]")]);
     let mut tensors = folder.tensors("model.safetensors");
     tensors.push(Stored::f32(&scales, &[1, 2], &[1.0, 1.0]));
     write(&folder.path("model.safetensors"), &tensors);
@@ -253,12 +232,6 @@ fn inputs_that_are_missing() {
         write(&folder.path("recorded.safetensors"), &tensors);
         fails(&folder, &["recorded.safetensors", &format!("no tensor `{tensor}`")]);
     }
-    let folder = Folder::of("ernie4-5-vl-moe-tiny");
-    let mut tensors = folder.tensors("recorded.safetensors");
-    let types = tensors.iter_mut().find(|stored| stored.name == "token_types").unwrap();
-    types.data[0] = 2;
-    write(&folder.path("recorded.safetensors"), &tensors);
-    fails(&folder, &["`token_types` is 2 in it", "2 blocks"]);
 }
 
 /// A recording is somebody's file like any other.
@@ -266,7 +239,8 @@ fn inputs_that_are_missing() {
 fn recordings_that_do_not_fit() {
     let folder = Folder::of("switch-transformers-tiny");
     let right = folder.tensors("recorded.safetensors");
-    let cases: [(&str, fn(&mut Stored), &str); 3] = [
+    type Case = (&'static str, fn(&mut Stored), &'static str);
+    let cases: [Case; 3] = [
         ("kept", |kept| kept.shape = vec![1, 12], "`kept` is [1, 12], wanted [12, 1]"),
         ("expert_ids", |ids| ids.shape = vec![1, 12], "`expert_ids` is [1, 12], wanted [12, 1]"),
         ("y", |y| y.shape.reverse(), "`y` is [20, 12], wanted [12, 20]"),

@@ -9,6 +9,13 @@ mod common;
 mod driver;
 mod errors;
 mod families;
+#[cfg(unix)]
+mod files;
+mod formats;
+mod ids;
+mod model;
+mod refusals;
 mod run;
 #[cfg(feature = "emulator")]
 mod tune;
+mod unread;

@@ -56,6 +56,7 @@ pub const EACH: Layout = Layout {
         "mlp.shared_experts.down_proj.weight",
     ),
     output_norm: "",
+    unread: &[],
 };
 
 /// The names of transformers' modules since version 5, in a state dict that was saved as it is.
@@ -102,6 +103,9 @@ pub const fn each(gate: &'static str, up: &'static str, down: &'static str) -> E
     ExpertNames { gate, up, down, ..NO_EXPERTS }
 }
 
+/// For families whose layers have another module of the name that a shared expert has elsewhere.
+pub const NO_SHARED_NAMES: SharedNames = shared("", "", "");
+
 /// The shared expert's three matrices.
 pub const fn shared(gate: &'static str, up: &'static str, down: &'static str) -> SharedNames {
     SharedNames { gate, up, down, sigmoid_gate: "" }
@@ -114,6 +118,10 @@ impl Layout {
 
     pub(super) const fn with_shared(self, shared: SharedNames) -> Self {
         Self { shared, ..self }
+    }
+
+    pub(super) const fn with_unread(self, unread: &'static [&'static str]) -> Self {
+        Self { unread, ..self }
     }
 
     pub(super) const fn with_gate(self, gate: &'static str) -> Self {

@@ -1,6 +1,6 @@
 //! Families that share their rule with no other.
 
-use super::layouts::{EACH, FUSED, MIXTRAL, TEXT, each, fused};
+use super::layouts::{EACH, FUSED, MIXTRAL, NO_SHARED_NAMES, TEXT, each, fused};
 use super::softmax::{MIXTRAL_KEYS, PLAIN, QWEN_KEYS};
 use crate::config::{
     ActivationFunction, CapacityConfig, CapacityLimit, Normalization, Priority, RmsNorm,
@@ -75,7 +75,10 @@ const GEMMA_NAMES: Layout = Layout {
         expert_scale: "router.per_expert_scale",
         ..EACH.router
     },
-    ..FUSED.with_experts(fused("experts.gate_up_proj", "experts.down_proj"))
+    // `mlp` is the dense branch beside the block.
+    ..FUSED
+        .with_experts(fused("experts.gate_up_proj", "experts.down_proj"))
+        .with_shared(NO_SHARED_NAMES)
 };
 
 const SWITCH: Family = Family {
@@ -235,7 +238,8 @@ pub const FAMILIES: &[Family] = &[
         special: longcat,
         layouts: &[EACH
             .with_gate("mlp.router.classifier.weight")
-            .with_bias("mlp.router.e_score_correction_bias")],
+            .with_bias("mlp.router.e_score_correction_bias")
+            .with_unread(&["mlp.router.classifier.bias"])],
         ..PLAIN
     },
     Family {
@@ -246,9 +250,10 @@ pub const FAMILIES: &[Family] = &[
         rule: BIASED_SOFTMAX,
         logits: LogitsFrom::Caller,
         special: zaya,
+        // The router is a network of its own, that is not the block's.
         layouts: &[
-            FUSED.with_bias("mlp.gate.balancing_biases"),
-            EACH.with_bias("mlp.gate.balancing_biases"),
+            FUSED.with_bias("mlp.gate.balancing_biases").with_unread(&["mlp.gate."]),
+            EACH.with_bias("mlp.gate.balancing_biases").with_unread(&["mlp.gate."]),
         ],
         ..PLAIN
     },
