@@ -4,6 +4,7 @@
 #[cfg(feature = "bindgen")]
 mod abi;
 mod capacity;
+mod capture;
 mod combine;
 mod common;
 mod device;
