@@ -4,9 +4,12 @@
 
 mod bench;
 mod check;
+#[cfg(feature = "emulator")]
+mod check_fails;
 mod common;
 mod errors;
 mod families;
+mod fp8;
 mod run;
 #[cfg(feature = "emulator")]
 mod tune;
