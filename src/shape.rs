@@ -12,6 +12,7 @@ pub const MAX_EXPERTS: usize = abi::MAX_EXPERTS as usize;
 /// *rows*; there are as many rows as active slots, so at most [`slots`](Self::slots).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct RoutingShape {
     /// `T`; may be 0.
     pub num_tokens: usize,

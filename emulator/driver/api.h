@@ -69,6 +69,8 @@ inline unsigned char* bytes_at(CUdeviceptr address) {
 }
 
 std::shared_ptr<const Work> make_work(Work);
+// After a kernel has run with these arguments: the log of kernels and the planted fault that the environment asks for.
+Outcome after_run(const simt::Kernel&, const std::vector<void*>& arguments);
 const char* error_name(CUresult);
 // Says once, on the standard error, that this is not supported, and returns the code for it.
 CUresult not_supported(const char* what);

@@ -23,6 +23,8 @@ DRIVER_API void moe_emulator_set_os_threads(unsigned count) {
   this_thread()->os_threads = count ? count : 1;
 }
 
+DRIVER_API void moe_emulator_leave_out_blocks(uint64_t count) { this_thread()->left_out = count; }
+
 // The report of the last failure of something that this thread had submitted, or nullptr. It is
 // valid until the thread asks again.
 DRIVER_API const char* moe_emulator_last_error() {

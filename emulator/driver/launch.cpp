@@ -141,7 +141,8 @@ std::string find_overrun(const simt::Kernel& kernel, const std::vector<Tail>& ta
 Outcome run(const simt::Kernel& kernel, const Launch& launch, const Arguments& arguments,
             const Operation& operation) {
   simt::LaunchConfig config{launch.grid,         launch.block,   launch.cluster,
-                            launch.shared_bytes, operation.seed, operation.os_threads};
+                            launch.shared_bytes, operation.seed, operation.os_threads,
+                            operation.left_out};
   std::vector<Tail> tails = find_tails(kernel, arguments);
   // A graph may run the same arguments on two OS threads at once.
   std::vector<void*> pointers = arguments.pointers;
@@ -153,7 +154,7 @@ Outcome run(const simt::Kernel& kernel, const Launch& launch, const Arguments& a
   }
   std::string overrun = find_overrun(kernel, tails);
   if (!overrun.empty()) return {CUDA_ERROR_ILLEGAL_ADDRESS, overrun};
-  return {};
+  return after_run(kernel, arguments.pointers);
 }
 
 CUresult check_cluster(const Launch& launch) {

@@ -154,6 +154,7 @@ OperationPtr enqueue(const std::shared_ptr<HostThread>& thread, const ContextPtr
   operation->context = context;
   operation->domain = domain;
   operation->os_threads = thread->os_threads;
+  operation->left_out = thread->left_out;
   if (submission.task.type == CU_GRAPH_NODE_TYPE_KERNEL && thread->seed != 0) {
     operation->seed = (thread->seed + 0x9e3779b97f4a7c15u * ++thread->launches) | 1;
   }

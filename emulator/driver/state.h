@@ -56,6 +56,7 @@ struct Operation {
   bool always = false;  // runs on a failed stream too: it gives something back
   uint64_t seed = 0;
   unsigned os_threads = 1;
+  uint64_t left_out = 0;               // blocks of a launch
   std::shared_ptr<HostThread> thread;  // the submitter
   std::shared_ptr<Context> context;
   ErrorDomainPtr domain;
@@ -153,6 +154,7 @@ struct HostThread {
   uint64_t seed, random;
   uint64_t launches = 0;
   unsigned os_threads;
+  uint64_t left_out = 0;    // blocks of each launch
   std::string report;       // of the last failure among what this thread submitted
   CUresult report_error = CUDA_SUCCESS;  // and its code
   std::string report_copy;  // what last_error() gave out

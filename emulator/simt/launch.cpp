@@ -266,13 +266,16 @@ static std::string refuse(const Kernel& kernel, const LaunchConfig& config) {
       config.grid.z % config.cluster.z) {
     return "the grid is not a multiple of the cluster";
   }
+  if (config.left_out >= count(config.grid) / blocks) {
+    return "all of its " + std::to_string(count(config.grid) / blocks) + " blocks are left out";
+  }
   return "";
 }
 
-// Hands out the clusters of a grid, in an order that depends on the seed.
+// Hands out the clusters of a grid from `first` on, in an order that depends on the seed.
 class Tickets {
  public:
-  Tickets(uint64_t clusters, uint64_t seed) : clusters_(clusters) {
+  Tickets(uint64_t first, uint64_t clusters, uint64_t seed) : first_(first), clusters_(clusters) {
     if (seed == 0) return;
     order_.resize(clusters);
     for (uint64_t i = 0; i < clusters; i++) order_[i] = static_cast<uint32_t>(i);
@@ -287,12 +290,12 @@ class Tickets {
   bool next(uint64_t& number) {
     const uint64_t ticket = next_++;
     if (ticket >= clusters_) return false;
-    number = order_.empty() ? ticket : order_[ticket];
+    number = first_ + (order_.empty() ? ticket : order_[ticket]);
     return true;
   }
 
  private:
-  const uint64_t clusters_;
+  const uint64_t first_, clusters_;
   std::atomic<uint64_t> next_{0};
   std::vector<uint32_t> order_;
 };
@@ -305,8 +308,8 @@ int launch(const Kernel& kernel, const LaunchConfig& given, Entry entry, void* a
     t_error = "kernel '" + std::string(kernel.symbol) + "' was not launched: " + refusal;
     return -1;
   }
-  const uint64_t clusters = count(config.grid) / count(config.cluster);
-  Tickets tickets(clusters, config.seed);
+  const uint64_t clusters = count(config.grid) / count(config.cluster) - config.left_out;
+  Tickets tickets(config.left_out, clusters, config.seed);
   std::atomic<bool> stop{false};
   std::mutex mutex;
   std::string error;

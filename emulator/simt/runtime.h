@@ -15,6 +15,9 @@ struct LaunchConfig {
   size_t shared_bytes;
   uint64_t seed;
   unsigned os_threads;
+  // The first so many blocks (clusters, where there are any) are left out: for kernels whose blocks do not depend on
+  // one another, and tests that look at the last ones of a grid too large to run.
+  uint64_t left_out = 0;
 };
 
 // Where an argument lies in the parameter buffer of a kernel, which is laid out as a C struct.

@@ -33,6 +33,8 @@
 //! | `MOE_EMULATOR_DRIVER` | `12040`, ... (default 13000) | an older driver, which refuses newer images |
 //! | `MOE_EMULATOR_SEED` | a number (default 0) | the seed that threads start with |
 //! | `MOE_EMULATOR_THREADS` | a number (default 1) | OS threads for the blocks of one launch |
+//! | `MOE_EMULATOR_LAUNCHES` | a file | kernels append their names when they have run, once in a process |
+//! | `MOE_EMULATOR_FAULT` | `flip:KERNEL`, `fail:KERNEL` | a wrong bit in that kernel's results, or a failed launch |
 //!
 //! # Where it differs from a GPU's driver
 //!
@@ -160,6 +162,7 @@ struct Kernel {
 struct Control {
     set_seed: unsafe extern "C" fn(u64),
     set_os_threads: unsafe extern "C" fn(u32),
+    leave_out_blocks: unsafe extern "C" fn(u64),
     last_error: unsafe extern "C" fn() -> *const c_char,
     carveout: unsafe extern "C" fn(*const c_char) -> i32,
     clear_errors: unsafe extern "C" fn(),
@@ -264,6 +267,7 @@ fn load(variant: Variant) -> Result<Control, InstallError> {
         Ok(Control {
             set_seed: symbol(handle, c"moe_emulator_set_seed")?,
             set_os_threads: symbol(handle, c"moe_emulator_set_os_threads")?,
+            leave_out_blocks: symbol(handle, c"moe_emulator_leave_out_blocks")?,
             last_error: symbol(handle, c"moe_emulator_last_error")?,
             carveout: symbol(handle, c"moe_emulator_carveout")?,
             clear_errors: symbol(handle, c"moe_emulator_clear_errors")?,
@@ -325,6 +329,16 @@ pub fn set_seed(seed: u64) {
 pub fn set_os_threads(count: u32) {
     // SAFETY: the function takes a number and touches only its thread's state.
     unsafe { (control().set_os_threads)(count) }
+}
+
+/// Leaves out the first `count` blocks (clusters, where there are any) of each launch that this OS thread submits from
+/// now on; with 0 all of them run. A launch without any other block fails.
+///
+/// It is for addresses that only the last blocks of a large grid have, where the whole grid would take minutes, and for
+/// kernels whose blocks do not depend on one another. The memory of the blocks that are left out stays as it is.
+pub fn leave_out_blocks(count: u64) {
+    // SAFETY: the function takes a number and touches only its thread's state.
+    unsafe { (control().leave_out_blocks)(count) }
 }
 
 /// The full report of the last failure among what this OS thread has submitted, if there was one. The driver's

@@ -33,7 +33,7 @@ fn undivided() -> Normalization {
 /// The limit on the rows of an expert, in one sequence or in the batch, as the operation is told.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
 #[non_exhaustive]
 pub enum CapacityLimit {
     /// `ceil(tokens * K / E * factor)`, at least 1, of the tokens of a sequence: in f64, operation by operation from left

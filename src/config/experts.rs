@@ -68,7 +68,7 @@ pub enum ActivationFunction {
 /// What keeps gate `g` and up `u` in bounds. Without a gate, what is said of the gate holds for up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
 #[non_exhaustive]
 pub enum Limit {
     /// Nothing.

@@ -5,6 +5,9 @@ mod experts;
 mod field;
 mod noise;
 mod router;
+#[cfg(test)]
+#[cfg(feature = "serde")]
+mod serialized;
 mod steps;
 
 pub(crate) use capacity::kept_divisor;

@@ -5,6 +5,7 @@
 mod abi;
 mod any_bits;
 mod capacity;
+mod capture;
 mod combine;
 mod common;
 mod contexts;

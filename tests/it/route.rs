@@ -4,7 +4,7 @@ use cudarc::driver::{CudaView, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::ops::route::{self, RouteBuffers, RouteInputs};
 use moe_kernels::reference::bound::Bounded;
-use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, Selection, reference};
+use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, Scoring, Selection, reference};
 use proptest::prelude::*;
 
 use crate::common::{
@@ -124,6 +124,24 @@ fn run<D: Dtype + DeviceRepr>(
     (gpu.download(&ids.view()), gpu.download(&weights.view()))
 }
 
+/// Whether every weight has a bound: numbers are moderate, and scores are positive.
+fn has_bounds<D: Dtype>(case: &RouterCase<D>) -> bool {
+    fn moderate<V: Dtype>(values: &[V]) -> bool {
+        values.iter().all(|value| value.to_f32().abs() <= 8.0)
+    }
+    let positive = match case.router.scoring {
+        Scoring::Softmax | Scoring::SoftmaxSelected => true,
+        Scoring::Sigmoid | Scoring::Sparsemixer { .. } => true,
+        _ => false,
+    };
+    positive
+        && case.router.selection != Selection::Given
+        && moderate(&case.logits)
+        && case.noise.as_deref().is_none_or(moderate)
+        && case.noise_logits.as_deref().is_none_or(moderate)
+        && case.expert_scale.as_deref().is_none_or(moderate)
+}
+
 /// Holds one routing against the reference: in f32 bit for bit, in f64 within the bound.
 fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) {
     let RouterCase { shape, router, .. } = case;
@@ -137,7 +155,11 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) 
     }
     let (truth, bound) = reference::bound::route(shape, router, &case.inputs()).unwrap();
     assert_eq!(ids, truth.expert_ids, "{what}");
-    // Where f32 overflows on the way there is no bound.
+    // Where f32 overflows on the way, or scores cancel, there is no bound.
+    if has_bounds(case) {
+        let missing = bound.iter().position(|bound| !bound.is_finite());
+        assert_eq!(missing, None, "{what}: a slot without a bound");
+    }
     let bounded = (0..ids.len()).filter(|&slot| bound[slot].is_finite());
     let (slots, bounded): (Vec<_>, Vec<_>) =
         bounded.map(|slot| (weights[slot], (truth.weights[slot], bound[slot]))).unzip();
@@ -173,6 +195,29 @@ fn check_dtypes(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
     check_any::<f32>(gpu, shape, kind, seed);
     check_any::<f16>(gpu, shape, kind, seed.wrapping_add(1));
     check_any::<bf16>(gpu, shape, kind, seed.wrapping_add(2));
+}
+
+/// The bounds do not look away from usual routers: none of these may be without one.
+#[test]
+fn usual_routers_have_bounds() {
+    let gpu = gpu();
+    let shape = RoutingShape::new(7, 24, 5).unwrap();
+    for scoring in [
+        Scoring::Softmax,
+        Scoring::SoftmaxSelected,
+        Scoring::Sigmoid,
+        Scoring::Sparsemixer { jitter: 0.01 },
+    ] {
+        let selection = match scoring {
+            Scoring::SoftmaxSelected => Selection::Logit,
+            _ => RouterConfig::default().selection,
+        };
+        let logits = make::<f32>(shape.logits(), Logits::Usual, 9);
+        let router = RouterConfig { scoring, selection, ..RouterConfig::default() };
+        let case = RouterCase::bare(shape, router, logits);
+        assert!(has_bounds(&case), "{router}");
+        check(&gpu, &case, 0);
+    }
 }
 
 proptest! {

@@ -1,8 +1,12 @@
 //! The rules of the house, as far as a program can hold them.
 
+mod source;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use source::{code, library_code};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -33,12 +37,6 @@ fn stems() -> Vec<String> {
     stems.filter(|stem| !stem.ends_with("_sm90")).collect()
 }
 
-/// The lines of a Rust file without comments and unit tests.
-fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
-    let text = text.split("#[cfg(test)]").next().unwrap_or_default();
-    text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"))
-}
-
 #[test]
 fn an_operation_has_one_stem_in_every_folder() {
     for stem in stems() {
@@ -49,37 +47,82 @@ fn an_operation_has_one_stem_in_every_folder() {
     }
 }
 
+/// The one file of kernels/ that knows its compiler, and brings the others.
+const KERNEL_HEADER: &str = "kernels/kernel.cuh";
+
 #[test]
 fn a_kernel_file_includes_one_header() {
-    for (name, text) in files("kernels", &[".cu"]) {
+    for (name, text) in files("kernels", &[".cu", ".cuh", ".h"]) {
         let includes: Vec<_> =
             text.lines().filter(|line| line.trim_start().starts_with("#include")).collect();
-        assert_eq!(includes, ["#include \"kernel.cuh\""], "{name}");
-        assert!(
-            !text.contains("__shared__"),
-            "{name}: SHARED_ARRAY and SHARED_DYNAMIC declare shared memory"
-        );
-        assert!(!text.contains("__activemask"), "{name}: masks are stated");
-        let mut atomics =
-            text.lines().filter(|line| line.contains("atomic") && !line.contains("//"));
-        let counts = ["atomicAdd(&counters[", "atomicAdd(&next_row["];
-        let integers = atomics.all(|line| counts.iter().any(|count| line.contains(count)));
-        assert!(integers, "{name}: an atomic that is not known to add integers");
+        match name.ends_with(".cu") {
+            true => assert_eq!(includes, ["#include \"kernel.cuh\""], "{name}"),
+            false => assert!(includes.is_empty() || name == KERNEL_HEADER, "{name}: {includes:?}"),
+        }
+    }
+}
+
+#[test]
+fn kernels_keep_to_what_both_compilers_have() {
+    for (name, text) in files("kernels", &[".cu", ".cuh", ".h"]) {
+        if let Some(why) = breach_of_kernel_rules(&name, &text) {
+            panic!("{name}: {why}");
+        }
+    }
+}
+
+/// What a file of kernels/ does that none may do.
+fn breach_of_kernel_rules(name: &str, text: &str) -> Option<&'static str> {
+    let code = code(text);
+    let counts = ["atomicAdd(&counters[", "atomicAdd(&next_row["];
+    let is_count = |at: usize| counts.iter().any(|count| code[at..].starts_with(count));
+    match () {
+        () if code.contains("__shared__") && name != KERNEL_HEADER => {
+            Some("SHARED_ARRAY and SHARED_DYNAMIC declare shared memory")
+        }
+        () if code.contains("__activemask") => Some("masks are stated"),
+        () if code.match_indices("atomic").any(|(at, _)| !is_count(at)) => {
+            Some("an atomic that is not known to add integers")
+        }
+        () if code.contains("__global__") && !name.ends_with(".cu") => {
+            Some("an entry outside of an operation's file")
+        }
+        () => None,
+    }
+}
+
+#[test]
+fn breaches_of_kernel_rules_are_seen() {
+    let breaches = [
+        ("a.cuh", "atomicAdd(&sum, x);  // a sum"),
+        ("a.cu", "/* by */ atomicMax(&m, x); // integers"),
+        ("a.cu", "atomicAdd(&counters[i], 1); atomicAdd(&sum[i], 1.0f);"),
+        ("a.cuh", "__shared__ int x[3];  // of the block"),
+        ("a.cu", "f(__activemask()); //"),
+        ("a.cuh", "extern \"C\" __global__ void f() {}"),
+    ];
+    for (name, text) in breaches {
+        assert!(breach_of_kernel_rules(name, text).is_some(), "{text}");
+    }
+    for (name, text) in [
+        ("a.cu", "// no atomicAdd(&sum, x), no __activemask()"),
+        ("a.cuh", "atomicAdd(&counters[column * DIGITS], 1);  // atomics of integers"),
+        (KERNEL_HEADER, "#define SHARED_ARRAY(T, name, n) __shared__ T name[n]"),
+        ("a.cu", "extern \"C\" __global__ void f() {}"),
+    ] {
+        assert_eq!(breach_of_kernel_rules(name, text), None, "{text}");
     }
 }
 
 #[test]
 fn assembly_is_in_one_file() {
     for (name, text) in files("kernels", &[".cu", ".cuh", ".h"]) {
-        assert!(
-            name == "kernels/ptx.cuh" || !text.contains("asm volatile") && !text.contains("asm("),
-            "{name}"
-        );
-        let conditional = text.contains("#ifdef") || text.contains("__CUDACC__");
-        assert!(
-            name == "kernels/kernel.cuh" || !conditional,
-            "{name}: only kernel.cuh asks who compiles"
-        );
+        let code = code(&text);
+        let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+        let assembly = words.any(|word| ["asm", "__asm__", "__asm"].contains(&word));
+        assert!(name == "kernels/ptx.cuh" || !assembly, "{name}");
+        let conditional = code.contains("#ifdef") || code.contains("__CUDACC__");
+        assert!(name == KERNEL_HEADER || !conditional, "{name}: only kernel.cuh asks who compiles");
     }
 }
 
@@ -111,9 +154,10 @@ fn launch_bounds_are_exported() {
 #[test]
 fn primitives_have_twins() {
     let names = |text: &str| -> BTreeSet<String> {
-        let inside = text.split_once("namespace ptx {").expect("a namespace ptx").1;
+        let code = code(text);
+        let inside = code.split_once("namespace ptx {").expect("a namespace ptx").1;
         let mut names = BTreeSet::new();
-        for line in inside.lines().filter(|line| !line.trim_start().starts_with("//")) {
+        for line in inside.lines() {
             for (marker, _) in line.match_indices("inline") {
                 let rest = &line[marker..];
                 if let Some((head, _)) = rest.split_once('(') {
@@ -136,7 +180,7 @@ fn floors_are_kept() {
             if but.iter().any(|file| name.ends_with(file)) {
                 continue;
             }
-            for (number, line) in code(&text) {
+            for (number, line) in library_code(&text).lines().enumerate() {
                 for word in words {
                     assert!(
                         !line.contains(word),
@@ -170,11 +214,15 @@ fn floors_are_kept() {
 
 #[test]
 fn the_library_does_not_panic() {
-    for (name, text) in files("src", &[".rs"]) {
-        if name == "src/reference/sample.rs" || name.ends_with("/tests.rs") {
+    let sources = files("src", &[".rs"]);
+    let tests: Vec<String> =
+        sources.iter().flat_map(|(name, text)| source::test_modules(name, text)).collect();
+    assert!(tests.iter().any(|name| name == "src/reference/sample.rs"), "{tests:?}");
+    for (name, text) in sources {
+        if tests.contains(&name) {
             continue; // Unit tests and their inputs; no part of the library.
         }
-        for (number, line) in code(&text) {
+        for (number, line) in library_code(&text).lines().enumerate() {
             for word in [".unwrap()", ".expect(", "panic!(", "todo!(", "unimplemented!("] {
                 assert!(!line.contains(word), "{name}:{}: {word}", number + 1);
             }

@@ -173,8 +173,14 @@ pub struct Done {
 
 /// Runs the program in a folder that is not the repository.
 pub fn program(arguments: &[&str]) -> Done {
+    program_in(&[], arguments)
+}
+
+/// The same with these environment variables.
+pub fn program_in(environment: &[(&str, &str)], arguments: &[&str]) -> Done {
     let output = Command::new(env!("CARGO_BIN_EXE_moe-kernels"))
         .args(arguments)
+        .envs(environment.iter().copied())
         .current_dir(std::env::temp_dir())
         .output()
         .unwrap();

@@ -2,7 +2,9 @@
 
 use safetensors::Dtype;
 
-use crate::common::{Folder, Stored, check_failure, fails, program, run, write, write_with};
+use crate::common::{
+    Folder, Stored, check_failure, fails, program, program_in, run, write, write_with,
+};
 
 const EXPERT: &str = "model.layers.1.block_sparse_moe.experts.3.w2.weight";
 
@@ -283,10 +285,20 @@ fn outputs_that_cannot_be() {
 
 #[test]
 fn a_gpu_that_is_not_there() {
+    // The driver, if there is one, sees no GPU.
+    let hidden = [("CUDA_VISIBLE_DEVICES", "")];
+    check_failure(&program_in(&hidden, &["run", "--device", "cuda"]), &["device cuda: "]);
+}
+
+/// `info` and `run` agree on whether there is a GPU.
+#[test]
+fn a_gpu_that_is_there() {
+    let info = program(&["info"]).stdout;
+    let line = info.lines().find(|line| line.starts_with("cuda ")).unwrap();
     let done = program(&["run", "--device", "cuda"]);
-    // Where there is one, it runs.
-    if done.status != Some(0) {
-        check_failure(&done, &["device cuda: "]);
+    match line.contains("compute capability") {
+        true => assert_eq!(done.status, Some(0), "{line}: {done:?}"),
+        false => check_failure(&done, &["device cuda: "]),
     }
 }
 

@@ -4,6 +4,8 @@
 
 mod bench;
 mod check;
+#[cfg(feature = "emulator")]
+mod check_fails;
 mod common;
 #[cfg(feature = "emulator")]
 mod driver;
@@ -12,6 +14,7 @@ mod families;
 #[cfg(unix)]
 mod files;
 mod formats;
+mod fp8;
 mod ids;
 mod model;
 mod refusals;

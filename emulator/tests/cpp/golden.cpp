@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <sstream>
 
 #include "testing.h"
 
@@ -89,30 +90,38 @@ static uint64_t hash_of(const std::vector<uint32_t>& words) {
 }
 
 // Every record in emulator/golden/: a line a case, its name and the hash of what that GPU made of it.
-// As long as there is none, the plain loops above are all that the emulator is held against.
+// As long as there is none, the plain loops above are all that the emulator is held against, and the
+// test's line of the output says so.
 TEST(golden_recorded) {
   std::map<std::string, uint64_t> emulated;
   const std::filesystem::path folder = "emulator/golden";
-  if (!std::filesystem::is_directory(folder)) {
-    std::printf("       no GPU has been recorded yet\n");
-    return;
-  }
+  CHECK(std::filesystem::is_directory(folder.parent_path()),
+        "records are looked for from the repository's root, which %s is not",
+        std::filesystem::current_path().c_str());
+  size_t records = 0;
   for (const Case& c : all_cases()) emulated[c.symbol + c.name] = hash_of(emulate(c, 0));
+  if (!std::filesystem::is_directory(folder)) return testing::say("no record of a GPU to compare with");
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     if (entry.path().extension() != ".txt") continue;
+    records++;
     std::ifstream record(entry.path());
-    std::string name;
+    std::string line, name;
     uint64_t hash = 0;
     size_t lines = 0;
-    while (record >> name >> std::hex >> hash) {
+    while (std::getline(record, line)) {
       lines++;
+      std::istringstream words(line);
+      CHECK(words >> name >> std::hex >> hash && (words >> std::ws).eof(),
+            "%s: line %zu is not a case and a hash", entry.path().c_str(), lines);
       CHECK(emulated.count(name) == 1, "%s records %s, which is no case", entry.path().c_str(),
             name.c_str());
       CHECK(emulated[name] == hash, "%s: the GPU made something else of %s", entry.path().c_str(),
             name.c_str());
     }
-    CHECK(lines > 0, "%s has no record", entry.path().c_str());
+    CHECK(lines > 0, "%s is empty", entry.path().c_str());
   }
+  testing::say(records > 0 ? std::to_string(records) + " records compared"
+                           : "no record of a GPU to compare with");
 }
 
 // ---- Files ----

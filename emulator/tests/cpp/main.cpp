@@ -20,6 +20,10 @@ void fail(const char* file, int line, const char* condition, const char* format,
   throw Failure{std::string(file) + ":" + std::to_string(line) + ": " + condition + ": " + text};
 }
 
+static std::string said;
+
+void say(const std::string& text) { said += (said.empty() ? "" : "; ") + text; }
+
 static int run_all(const char* filter) {
   int ran = 0, failed = 0;
   for (const Test& test : tests()) {
@@ -29,14 +33,17 @@ static int run_all(const char* filter) {
     if (is_finding && (UNDER_ASAN || UNDER_TSAN) && filter[0] == '\0') continue;
     ran++;
     std::string message;
+    said.clear();
     try {
       test.run();
       if (const char* damage = simt::take_memory_error()) message = damage;
     } catch (const Failure& failure) {
       message = failure.message;
     }
-    std::printf("%s %s%s%s\n", message.empty() ? "ok    " : "FAILED", test.name,
-                message.empty() ? "" : ": ", message.c_str());
+    const bool ok = message.empty();
+    const std::string& text = ok ? said : message;
+    std::printf("%s %s%s%s\n", ok ? "ok    " : "FAILED", test.name, text.empty() ? "" : ": ",
+                text.c_str());
     std::fflush(stdout);
     failed += !message.empty();
   }

@@ -37,6 +37,9 @@ struct Failure {
 [[noreturn]] void fail(const char* file, int line, const char* condition, const char* format, ...)
     __attribute__((format(printf, 4, 5)));
 
+// Adds to the line that the output has of the running test.
+void say(const std::string& text);
+
 // How many operating system threads launches use, and whether the race checker looks on.
 extern unsigned os_threads;
 #if defined(SIMT_TSAN)

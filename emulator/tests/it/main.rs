@@ -10,6 +10,7 @@ mod graph;
 mod launch;
 mod memory;
 mod module;
+mod observe;
 mod process;
 mod stream;
 mod tensor_map;

@@ -1,0 +1,98 @@
+//! `check` where a result is wrong: the verdict, exit status 1, and the line that reproduces it. The software device makes
+//! the results of a kernel wrong.
+
+use crate::common::{Done, program_in};
+
+const FAULT: &str = "MOE_EMULATOR_FAULT";
+const CASE: [&str; 8] =
+    ["--shapes", "T5H33I7E7K3", "--dtypes", "f32", "--skews", "zipf", "--seeds", "7"];
+
+fn check(fault: Option<&str>, ops: &str, case: &[&str]) -> Done {
+    let arguments = [&["check", "--device", "emulator", "--ops", ops], case].concat();
+    let environment: Vec<(&str, &str)> = fault.map(|fault| (FAULT, fault)).into_iter().collect();
+    program_in(&environment, &arguments)
+}
+
+/// The verdict on an operation in f32.
+fn verdict<'a>(done: &'a Done, op: &str) -> &'a str {
+    let row = done.stdout.lines().find(|line| line.split_whitespace().take(2).eq([op, "f32"]));
+    row.and_then(|row| row.split_whitespace().last()).unwrap_or("no row")
+}
+
+/// The lines that reproduce failures, without the program's name and what stands before it.
+fn reproductions(done: &Done) -> Vec<Vec<&str>> {
+    let lines = done.stdout.lines().filter_map(|line| line.split_once("moe-kernels check "));
+    lines.map(|(_, arguments)| arguments.split_whitespace().collect()).collect()
+}
+
+/// Each operation notices that a kernel of its own is wrong.
+#[test]
+fn every_operation_can_fail() {
+    for (op, kernel) in [
+        ("project", "moe_project_fwd_few_f32"),
+        ("route", "moe_route_fwd_plain_narrow_f32"),
+        ("noise", "moe_noise_fwd"),
+        ("jitter", "moe_jitter_fwd_f32"),
+        ("capacity", "moe_capacity_fwd_select"),
+        ("expert-choice", "moe_expert_choice_fwd_f32"),
+        ("plan", "moe_plan_fwd_single"),
+        ("permute", "moe_permute_fwd_f32"),
+        ("grouped-gemm", "moe_grouped_gemm_fwd_f32"),
+        ("gate-up", "moe_grouped_gemm_fwd_gate_up_f32"),
+        ("rms-norm", "moe_rms_norm_fwd_f32"),
+        ("combine", "moe_combine_fwd_f32"),
+        ("layer", "moe_combine_fwd_f32"),
+    ] {
+        let done = check(Some(&format!("flip:{kernel}")), op, &CASE);
+        assert_eq!(done.status, Some(1), "{op}: {done:?}");
+        assert_eq!(verdict(&done, op), "FAILED", "{op}: {}", done.stdout);
+        let again = reproductions(&done);
+        let wanted = [&["--device", "emulator", "--ops", op], &CASE[..]].concat();
+        assert_eq!(again, [wanted], "{op}: {}", done.stdout);
+    }
+}
+
+/// The line fails alike as long as the fault is there, and not without it; other operations are right.
+#[test]
+fn the_line_reproduces_the_failure() {
+    let kernel = "flip:moe_combine_fwd_f32";
+    let done = check(Some(kernel), "permute,combine", &CASE);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert_eq!((verdict(&done, "permute"), verdict(&done, "combine")), ("ok", "FAILED"));
+    let sentence = done.stdout.lines().find(|line| line.starts_with("combine: y[0] is ")).unwrap();
+    assert!(sentence.contains(", wanted ") && sentence.contains(" within "), "{sentence}");
+
+    let lines = reproductions(&done);
+    assert_eq!(lines.len(), 1, "{}", done.stdout);
+    let arguments = [&["check"], &lines[0][..]].concat();
+    let again = program_in(&[(FAULT, kernel)], &arguments);
+    assert_eq!(again.status, Some(1), "{again:?}");
+    assert!(again.stdout.lines().any(|line| line == sentence), "{}", again.stdout);
+    let without = program_in(&[], &arguments);
+    assert_eq!((without.status, verdict(&without, "combine")), (Some(0), "ok"), "{without:?}");
+    assert!(reproductions(&without).is_empty(), "{}", without.stdout);
+}
+
+/// The table stays in sight.
+#[test]
+fn failures_past_the_tenth_are_counted() {
+    let many = ["--shapes", "T5H33I7E7K3", "--dtypes", "f32", "--seeds", "0,1,2"];
+    let done = check(Some("flip:moe_permute_fwd_f32"), "permute", &many);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert_eq!(reproductions(&done).len(), 10);
+    assert!(done.stdout.contains("and 5 more failures"), "{}", done.stdout);
+}
+
+/// A kernel that does not end well: what the device says of it, and nothing after it.
+#[test]
+fn a_kernel_that_fails_ends_the_check() {
+    let many = ["--shapes", "T5H33I7E7K3", "--dtypes", "f32", "--seeds", "0,1,2"];
+    let done = check(Some("fail:moe_combine_fwd_f32"), "permute,combine", &many);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    let lines = reproductions(&done);
+    assert_eq!(lines.len(), 1, "{}", done.stdout);
+    assert!(lines[0].starts_with(&["--device", "emulator", "--ops", "combine"]), "{lines:?}");
+    for words in ["combine: ", "CUDA_ERROR_LAUNCH_FAILED", "'moe_combine_fwd_f32' fails because"] {
+        assert!(done.stdout.contains(words), "no '{words}' in {}", done.stdout);
+    }
+}

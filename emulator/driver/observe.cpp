@@ -1,0 +1,77 @@
+// What the environment asks of kernels that have run: a log of their names, and a fault in the results of one.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <set>
+
+#include "api.h"
+
+namespace driver {
+namespace {
+
+Outcome failure(const std::string& report) { return {CUDA_ERROR_LAUNCH_FAILED, report}; }
+
+const char* environment(const char* name) {
+  const char* text = std::getenv(name);
+  return text && *text ? text : nullptr;
+}
+
+// MOE_EMULATOR_LAUNCHES=FILE: appends a kernel's name when it has run for the first time in this process. Processes may
+// share the file: a line is one write.
+Outcome note(const simt::Kernel& kernel) {
+  static const char* const path = environment("MOE_EMULATOR_LAUNCHES");
+  if (!path) return {};
+  static std::mutex mutex;
+  static std::set<const simt::Kernel*> noted;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (!noted.insert(&kernel).second) return {};
+  const std::string line = std::string(kernel.symbol) + "\n";
+  const int file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+  const bool written =
+      file >= 0 && write(file, line.data(), line.size()) == static_cast<ssize_t>(line.size());
+  if (file >= 0) close(file);
+  return written ? Outcome() : failure("MOE_EMULATOR_LAUNCHES: " + std::string(path) + " cannot be written");
+}
+
+// MOE_EMULATOR_FAULT=flip:KERNEL: bit 14 of what the kernel's first parameter points to, its first output, is inverted
+// after each run. In an f32 that is 2^-9 of the value, in a 16-bit number an exponent's highest bit.
+Outcome flip(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
+  CUdeviceptr output = 0;
+  if (!arguments.empty() && kernel.parameters[0].size == sizeof output) {
+    std::memcpy(&output, arguments[0], sizeof output);
+  }
+  Lock lock(state().mutex);
+  if (!find_allocation(output, sizeof(uint16_t))) {
+    return failure("MOE_EMULATOR_FAULT: the first parameter of '" + std::string(kernel.symbol) +
+                   "' points to no memory of the device");
+  }
+  bytes_at(output)[1] ^= 0x40;
+  return {};
+}
+
+// The same with fail:KERNEL: the launch fails.
+Outcome plant(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
+  static const char* const fault = environment("MOE_EMULATOR_FAULT");
+  if (!fault) return {};
+  const char* const colon = std::strchr(fault, ':');
+  const std::string kind = colon ? std::string(fault, colon) : fault;
+  const bool known = kind == "flip" || kind == "fail";
+  if (!known || !colon || !simt::find_kernel(colon + 1)) {
+    return failure("MOE_EMULATOR_FAULT is '" + std::string(fault) +
+                   "', wanted flip:KERNEL or fail:KERNEL with the name of a kernel");
+  }
+  if (std::strcmp(kernel.symbol, colon + 1) != 0) return {};
+  if (kind == "flip") return flip(kernel, arguments);
+  return failure("kernel '" + std::string(kernel.symbol) + "' fails because MOE_EMULATOR_FAULT says so");
+}
+
+}  // namespace
+
+Outcome after_run(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
+  const Outcome noted = note(kernel);
+  return noted.error ? noted : plant(kernel, arguments);
+}
+
+}  // namespace driver
