@@ -309,6 +309,15 @@ class Adapters(unittest.TestCase):
             self.assertLessEqual({"cublas-grouped", "deepgemm", "scattermoe", "sonicmoe"}, set(why))
             self.assertIn("unavailable", started.ask({"check": "deepgemm"})["error"])
 
+    def test_a_part_of_the_peers(self):
+        command = (sys.executable, HERE / "peers.py", "--only", "torch-loop,deepgemm")
+        tensors = tensors_of((4, 64, 32, 4, 2), "f32", "x")
+        with program(tensors, "f32", command=command) as started:
+            self.assertEqual([each["name"] for each in started.first["peers"]], ["torch-loop"])
+            absent = [each["name"] for each in started.first["unavailable"]]
+            self.assertEqual(absent, ["deepgemm"])
+            self.assertIn("--only", started.ask({"check": "torch-bmm"})["error"])
+
 
 def assert_right(test, layer, peer, dtype):
     judge = truth.Truth(layer)

@@ -5,7 +5,7 @@ import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
-from steps.runner import FAILED, IMPOSSIBLE, PAYLOAD, STOPPED, Result, extract, tool
+from steps.runner import FAILED, IMPOSSIBLE, PAYLOAD, Result, tool
 
 # The rules of the house are about sources, which are not here; tensors of gigabytes are a cell of their own.
 LEFT_OUT = ("tidy::", "large::")
