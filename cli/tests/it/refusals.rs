@@ -29,7 +29,10 @@ fn missing(in_place: &[&str]) -> Vec<String> {
 
 #[track_caller]
 fn refused(folder: &Folder, mut words: Vec<String>, kind: &str) {
-    words.push(format!(", {kind}; quantised weights are read as f8_e4m3 with scales, packed FP4"));
+    // The end of the format's name as well.
+    let end = if words[0].starts_with("no tensor") { ";" } else { ", wanted" };
+    words.push(format!(", {kind}{end}"));
+    words.push("; quantised weights are read as f8_e4m3 with scales, packed FP4".into());
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     fails(folder, &words);
 }
