@@ -2,9 +2,8 @@
 
 use cudarc::driver::CudaContext;
 use moe_kernels::{
-    Activation, DType, Device, GroupScore, Groups, Masked, MoeConfig, MoeInputs, MoeLayer,
-    MoeWeights, Normalization, Owned, RouterConfig, Scoring, SharedConfig, SharedWeights,
-    Workspace,
+    DType, Device, GroupScore, Groups, Masked, MoeConfig, MoeInputs, MoeLayer, MoeWeights,
+    Normalization, Owned, RouterConfig, Scoring, SharedConfig, SharedWeights, Workspace,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -27,14 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         scale: 2.5,
         ..RouterConfig::default()
     };
-    let activation = Activation::default();
-    config.shared = Some(SharedConfig {
-        intermediate: 32,
-        activation,
-        gated: true,
-        sigmoid_gate: false,
-        average: false,
-    });
+    config.shared = Some(SharedConfig::new(32));
 
     let ramp = |len: usize, scale: f32| -> Vec<f32> {
         (0..len).map(|i| scale * ((i * 37 % 101) as f32 / 50.0 - 1.0)).collect()
@@ -43,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut weights = MoeWeights::<Owned, f32>::plain(gate_up, down).with_gate(ramp(16 * 64, 0.3));
     weights.router.selection_bias = Some(ramp(16, 0.1));
     let (gate_up, down) = (ramp(2 * 32 * 64, 0.1), ramp(64 * 32, 0.1));
-    weights.shared = Some(SharedWeights { gate_up, down, sigmoid_gate: None });
+    weights.shared = Some(SharedWeights::new(gate_up, down));
     let inputs = MoeInputs::<Owned, f32>::new(ramp(5 * 64, 1.0));
 
     let layer = MoeLayer::new(&device, config)?;

@@ -228,9 +228,8 @@ impl Reader<'_> {
         };
         let shared = || -> Result<_> {
             Ok(SharedWeights {
-                gate_up: self.array(Role::SharedGateUp)?,
-                down: self.array(Role::SharedDown)?,
                 sigmoid_gate: self.find(Role::SharedSigmoidGate)?,
+                ..SharedWeights::new(self.array(Role::SharedGateUp)?, self.array(Role::SharedDown)?)
             })
         };
         Ok(MoeWeights {

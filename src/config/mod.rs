@@ -123,6 +123,12 @@ pub struct SharedConfig {
     pub activation: Activation,
     /// It has a gate projection beside the up projection.
     pub gated: bool,
+    /// Its gate and up projections have biases `[2I]`, or `[I]` without a gate.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub gate_up_bias: bool,
+    /// Its down projection has a bias `[H]`.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub down_bias: bool,
     /// Its output is multiplied by `sigmoid(x . w)`, with a vector `w` `[H]`.
     #[cfg_attr(feature = "serde", serde(default))]
     pub sigmoid_gate: bool,
@@ -132,10 +138,23 @@ pub struct SharedConfig {
 }
 
 impl SharedConfig {
+    /// A SwiGLU expert of width `intermediate`, without biases, whose output is added as it is.
+    pub fn new(intermediate: usize) -> Self {
+        Self {
+            intermediate,
+            activation: Activation::default(),
+            gated: true,
+            gate_up_bias: false,
+            down_bias: false,
+            sigmoid_gate: false,
+            average: false,
+        }
+    }
+
     /// The same as experts of their own: one, that every token goes to.
     pub(crate) fn experts(&self) -> ExpertConfig {
-        let Self { activation, gated, .. } = *self;
-        ExpertConfig { activation, gated, ..ExpertConfig::default() }
+        let Self { activation, gated, gate_up_bias, down_bias, .. } = *self;
+        ExpertConfig { activation, gated, gate_up_bias, down_bias, ..ExpertConfig::default() }
     }
 }
 
@@ -288,18 +307,23 @@ impl std::fmt::Display for MoeConfig {
             let norm = if latent.norm.is_some() { ", normed" } else { "" };
             write!(f, "; latent {}{norm}", latent.hidden)?;
         }
-        if let Some(SharedConfig { intermediate, activation, gated, sigmoid_gate, average }) =
-            self.shared
-        {
+        if let Some(shared) = self.shared {
+            let SharedConfig { intermediate, activation, gated, .. } = shared;
             write!(
                 f,
                 "; shared I{intermediate} {}{activation}",
                 if gated { "gated " } else { "" }
             )?;
-            if sigmoid_gate {
+            if shared.gate_up_bias {
+                f.write_str(", gate_up bias")?;
+            }
+            if shared.down_bias {
+                f.write_str(", down bias")?;
+            }
+            if shared.sigmoid_gate {
                 f.write_str(", sigmoid-gated")?;
             }
-            if average {
+            if shared.average {
                 f.write_str(", averaged")?;
             }
         }
@@ -336,19 +360,19 @@ mod tests {
             scale: 2.5,
             ..RouterConfig::default()
         };
-        let shared = SharedConfig {
-            intermediate: 96,
-            activation: Activation::default(),
-            gated: true,
-            sigmoid_gate: false,
-            average: false,
-        };
+        let shared = SharedConfig::new(96);
         let config = MoeConfig { router: deepseek, shared: Some(shared), ..plain };
         config.check().unwrap();
         assert_eq!(
             config.to_string(),
             "H64 I48 E8 K2, sigmoid + bias, 2 of 4 groups by top-2 sum, top-k, renormalised + 1e-20, * 2.5; \
              shared I96 gated SiLU"
+        );
+        let biased = SharedConfig { gate_up_bias: true, down_bias: true, ..shared };
+        let config = MoeConfig { shared: Some(biased), ..plain };
+        assert_eq!(
+            config.to_string(),
+            "H64 I48 E8 K2, softmax, top-k; shared I96 gated SiLU, gate_up bias, down bias"
         );
     }
 

@@ -305,7 +305,8 @@ impl Shared {
         let (names, default) = self.count;
         let intermediate = width.saturating_mul(keys.count(names, default)?);
         let sigmoid_gate = self.sigmoid_gate;
-        let shared = SharedConfig { intermediate, activation, gated, sigmoid_gate, average: false };
+        let shared =
+            SharedConfig { activation, gated, sigmoid_gate, ..SharedConfig::new(intermediate) };
         Ok((intermediate > 0).then_some(shared))
     }
 }

@@ -206,10 +206,13 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let (device, stream, hidden) = (self.device, self.stream, self.config.hidden);
         let intermediate = shared.intermediate;
         let mut act = arena.take::<D>(self.sections.shared_act)?;
-        let gate_up = GateUpWeights::fused(&weights.gate_up);
+        let bias = weights.gate_up_bias.as_ref();
+        let gate_up = GateUpWeights { bias, ..GateUpWeights::fused(&weights.gate_up) };
         let widths = [intermediate, hidden];
         self.gate_up(dense, &shared.experts(), widths, x, gate_up, None, &mut act)?;
-        let (act, down, rows) = (act.as_view(), LinearWeights::new(&weights.down), Rows::Grouped);
+        let bias = weights.down_bias.as_ref();
+        let down = LinearWeights { bias, ..LinearWeights::new(&weights.down) };
+        let (act, rows) = (act.as_view(), Rows::Grouped);
         grouped_gemm_fwd_into(device, stream, dense, hidden, intermediate, rows, &act, down, y)?;
         let Some(gate) = &weights.sigmoid_gate else { return Ok(()) };
         let inputs = ProjectInputs { x, gate, bias: None };

@@ -382,9 +382,11 @@ fn shared<D: Dtype, O: Operations<D>>(
 ) -> Result<Option<SharedPart<O::Values>>> {
     let (Some(shared), Some(weights)) = (&config.shared, &weights.shared) else { return Ok(None) };
     let (hidden, intermediate) = (config.hidden, shared.intermediate);
-    let gate_up = GateUpWeights::fused(weights.gate_up);
+    let bias = weights.gate_up_bias;
+    let gate_up = GateUpWeights { bias, ..GateUpWeights::fused(weights.gate_up) };
     let act = by.gate_up(dense, &shared.experts(), [intermediate, hidden], x, gate_up, None)?;
-    let y = by.linear(dense, hidden, intermediate, &act, LinearWeights::new(weights.down))?;
+    let down = LinearWeights { bias: weights.down_bias, ..LinearWeights::new(weights.down) };
+    let y = by.linear(dense, hidden, intermediate, &act, down)?;
     let gate = weights.sigmoid_gate.map(|gate| by.gate(hidden, x, gate)).transpose()?;
     Ok(Some(SharedPart { y, gate, average: shared.average }))
 }

@@ -26,9 +26,13 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         at.there("shared", self.shared.is_some(), config.shared.is_some())?;
         if let (Some(weights), Some(shared)) = (&self.shared, config.shared) {
             let matrix = at.product(shared.intermediate, hidden)?;
-            let both = at.product(if shared.gated { 2 } else { 1 }, matrix)?;
-            check_len(op, "shared.gate_up", M::len(&weights.gate_up), both)?;
+            let parts = if shared.gated { 2 } else { 1 };
+            check_len(op, "shared.gate_up", M::len(&weights.gate_up), at.product(parts, matrix)?)?;
+            let (bias, features) = (&weights.gate_up_bias, parts * shared.intermediate);
+            at.optional::<M, _>("shared.gate_up_bias", bias, shared.gate_up_bias, features)?;
             check_len(op, "shared.down", M::len(&weights.down), matrix)?;
+            let bias = &weights.down_bias;
+            at.optional::<M, _>("shared.down_bias", bias, shared.down_bias, hidden)?;
             let gate = &weights.sigmoid_gate;
             at.optional::<M, _>("shared.sigmoid_gate", gate, shared.sigmoid_gate, hidden)?;
         }

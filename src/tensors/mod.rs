@@ -138,10 +138,22 @@ pub struct LatentWeights<M: Memory, D: Dtype> {
 pub struct SharedWeights<M: Memory, D: Dtype> {
     /// `[2S, H]`, first gate's rows, then up's; `[S, H]` without a gate.
     pub gate_up: M::Of<D>,
+    /// `[2S]`, in the order of the rows of `gate_up`; `[S]` without a gate. There with
+    /// [`SharedConfig::gate_up_bias`](crate::SharedConfig::gate_up_bias).
+    pub gate_up_bias: Option<M::Of<D>>,
     /// `[H, S]`
     pub down: M::Of<D>,
+    /// `[H]`; there with [`SharedConfig::down_bias`](crate::SharedConfig::down_bias).
+    pub down_bias: Option<M::Of<D>>,
     /// `[H]`; there with [`SharedConfig::sigmoid_gate`](crate::SharedConfig::sigmoid_gate).
     pub sigmoid_gate: Option<M::Of<D>>,
+}
+
+impl<M: Memory, D: Dtype> SharedWeights<M, D> {
+    /// Its two matrices alone, without biases or a gate of its own.
+    pub fn new(gate_up: M::Of<D>, down: M::Of<D>) -> Self {
+        Self { gate_up, gate_up_bias: None, down, down_bias: None, sigmoid_gate: None }
+    }
 }
 
 /// What one pass over `T` tokens reads besides the weights.

@@ -87,7 +87,9 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
             shared: optional(shared, |shared| {
                 Ok(SharedWeights {
                     gate_up: by.elements(&shared.gate_up)?,
+                    gate_up_bias: optional(&shared.gate_up_bias, |bias| by.elements(bias))?,
                     down: by.elements(&shared.down)?,
+                    down_bias: optional(&shared.down_bias, |bias| by.elements(bias))?,
                     sigmoid_gate: optional(&shared.sigmoid_gate, |gate| by.elements(gate))?,
                 })
             })?,

@@ -139,19 +139,25 @@ fn shared_and_identity_experts() {
     let (gate_up, down): (Vec<f32>, Vec<f32>) =
         (sampler.elements(2 * 3 * 7), sampler.elements(7 * 3));
     let gate: Vec<f32> = sampler.elements(7);
-    for (sigmoid_gate, average) in [(false, false), (true, false), (true, true)] {
+    let (gate_up_bias, down_bias): (Vec<f32>, Vec<f32>) =
+        (sampler.elements(2 * 3), sampler.elements(7));
+    for (sigmoid_gate, average, biased) in
+        [(false, false, false), (true, false, true), (true, true, false), (false, true, true)]
+    {
         let shared = SharedConfig {
-            intermediate: 3,
-            activation: Default::default(),
-            gated: true,
+            gate_up_bias: biased,
+            down_bias: biased,
             sigmoid_gate,
             average,
+            ..SharedConfig::new(3)
         };
         let case = Case::new(MoeConfig { shared: Some(shared), ..config(4, 2) }, 5);
         let mut weights = case.weights();
         weights.shared = Some(SharedWeights {
             gate_up: &gate_up,
+            gate_up_bias: biased.then_some(&gate_up_bias),
             down: &down,
+            down_bias: biased.then_some(&down_bias),
             sigmoid_gate: sigmoid_gate.then_some(&gate),
         });
         let got = moe_layer_fwd::<f64, f32>(&case.config, &case.inputs(), &weights).unwrap();
@@ -160,10 +166,41 @@ fn shared_and_identity_experts() {
             let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
             let part = if sigmoid_gate { 1.0 / (1.0 + (-dot(&x, &gate)).exp()) } else { 1.0 };
             let half = if average { 0.5 } else { 1.0 };
-            let shared = swiglu(&x, &gate_up, &down);
+            let shared = match biased {
+                // A bias is the weight of a feature that is always 1.
+                true => {
+                    let with = |w: &[f32], bias: &[f32], k: usize| -> Vec<f32> {
+                        let rows = w.chunks(k).zip(bias);
+                        rows.flat_map(|(w, b)| [w, &[*b]].concat()).collect()
+                    };
+                    let x = [&x[..], &[1.0]].concat();
+                    let no_down: Vec<f32> =
+                        (0..9).map(|at| f32::from(u8::from(at % 4 == 0))).collect();
+                    let act = swiglu(&x, &with(&gate_up, &gate_up_bias, 7), &no_down);
+                    let act = [&act[..], &[1.0]].concat();
+                    with(&down, &down_bias, 3).chunks(4).map(|w| dot(&act, w)).collect()
+                }
+                false => swiglu(&x, &gate_up, &down),
+            };
             y.iter_mut().zip(shared).for_each(|(y, s)| *y = half * (*y + part * s));
         }
         assert_near(&got, &want);
+    }
+    // Biases are there exactly where the configuration has them, and as long as it says.
+    let biased = SharedConfig { gate_up_bias: true, down_bias: true, ..SharedConfig::new(3) };
+    let case = Case::new(MoeConfig { shared: Some(biased), ..config(4, 2) }, 5);
+    let (good_gate_up, good_down) = (Some(&gate_up_bias[..]), Some(&down_bias[..]));
+    for (gate_up_bias, down_bias, name) in [
+        (None, good_down, "shared.gate_up_bias"),
+        (good_gate_up, None, "shared.down_bias"),
+        (Some(&gate_up_bias[1..]), good_down, "shared.gate_up_bias"),
+        (good_gate_up, Some(&down_bias[1..]), "shared.down_bias"),
+    ] {
+        let mut weights = case.weights();
+        let shared = SharedWeights::new(&gate_up[..], &down[..]);
+        weights.shared = Some(SharedWeights { gate_up_bias, down_bias, ..shared });
+        let error = moe_layer_fwd::<f64, f32>(&case.config, &case.inputs(), &weights);
+        assert!(error.unwrap_err().to_string().contains(name));
     }
     // All choose the one that returns its input, with all of the weight.
     let zero = |output| Some(ZeroExperts { count: 1, output });

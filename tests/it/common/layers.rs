@@ -109,6 +109,8 @@ pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
             intermediate: 1 + rng.below(most),
             activation: random_activation(rng, gated),
             gated,
+            gate_up_bias: rng.once_in(3),
+            down_bias: rng.once_in(3),
             sigmoid_gate: rng.once_in(2),
             average: rng.once_in(3),
         }
@@ -207,7 +209,11 @@ pub fn random_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> MoeWeights
             let parts = if shared.gated { 2 } else { 1 };
             SharedWeights {
                 gate_up: draw(rng, parts * shared.intermediate * hidden, 0.2),
+                gate_up_bias: shared
+                    .gate_up_bias
+                    .then(|| draw(rng, parts * shared.intermediate, 0.5)),
                 down: draw(rng, hidden * shared.intermediate, 0.2),
+                down_bias: shared.down_bias.then(|| draw(rng, hidden, 0.5)),
                 sigmoid_gate: shared.sigmoid_gate.then(|| draw(rng, hidden, 0.3)),
             }
         }),
