@@ -597,6 +597,29 @@ const _: () = {
     ][::core::mem::offset_of!(GroupedGemmArgs, vector_store) - 36usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct WeightedGemmArgs {
+    pub gemm: GroupedGemmArgs,
+    pub gather: ::core::ffi::c_int,
+    pub top_k: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of WeightedGemmArgs"][::core::mem::size_of::<WeightedGemmArgs>() - 48usize];
+    [
+        "Alignment of WeightedGemmArgs",
+    ][::core::mem::align_of::<WeightedGemmArgs>() - 8usize];
+    [
+        "Offset of field: WeightedGemmArgs::gemm",
+    ][::core::mem::offset_of!(WeightedGemmArgs, gemm) - 0usize];
+    [
+        "Offset of field: WeightedGemmArgs::gather",
+    ][::core::mem::offset_of!(WeightedGemmArgs, gather) - 40usize];
+    [
+        "Offset of field: WeightedGemmArgs::top_k",
+    ][::core::mem::offset_of!(WeightedGemmArgs, top_k) - 44usize];
+};
+#[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GateUpArgs {
     pub gemm: GroupedGemmArgs,
@@ -645,11 +668,12 @@ pub struct CombineArgs {
     pub first_identity: ::core::ffi::c_int,
     pub num_identity: ::core::ffi::c_int,
     pub average: ::core::ffi::c_int,
+    pub rows_weighted: ::core::ffi::c_int,
     pub vector: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CombineArgs"][::core::mem::size_of::<CombineArgs>() - 24usize];
+    ["Size of CombineArgs"][::core::mem::size_of::<CombineArgs>() - 28usize];
     ["Alignment of CombineArgs"][::core::mem::align_of::<CombineArgs>() - 4usize];
     [
         "Offset of field: CombineArgs::hidden",
@@ -667,8 +691,11 @@ const _: () = {
         "Offset of field: CombineArgs::average",
     ][::core::mem::offset_of!(CombineArgs, average) - 16usize];
     [
+        "Offset of field: CombineArgs::rows_weighted",
+    ][::core::mem::offset_of!(CombineArgs, rows_weighted) - 20usize];
+    [
         "Offset of field: CombineArgs::vector",
-    ][::core::mem::offset_of!(CombineArgs, vector) - 20usize];
+    ][::core::mem::offset_of!(CombineArgs, vector) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -37,6 +37,8 @@ pub(crate) enum Kernel {
     PermuteFwd,
     GroupedGemmFwd,
     GroupedGemmFwdInOut,
+    GroupedGemmFwdWeighted,
+    GroupedGemmFwdWeightedInOut,
     GroupedGemmFwdGateUp,
     GroupedGemmFwdGateUpInOut,
     CombineFwd,
@@ -79,6 +81,13 @@ const KERNELS: &[Entry] = &[
     Entry { kernel: Kernel::GroupedGemmFwd, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd", typed: true },
     Entry { kernel: Kernel::GroupedGemmFwdInOut, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_in_out", typed: true },
     Entry {
+        kernel: Kernel::GroupedGemmFwdWeighted, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_weighted", typed: true,
+    },
+    Entry {
+        kernel: Kernel::GroupedGemmFwdWeightedInOut, image: "grouped_gemm",
+        symbol: "moe_grouped_gemm_fwd_weighted_in_out", typed: true,
+    },
+    Entry {
         kernel: Kernel::GroupedGemmFwdGateUp, image: "grouped_gemm", symbol: "moe_grouped_gemm_fwd_gate_up", typed: true,
     },
     Entry {
@@ -98,8 +107,11 @@ const KERNELS: &[Entry] = &[
 impl Entry {
     /// The element types that the symbol exists with.
     fn dtypes(&self) -> &'static [DType] {
+        use Kernel::{GroupedGemmFwdWeighted, GroupedGemmFwdWeightedInOut};
         use Kernel::{ProjectFwdFewGate32, ProjectFwdOneGate32, ProjectFwdTileGate32};
         match self.kernel {
+            // The other types hold an output before its weight multiplies it.
+            GroupedGemmFwdWeighted | GroupedGemmFwdWeightedInOut => &[DType::F16],
             // With f32 tokens a gate of f32 is one of the tokens' type.
             ProjectFwdOneGate32 | ProjectFwdFewGate32 | ProjectFwdTileGate32 => &DType::ALL[1..],
             _ if self.typed => &DType::ALL,

@@ -69,6 +69,12 @@ impl MoeLayer {
     /// f32; what lies between two operations is rounded to `D` once, and so is `y`. Logits that are not given
     /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
     ///
+    /// In f16 each expert's output is multiplied by its weight before it is rounded, so that it may leave the range
+    /// of f16 (65504) on the way. All else that is stored is in that range, or becomes infinite: activations,
+    /// such products, the shared expert's output, and the experts' where their norm
+    /// ([`post_norm`](crate::ExpertConfig::post_norm)) is next or their weight came before
+    /// ([`weight_position`](crate::ExpertConfig::weight_position)).
+    ///
     /// # Errors
     /// [`Error::Length`] for a buffer or a workspace that does not fit,
     /// [`Error::Mismatch`] for weights or inputs that are not as the configuration says and

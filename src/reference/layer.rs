@@ -6,7 +6,7 @@ use super::accum::{Accum, Element};
 use super::capacity::{Candidates, capacity_fwd, capacity_normalize_fwd};
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
-use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
+use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd, grouped_gemm_weighted_fwd};
 use super::plan::{Plan, plan_range_fwd};
 use super::project::{ProjectInputs, project_fwd};
 use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
@@ -226,6 +226,16 @@ pub(super) trait Operations<D: Dtype> {
         weights: LinearWeights<'_, D>,
     ) -> Result<Self::Values>;
 
+    /// The same, each row times its weight of `[T, K]`.
+    fn weighted_linear(
+        &self,
+        plan: &Plan,
+        widths: [usize; 2],
+        x: &Self::Values,
+        weights: LinearWeights<'_, D>,
+        routing_weights: &Self::Values,
+    ) -> Result<Self::Values>;
+
     /// Tokens `[T, H]` to `[R, I]`; the widths are `I` and `H`.
     fn gate_up(
         &self,
@@ -265,6 +275,8 @@ pub(super) struct Parts<'a, V, D> {
     pub(super) yp: &'a V,
     pub(super) weights: Option<&'a V>,
     pub(super) identity: Option<Identity<'a, D>>,
+    /// Of identity experts alone, where rows have been multiplied by theirs.
+    pub(super) identity_weights: Option<&'a V>,
     pub(super) output_bias: Option<&'a [D]>,
     pub(super) shared: Option<&'a SharedPart<V>>,
 }
@@ -298,11 +310,14 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
         experts: config.num_experts as u32..(config.num_experts + zero.count) as u32,
         expert_ids,
         x,
+        weights: None,
     });
     let output = config.experts.weight_position == WeightPosition::Output;
+    let rows_weighted = config.experts.weighs_rows(D::DTYPE);
     let mut routed = Parts {
         yp: &tokens,
-        weights: output.then_some(routing_weights),
+        weights: (output && !rows_weighted).then_some(routing_weights),
+        identity_weights: (rows_weighted && identity.is_some()).then_some(routing_weights),
         identity,
         output_bias: weights.experts.output_bias,
         shared: shared.as_ref(),
@@ -325,6 +340,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
                 yp: &yp,
                 weights: None,
                 identity: None,
+                identity_weights: None,
                 output_bias: None,
                 shared: shared.as_ref(),
             };
@@ -366,6 +382,9 @@ fn routed_experts<D: Dtype, O: Operations<D>>(
     let act = by.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, on_rows)?;
     let down =
         LinearWeights { w: weights.down, bias: weights.down_bias, order: experts.down_order };
+    if experts.weighs_rows(D::DTYPE) {
+        return by.weighted_linear(plan, [hidden, *intermediate], &act, down, routing_weights);
+    }
     let yp = by.linear(plan, hidden, *intermediate, &act, down)?;
     match &experts.post_norm {
         Some(norm) => by.norm(norm, hidden, &yp, weights.post_norm, Some(plan)),
@@ -412,6 +431,17 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
         grouped_gemm_fwd(plan, n, k, x, weights, false)
     }
 
+    fn weighted_linear(
+        &self,
+        plan: &Plan,
+        [n, k]: [usize; 2],
+        x: &Vec<A>,
+        weights: LinearWeights<'_, D>,
+        routing_weights: &Vec<A>,
+    ) -> Result<Vec<A>> {
+        grouped_gemm_weighted_fwd(plan, n, k, x, weights, routing_weights, false)
+    }
+
     fn gate_up(
         &self,
         plan: &Plan,
@@ -455,7 +485,10 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
         let inputs = CombineInputs {
             yp: &parts.yp[..],
             weights: parts.weights.map(Vec::as_slice),
-            identity: parts.identity.clone(),
+            identity: parts
+                .identity
+                .as_ref()
+                .map(|identity| identity.with_weights(parts.identity_weights.map(Vec::as_slice))),
             output_bias: parts.output_bias,
             shared,
         };

@@ -33,7 +33,7 @@ pub use capacity::{Candidates, Capacity, capacity_fwd, capacity_normalize_fwd};
 pub use combine::{CombineInputs, Identity, Shared, combine_fwd};
 pub use expert_choice::expert_choice_fwd;
 pub use expert_weights::{GateUpTensors, GateUpWeights, LinearWeights};
-pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
+pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd, grouped_gemm_weighted_fwd};
 pub use jitter::jitter_fwd;
 pub use layer::{moe_layer_experts_fwd, moe_layer_fwd, moe_layer_route_fwd, round, router_logits};
 pub use noise::{noise_fwd, philox};

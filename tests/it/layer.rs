@@ -1,5 +1,7 @@
 //! The layer: every operation in order, against the reference in f64.
 
+mod range;
+
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};

@@ -7,7 +7,7 @@ use super::super::moe_layer_route_fwd;
 use super::super::plan::Plan;
 use super::super::project::{ProjectInputs, project_fwd};
 use super::super::rms_norm::RmsNormInputs;
-use super::grouped_gemm::{gate_up_of, grouped_gemm_magnitude};
+use super::grouped_gemm::{gate_up_of, grouped_gemm_magnitude, weighted_of};
 use super::{Bounded, U, combine, grouped_gemm, magnitudes, project, rms_norm, route};
 use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_divisor};
 use crate::dtype::{DType, Dtype};
@@ -164,6 +164,18 @@ impl<D: Dtype> Operations<D> for WithBounds {
         Ok(own.with(&from_x))
     }
 
+    fn weighted_linear(
+        &self,
+        plan: &Plan,
+        widths: [usize; 2],
+        x: &Bounded,
+        weights: LinearWeights<'_, D>,
+        routing_weights: &Bounded,
+    ) -> Result<Bounded> {
+        let x = (&x.value[..], Some(&x.bound[..]));
+        weighted_of(plan, widths, x, weights, routing_weights, false, D::DTYPE)
+    }
+
     fn gate_up(
         &self,
         plan: &Plan,
@@ -229,12 +241,14 @@ impl<D: Dtype> Operations<D> for WithBounds {
         hidden: usize,
         parts: &Parts<'_, Bounded, D>,
     ) -> Result<Bounded> {
-        let Parts { yp, weights, identity, output_bias, shared } = parts;
+        let Parts { yp, weights, identity, identity_weights, output_bias, shared } = parts;
         let gate = shared.and_then(|shared| shared.gate.as_ref());
         let values = CombineInputs {
             yp: &yp.value[..],
             weights: weights.map(|weights| &weights.value[..]),
-            identity: identity.clone(),
+            identity: identity.as_ref().map(|identity| {
+                identity.with_weights(identity_weights.map(|weights| &weights.value[..]))
+            }),
             output_bias: *output_bias,
             shared: shared.map(|shared| Shared {
                 y: &shared.y.value[..],
@@ -261,9 +275,12 @@ impl<D: Dtype> Operations<D> for WithBounds {
             }),
         };
         let mut errors = combine_fwd::<f64>(shape, plan, hidden, &from_rows)?;
-        // What errors of weights make of rows and tokens.
-        if let Some(weights) = weights {
-            let rows: Vec<f64> = magnitudes(&yp.value);
+        // What errors of weights make of rows, unless those have them already, and of tokens.
+        if let Some(weights) = weights.or(*identity_weights) {
+            let rows = match identity_weights {
+                Some(_) => vec![0.0; yp.value.len()],
+                None => magnitudes(&yp.value),
+            };
             let x = identity.as_ref().map(|identity| magnitudes(identity.x));
             let from_weights = CombineInputs::<f64, f64, f64> {
                 yp: &rows,
@@ -272,6 +289,7 @@ impl<D: Dtype> Operations<D> for WithBounds {
                     experts: identity.experts.clone(),
                     expert_ids: identity.expert_ids,
                     x,
+                    weights: None,
                 }),
                 output_bias: None,
                 shared: None,
