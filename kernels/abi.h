@@ -64,6 +64,7 @@ typedef struct RouteArgs {
   int divisor;           // ROUTE_BY_...
   float divisor_number;  // epsilon, the least sum, or p
   float scale;
+  float noise_deviation;  // Multiplies the noise.
 } RouteArgs;
 
 // Addresses that route reads, 0 where there is nothing. The kernel has them as pointers.

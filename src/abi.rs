@@ -96,10 +96,11 @@ pub struct RouteArgs {
     pub divisor: ::core::ffi::c_int,
     pub divisor_number: f32,
     pub scale: f32,
+    pub noise_deviation: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RouteArgs"][::core::mem::size_of::<RouteArgs>() - 96usize];
+    ["Size of RouteArgs"][::core::mem::size_of::<RouteArgs>() - 100usize];
     ["Alignment of RouteArgs"][::core::mem::align_of::<RouteArgs>() - 4usize];
     [
         "Offset of field: RouteArgs::num_tokens",
@@ -173,6 +174,9 @@ const _: () = {
     [
         "Offset of field: RouteArgs::scale",
     ][::core::mem::offset_of!(RouteArgs, scale) - 92usize];
+    [
+        "Offset of field: RouteArgs::noise_deviation",
+    ][::core::mem::offset_of!(RouteArgs, noise_deviation) - 96usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -3,6 +3,7 @@
 mod experts;
 mod memory;
 mod route;
+mod scores;
 mod sections;
 
 pub use memory::{OnDevice, OnDeviceMut, OwnedOnDevice};
@@ -101,7 +102,9 @@ impl MoeLayer {
     }
 
     /// The first part of [`forward`](Self::forward): the router's logits `[T, E']`, of the type that
-    /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them.
+    /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them. They
+    /// are those of the product, before noise, multiplier and soft-cap; [`router_scores`](Self::router_scores) has
+    /// what follows.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a gate.
@@ -114,9 +117,7 @@ impl MoeLayer {
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
-        if weights.router.gate.is_none() {
-            return Err(no_gate(OP));
-        }
+        let gate = weights.router.gate.as_ref().ok_or_else(|| no_gate(OP))?;
         if logits.is_f32() != self.config.projection.f32_logits {
             let why = "`logits` are not of the type that `projection.f32_logits` says".into();
             return Err(Error::Mismatch { op: OP, why });
@@ -124,7 +125,7 @@ impl MoeLayer {
         check_len(OP, "logits", logits.len(), pass.shape.logits())?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
-        pass.project(inputs, dense.as_ref(), &mut arena, logits)
+        pass.project(inputs, gate, weights.router.bias.as_ref(), dense.as_ref(), &mut arena, logits)
     }
 
     /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and

@@ -240,6 +240,7 @@ impl Reader<'_> {
                 selection_bias: self.find(Role::SelectionBias)?,
                 expert_scale: self.find(Role::ExpertScale)?,
                 table: self.layer.array(Role::Table).map(Array::read_ids).transpose()?,
+                ..RouterWeights::default()
             },
             experts: ExpertWeights {
                 gate_up: match config.experts.gate_up {

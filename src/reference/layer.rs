@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::accum::{Accum, Element};
+use super::accum::Accum;
 use super::capacity::{Candidates, capacity_fwd, capacity_normalize_fwd};
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
@@ -10,15 +10,17 @@ use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd, grouped_ge
 use super::plan::{Plan, plan_range_fwd};
 use super::project::{ProjectInputs, project_fwd};
 use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
-use super::route::{RouteInputs, Routing, route_fwd};
+use super::route::{Routing, route_fwd};
 use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, WeightPosition, ZeroOutput};
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
-use crate::tensors::{
-    ExpertWeights, GateUpTensors, Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_gate,
-    shape_of,
-};
+use crate::tensors::{ExpertWeights, GateUpTensors, Host, MoeInputs, MoeWeights, shape_of};
+
+mod router;
+
+pub(super) use router::RouterReads;
+pub use router::{noise_logits, router_logits, router_scores};
 
 const OP: &str = "moe_layer_fwd";
 
@@ -108,104 +110,6 @@ pub fn moe_layer_experts_fwd<A: Accum, D: Dtype>(
         &routing_weights.to_vec(),
         weights,
     )
-}
-
-/// The router's logits `[T, E']`, of a layer that has a gate, rounded to the type that the configuration says.
-///
-/// # Errors
-/// Those of [`moe_layer_fwd`], and weights without a gate.
-pub fn router_logits<A: Accum, D: Dtype>(
-    config: &MoeConfig,
-    inputs: &MoeInputs<Host<'_>, D>,
-    weights: &MoeWeights<Host<'_>, D>,
-) -> Result<Typed<Owned, D>> {
-    weights.check(OP, config)?;
-    inputs.check(OP, config)?;
-    let x = inputs.router_x.unwrap_or(inputs.x);
-    let logits: Vec<A> = match &config.projection.norm {
-        Some(norm) => {
-            let inputs = RmsNormInputs { x, weight: weights.router.norm, plan: None };
-            let x: Vec<A> = rms_norm_fwd(norm, config.hidden, &inputs)?;
-            project(config, &x, weights)?
-        }
-        None => project(config, x, weights)?,
-    };
-    Ok(match config.projection.f32_logits {
-        true => Typed::F32(round(&logits)),
-        false => Typed::Element(round(&logits)),
-    })
-}
-
-fn project<A: Accum, D: Dtype>(
-    config: &MoeConfig,
-    x: &[impl Element<A>],
-    weights: &MoeWeights<Host<'_>, D>,
-) -> Result<Vec<A>> {
-    let (experts, hidden, router) = (config.router_experts(), config.hidden, &weights.router);
-    // Both are of one type, as was checked.
-    match &router.gate {
-        Some(Typed::Element(gate)) => {
-            let bias = router.bias.as_ref().and_then(Typed::element).copied();
-            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
-        }
-        Some(Typed::F32(gate)) => {
-            let bias = router.bias.as_ref().and_then(Typed::f32).copied();
-            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
-        }
-        None => Err(no_gate(OP)),
-    }
-}
-
-/// The numbers that the router reads, as f32, which holds those of every type.
-pub(super) struct RouterReads {
-    logits: Vec<f32>,
-    noise_logits: Option<Vec<f32>>,
-}
-
-impl RouterReads {
-    /// The logits of this pass, those that it was given or those of the gate, once every tensor was checked.
-    pub(super) fn new<A: Accum, D: Dtype>(
-        config: &MoeConfig,
-        inputs: &MoeInputs<Host<'_>, D>,
-        weights: &MoeWeights<Host<'_>, D>,
-    ) -> Result<Self> {
-        weights.check(OP, config)?;
-        inputs.check(OP, config)?;
-        inputs.check_route(OP, config, weights)?;
-        fn widen<M: Memory, D: Dtype>(numbers: &Typed<M, D>) -> Vec<f32>
-        where
-            M::Of<D>: AsRef<[D]>,
-            M::Of<f32>: AsRef<[f32]>,
-        {
-            match numbers {
-                Typed::Element(numbers) => numbers.as_ref().iter().map(|x| x.to_f32()).collect(),
-                Typed::F32(numbers) => numbers.as_ref().to_vec(),
-            }
-        }
-        let logits = match &inputs.logits {
-            Some(logits) => widen(logits),
-            None => widen(&router_logits::<A, D>(config, inputs, weights)?),
-        };
-        Ok(Self { logits, noise_logits: inputs.noise_logits.as_ref().map(widen) })
-    }
-
-    /// What there is besides.
-    pub(super) fn inputs<'a, 'i: 'a, 'w: 'a, D: Dtype>(
-        &'a self,
-        inputs: &MoeInputs<Host<'i>, D>,
-        weights: &MoeWeights<Host<'w>, D>,
-    ) -> RouteInputs<'a, f32> {
-        RouteInputs {
-            logits: &self.logits,
-            selection_bias: weights.router.selection_bias,
-            expert_scale: weights.router.expert_scale,
-            noise: inputs.noise,
-            noise_logits: self.noise_logits.as_deref(),
-            given_ids: inputs.given_ids.or(weights.router.table),
-            token_ids: inputs.token_ids,
-            active: inputs.active,
-        }
-    }
 }
 
 /// The operations that a layer puts together, on values of some kind: numbers, or numbers with their bounds.
