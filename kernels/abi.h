@@ -64,6 +64,7 @@ typedef struct RouteArgs {
   int divisor;           // ROUTE_BY_...
   float divisor_number;  // epsilon, the least sum, or p
   float scale;
+  float noise_deviation;  // Multiplies the noise.
 } RouteArgs;
 
 // Addresses that route reads, 0 where there is nothing. The kernel has them as pointers.
@@ -249,6 +250,12 @@ typedef struct GroupedGemmArgs {
   int vector_store;  // 1: every row of the output does.
 } GroupedGemmArgs;
 
+typedef struct WeightedGemmArgs {
+  GroupedGemmArgs gemm;
+  int gather;  // 1: x has a row per token; 0: a row per row of the output.
+  int top_k;   // K of weights.
+} WeightedGemmArgs;
+
 typedef struct GateUpArgs {
   GroupedGemmArgs gemm;
   ActivationArgs activation;
@@ -270,6 +277,7 @@ typedef struct CombineArgs {
   int first_identity;  // The ids of experts that return the token itself ...
   int num_identity;    // ... and how many there are; with 0 nobody reads expert_ids and x.
   int average;         // 1: what comes out is halved.
+  int rows_weighted;   // 1: rows have their weights in them; weights are of identities. f16 alone.
   int vector;          // 1: every row of H elements starts at a 16-byte boundary.
 } CombineArgs;
 

@@ -3,8 +3,9 @@
 //              + sigmoid(shared_gate[t]) * shared[t, h]) * (average ? 1/2 : 1)
 //   v[k, :] is yp[row_of_slot[t*K + k], :]; a slot without a row whose id is an identity expert's has
 //   x[t, :] instead. Any other slot without a row is left out: neither a row nor its weight is looked
-//   at. What is none of the T*K rows, any bits, is no row. Without weights each is 1; bias, shared and
-//   its gate are left out where they are null.
+//   at. What is none of the T*K rows, any bits, is no row. Rows of f16 may have been multiplied by their
+//   weights before (args.rows_weighted), which count for identity experts alone then. Without weights each
+//   is 1; bias, shared and its gate are left out where they are null.
 //   In f32: fma after fma from 0 in the order of k, then the bias is added, then the shared row (with
 //   a gate as one fma), then it is halved, and rounded to Elem once at the end. A token without
 //   anything to add gets 0.
@@ -80,7 +81,8 @@ struct CombineInputs {
   const float* shared_gate;
 };
 
-template <typename Elem, bool VECTOR>
+// ROWS_WEIGHTED: whether args.rows_weighted is looked at.
+template <typename Elem, bool VECTOR, bool ROWS_WEIGHTED>
 __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Elem>& in,
                                                 const CombineArgs& args) {
   constexpr int LEN = Vec<Elem>::LEN;
@@ -106,6 +108,7 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
         const uint32_t identity = in.expert_ids[first_slot + lane] - (uint32_t)args.first_identity;
         if (identity < (uint32_t)args.num_identity) lane_row = IDENTITY;
       }
+      if (ROWS_WEIGHTED && args.rows_weighted && lane_row != IDENTITY) lane_weight = 1.0f;
     }
     const int count = min(WARP_SIZE, args.top_k - begin);
     for (int k = 0; k < count; k += LOADS) {
@@ -149,7 +152,7 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
   columns.store(y + token * args.hidden, result);
 }
 
-template <typename Elem>
+template <bool ROWS_WEIGHTED = false, typename Elem>
 __device__ __forceinline__ void combine_fwd(Elem* y,                     // [T, H] out
                                             const Elem* yp,              // [R, H]
                                             const float* weights,        // [T, K] or null
@@ -163,9 +166,9 @@ __device__ __forceinline__ void combine_fwd(Elem* y,                     // [T, 
   const CombineInputs<Elem> in = {yp, row_of_slot, weights,    expert_ids,
                                   x,  output_bias, shared, shared_gate};
   if (args.vector) {
-    combine_columns<Elem, true>(y, in, args);
+    combine_columns<Elem, true, ROWS_WEIGHTED>(y, in, args);
   } else {
-    combine_columns<Elem, false>(y, in, args);
+    combine_columns<Elem, false, ROWS_WEIGHTED>(y, in, args);
   }
 }
 
@@ -181,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
 moe_combine_fwd_f16(f16* y, const f16* yp, const float* weights, const f16* x, const f16* output_bias,
                    const f16* shared, const float* shared_gate, const int* row_of_slot,
                    const uint32_t* expert_ids, const CombineArgs args) {
-  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
+  combine_fwd<true>(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
 }
 EXPORT_KERNEL(moe_combine_fwd_f16, COMBINE_THREADS)
 

@@ -305,6 +305,22 @@ struct MmaTile {
     }
   }
 
+  // Multiplies every sum of row r by weights[r].
+  __device__ __forceinline__ void scale_rows(const float* weights) {
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; i++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float weight = weights[row_of(i, half)];
+#pragma unroll
+        for (int j = 0; j < 2 * STRIPS; j++) {
+          sum[i][j][2 * half] *= weight;
+          sum[i][j][2 * half + 1] *= weight;
+        }
+      }
+    }
+  }
+
   // Hands the sums over to the block as `Value`: f32, or rounded to Elem.
   template <typename Value>
   __device__ __forceinline__ void stage(unsigned char* staging) const {

@@ -1,5 +1,8 @@
 // grouped_gemm: each expert's weights times the rows that are its own, for groups of any length.
 //   fwd          y[r, n]   = sum_k row(r)[k] * w[e(r), n, k] + bias[e(r), n]
+//   fwd_weighted y[r, n]   = weight(r) * (sum_k row(r)[k] * w[e(r), n, k] + bias[e(r), n]), where
+//                weight(r) is the one that the routing gave r: for f16, whose range an output may
+//                leave before its weight brings it back.
 //   fwd_gate_up  act[r, i] = activation(gate, up), all in f32 (activation.cuh), where
 //                gate = p * (sum_k row(r)[k] * gate[e(r), i, k]) + gate_bias[e(r), i], up the same;
 //                p = 1, or the weight that the routing gave r; or that weight multiplies act.
@@ -176,11 +179,11 @@ __device__ __forceinline__ void store_activations(Elem* act, const SharedStorage
 
 // The weight that the routing gave a row: that of the one slot whose row it is.
 __device__ __forceinline__ float weight_of_row(const float* weights, const int* row_of_slot,
-                                               int token, int row, const GateUpArgs& args) {
-  const int64_t first_slot = (int64_t)token * args.top_k;
+                                               int token, int row, int top_k, int num_tokens) {
+  const int64_t first_slot = (int64_t)token * top_k;
   float weight = 0.0f;
-  if ((uint32_t)token >= (uint32_t)(args.gemm.rows / args.top_k)) return weight;
-  for (int k = 0; k < args.top_k; k++) {
+  if ((uint32_t)token >= (uint32_t)num_tokens) return weight;
+  for (int k = 0; k < top_k; k++) {
     if (row_of_slot[first_slot + k] == row) weight = weights[first_slot + k];
   }
   return weight;
@@ -227,7 +230,7 @@ __device__ __forceinline__ GemmTile tile_at(const GemmTile* tiles, int index,
 }
 
 // Multiplies a tile and leaves its outputs, or its sums, in the stages' memory.
-template <typename Elem, typename Value, int FRAGMENTS, bool IN_OUT, bool VECTOR>
+template <typename Elem, typename Value, int FRAGMENTS, bool IN_OUT, bool VECTOR, bool WEIGHTED>
 __device__ __forceinline__ void multiply_tile(const Problem<Elem>& problem, SharedStorage& shared,
                                               const Elem* bias, int columns) {
   using Tile = typename gemm_tile::TileOf<Elem, FRAGMENTS, IN_OUT>::Type;
@@ -235,6 +238,7 @@ __device__ __forceinline__ void multiply_tile(const Problem<Elem>& problem, Shar
   Tile tile;
   tile.multiply(Loader{problem, shared}, (problem.k + Loader::BLOCK_K - 1) / Loader::BLOCK_K);
   if (bias) tile.add_bias(bias, columns);
+  if constexpr (WEIGHTED) tile.scale_rows(shared.weight);
   // The stages' memory is free once every warp has read its last operands from it.
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -242,23 +246,36 @@ __device__ __forceinline__ void multiply_tile(const Problem<Elem>& problem, Shar
 }
 
 // The shapes of tiles that there is code for.
-template <typename Value, bool IN_OUT, typename Elem>
+template <typename Value, bool IN_OUT, bool WEIGHTED = false, typename Elem>
 __device__ __forceinline__ void multiply_any(const Problem<Elem>& problem, SharedStorage& shared,
                                              bool vector, const Elem* bias = nullptr,
                                              int columns = 0) {
   if (!IN_OUT && !vector) {
-    multiply_tile<Elem, Value, 4, false, false>(problem, shared, bias, columns);
+    multiply_tile<Elem, Value, 4, false, false, WEIGHTED>(problem, shared, bias, columns);
   } else if (problem.num_rows <= 32) {
-    multiply_tile<Elem, Value, 1, IN_OUT, true>(problem, shared, bias, columns);
+    multiply_tile<Elem, Value, 1, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
   } else if (problem.num_rows <= 64) {
-    multiply_tile<Elem, Value, 2, IN_OUT, true>(problem, shared, bias, columns);
+    multiply_tile<Elem, Value, 2, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
   } else {
-    multiply_tile<Elem, Value, 4, IN_OUT, true>(problem, shared, bias, columns);
+    multiply_tile<Elem, Value, 4, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
   }
   __syncthreads();
 }
 
-template <bool IN_OUT, typename Elem>
+// The routing's weights of the output's rows. Without weights there is none of this.
+struct RowWeights {
+  const float* weights;     // [T, K]
+  const int* row_of_slot;   // [T * K]
+  const int* token_of_row;  // [R]
+  int top_k;                // K
+  int num_tokens;           // T
+
+  __device__ __forceinline__ float of(int row) const {
+    return weight_of_row(weights, row_of_slot, token_of_row[row], row, top_k, num_tokens);
+  }
+};
+
+template <bool IN_OUT, bool WEIGHTED = false, typename Elem>
 __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // [R, N]
                                                  const Elem* x,              // [T, K] or [R, K]
                                                  const Elem* w,              // [E, N, K]; [E, K, N]
@@ -267,7 +284,8 @@ __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // 
                                                  const int* expert_offsets,  // [E + 1]
                                                  const GemmTile* tiles,      // [num_tiles]
                                                  const int* num_tiles,       // [1]
-                                                 const GroupedGemmArgs& args) {
+                                                 const GroupedGemmArgs& args,
+                                                 const RowWeights& row_weights = {}) {
   SHARED_DYNAMIC(shared_bytes);
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
   const Work work(args.n, GEMM_BLOCK_N);
@@ -278,8 +296,10 @@ __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // 
   if (in_tile < tile.num_rows) {
     const int x_row = token_of_row ? token_of_row[row] : row;
     shared.x_row[in_tile] = (uint32_t)x_row < (uint32_t)args.x_rows ? x_row : INACTIVE;
+    if constexpr (WEIGHTED) shared.weight[in_tile] = row_weights.of(row);
   } else if (in_tile < GEMM_BLOCK_M) {
     shared.x_row[in_tile] = INACTIVE;
+    if constexpr (WEIGHTED) shared.weight[in_tile] = 0.0f;
   }
   __syncthreads();
 
@@ -295,7 +315,7 @@ __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // 
       tile.num_rows};
   const Elem* const tile_bias =
       bias ? bias + (int64_t)tile.expert * args.n + work.first_column : nullptr;
-  multiply_any<Elem, IN_OUT>(problem, shared, args.vector_load, tile_bias, columns);
+  multiply_any<Elem, IN_OUT, WEIGHTED>(problem, shared, args.vector_load, tile_bias, columns);
   store_outputs(y, shared.stages[0].x, tile, work.first_column, args);
 }
 
@@ -327,7 +347,9 @@ __device__ __forceinline__ void grouped_gemm_fwd_gate_up(
     const int x_row = args.gather ? token : row;
     shared.x_row[in_tile] = (uint32_t)x_row < (uint32_t)args.gemm.x_rows ? x_row : INACTIVE;
     if (weights) {
-      shared.weight[in_tile] = weight_of_row(weights, row_of_slot, token, row, args);
+      const int num_tokens = args.gemm.rows / args.top_k;
+      shared.weight[in_tile] =
+          weight_of_row(weights, row_of_slot, token, row, args.top_k, num_tokens);
     }
   } else if (in_tile < GEMM_BLOCK_M) {
     shared.x_row[in_tile] = INACTIVE;
@@ -412,6 +434,28 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
   grouped_gemm_fwd<true>(y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_bf16, GEMM_THREADS_MMA)
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA) moe_grouped_gemm_fwd_weighted_f16(
+    f16* y, const f16* x, const f16* w, const f16* bias, const float* weights,
+    const int* row_of_slot, const int* token_of_row, const int* expert_offsets,
+    const GemmTile* tiles, const int* num_tiles, const WeightedGemmArgs args) {
+  grouped_gemm_fwd<false, true>(y, x, w, bias, args.gather ? token_of_row : nullptr,
+                                expert_offsets, tiles, num_tiles, args.gemm,
+                                {weights, row_of_slot, token_of_row, args.top_k, args.gemm.rows / args.top_k});
+}
+EXPORT_KERNEL(moe_grouped_gemm_fwd_weighted_f16, GEMM_THREADS_MMA)
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
+    moe_grouped_gemm_fwd_weighted_in_out_f16(f16* y, const f16* x, const f16* w, const f16* bias,
+                                             const float* weights, const int* row_of_slot,
+                                             const int* token_of_row, const int* expert_offsets,
+                                             const GemmTile* tiles, const int* num_tiles,
+                                             const WeightedGemmArgs args) {
+  grouped_gemm_fwd<true, true>(y, x, w, bias, args.gather ? token_of_row : nullptr,
+                               expert_offsets, tiles, num_tiles, args.gemm,
+                               {weights, row_of_slot, token_of_row, args.top_k, args.gemm.rows / args.top_k});
+}
+EXPORT_KERNEL(moe_grouped_gemm_fwd_weighted_in_out_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1) moe_grouped_gemm_fwd_gate_up_f32(
     float* act, const float* x, const float* gate, const float* up, const float* gate_bias,

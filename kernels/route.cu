@@ -1,5 +1,5 @@
 // route: chooses each token's K experts and gives them weights, in f32 whatever the logits are.
-//   z       each logit, plus noise, times a multiplier, soft-capped; NaN counts as -inf, -0 as +0
+//   z       each logit, plus noise times its deviation, times a multiplier, soft-capped; NaN counts as -inf, -0 as +0
 //   value   z or a score of it, plus a bias; outside the best groups of experts 0 or -inf
 //   ids     the K experts of largest value, ties to the lower one; the last ones are the sinks
 //   weights the scores of the chosen, divided by their sum or norm, times scales; never NaN
@@ -14,6 +14,8 @@
 //   sort          any router, any K <= E <= MAX_EXPERTS. Grid (T), block (ROUTE_SORT_THREADS): a
 //                 block per token sorts the row in shared memory, where K picks would take longer
 //                 or a warp's registers do not hold the row.
+//   scores        any router of any E: no choice, but the number of each expert that a step of the
+//                 router makes, [T, E] in f32. Grid (T / 4, rounded up), a warp per token.
 // Bytes   reads T*E*s once, writes 8*T*K: at T16384 E128 K8 f32, 8.4 MB + 1.0 MB. Noise and noise
 //         logits are read once too.
 // Error   of a plain router: |weight - exact| <= (|logit - m| + E / 64 + 8) * 2^-24 * exact +
@@ -164,6 +166,19 @@ __device__ __forceinline__ void route_fwd_sort(uint32_t* expert_ids,  // [T, K] 
   });
 }
 
+// ---- scores -------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void route_scores_fwd(float* scores,  // [T, E] out
+                                                 const RouteInputs& in, const RouteArgs& args) {
+  SHARED_DYNAMIC(shared);
+  const int64_t token = (int64_t)blockIdx.x * ROUTE_TOKENS + threadIdx.x / WARP_SIZE;
+  if (token >= args.num_tokens) return;
+  const WarpTeam team;
+  float* z = reinterpret_cast<float*>(shared) + threadIdx.x / WARP_SIZE * args.row_words;
+  const Router<WarpTeam> router = {in, args, team, token, z, nullptr, nullptr};
+  router.write_scores(scores + token * args.num_experts);
+}
+
 // ---- Entries ------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
@@ -228,3 +243,9 @@ moe_route_fwd_sort(uint32_t* expert_ids, float* weights, const RouteInputs in,
   route_fwd_sort(expert_ids, weights, in, args);
 }
 EXPORT_KERNEL(moe_route_fwd_sort, ROUTE_SORT_THREADS)
+
+extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
+moe_route_fwd_scores(float* scores, const RouteInputs in, const RouteArgs args) {
+  route_scores_fwd(scores, in, args);
+}
+EXPORT_KERNEL(moe_route_fwd_scores, ROUTE_PICK_THREADS)

@@ -93,7 +93,7 @@ struct Router {
     for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
       float value = cleaned(z[word_of(e)]);
       if (in.noise) {
-        float noise = in.noise[row + e];
+        float noise = __fmul_rn(in.noise[row + e], args.noise_deviation);
         if (in.noise_logits) {
           noise = __fmul_rn(noise, softplus_f32(cleaned(noise_logit(row + e))));
         }
@@ -294,6 +294,22 @@ struct Router {
       if (in.expert_scale && id != NO_EXPERT) weight = __fmul_rn(weight, in.expert_scale[id]);
       expert_ids[token * args.top_k + k] = id;
       weights[token * args.top_k + k] = id == NO_EXPERT || weight != weight ? 0.0f : weight;
+    }
+  }
+
+  // A number of every expert, args.value, instead of a choice: [E].
+  __device__ __forceinline__ void write_scores(float* row) const {
+    const bool active = !in.active || in.active[token] != 0;
+    Softmax all = {0.0f, 1.0f};
+    if (active) {
+      read_logits();
+      make_z();
+      if (args.value == ROUTE_SOFTMAX) all = softmax_of_all();
+    }
+    const float of_inactive = args.value == ROUTE_LOGIT ? -INFINITY : 0.0f;
+#pragma unroll 1
+    for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
+      row[e] = active ? score_of(args.value, z[word_of(e)], all) : of_inactive;
     }
   }
 

@@ -96,10 +96,11 @@ pub struct RouteArgs {
     pub divisor: ::core::ffi::c_int,
     pub divisor_number: f32,
     pub scale: f32,
+    pub noise_deviation: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RouteArgs"][::core::mem::size_of::<RouteArgs>() - 96usize];
+    ["Size of RouteArgs"][::core::mem::size_of::<RouteArgs>() - 100usize];
     ["Alignment of RouteArgs"][::core::mem::align_of::<RouteArgs>() - 4usize];
     [
         "Offset of field: RouteArgs::num_tokens",
@@ -173,6 +174,9 @@ const _: () = {
     [
         "Offset of field: RouteArgs::scale",
     ][::core::mem::offset_of!(RouteArgs, scale) - 92usize];
+    [
+        "Offset of field: RouteArgs::noise_deviation",
+    ][::core::mem::offset_of!(RouteArgs, noise_deviation) - 96usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -605,6 +609,29 @@ const _: () = {
     ][::core::mem::offset_of!(GroupedGemmArgs, vector_store) - 44usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct WeightedGemmArgs {
+    pub gemm: GroupedGemmArgs,
+    pub gather: ::core::ffi::c_int,
+    pub top_k: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of WeightedGemmArgs"][::core::mem::size_of::<WeightedGemmArgs>() - 56usize];
+    [
+        "Alignment of WeightedGemmArgs",
+    ][::core::mem::align_of::<WeightedGemmArgs>() - 8usize];
+    [
+        "Offset of field: WeightedGemmArgs::gemm",
+    ][::core::mem::offset_of!(WeightedGemmArgs, gemm) - 0usize];
+    [
+        "Offset of field: WeightedGemmArgs::gather",
+    ][::core::mem::offset_of!(WeightedGemmArgs, gather) - 48usize];
+    [
+        "Offset of field: WeightedGemmArgs::top_k",
+    ][::core::mem::offset_of!(WeightedGemmArgs, top_k) - 52usize];
+};
+#[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GateUpArgs {
     pub gemm: GroupedGemmArgs,
@@ -653,11 +680,12 @@ pub struct CombineArgs {
     pub first_identity: ::core::ffi::c_int,
     pub num_identity: ::core::ffi::c_int,
     pub average: ::core::ffi::c_int,
+    pub rows_weighted: ::core::ffi::c_int,
     pub vector: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CombineArgs"][::core::mem::size_of::<CombineArgs>() - 24usize];
+    ["Size of CombineArgs"][::core::mem::size_of::<CombineArgs>() - 28usize];
     ["Alignment of CombineArgs"][::core::mem::align_of::<CombineArgs>() - 4usize];
     [
         "Offset of field: CombineArgs::hidden",
@@ -675,8 +703,11 @@ const _: () = {
         "Offset of field: CombineArgs::average",
     ][::core::mem::offset_of!(CombineArgs, average) - 16usize];
     [
+        "Offset of field: CombineArgs::rows_weighted",
+    ][::core::mem::offset_of!(CombineArgs, rows_weighted) - 20usize];
+    [
         "Offset of field: CombineArgs::vector",
-    ][::core::mem::offset_of!(CombineArgs, vector) - 20usize];
+    ][::core::mem::offset_of!(CombineArgs, vector) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -1,6 +1,7 @@
 //! Element types of activations and weights.
 
 use bytemuck::Pod;
+use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
 /// An element type, known at run time.
@@ -85,7 +86,11 @@ mod private {
 }
 
 /// An element type, known at compile time: `f32`, [`half::f16`] or [`half::bf16`].
-pub trait Dtype: Pod + Send + Sync + PartialOrd + std::fmt::Debug + private::Sealed {
+///
+/// Slices of any such type may be uploaded, and allocated full of zeros: generic callers need no trait of their own.
+pub trait Dtype:
+    Pod + DeviceRepr + ValidAsZeroBits + Send + Sync + PartialOrd + std::fmt::Debug + private::Sealed
+{
     /// The same at run time.
     const DTYPE: DType;
 

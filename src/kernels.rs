@@ -2,7 +2,7 @@
 
 use crate::dtype::DType;
 use crate::error::Error;
-use crate::kernels::Elements::{Layer, Logits, Narrow, One};
+use crate::kernels::Elements::{Half, Layer, Logits, Narrow, One};
 
 /// A kernel, by the name of its entry without the element type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +12,7 @@ pub(crate) enum Kernel {
     RouteFwdNarrow,
     RouteFwdWide,
     RouteFwdSort,
+    RouteFwdScores,
     PlanFwdCount,
     PlanFwdScan,
     PlanFwdPlace,
@@ -25,6 +26,8 @@ pub(crate) enum Kernel {
     PermuteFwd,
     GroupedGemmFwd,
     GroupedGemmFwdInOut,
+    GroupedGemmFwdWeighted,
+    GroupedGemmFwdWeightedInOut,
     GroupedGemmFwdGateUp,
     GroupedGemmFwdGateUpInOut,
     CombineFwd,
@@ -48,6 +51,8 @@ pub(crate) enum Elements {
     Logits,
     /// An entry for each 16-bit type of a layer's elements, beside which something else is f32.
     Narrow,
+    /// An entry for f16 alone: the other types hold an output before its weight multiplies it.
+    Half,
 }
 
 /// Where a kernel is: the stem of its file, its symbol less the element type, and the types it exists for.
@@ -75,6 +80,7 @@ pub(crate) const KERNELS: &[Entry] = &[
     row(Kernel::RouteFwdNarrow, "route", "moe_route_fwd_narrow", One),
     row(Kernel::RouteFwdWide, "route", "moe_route_fwd_wide", One),
     row(Kernel::RouteFwdSort, "route", "moe_route_fwd_sort", One),
+    row(Kernel::RouteFwdScores, "route", "moe_route_fwd_scores", One),
     row(Kernel::PlanFwdCount, "plan", "moe_plan_fwd_count", One),
     row(Kernel::PlanFwdScan, "plan", "moe_plan_fwd_scan", One),
     row(Kernel::PlanFwdPlace, "plan", "moe_plan_fwd_place", One),
@@ -88,6 +94,8 @@ pub(crate) const KERNELS: &[Entry] = &[
     row(Kernel::PermuteFwd, "permute", "moe_permute_fwd", Layer),
     row(Kernel::GroupedGemmFwd, "grouped_gemm", "moe_grouped_gemm_fwd", Layer),
     row(Kernel::GroupedGemmFwdInOut, "grouped_gemm", "moe_grouped_gemm_fwd_in_out", Layer),
+    row(Kernel::GroupedGemmFwdWeighted, "grouped_gemm", "moe_grouped_gemm_fwd_weighted", Half),
+    row(Kernel::GroupedGemmFwdWeightedInOut, "grouped_gemm", "moe_grouped_gemm_fwd_weighted_in_out", Half),
     row(Kernel::GroupedGemmFwdGateUp, "grouped_gemm", "moe_grouped_gemm_fwd_gate_up", Layer),
     row(Kernel::GroupedGemmFwdGateUpInOut, "grouped_gemm", "moe_grouped_gemm_fwd_gate_up_in_out", Layer),
     row(Kernel::CombineFwd, "combine", "moe_combine_fwd", Layer),
@@ -131,6 +139,7 @@ impl Entry {
             One => &DType::ALL[..1],
             Layer | Logits => &DType::ALL,
             Narrow => &DType::ALL[1..],
+            Half => &[DType::F16],
         }
     }
 
@@ -146,7 +155,7 @@ impl Entry {
     pub(crate) fn of_layer(&self, dtype: DType) -> impl Iterator<Item = DType> {
         let wanted = move |&entry: &DType| match self.elements {
             One => true,
-            Layer | Narrow => entry == dtype,
+            Layer | Narrow | Half => entry == dtype,
             Logits => entry == dtype || entry == DType::F32,
         };
         self.dtypes().iter().copied().filter(wanted)
@@ -156,7 +165,7 @@ impl Entry {
     pub(crate) fn symbol(&self, dtype: DType) -> String {
         match self.elements {
             One => self.symbol.into(),
-            Layer | Logits | Narrow => format!("{}_{dtype}", self.symbol),
+            Layer | Logits | Narrow | Half => format!("{}_{dtype}", self.symbol),
         }
     }
 
@@ -164,7 +173,7 @@ impl Entry {
     pub(crate) fn column(&self, dtype: DType) -> usize {
         match self.elements {
             One => 0,
-            Layer | Logits | Narrow => dtype as usize,
+            Layer | Logits | Narrow | Half => dtype as usize,
         }
     }
 }

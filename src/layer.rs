@@ -5,6 +5,7 @@ mod experts;
 mod memory;
 mod outputs;
 mod route;
+mod scores;
 mod sections;
 
 pub use memory::{OnDevice, OnDeviceMut, OwnedOnDevice};
@@ -73,6 +74,12 @@ impl MoeLayer {
     /// f32; what lies between two operations is rounded to `D` once, and so is `y`. Logits that are not given
     /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
     ///
+    /// In f16 each expert's output is multiplied by its weight before it is rounded, so that it may leave the range
+    /// of f16 (65504) on the way. All else that is stored is in that range, or becomes infinite: activations,
+    /// such products, the shared expert's output, and the experts' where their norm
+    /// ([`post_norm`](crate::ExpertConfig::post_norm)) is next or their weight came before
+    /// ([`weight_position`](crate::ExpertConfig::weight_position)).
+    ///
     /// # Errors
     /// [`Error::Length`] for a buffer or a workspace that does not fit,
     /// [`Error::Mismatch`] for weights or inputs that are not as the configuration says, [`Error::Context`]
@@ -104,7 +111,9 @@ impl MoeLayer {
     }
 
     /// The first part of [`forward`](Self::forward): the router's logits `[T, E']`, of the type that
-    /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them.
+    /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them. They
+    /// are those of the product, before noise, multiplier and soft-cap; [`router_scores`](Self::router_scores) has
+    /// what follows.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a gate.
@@ -117,20 +126,18 @@ impl MoeLayer {
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
-        if weights.router.gate.is_none() {
-            return Err(no_gate(OP));
-        }
+        let gate = weights.router.gate.as_ref().ok_or_else(|| no_gate(OP))?;
         if logits.is_f32() != self.config.projection.f32_logits {
             let why = "`logits` are not of the type that `projection.f32_logits` says".into();
             return Err(Error::Mismatch { op: OP, why });
         }
         check_len(OP, "logits", logits.len(), pass.shape.logits())?;
         pass.contexts.inputs(inputs)?;
-        pass.contexts.logits(logits)?;
+        pass.contexts.logits("logits", logits)?;
         pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
-        pass.project(inputs, dense.as_ref(), &mut arena, logits)
+        pass.project(inputs, gate, weights.router.bias.as_ref(), dense.as_ref(), &mut arena, logits)
     }
 
     /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and

@@ -16,7 +16,7 @@
 //! ```no_run
 //! use cudarc::driver::CudaContext;
 //! use half::bf16;
-//! use moe_kernels::{DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, Workspace};
+//! use moe_kernels::{DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, RouterStep, Workspace};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let context = CudaContext::new(0)?;

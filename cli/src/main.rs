@@ -11,6 +11,7 @@ mod check;
 mod checkpoint;
 mod device;
 mod error;
+mod finite;
 mod folder;
 mod gpu;
 mod info;

@@ -9,6 +9,7 @@ use crate::backend::{Backend, Element, FORWARD, dispatch};
 use crate::checkpoint::{Checkpoint, Layer};
 use crate::device::{Choice, Place, available};
 use crate::error::{Error, Result, io};
+use crate::finite::NotFinite;
 use crate::folder::Folder;
 use crate::load;
 use crate::progress::Steps;
@@ -127,7 +128,7 @@ fn run_checkpoint(
     let x = input_file.tensor("x")?;
     let backend = steps.time("open the device", || Backend::open(place))?;
 
-    let (num_tokens, hidden, rows_per_expert) = dispatch!(dtype, D => {
+    let (num_tokens, hidden, rows_per_expert, not_finite) = dispatch!(dtype, D => {
         let run = |layer: &Layer<'_>, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
         let made = tokens::forward(&layers, &input_file, &mut steps, run)?;
         let Outputs { num_tokens, hidden, top_k, output: made_of, rows_per_expert } = made;
@@ -139,8 +140,12 @@ fn run_checkpoint(
             ];
             tensor_file::write(output, tensors, None)
         })?;
-        (num_tokens, hidden, rows_per_expert)
+        let not_finite = NotFinite::find(&x.read::<D>()?, &made_of.y, hidden);
+        (num_tokens, hidden, rows_per_expert, not_finite)
     });
+    if let Some(not_finite) = &not_finite {
+        eprintln!("warning: {not_finite}");
+    }
 
     for layer in &layers {
         let (model_type, part) = (layer.block.model_type, layer.block.part);
@@ -156,7 +161,11 @@ fn run_checkpoint(
     let w_type = layers.first().map(Layer::dtype_on_disk).unwrap_or_default();
     say(format_args!("device  {}, in {dtype} (weights on disk in {w_type})\n", backend.describe()));
     say(format_args!("input   {}: x [{num_tokens}, {hidden}] {x_type}\n", input.display()));
-    say(format_args!("output  {}: y [{num_tokens}, {hidden}] {dtype}\n\n", output.display()));
+    say(format_args!("output  {}: y [{num_tokens}, {hidden}] {dtype}\n", output.display()));
+    if let Some(not_finite) = not_finite {
+        say(format_args!("range   {not_finite}\n"));
+    }
+    say("\n");
     say(load::describe(&rows_per_expert));
     let mut table = Table::new(&["step", "time"]);
     for (step, duration) in &steps.0 {
@@ -217,10 +226,12 @@ fn compare<D: Element>(backend: &Backend, recording: &Recording) -> Result<bool>
     let near = relative <= limit;
     let least = made.rows_per_expert.iter().min().copied().unwrap_or(0);
     let most = made.rows_per_expert.iter().max().copied().unwrap_or(0);
-    let verdict = match (near, other_experts) {
-        (true, 0) => "ok".into(),
-        (_, 0) => "EXCEEDED".into(),
-        (_, tokens) => format!("{tokens} TOKENS HAVE OTHER EXPERTS"),
+    let not_finite = NotFinite::find(&file.tensor("x")?.read::<D>()?, &made.output.y, made.hidden);
+    let verdict = match (near, other_experts, not_finite) {
+        (true, 0, _) => "ok".into(),
+        (_, 0, Some(numbers)) => format!("{} NUMBERS ARE NOT FINITE", numbers.count()),
+        (_, 0, None) => "EXCEEDED".into(),
+        (_, tokens, _) => format!("{tokens} TOKENS HAVE OTHER EXPERTS"),
     };
     say(comparison_row([
         backend.place().name(),

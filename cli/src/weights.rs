@@ -188,6 +188,7 @@ impl Reader<'_> {
                     .array(Role::Table)
                     .map(|table| table.read_ids(config.router_experts()))
                     .transpose()?,
+                ..RouterWeights::default()
             },
             experts: ExpertWeights {
                 gate_up: match config.experts.gate_up {

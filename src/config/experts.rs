@@ -1,6 +1,7 @@
 //! The experts: what each makes of a row, and how its weights lie in memory.
 
 use super::field::{Checked, finite, positive};
+use crate::dtype::DType;
 use crate::error::Result;
 
 /// What every routed expert computes.
@@ -170,6 +171,14 @@ impl Default for Activation {
 }
 
 impl ExpertConfig {
+    /// Whether the down product multiplies rows of that type by the routing's weights, before it rounds them: an
+    /// output may leave the range of f16 until its weight brings it back. A norm of outputs comes before weights.
+    pub(crate) fn weighs_rows(&self, dtype: DType) -> bool {
+        dtype == DType::F16
+            && self.weight_position == WeightPosition::Output
+            && self.post_norm.is_none()
+    }
+
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         self.activation.check(op)?;
         let at = Checked { op };

@@ -17,7 +17,9 @@ pub use experts::{
     WeightPosition,
 };
 pub use noise::NoiseDistribution;
-pub use router::{GroupScore, Groups, Masked, Normalization, RouterConfig, Scoring, Selection};
+pub use router::{
+    GroupScore, Groups, Masked, Normalization, RouterConfig, RouterStep, Scoring, Selection,
+};
 
 pub(crate) use steps::{RouteLengths, Score};
 
@@ -77,6 +79,9 @@ pub struct ProjectionConfig {
     pub bias: bool,
     /// The router reads tokens after an RMS norm of its own.
     pub norm: Option<RmsNorm>,
+    /// There is a matrix `[E, H]` whose product with what the router reads scales the noise, by its `softplus` (noisy
+    /// top-k). A pass without noise does not look at it.
+    pub noise_gate: bool,
 }
 
 /// Experts without weights: the router gives them ids from `num_experts` on.
@@ -303,6 +308,9 @@ impl std::fmt::Display for MoeConfig {
             (false, true) => f.write_str("logits + bias, ")?,
             (true, true) => f.write_str("f32 logits + bias, ")?,
         }
+        if self.projection.noise_gate {
+            f.write_str("gated noise, ")?;
+        }
         write!(f, "{}", self.router)?;
         if let Some(ZeroExperts { count, output }) = self.zero_experts {
             let output = if output == ZeroOutput::Identity { "identity" } else { "skip" };
@@ -408,6 +416,7 @@ mod tests {
                 MoeConfig { latent: Some(LatentConfig { hidden: 0, norm: None }), ..plain },
                 "`latent.hidden`",
             ),
+            (with(RouterConfig { noise_deviation: 0.0, ..router }), "`router.noise_deviation`"),
             (with(RouterConfig { logit_multiplier: 0.0, ..router }), "`router.logit_multiplier`"),
             (with(RouterConfig { logit_softcap: Some(-1.0), ..router }), "`router.logit_softcap`"),
             (with(RouterConfig { scale: f32::NAN, ..router }), "`router.scale`"),

@@ -7,7 +7,7 @@ use crate::error::Result;
 ///
 /// With `l` the logits of one token, [`reference::route_fwd`](crate::reference::route_fwd) computes, step by step and in f32:
 ///
-/// 1. `z = l * logit_multiplier`, then `c * tanh(z / c)` where there is a soft-cap `c`;
+/// 1. `z = l * logit_multiplier`, with what noise there is in `l`, then `c * tanh(z / c)` where there is a soft-cap `c`;
 /// 2. the scores `s` of all experts, as [`scoring`](Self::scoring) says;
 /// 3. the value that an expert is selected by: its score or its `z`, as [`selection`](Self::selection) says, plus its
 ///    entry of the selection bias where there is one;
@@ -20,6 +20,9 @@ use crate::error::Result;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RouterConfig {
+    /// Noise is multiplied by this before it is added to the logits; a finite number above 0. Noise of deviation 1 has
+    /// this one then, such as `1 / E`.
+    pub noise_deviation: f32,
     /// Every logit is multiplied by this first; a finite number above 0.
     pub logit_multiplier: f32,
     /// `c` of `c * tanh(z / c)`, which keeps logits between `-c` and `c`.
@@ -65,6 +68,26 @@ pub enum Scoring {
         /// Half the relative distance to the largest logit within which experts take part.
         jitter: f32,
     },
+}
+
+/// A number of every expert that the router makes on its way from logits to a choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum RouterStep {
+    /// The logits with their noise, before the multiplier and the soft-cap.
+    NoisyLogits,
+    /// `z`: the same after both.
+    Logits,
+    /// What [`RouterConfig::scoring`] makes of `z`, for scores that do not depend on which experts are chosen. There is
+    /// no bias, mask, normalisation or scale in them.
+    Scores,
+}
+
+impl RouterStep {
+    /// All of them, in order.
+    pub const ALL: [Self; 3] = [Self::NoisyLogits, Self::Logits, Self::Scores];
 }
 
 /// What experts are chosen by.
@@ -155,6 +178,7 @@ impl RouterConfig {
     /// Softmax over all experts, then the `K` largest, divided by their sum (Mixtral, Qwen3-MoE) or not (OLMoE).
     pub const fn softmax_top_k(renormalize: bool) -> Self {
         Self {
+            noise_deviation: 1.0,
             logit_multiplier: 1.0,
             logit_softcap: None,
             scoring: Scoring::Softmax,
@@ -212,6 +236,8 @@ impl RouterConfig {
     /// Holds every field against its limits, for `num_experts` experts of which a token has `top_k`.
     pub(crate) fn check(&self, op: &'static str, num_experts: usize, top_k: usize) -> Result<()> {
         let at = Checked { op };
+        let wanted = "a finite number above 0";
+        at.hold("router.noise_deviation", self.noise_deviation, positive, wanted)?;
         at.hold(
             "router.logit_multiplier",
             self.logit_multiplier,
@@ -286,6 +312,9 @@ const MAX_GROUPS: usize = 32;
 
 impl std::fmt::Display for RouterConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.noise_deviation != 1.0 {
+            write!(f, "noise * {}, ", self.noise_deviation)?;
+        }
         if self.logit_multiplier != 1.0 {
             write!(f, "logits * {}, ", self.logit_multiplier)?;
         }

@@ -192,7 +192,12 @@ fn full() -> MoeConfig {
     capacity.overflow = 2;
     capacity.normalization = Normalization::Sum { epsilon: 0.5 };
     MoeConfig {
-        projection: ProjectionConfig { f32_logits: true, bias: true, norm: Some(NORM) },
+        projection: ProjectionConfig {
+            f32_logits: true,
+            bias: true,
+            norm: Some(NORM),
+            noise_gate: true,
+        },
         router: RouterConfig {
             logit_multiplier: 0.1,
             logit_softcap: Some(30.0),
@@ -204,6 +209,7 @@ fn full() -> MoeConfig {
             scale: 2.446,
             expert_scale: true,
             num_sinks: 2,
+            noise_deviation: 0.5,
         },
         zero_experts: Some(ZeroExperts { count: 3, output: ZeroOutput::Identity }),
         capacity: Some(capacity),

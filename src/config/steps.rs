@@ -1,7 +1,7 @@
 //! What a router's options come down to: the few steps that the kernel and the reference both run, and the
 //! buffers that these read.
 
-use super::router::{Normalization, RouterConfig, Scoring, Selection};
+use super::router::{Normalization, RouterConfig, RouterStep, Scoring, Selection};
 use crate::error::{Error, Result, check_len};
 use crate::shape::RoutingShape;
 
@@ -57,6 +57,35 @@ impl RouterConfig {
         }
     }
 
+    /// What makes that step's number of `z`, and the router that `z` is of.
+    pub(crate) fn score_of_step(
+        &self,
+        op: &'static str,
+        step: RouterStep,
+    ) -> Result<(Self, Score)> {
+        let score = match (step, self.scoring) {
+            (RouterStep::NoisyLogits, _) => {
+                let plain = Self { logit_multiplier: 1.0, logit_softcap: None, ..*self };
+                return Ok((plain, Score::Logit));
+            }
+            (RouterStep::Logits, _) | (RouterStep::Scores, Scoring::Logit) => Score::Logit,
+            (RouterStep::Scores, Scoring::Softmax) => Score::Softmax,
+            (RouterStep::Scores, Scoring::Sigmoid) => Score::Sigmoid,
+            (RouterStep::Scores, Scoring::SqrtSoftplus) => Score::SqrtSoftplus,
+            (RouterStep::Scores, Scoring::SoftmaxSelected | Scoring::Sparsemixer { .. }) => {
+                return Err(Error::Unsupported {
+                    op,
+                    argument: "router.scoring",
+                    wanted:
+                        "scores that do not depend on the choice; the logits are there in any case"
+                            .into(),
+                    got: format!("{:?}", self.scoring),
+                });
+            }
+        };
+        Ok((*self, score))
+    }
+
     /// What these scores are divided by. Those of a softmax over the chosen have the sum 1 already.
     pub(crate) fn divisor(&self) -> Normalization {
         match self.normalization {
@@ -72,10 +101,11 @@ impl RouterConfig {
         self.selection_bias && self.selection != Selection::Given
     }
 
-    /// Whether this is a softmax of logits and nothing else.
+    /// Whether this is a softmax of logits and nothing else; noise is an input.
     pub(crate) fn is_plain(&self) -> bool {
-        let Self { scoring, selection, normalization, .. } = *self;
-        let plain = Self { scoring, selection, normalization, ..Self::softmax_top_k(false) };
+        let Self { scoring, selection, normalization, noise_deviation, .. } = *self;
+        let plain = Self::softmax_top_k(false);
+        let plain = Self { scoring, selection, normalization, noise_deviation, ..plain };
         *self == plain
             && selection != Selection::Given
             && self.value() == Score::Logit
@@ -98,6 +128,32 @@ pub(crate) struct RouteLengths {
 }
 
 impl RouteLengths {
+    /// The same for a step's number of every expert: logits, noise and flags are read, and nothing else.
+    pub(crate) fn check_step(
+        &self,
+        op: &'static str,
+        shape: &RoutingShape,
+        router: &RouterConfig,
+    ) -> Result<()> {
+        shape.check(op)?;
+        router.check(op, shape.num_experts, shape.top_k)?;
+        check_len(op, "logits", self.logits, shape.logits())?;
+        self.check_noise(op, shape)?;
+        self.active.map_or(Ok(()), |active| check_len(op, "active", active, shape.num_tokens))
+    }
+
+    /// Noise is there or not; its own logits are where it is.
+    fn check_noise(&self, op: &'static str, shape: &RoutingShape) -> Result<()> {
+        let len = |argument, got: Option<usize>| {
+            got.map_or(Ok(()), |got| check_len(op, argument, got, shape.logits()))
+        };
+        len("noise", self.noise)?;
+        if self.noise.is_none() && self.noise_logits.is_some() {
+            return presence(op, "noise_logits", false);
+        }
+        len("noise_logits", self.noise_logits)
+    }
+
     /// Holds the shape and the router against their limits, and each buffer against both: it is there if the router
     /// asks for it, and has the length that the shape gives it.
     pub(crate) fn check(
@@ -122,9 +178,7 @@ impl RouteLengths {
         let bias = router.selects_with_bias();
         held("selection_bias", self.selection_bias, choices, Some(bias))?;
         held("expert_scale", self.expert_scale, shape.num_experts, Some(router.expert_scale))?;
-        held("noise", self.noise, shape.logits(), None)?;
-        let scaled = if self.noise.is_none() { Some(false) } else { None };
-        held("noise_logits", self.noise_logits, shape.logits(), scaled)?;
+        self.check_noise(op, shape)?;
         held("token_ids", self.token_ids, tokens, if given { None } else { Some(false) })?;
         // A row for each token, or for each of the ids that tokens have.
         let rows = match (self.given_ids, self.token_ids) {

@@ -53,10 +53,14 @@ impl<'s> Contexts<'s> {
         }
     }
 
-    pub(super) fn logits<D: Dtype>(self, logits: &Typed<OnDeviceMut<'_>, D>) -> Result<()> {
+    pub(super) fn logits<D: Dtype>(
+        self,
+        name: &'static str,
+        logits: &Typed<OnDeviceMut<'_>, D>,
+    ) -> Result<()> {
         match logits {
-            Typed::Element(view) => self.written("logits", view),
-            Typed::F32(view) => self.written("logits", view),
+            Typed::Element(view) => self.written(name, view),
+            Typed::F32(view) => self.written(name, view),
         }
     }
 
@@ -96,10 +100,12 @@ impl<'s> Contexts<'s> {
 
     pub(super) fn weights<D: Dtype>(self, weights: &MoeWeights<OnDevice<'_>, D>) -> Result<()> {
         let MoeWeights { router, experts, latent, shared, output_norm } = weights;
-        let RouterWeights { gate, bias, norm, selection_bias, expert_scale, table } = router;
+        let RouterWeights { gate, bias, norm, noise_gate, selection_bias, .. } = router;
+        let RouterWeights { expert_scale, table, .. } = router;
         self.typed("router.gate", gate)?;
         self.typed("router.bias", bias)?;
         self.optional("router.norm", norm)?;
+        self.typed("router.noise_gate", noise_gate)?;
         self.optional("router.selection_bias", selection_bias)?;
         self.optional("router.expert_scale", expert_scale)?;
         self.optional("router.table", table)?;

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::ops::combine::{CombineInputs, Identity, Shared, combine_fwd_into};
 use crate::ops::grouped_gemm::{
     self, GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
+    grouped_gemm_weighted_fwd_into,
 };
 use crate::ops::plan::plan_range_fwd_into;
 use crate::ops::project::{ProjectInputs, project_fwd_into};
@@ -83,6 +84,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
             experts: config.num_experts as u32..(config.num_experts + zero.count) as u32,
             expert_ids: routing.0,
             x,
+            weights: config.experts.weighs_rows(D::DTYPE).then_some(routing.1),
         });
         let inputs = CombineInputs {
             yp: &yp.as_view(),
@@ -151,8 +153,9 @@ impl<D: Dtype> Pass<'_, '_, D> {
 
     /// The weights that `combine` multiplies with, unless they have been used before.
     fn output_weights<'r>(&self, routing: Routing<'r>) -> Option<&'r CudaView<'r, f32>> {
-        match self.config.experts.weight_position {
-            WeightPosition::Output => Some(routing.1),
+        let experts = &self.config.experts;
+        match experts.weight_position {
+            WeightPosition::Output => (!experts.weighs_rows(D::DTYPE)).then_some(routing.1),
             WeightPosition::Input | WeightPosition::Inside => None,
         }
     }
@@ -185,6 +188,11 @@ impl<D: Dtype> Pass<'_, '_, D> {
         };
         let mut yp = arena.take::<D>(self.sections.yp)?;
         let (act, n, k, rows) = (act.as_view(), hidden, *intermediate, Rows::Grouped);
+        if experts.weighs_rows(D::DTYPE) {
+            let (by, to) = (routing.1, &mut yp);
+            grouped_gemm_weighted_fwd_into(device, stream, plan, n, k, rows, &act, down, by, to)?;
+            return Ok(yp);
+        }
         grouped_gemm_fwd_into(device, stream, plan, n, k, rows, &act, down, &mut yp)?;
         if let Some(norm) = &experts.post_norm {
             let beside = RmsNormInputs { weight: weights.post_norm.as_ref(), plan: Some(plan) };

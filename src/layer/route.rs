@@ -3,7 +3,7 @@
 use cudarc::driver::{CudaView, CudaViewMut};
 
 use super::{OP, OnDevice, OnDeviceMut, Pass, RoutingOutputs};
-use crate::config::{CapacityConfig, Normalization, Priority, RouterConfig};
+use crate::config::{CapacityConfig, Normalization, Priority, RouterConfig, RouterStep};
 use crate::dtype::Dtype;
 use crate::error::{Result, product};
 use crate::ops::capacity::{
@@ -13,18 +13,27 @@ use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use crate::ops::plan::plan_fwd_into;
 use crate::ops::project::{ProjectInputs, project_fwd_into};
 use crate::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
-use crate::ops::route::{RouteInputs, route_fwd_into};
+use crate::ops::route::{RouteInputs, route_fwd_into, route_scores_fwd_into};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
 use crate::tensors::{MoeInputs, Typed, no_gate};
 use crate::workspace::Arena;
 
 impl<D: Dtype> Pass<'_, '_, D> {
-    /// Whether tensor cores make the logits: where they are 16-bit numbers like both factors.
+    /// Whether tensor cores make what the router's products make: where it is 16-bit numbers like both factors.
     pub(super) fn projects_by_gemm(&self, inputs: &MoeInputs<OnDevice<'_>, D>) -> bool {
-        let gate = self.weights.router.gate.as_ref().and_then(Typed::element);
-        let narrow = D::DTYPE.size() == 2 && !self.config.projection.f32_logits;
-        inputs.logits.is_none() && gate.is_some() && narrow
+        let router = &self.weights.router;
+        let MoeInputs { logits, noise, noise_logits, .. } = inputs;
+        let f32_logits = logits.as_ref().map(Typed::is_f32);
+        let narrow = !f32_logits.unwrap_or(self.config.projection.f32_logits);
+        let logits = logits.is_none() && Self::by_gemm(router.gate.as_ref(), narrow);
+        let gated = noise.is_some() && noise_logits.is_none();
+        logits || gated && Self::by_gemm(router.noise_gate.as_ref(), narrow)
+    }
+
+    /// The same of one product.
+    pub(super) fn by_gemm(gate: Option<&Typed<OnDevice<'_>, D>>, narrow: bool) -> bool {
+        D::DTYPE.size() == 2 && narrow && gate.and_then(Typed::element).is_some()
     }
 
     /// The ids and weights of each token's experts.
@@ -35,63 +44,133 @@ impl<D: Dtype> Pass<'_, '_, D> {
         arena: &mut Arena<'_>,
         outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
-        if let Some(logits) = &inputs.logits {
-            return match logits {
-                Typed::Element(logits) => {
-                    let noise = inputs.noise_logits.as_ref().and_then(Typed::element);
-                    self.choose(inputs, logits, noise, arena, outputs)
-                }
-                Typed::F32(logits) => {
-                    let noise = inputs.noise_logits.as_ref().and_then(Typed::f32);
-                    self.choose(inputs, logits, noise, arena, outputs)
-                }
-            };
-        }
-        let section = self.sections.logits;
-        let mut logits = match self.config.projection.f32_logits {
-            true => Typed::F32(arena.take::<f32>(section)?),
-            false => Typed::Element(arena.take::<D>(section)?),
-        };
-        self.project(inputs, dense, arena, &mut logits)?;
-        match &logits {
-            Typed::Element(logits) => {
-                let noise = inputs.noise_logits.as_ref().and_then(Typed::element);
-                self.choose(inputs, &logits.as_view(), noise, arena, outputs)
+        let made = self.make_logits(inputs, dense, arena)?;
+        let logits = Logits::of(made.logits.as_ref(), inputs.logits.as_ref());
+        let noise = Logits::of(made.noise_logits.as_ref(), inputs.noise_logits.as_ref());
+        match (&logits.element, &logits.f32) {
+            (Some(logits), _) => {
+                let noise = noise.element.as_ref();
+                self.choose(inputs, logits, noise, arena, outputs)
             }
-            Typed::F32(logits) => {
-                let noise = inputs.noise_logits.as_ref().and_then(Typed::f32);
-                self.choose(inputs, &logits.as_view(), noise, arena, outputs)
+            (None, Some(logits)) => {
+                let noise = noise.f32.as_ref();
+                self.choose(inputs, logits, noise, arena, outputs)
             }
+            (None, None) => Err(no_gate(OP)),
         }
     }
 
-    /// The router's norm and projection.
-    pub(super) fn project(
+    /// The number of every expert that a step of the router makes.
+    pub(super) fn scores(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
         dense: Option<&RoutingPlan<'_>>,
         arena: &mut Arena<'_>,
+        step: RouterStep,
+        scores: &mut CudaViewMut<'_, f32>,
+    ) -> Result<()> {
+        let (device, stream, shape) = (self.device, self.stream, self.shape);
+        let made = self.make_logits(inputs, dense, arena)?;
+        let logits = Logits::of(made.logits.as_ref(), inputs.logits.as_ref());
+        let noise = Logits::of(made.noise_logits.as_ref(), inputs.noise_logits.as_ref());
+        let router = &self.config.router;
+        match (&logits.element, &logits.f32) {
+            (Some(logits), _) => {
+                let read = self.reads(inputs, logits, noise.element.as_ref());
+                route_scores_fwd_into(device, stream, shape, router, step, &read, scores)
+            }
+            (None, Some(logits)) => {
+                let read = self.reads(inputs, logits, noise.f32.as_ref());
+                route_scores_fwd_into(device, stream, shape, router, step, &read, scores)
+            }
+            (None, None) => Err(no_gate(OP)),
+        }
+    }
+
+    /// What the router's products make: the logits, unless they are given, and the noise's, where it is gated.
+    fn make_logits<'a>(
+        &self,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        dense: Option<&RoutingPlan<'_>>,
+        arena: &mut Arena<'a>,
+    ) -> Result<Made<'a, D>> {
+        let MoeInputs { logits: given, noise, noise_logits: given_noise, .. } = inputs;
+        let gate = if given.is_none() { self.weights.router.gate.as_ref() } else { None };
+        let gated = noise.is_some() && given_noise.is_none();
+        let noise_gate = self.weights.router.noise_gate.as_ref().filter(|_| gated);
+        let f32_logits = given.as_ref().map_or(self.config.projection.f32_logits, Typed::is_f32);
+        let mut take = |section| -> Result<Typed<OnDeviceMut<'a>, D>> {
+            Ok(match f32_logits {
+                true => Typed::F32(arena.take::<f32>(section)?),
+                false => Typed::Element(arena.take::<D>(section)?),
+            })
+        };
+        let mut made = Made { logits: None, noise_logits: None };
+        if gate.is_some() {
+            made.logits = Some(take(self.sections.logits)?);
+        }
+        if noise_gate.is_some() {
+            made.noise_logits = Some(take(self.sections.noise_logits)?);
+        }
+        if gate.is_none() && noise_gate.is_none() {
+            return Ok(made);
+        }
+        let normed = self.normed(inputs, arena)?;
+        let normed = normed.as_ref().map(|normed| normed.as_view());
+        let x = normed.as_ref().unwrap_or(inputs.router_x.as_ref().unwrap_or(&inputs.x));
+        if let (Some(gate), Some(to)) = (gate, &mut made.logits) {
+            self.times(x, gate, self.weights.router.bias.as_ref(), dense, to)?;
+        }
+        if let (Some(gate), Some(to)) = (noise_gate, &mut made.noise_logits) {
+            self.times(x, gate, None, dense, to)?;
+        }
+        Ok(made)
+    }
+
+    /// The router's norm, and its product with one of the router's matrices.
+    pub(super) fn project(
+        &self,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        gate: &Typed<OnDevice<'_>, D>,
+        bias: Option<&Typed<OnDevice<'_>, D>>,
+        dense: Option<&RoutingPlan<'_>>,
+        arena: &mut Arena<'_>,
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
-        let (device, stream, config) = (self.device, self.stream, self.config);
-        let (experts, hidden, router) =
-            (config.router_experts(), config.hidden, &self.weights.router);
+        let normed = self.normed(inputs, arena)?;
+        let normed = normed.as_ref().map(|normed| normed.as_view());
+        let x = normed.as_ref().unwrap_or(inputs.router_x.as_ref().unwrap_or(&inputs.x));
+        self.times(x, gate, bias, dense, logits)
+    }
+
+    /// What the router reads, where it has a norm.
+    fn normed<'a>(
+        &self,
+        inputs: &MoeInputs<OnDevice<'_>, D>,
+        arena: &mut Arena<'a>,
+    ) -> Result<Option<CudaViewMut<'a, D>>> {
+        let (device, stream, hidden) = (self.device, self.stream, self.config.hidden);
+        let Some(norm) = &self.config.projection.norm else { return Ok(None) };
         let mut normed = arena.take::<D>(self.sections.router_x)?;
         let x = inputs.router_x.as_ref().unwrap_or(&inputs.x);
-        let normed_x;
-        let x = match &config.projection.norm {
-            Some(norm) => {
-                let beside = RmsNormInputs { weight: router.norm.as_ref(), plan: None };
-                rms_norm_fwd_into(device, stream, norm, hidden, x, &beside, &mut normed)?;
-                normed_x = normed.as_view();
-                &normed_x
-            }
-            None => x,
-        };
-        // Gate and bias are of one type, as was checked.
-        let bias = router.bias.as_ref();
-        match (&router.gate, logits) {
-            (Some(Typed::Element(gate)), Typed::Element(logits)) => {
+        let beside = RmsNormInputs { weight: self.weights.router.norm.as_ref(), plan: None };
+        rms_norm_fwd_into(device, stream, norm, hidden, x, &beside, &mut normed)?;
+        Ok(Some(normed))
+    }
+
+    /// A product of the router; gate and bias are of one type, as was checked.
+    fn times(
+        &self,
+        x: &CudaView<'_, D>,
+        gate: &Typed<OnDevice<'_>, D>,
+        bias: Option<&Typed<OnDevice<'_>, D>>,
+        dense: Option<&RoutingPlan<'_>>,
+        logits: &mut Typed<OnDeviceMut<'_>, D>,
+    ) -> Result<()> {
+        let (device, stream) = (self.device, self.stream);
+        let (experts, hidden) = (self.config.router_experts(), self.config.hidden);
+        match (gate, logits) {
+            (Typed::Element(gate), Typed::Element(logits)) => {
                 let bias = bias.and_then(Typed::element);
                 match dense {
                     Some(plan) if D::DTYPE.size() == 2 => {
@@ -107,19 +186,38 @@ impl<D: Dtype> Pass<'_, '_, D> {
                     }
                 }
             }
-            (Some(Typed::Element(gate)), Typed::F32(logits)) => {
+            (Typed::Element(gate), Typed::F32(logits)) => {
                 let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::element) };
                 project_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
-            (Some(Typed::F32(gate)), Typed::Element(logits)) => {
+            (Typed::F32(gate), Typed::Element(logits)) => {
                 let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::f32) };
                 project_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
-            (Some(Typed::F32(gate)), Typed::F32(logits)) => {
+            (Typed::F32(gate), Typed::F32(logits)) => {
                 let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::f32) };
                 project_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
-            (None, _) => Err(no_gate(OP)),
+        }
+    }
+
+    /// What the router reads besides its logits.
+    fn reads<'r, L: Dtype>(
+        &'r self,
+        inputs: &'r MoeInputs<OnDevice<'_>, D>,
+        logits: &'r CudaView<'r, L>,
+        noise_logits: Option<&'r CudaView<'r, L>>,
+    ) -> RouteInputs<'r, L> {
+        let router = &self.weights.router;
+        RouteInputs {
+            logits,
+            selection_bias: router.selection_bias.as_ref(),
+            expert_scale: router.expert_scale.as_ref(),
+            noise: inputs.noise.as_ref(),
+            noise_logits,
+            given_ids: inputs.given_ids.as_ref().or(router.table.as_ref()),
+            token_ids: inputs.token_ids.as_ref(),
+            active: inputs.active.as_ref(),
         }
     }
 
@@ -133,17 +231,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
         let (device, stream, shape) = (self.device, self.stream, self.shape);
-        let (config, router) = (self.config, &self.weights.router);
-        let read = RouteInputs {
-            logits,
-            selection_bias: router.selection_bias.as_ref(),
-            expert_scale: router.expert_scale.as_ref(),
-            noise: inputs.noise.as_ref(),
-            noise_logits,
-            given_ids: inputs.given_ids.as_ref().or(router.table.as_ref()),
-            token_ids: inputs.token_ids.as_ref(),
-            active: inputs.active.as_ref(),
-        };
+        let config = self.config;
+        let read = self.reads(inputs, logits, noise_logits);
         let route = |router: &RouterConfig,
                      shape: RoutingShape,
                      ids: &mut CudaViewMut<'_, u32>,
@@ -169,7 +258,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         };
         self.keep(capacity, tokens, &route, arena, &mut kept_weights)?;
         let (ids, weights) = (kept_weights.expert_ids.as_view(), kept_weights.weights.as_view());
-        let (scale, of_experts) = (config.router.scale, router.expert_scale.as_ref());
+        let (scale, of_experts) = (config.router.scale, self.weights.router.expert_scale.as_ref());
         capacity_normalize_fwd_into(
             device, stream, shape, by, scale, of_experts, &ids, &weights, normalized,
         )
@@ -282,3 +371,33 @@ type Route<'r> = dyn Fn(
         &mut CudaViewMut<'_, f32>,
     ) -> Result<()>
     + 'r;
+
+/// What a pass makes of its tokens for the router; what it has been given is not made.
+struct Made<'a, D: Dtype> {
+    logits: Option<Typed<OnDeviceMut<'a>, D>>,
+    noise_logits: Option<Typed<OnDeviceMut<'a>, D>>,
+}
+
+/// Logits of either type, or none.
+struct Logits<'l, D> {
+    element: Option<CudaView<'l, D>>,
+    f32: Option<CudaView<'l, f32>>,
+}
+
+impl<'l, D: Dtype> Logits<'l, D> {
+    /// Those that were made, else those that were given.
+    fn of(
+        made: Option<&'l Typed<OnDeviceMut<'_>, D>>,
+        given: Option<&'l Typed<OnDevice<'_>, D>>,
+    ) -> Self {
+        let (mut element, mut f32) = (None, None);
+        match (made, given) {
+            (Some(Typed::Element(logits)), _) => element = Some(logits.as_view()),
+            (Some(Typed::F32(logits)), _) => f32 = Some(logits.as_view()),
+            (None, Some(Typed::Element(logits))) => element = Some(logits.slice(..)),
+            (None, Some(Typed::F32(logits))) => f32 = Some(logits.slice(..)),
+            (None, None) => {}
+        }
+        Self { element, f32 }
+    }
+}

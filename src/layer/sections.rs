@@ -15,6 +15,7 @@ pub(super) struct Sections {
     /// What the router reads after its norm.
     pub(super) router_x: Section,
     pub(super) logits: Section,
+    pub(super) noise_logits: Section,
     pub(super) expert_ids: Section,
     pub(super) routing_weights: Section,
     /// What capacity reads and writes: choices and weights before it, the plan of slots, and counts.
@@ -71,6 +72,8 @@ impl Sections {
             dense: bytes(true, PlanLayout::new(one_expert(num_tokens))?)?,
             router_x: matrix(projection.norm.is_some(), num_tokens, hidden)?,
             logits: Section::new(OP, shape.logits(), logit_size)?,
+            // Given logits may be f32, and their noise's are of their type.
+            noise_logits: words(projection.noise_gate, shape.logits())?,
             expert_ids: words(true, slots)?,
             routing_weights: words(true, slots)?,
             chosen: words(capacity.is_some(), slots)?,
@@ -97,11 +100,11 @@ impl Sections {
 
     /// What choosing experts needs.
     pub(super) fn of_route(&self) -> Vec<Section> {
-        let Self { dense, router_x, logits, chosen, chosen_weights, slot_plan, .. } = *self;
-        let Self { kept, dropped, candidates, candidate_weights, .. } = *self;
+        let Self { dense, router_x, logits, noise_logits, chosen, chosen_weights, .. } = *self;
+        let Self { slot_plan, kept, dropped, candidates, candidate_weights, .. } = *self;
         let asked = [candidates, candidate_weights, self.next_candidate, self.requests];
         let kept = [chosen, chosen_weights, self.top_scores, slot_plan, kept, dropped];
-        [&[dense, router_x, logits], &kept[..], &asked[..]].concat()
+        [&[dense, router_x, logits, noise_logits], &kept[..], &asked[..]].concat()
     }
 
     /// What comes after that.

@@ -46,6 +46,9 @@ pub struct Identity<'a, D> {
     pub expert_ids: &'a CudaView<'a, u32>,
     /// `[T, H]`
     pub x: &'a CudaView<'a, D>,
+    /// `[T, K]`: their weights, where [`CombineInputs::weights`] are none because the rows have been multiplied by
+    /// theirs. For f16 alone.
+    pub weights: Option<&'a CudaView<'a, f32>>,
 }
 
 /// A shared expert's part.
@@ -96,6 +99,8 @@ pub struct CombineOptions {
     pub identity: Range<u32>,
     /// The result is halved: the mean of the routed and the shared part.
     pub average: bool,
+    /// `weights` are those of identity experts alone: the rows have theirs in them. For f16 alone.
+    pub rows_weighted: bool,
 }
 
 /// `y[t, :] = sum over k of weights[t, k] * yp[row_of_slot[t * K + k], :]`, plus what else there is: in
@@ -108,7 +113,9 @@ pub struct CombineOptions {
 ///
 /// # Errors
 /// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for `H` of more
-/// than a grid reaches, [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
+/// than a grid reaches and for weights of identity experts alone in another type than f16, [`Error::Mismatch`] for
+/// those beside weights of all, [`Error::Context`] for a stream or a buffer of another context, and what a launch can
+/// meet.
 pub fn combine_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -130,6 +137,12 @@ pub fn combine_fwd_into<D: Dtype>(
     check("weights", weights.map(CudaView::len), slots)?;
     check("expert_ids", identity.as_ref().map(|identity| identity.expert_ids.len()), slots)?;
     check("x", identity.as_ref().map(|identity| identity.x.len()), tokens)?;
+    let of_identities = identity.as_ref().and_then(|identity| identity.weights);
+    check("identity.weights", of_identities.map(CudaView::len), slots)?;
+    if weights.is_some() && of_identities.is_some() {
+        let why = "there are `weights` of all experts, and `identity.weights` beside them".into();
+        return Err(Error::Mismatch { op: OP, why });
+    }
     check("output_bias", output_bias.map(CudaView::len), hidden)?;
     let gate = shared.as_ref().and_then(|shared| shared.gate);
     check("shared.y", shared.as_ref().map(|shared| shared.y.len()), tokens)?;
@@ -140,7 +153,8 @@ pub fn combine_fwd_into<D: Dtype>(
     let (y, _y_guard) = writes(OP, "y", y, stream)?;
     let (yp, _yp_guard) = reads(OP, "yp", yp, stream)?;
     let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
-    let (weights, _weights_guard) = optional(OP, "weights", *weights, stream)?;
+    let name = if of_identities.is_some() { "identity.weights" } else { "weights" };
+    let (weights, _weights_guard) = optional(OP, name, weights.or(of_identities), stream)?;
     let (ids, x) = identity.as_ref().map(|identity| (identity.expert_ids, identity.x)).unzip();
     let (expert_ids, _ids_guard) = optional(OP, "expert_ids", ids, stream)?;
     let (x, _x_guard) = optional(OP, "x", x, stream)?;
@@ -162,6 +176,7 @@ pub fn combine_fwd_into<D: Dtype>(
     let options = CombineOptions {
         identity: identity.as_ref().map_or(0..0, |identity| identity.experts.clone()),
         average: shared.as_ref().is_some_and(|shared| shared.average),
+        rows_weighted: of_identities.is_some(),
     };
     // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
     // guards order the launch after earlier uses of the buffers and outlive it.
@@ -242,6 +257,14 @@ pub unsafe fn combine_fwd_raw(
     needs(some, "identity experts need expert_ids and x")?;
     needs(shared_gate == 0 || shared != 0, "a shared gate needs shared")?;
     needs(!options.average || shared != 0, "an average needs shared")?;
+    if options.rows_weighted && dtype != DType::F16 {
+        return Err(Error::Unsupported {
+            op: OP,
+            argument: "identity.weights",
+            wanted: "none but for f16".into(),
+            got: dtype.to_string(),
+        });
+    }
 
     // Blocks no wider than the row needs, in whole warps.
     let columns = VECTOR_BYTES / dtype.size();
@@ -262,6 +285,7 @@ pub unsafe fn combine_fwd_raw(
         first_identity: int(OP, "identity", identity.start as usize)?,
         num_identity: int(OP, "identity", identity.len())?,
         average: options.average.into(),
+        rows_weighted: options.rows_weighted.into(),
         vector: vector_rows(hidden * dtype.size(), &elements.map(|(_, address)| address)).into(),
     };
     if shape.num_tokens == 0 {

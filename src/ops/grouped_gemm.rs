@@ -2,10 +2,16 @@
 //! first half of an expert, `[R, K]` to `[R, I]`.
 
 mod gate_up;
+mod weighted;
 
 pub use gate_up::{
     GateUpBuffers, GateUpTensors, GateUpWeights, grouped_gemm_gate_up_fwd,
     grouped_gemm_gate_up_fwd_into, grouped_gemm_gate_up_fwd_raw,
+};
+
+pub use weighted::{
+    WeightedGemmBuffers, grouped_gemm_weighted_fwd, grouped_gemm_weighted_fwd_into,
+    grouped_gemm_weighted_fwd_raw,
 };
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};

@@ -1,5 +1,9 @@
 //! Chooses each token's experts and weighs them: `logits` `[T, E]` to `expert_ids` and `weights` `[T, K]`.
 
+mod scores;
+
+pub use scores::{route_scores_fwd, route_scores_fwd_into, route_scores_fwd_raw};
+
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
@@ -337,6 +341,7 @@ fn arguments(
         divisor,
         divisor_number,
         scale: router.scale,
+        noise_deviation: router.noise_deviation,
         ..RouteArgs::default()
     };
     if let Some(groups) = router.groups {

@@ -24,7 +24,8 @@
 //! - **Combine** is a sum of `K` products as above, and of up to two terms more. **Projections** are
 //!   sums as above. An **RMS norm** has one such sum under a root, which halves what it is off.
 //! - **The layer** rounds between its operations if its element type is narrow: `u_mid` is that of `act`,
-//!   `yp` and what else there is. Errors of one operation reach the next through it, and are computed on
+//!   `yp` (in f16 times its weight, unless a norm comes between) and what else there is. Errors of one
+//!   operation reach the next through it, and are computed on
 //!   the way, not guessed: those of `act` reach `yp` as the sum over `I` of `|d act| * |down|`.
 //!
 //! The bounds know nothing of overflow on the way: a 16-bit `act` that becomes infinite is a
@@ -37,9 +38,9 @@ mod interval;
 mod layer;
 
 pub use dense::{combine, project, rms_norm};
-pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up};
+pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up, grouped_gemm_weighted};
 use interval::Interval;
-pub use layer::{moe_layer, moe_layer_experts, router_logits};
+pub use layer::{moe_layer, moe_layer_experts, noise_logits, router_logits};
 
 use super::accum::Element;
 use super::route::{RouteInputs, Routing, route_in};

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::accum::{Accum, Element};
 use super::plan::Plan;
-use crate::error::{Result, check_len, product};
+use crate::error::{Error, Result, check_len, product};
 use crate::shape::RoutingShape;
 
 /// What [`combine_fwd`] adds up. Rows may be unrounded results (`Y`), tokens and biases are what a
@@ -21,7 +21,7 @@ pub struct CombineInputs<'a, Y, W = f32, D = Y> {
     /// `[T, K]`; each is 1 where there are none.
     pub weights: Option<&'a [W]>,
     /// Experts that return the token itself.
-    pub identity: Option<Identity<'a, D>>,
+    pub identity: Option<Identity<'a, D, W>>,
     /// `[H]`, which no weight multiplies.
     pub output_bias: Option<&'a [D]>,
     /// The expert that every token goes to.
@@ -30,13 +30,23 @@ pub struct CombineInputs<'a, Y, W = f32, D = Y> {
 
 /// Experts without weights that return the token.
 #[derive(Debug, Clone)]
-pub struct Identity<'a, D> {
+pub struct Identity<'a, D, W = f32> {
     /// Their ids.
     pub experts: Range<u32>,
     /// `[T, K]`
     pub expert_ids: &'a [u32],
     /// `[T, H]`
     pub x: &'a [D],
+    /// `[T, K]`: their weights, where the rows have been multiplied by theirs and the inputs have none.
+    pub weights: Option<&'a [W]>,
+}
+
+impl<'a, D, W> Identity<'a, D, W> {
+    /// The same with weights of their own, or with none.
+    pub(super) fn with_weights<V>(&self, weights: Option<&'a [V]>) -> Identity<'a, D, V> {
+        let Self { experts, expert_ids, x, .. } = self;
+        Identity { experts: experts.clone(), expert_ids, x, weights }
+    }
 }
 
 /// A shared expert's part.
@@ -75,9 +85,10 @@ pub fn combine_fwd<A: Accum>(
             let weight = inputs.weights.map_or(A::ONE, |weights| weights[slot].widen());
             if let Ok(row) = usize::try_from(plan.row_of_slot[slot]) {
                 add(y, weight, &inputs.yp[columns(row)]);
-            } else if let Some(Identity { experts, expert_ids, x }) = &inputs.identity
+            } else if let Some(Identity { experts, expert_ids, x, weights }) = &inputs.identity
                 && experts.contains(&expert_ids[slot])
             {
+                let weight = weights.map_or(weight, |weights| weights[slot].widen());
                 add(y, weight, &x[columns(token)]);
             }
         }
@@ -129,6 +140,13 @@ fn check<Y, W, D>(
     if let Some(identity) = &inputs.identity {
         check_len(OP, "expert_ids", identity.expert_ids.len(), slots)?;
         check_len(OP, "x", identity.x.len(), tokens)?;
+        if let Some(weights) = identity.weights {
+            check_len(OP, "identity.weights", weights.len(), slots)?;
+            if inputs.weights.is_some() {
+                let why = "there are `weights` of all experts, and `identity.weights` beside them";
+                return Err(Error::Mismatch { op: OP, why: why.into() });
+            }
+        }
     }
     if let Some(bias) = inputs.output_bias {
         check_len(OP, "output_bias", bias.len(), hidden)?;
@@ -174,7 +192,12 @@ mod tests {
         let inputs = CombineInputs {
             yp: &[1.0f64, 2.0, f64::NAN, f64::NAN],
             weights: Some(&[3.0f64, 0.5, -1.0, f64::NAN]),
-            identity: Some(Identity { experts: 3..5, expert_ids: &ids, x: &[8.0f64, 16.0] }),
+            identity: Some(Identity {
+                experts: 3..5,
+                expert_ids: &ids,
+                x: &[8.0f64, 16.0],
+                weights: None,
+            }),
             output_bias: Some(&[100.0f64]),
             shared: Some(Shared { y: &[40.0, 20.0], gate: Some(&[0.0, 0.0]), average: true }),
         };
@@ -184,6 +207,15 @@ mod tests {
         let unweighted = CombineInputs { weights: None, shared: None, ..inputs };
         let y = combine_fwd::<f64>(&shape, &plan, 1, &unweighted).unwrap();
         assert_eq!(y, [2.0 + 8.0 + 100.0, 1.0 + 100.0]);
+        // Rows that have been multiplied, beside identities that have not.
+        let mut apart = unweighted.clone();
+        if let Some(identity) = &mut apart.identity {
+            identity.weights = Some(&[f64::NAN, 0.5, f64::NAN, f64::NAN]);
+        }
+        let y = combine_fwd::<f64>(&shape, &plan, 1, &apart).unwrap();
+        assert_eq!(y, [2.0 + 4.0 + 100.0, 1.0 + 100.0]);
+        let twice = CombineInputs { weights: Some(&[1.0; 4]), ..apart };
+        assert!(combine_fwd::<f64>(&shape, &plan, 1, &twice).is_err());
     }
 
     /// In f32 `(1e8 + 1) - 1e8` is 0: the order of slots shows.

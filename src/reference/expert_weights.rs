@@ -214,15 +214,24 @@ pub(super) fn weights_of_rows<A: Accum>(
 ) -> Result<Option<Vec<A>>> {
     let wanted = experts.weight_position != WeightPosition::Output;
     must_be(op, "weights", wanted, weights.is_some())?;
-    let Some(weights) = weights else { return Ok(None) };
-    check_len(op, "weights", weights.len(), plan.row_of_slot.len())?;
+    weights.map(|weights| of_rows(op, "weights", plan, weights)).transpose()
+}
+
+/// Each row's element of `[T, K]`; 0 for rows that no slot has.
+pub(super) fn of_rows<A: Accum>(
+    op: &'static str,
+    argument: &'static str,
+    plan: &Plan,
+    weights: &[impl Element<A>],
+) -> Result<Vec<A>> {
+    check_len(op, argument, weights.len(), plan.row_of_slot.len())?;
     let mut of_rows = vec![A::ZERO; plan.rows()];
     for (&row, weight) in plan.row_of_slot.iter().zip(weights) {
         if let Some(of_row) = usize::try_from(row).ok().and_then(|row| of_rows.get_mut(row)) {
             *of_row = weight.widen();
         }
     }
-    Ok(Some(of_rows))
+    Ok(of_rows)
 }
 
 fn must_be(op: &'static str, what: &str, wanted: bool, there: bool) -> Result<()> {

@@ -9,7 +9,7 @@
 
 use super::accum::{Accum, Element, widened};
 use super::activation::activate;
-use super::expert_weights::{GateUpWeights, LinearWeights, Part, Place, weights_of_rows};
+use super::expert_weights::{GateUpWeights, LinearWeights, Part, Place, of_rows, weights_of_rows};
 use super::parallel::{Scratch, for_each};
 use super::plan::Plan;
 use crate::config::{ExpertConfig, WeightPosition};
@@ -35,6 +35,27 @@ pub fn grouped_gemm_fwd<A: Accum, D: Dtype>(
     let part = Part::of_linear(op, plan, n, k, weights)?;
     let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
     operands.multiply([part], n, |at, [y]| y + part.bias_at(at))
+}
+
+/// [`grouped_gemm_fwd`] with each row multiplied by its weight, the element of `routing_weights` `[T, K]` whose slot
+/// has that row.
+///
+/// # Errors
+/// Those of [`grouped_gemm_fwd`].
+pub fn grouped_gemm_weighted_fwd<A: Accum, D: Dtype>(
+    plan: &Plan,
+    n: usize,
+    k: usize,
+    x: &[impl Element<A>],
+    weights: LinearWeights<'_, D>,
+    routing_weights: &[impl Element<A>],
+    gather: bool,
+) -> Result<Vec<A>> {
+    let op = "grouped_gemm_weighted_fwd";
+    let part = Part::of_linear(op, plan, n, k, weights)?;
+    let of_rows: Vec<A> = of_rows(op, "routing_weights", plan, routing_weights)?;
+    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
+    operands.multiply([part], n, |at, [y]| of_rows[at.row] * (y + part.bias_at(at)))
 }
 
 /// The first half of an expert: `act` `[R, I]` = `activate(gate, up)`, where both are products as in

@@ -2,17 +2,17 @@
 
 use std::marker::PhantomData;
 
-use super::accum::{Accum, Element};
+use super::accum::Accum;
 use super::capacity::{
     Capacity, capacity_ask_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
 };
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
-use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
+use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd, grouped_gemm_weighted_fwd};
 use super::plan::{Plan, plan_fwd, plan_range_fwd};
 use super::project::{ProjectInputs, project_fwd};
 use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
-use super::route::{RouteInputs, route_fwd};
+use super::route::route_fwd;
 use crate::config::{
     ExpertConfig, MoeConfig, Normalization, Priority, RmsNorm, RouterConfig, WeightPosition,
     ZeroOutput,
@@ -20,10 +20,12 @@ use crate::config::{
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
-use crate::tensors::{
-    ExpertWeights, GateUpTensors, Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_gate,
-    shape_of,
-};
+use crate::tensors::{ExpertWeights, GateUpTensors, Host, MoeInputs, MoeWeights, shape_of};
+
+mod router;
+
+pub(super) use router::RouterReads;
+pub use router::{noise_logits, router_logits, router_scores};
 
 const OP: &str = "moe_layer_fwd";
 
@@ -148,105 +150,6 @@ pub fn moe_layer_experts_fwd<A: Accum, D: Dtype>(
     )
 }
 
-/// The router's logits `[T, E']`, of a layer that has a gate, rounded to the type that the configuration says.
-///
-/// # Errors
-/// Those of [`moe_layer_fwd`], and weights without a gate.
-pub fn router_logits<A: Accum, D: Dtype>(
-    config: &MoeConfig,
-    inputs: &MoeInputs<Host<'_>, D>,
-    weights: &MoeWeights<Host<'_>, D>,
-) -> Result<Typed<Owned, D>> {
-    weights.check(OP, config)?;
-    inputs.check(OP, config)?;
-    let x = inputs.router_x.unwrap_or(inputs.x);
-    let logits: Vec<A> = match &config.projection.norm {
-        Some(norm) => {
-            let inputs = RmsNormInputs { x, weight: weights.router.norm, plan: None };
-            let x: Vec<A> = rms_norm_fwd(norm, config.hidden, &inputs)?;
-            project(config, &x, weights)?
-        }
-        None => project(config, x, weights)?,
-    };
-    Ok(match config.projection.f32_logits {
-        true => Typed::F32(round(&logits)),
-        false => Typed::Element(round(&logits)),
-    })
-}
-
-fn project<A: Accum, D: Dtype>(
-    config: &MoeConfig,
-    x: &[impl Element<A>],
-    weights: &MoeWeights<Host<'_>, D>,
-) -> Result<Vec<A>> {
-    let (experts, hidden, router) = (config.router_experts(), config.hidden, &weights.router);
-    // Both are of one type, as was checked.
-    match &router.gate {
-        Some(Typed::Element(gate)) => {
-            let bias = router.bias.as_ref().and_then(Typed::element).copied();
-            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
-        }
-        Some(Typed::F32(gate)) => {
-            let bias = router.bias.as_ref().and_then(Typed::f32).copied();
-            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
-        }
-        None => Err(no_gate(OP)),
-    }
-}
-
-/// The numbers that the router reads, as f32, which holds those of every type.
-pub(super) struct RouterReads {
-    logits: Vec<f32>,
-    noise_logits: Option<Vec<f32>>,
-}
-
-impl RouterReads {
-    /// The logits of this pass, those that it was given or those of the gate, once every tensor was checked.
-    pub(super) fn new<A: Accum, D: Dtype>(
-        config: &MoeConfig,
-        inputs: &MoeInputs<Host<'_>, D>,
-        weights: &MoeWeights<Host<'_>, D>,
-    ) -> Result<Self> {
-        weights.check(OP, config)?;
-        inputs.check(OP, config)?;
-        inputs.check_route(OP, config, weights)?;
-        fn widen<M: Memory, D: Dtype>(numbers: &Typed<M, D>) -> Vec<f32>
-        where
-            M::Of<D>: AsRef<[D]>,
-            M::Of<f32>: AsRef<[f32]>,
-        {
-            match numbers {
-                Typed::Element(numbers) => numbers.as_ref().iter().map(|x| x.to_f32()).collect(),
-                Typed::F32(numbers) => numbers.as_ref().to_vec(),
-            }
-        }
-        let logits = match &inputs.logits {
-            Some(logits) => widen(logits),
-            None => widen(&router_logits::<A, D>(config, inputs, weights)?),
-        };
-        Ok(Self { logits, noise_logits: inputs.noise_logits.as_ref().map(widen) })
-    }
-
-    /// What a router reads that chooses as the layer's does.
-    pub(super) fn of<'a, 'i: 'a, 'w: 'a, D: Dtype>(
-        &'a self,
-        router: &RouterConfig,
-        inputs: &MoeInputs<Host<'i>, D>,
-        weights: &MoeWeights<Host<'w>, D>,
-    ) -> RouteInputs<'a, f32> {
-        RouteInputs {
-            logits: &self.logits,
-            selection_bias: weights.router.selection_bias,
-            expert_scale: weights.router.expert_scale.filter(|_| router.expert_scale),
-            noise: inputs.noise,
-            noise_logits: self.noise_logits.as_deref(),
-            given_ids: inputs.given_ids.or(weights.router.table),
-            token_ids: inputs.token_ids,
-            active: inputs.active,
-        }
-    }
-}
-
 /// The operations that a layer puts together, on values of some kind: numbers, or numbers with their bounds.
 pub(super) trait Operations<D: Dtype> {
     /// A tensor that an operation makes.
@@ -263,6 +166,16 @@ pub(super) trait Operations<D: Dtype> {
         k: usize,
         x: &Self::Values,
         weights: LinearWeights<'_, D>,
+    ) -> Result<Self::Values>;
+
+    /// The same, each row times its weight of `[T, K]`.
+    fn weighted_linear(
+        &self,
+        plan: &Plan,
+        widths: [usize; 2],
+        x: &Self::Values,
+        weights: LinearWeights<'_, D>,
+        routing_weights: &Self::Values,
     ) -> Result<Self::Values>;
 
     /// Tokens `[T, H]` to `[R, I]`; the widths are `I` and `H`.
@@ -304,6 +217,8 @@ pub(super) struct Parts<'a, V, D> {
     pub(super) yp: &'a V,
     pub(super) weights: Option<&'a V>,
     pub(super) identity: Option<Identity<'a, D>>,
+    /// Of identity experts alone, where rows have been multiplied by theirs.
+    pub(super) identity_weights: Option<&'a V>,
     pub(super) output_bias: Option<&'a [D]>,
     pub(super) shared: Option<&'a SharedPart<V>>,
 }
@@ -337,11 +252,14 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
         experts: config.num_experts as u32..(config.num_experts + zero.count) as u32,
         expert_ids,
         x,
+        weights: None,
     });
     let output = config.experts.weight_position == WeightPosition::Output;
+    let rows_weighted = config.experts.weighs_rows(D::DTYPE);
     let mut routed = Parts {
         yp: &tokens,
-        weights: output.then_some(routing_weights),
+        weights: (output && !rows_weighted).then_some(routing_weights),
+        identity_weights: (rows_weighted && identity.is_some()).then_some(routing_weights),
         identity,
         output_bias: weights.experts.output_bias,
         shared: shared.as_ref(),
@@ -364,6 +282,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
                 yp: &yp,
                 weights: None,
                 identity: None,
+                identity_weights: None,
                 output_bias: None,
                 shared: shared.as_ref(),
             };
@@ -405,6 +324,9 @@ fn routed_experts<D: Dtype, O: Operations<D>>(
     let act = by.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, on_rows)?;
     let down =
         LinearWeights { w: weights.down, bias: weights.down_bias, order: experts.down_order };
+    if experts.weighs_rows(D::DTYPE) {
+        return by.weighted_linear(plan, [hidden, *intermediate], &act, down, routing_weights);
+    }
     let yp = by.linear(plan, hidden, *intermediate, &act, down)?;
     match &experts.post_norm {
         Some(norm) => by.norm(norm, hidden, &yp, weights.post_norm, Some(plan)),
@@ -451,6 +373,17 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
         grouped_gemm_fwd(plan, n, k, x, weights, false)
     }
 
+    fn weighted_linear(
+        &self,
+        plan: &Plan,
+        [n, k]: [usize; 2],
+        x: &Vec<A>,
+        weights: LinearWeights<'_, D>,
+        routing_weights: &Vec<A>,
+    ) -> Result<Vec<A>> {
+        grouped_gemm_weighted_fwd(plan, n, k, x, weights, routing_weights, false)
+    }
+
     fn gate_up(
         &self,
         plan: &Plan,
@@ -494,7 +427,10 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
         let inputs = CombineInputs {
             yp: &parts.yp[..],
             weights: parts.weights.map(Vec::as_slice),
-            identity: parts.identity.clone(),
+            identity: parts
+                .identity
+                .as_ref()
+                .map(|identity| identity.with_weights(parts.identity_weights.map(Vec::as_slice))),
             output_bias: parts.output_bias,
             shared,
         };

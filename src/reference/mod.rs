@@ -36,14 +36,15 @@ pub use capacity::{
 pub use combine::{CombineInputs, Identity, Shared, combine_fwd};
 pub use expert_choice::expert_choice_fwd;
 pub use expert_weights::{GateUpTensors, GateUpWeights, LinearWeights};
-pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd};
+pub use grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd, grouped_gemm_weighted_fwd};
 pub use jitter::jitter_fwd;
 pub use layer::{
-    LayerRouting, moe_layer_experts_fwd, moe_layer_fwd, moe_layer_route_fwd, round, router_logits,
+    LayerRouting, moe_layer_experts_fwd, moe_layer_fwd, moe_layer_route_fwd, noise_logits, round,
+    router_logits, router_scores,
 };
 pub use noise::{noise_fwd, philox};
 pub use permute::permute_fwd;
 pub use plan::{Plan, Tile, plan_fwd, plan_range_fwd};
 pub use project::{ProjectInputs, project_fwd};
 pub use rms_norm::{RmsNormInputs, rms_norm_fwd};
-pub use route::{RouteInputs, Routing, route_fwd};
+pub use route::{RouteInputs, Routing, route_fwd, route_scores_fwd};

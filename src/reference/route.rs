@@ -1,12 +1,14 @@
 //! The router: from logits to expert ids and weights. [`route_fwd`] states its specification.
 
 pub(super) mod exact;
+mod scores;
 mod select;
 #[cfg(test)]
 mod tests;
 mod weigh;
 
 use exact::Number;
+pub use scores::route_scores_fwd;
 
 use super::accum::Accum;
 use crate::config::{RouteLengths, RouterConfig, Score, Selection};
@@ -80,7 +82,8 @@ impl<'a, D> RouteInputs<'a, D> {
 /// For each token, with its `E` logits read as f32 (exact for every element type):
 ///
 /// 1. **z.** A NaN counts as `-inf` and `-0` as `+0`, here and after each addition and at the end. Where there is
-///    noise, `l + noise`, or `l + noise * softplus(noise_logit)`; then times the multiplier; then `c * tanh(z / c)`.
+///    noise, `l + d * noise` with the deviation `d`, or `l + d * noise * softplus(noise_logit)`; then times the
+///    multiplier; then `c * tanh(z / c)`.
 /// 2. **Value.** What an expert is chosen by: `z` or its score, as [`RouterConfig`] says, plus its entry of the
 ///    selection bias. The last `num_sinks` experts have none, as they are not up for choice.
 /// 3. **Groups.** A group is worth its largest value, or the sum of its two largest ones (of one expert, its value).

@@ -56,6 +56,10 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         }
         let norm = config.projection.norm.is_some();
         at.optional::<M, _>("router.norm", &router.norm, norm, hidden)?;
+        at.there("router.noise_gate", router.noise_gate.is_some(), config.projection.noise_gate)?;
+        if let Some(gate) = &router.noise_gate {
+            check_len(at.op, "router.noise_gate", gate.len(), at.product(experts, hidden)?)?;
+        }
         let (bias, chosen) = (config.router.selects_with_bias(), experts - config.router.num_sinks);
         at.optional::<M, _>("router.selection_bias", &router.selection_bias, bias, chosen)?;
         let scale = config.router.expert_scale;
@@ -175,6 +179,11 @@ pub(crate) fn no_gate(op: &'static str) -> Error {
         op,
         why: "there are neither `logits` nor a `router.gate` to make them".into(),
     }
+}
+
+/// What there is to say of noise logits without a matrix that makes them.
+pub(crate) fn no_noise_gate(op: &'static str) -> Error {
+    Error::Mismatch { op, why: "there is no `router.noise_gate` to make `noise_logits`".into() }
 }
 
 impl<M: Memory, D: Dtype> Typed<M, D> {

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use crate::dtype::Dtype;
 
-pub(crate) use check::{no_gate, shape_of};
+pub(crate) use check::{no_gate, no_noise_gate, shape_of};
 pub(crate) use transfer::Transfer;
 
 /// A kind of memory, and what holds elements in it: [`Host`], [`Owned`],
@@ -55,7 +55,23 @@ impl Memory for Owned {
 /// The weights of a layer, as its [`MoeConfig`](crate::MoeConfig) asks for them: what it says nothing of is
 /// none. `D` is the element type of the layer.
 ///
-/// [`MoeWeights::plain`] has the experts of a plain layer; [`with_gate`](Self::with_gate) adds its router.
+/// [`MoeWeights::plain`] has the experts of a plain layer, and [`with_gate`](Self::with_gate) adds its router. For others
+/// [`MoeWeights::new`] and the constructors of the parts take what every layer has; struct update syntax adds the rest:
+///
+/// ```
+/// # use moe_kernels::{ExpertWeights, GateUpTensors, MoeWeights, Owned, RouterWeights, SharedWeights, Typed};
+/// # let [gate, selection_bias, gate_up, down, down_bias, shared_gate_up, shared_down] = [(); 7].map(|()| vec![0f32]);
+/// let experts = ExpertWeights::new(GateUpTensors::Fused(gate_up), down);
+/// let weights = MoeWeights::<Owned, f32> {
+///     router: RouterWeights {
+///         gate: Some(Typed::F32(gate)),
+///         selection_bias: Some(selection_bias),
+///         ..RouterWeights::default()
+///     },
+///     shared: Some(SharedWeights::new(shared_gate_up, shared_down)),
+///     ..MoeWeights::new(ExpertWeights { down_bias: Some(down_bias), ..experts })
+/// };
+/// ```
 pub struct MoeWeights<M: Memory, D: Dtype> {
     /// The router's.
     pub router: RouterWeights<M, D>,
@@ -77,6 +93,8 @@ pub struct RouterWeights<M: Memory, D: Dtype> {
     pub bias: Option<Typed<M, D>>,
     /// `[H]`; there with [`ProjectionConfig::norm`](crate::ProjectionConfig::norm).
     pub norm: Option<M::Of<D>>,
+    /// `[E', H]`; there with [`ProjectionConfig::noise_gate`](crate::ProjectionConfig::noise_gate).
+    pub noise_gate: Option<Typed<M, D>>,
     /// `[E' - num_sinks]`; there with [`RouterConfig::selection_bias`](crate::RouterConfig::selection_bias).
     pub selection_bias: Option<M::Of<f32>>,
     /// `[E']`; there with [`RouterConfig::expert_scale`](crate::RouterConfig::expert_scale).
@@ -149,6 +167,42 @@ pub struct SharedWeights<M: Memory, D: Dtype> {
     pub sigmoid_gate: Option<M::Of<D>>,
 }
 
+impl<M: Memory, D: Dtype> Default for RouterWeights<M, D> {
+    /// No tensor at all.
+    fn default() -> Self {
+        Self {
+            gate: None,
+            bias: None,
+            norm: None,
+            noise_gate: None,
+            selection_bias: None,
+            expert_scale: None,
+            table: None,
+        }
+    }
+}
+
+impl<M: Memory, D: Dtype> ExpertWeights<M, D> {
+    /// Their projections alone, without biases or a norm.
+    pub fn new(gate_up: GateUpTensors<M, D>, down: M::Of<D>) -> Self {
+        Self {
+            gate_up,
+            gate_up_bias: None,
+            down,
+            down_bias: None,
+            output_bias: None,
+            post_norm: None,
+        }
+    }
+}
+
+impl<M: Memory, D: Dtype> LatentWeights<M, D> {
+    /// Its two matrices alone, without a norm.
+    pub fn new(before: M::Of<D>, after: M::Of<D>) -> Self {
+        Self { before, norm: None, after }
+    }
+}
+
 impl<M: Memory, D: Dtype> SharedWeights<M, D> {
     /// Its two matrices alone, without biases or a gate of its own.
     pub fn new(gate_up: M::Of<D>, down: M::Of<D>) -> Self {
@@ -169,9 +223,11 @@ pub struct MoeInputs<M: Memory, D: Dtype> {
     pub given_ids: Option<M::Of<u32>>,
     /// `[T]`: each token's row in the table of ids.
     pub token_ids: Option<M::Of<u32>>,
-    /// `[T, E']`: noise that is added to the logits.
+    /// `[T, E']`: noise that is added to the logits, times
+    /// [`RouterConfig::noise_deviation`](crate::RouterConfig::noise_deviation).
     pub noise: Option<M::Of<f32>>,
-    /// `[T, E']`, of the logits' type: noise is multiplied by `softplus` of these first.
+    /// `[T, E']`, of the logits' type: noise is multiplied by `softplus` of these first. They take the place of the
+    /// product with [`RouterWeights::noise_gate`].
     pub noise_logits: Option<Typed<M, D>>,
     /// `[T]`: 0 for tokens that no routed expert sees, such as padding; all are seen without it.
     pub active: Option<M::Of<u8>>,
@@ -202,30 +258,21 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
 }
 
 impl<M: Memory, D: Dtype> MoeWeights<M, D> {
-    /// Plain experts, `gate_up` `[E, 2I, H]` and `down` `[E, H, I]`, without a gate: every pass is given its
-    /// logits.
-    pub fn plain(gate_up: M::Of<D>, down: M::Of<D>) -> Self {
+    /// Experts alone: every pass is given its logits.
+    pub fn new(experts: ExpertWeights<M, D>) -> Self {
         Self {
-            router: RouterWeights {
-                gate: None,
-                bias: None,
-                norm: None,
-                selection_bias: None,
-                expert_scale: None,
-                table: None,
-            },
-            experts: ExpertWeights {
-                gate_up: GateUpTensors::Fused(gate_up),
-                gate_up_bias: None,
-                down,
-                down_bias: None,
-                output_bias: None,
-                post_norm: None,
-            },
+            router: RouterWeights::default(),
+            experts,
             latent: None,
             shared: None,
             output_norm: None,
         }
+    }
+
+    /// Plain experts, `gate_up` `[E, 2I, H]` and `down` `[E, H, I]`, without a gate: every pass is given its
+    /// logits.
+    pub fn plain(gate_up: M::Of<D>, down: M::Of<D>) -> Self {
+        Self::new(ExpertWeights::new(GateUpTensors::Fused(gate_up), down))
     }
 
     /// Adds the router's projection `[E', H]`, in the layer's element type.

@@ -8,13 +8,13 @@ use super::{
 };
 use crate::dtype::Dtype;
 
-/// Brings tensors from one memory to another, each by its element type.
-pub(crate) trait Transfer<'t, From: Memory, To: Memory, D: Dtype> {
+/// Brings tensors from one memory to another, each by its element type; those of the layer's type `D` become `E`.
+pub(crate) trait Transfer<'t, From: Memory, To: Memory, D: Dtype, E: Dtype = D> {
     /// What can go wrong.
     type Error;
 
     /// A tensor in the layer's element type.
-    fn elements(&mut self, tensor: &'t From::Of<D>) -> Result<To::Of<D>, Self::Error>;
+    fn elements(&mut self, tensor: &'t From::Of<D>) -> Result<To::Of<E>, Self::Error>;
 
     /// A tensor in f32.
     fn floats(&mut self, tensor: &'t From::Of<f32>) -> Result<To::Of<f32>, Self::Error>;
@@ -34,10 +34,10 @@ fn optional<'t, T, U, E>(
 }
 
 impl<M: Memory, D: Dtype> Typed<M, D> {
-    fn transfer<'t, N: Memory, C: Transfer<'t, M, N, D>>(
+    fn transfer<'t, N: Memory, E: Dtype, C: Transfer<'t, M, N, D, E>>(
         &'t self,
         by: &mut C,
-    ) -> Result<Typed<N, D>, C::Error> {
+    ) -> Result<Typed<N, E>, C::Error> {
         Ok(match self {
             Self::Element(tensor) => Typed::Element(by.elements(tensor)?),
             Self::F32(tensor) => Typed::F32(by.floats(tensor)?),
@@ -50,16 +50,17 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
     ///
     /// # Errors
     /// Those of `by`.
-    pub(crate) fn transfer<'t, N: Memory, C: Transfer<'t, M, N, D>>(
+    pub(crate) fn transfer<'t, N: Memory, E: Dtype, C: Transfer<'t, M, N, D, E>>(
         &'t self,
         by: &mut C,
-    ) -> Result<MoeWeights<N, D>, C::Error> {
+    ) -> Result<MoeWeights<N, E>, C::Error> {
         let Self { router, experts, latent, shared, output_norm } = self;
         Ok(MoeWeights {
             router: RouterWeights {
                 gate: optional(&router.gate, |gate| gate.transfer(by))?,
                 bias: optional(&router.bias, |bias| bias.transfer(by))?,
                 norm: optional(&router.norm, |norm| by.elements(norm))?,
+                noise_gate: optional(&router.noise_gate, |gate| gate.transfer(by))?,
                 selection_bias: optional(&router.selection_bias, |bias| by.floats(bias))?,
                 expert_scale: optional(&router.expert_scale, |scale| by.floats(scale))?,
                 table: optional(&router.table, |table| by.ids(table))?,
@@ -103,10 +104,10 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
     ///
     /// # Errors
     /// Those of `by`.
-    pub(crate) fn transfer<'t, N: Memory, C: Transfer<'t, M, N, D>>(
+    pub(crate) fn transfer<'t, N: Memory, E: Dtype, C: Transfer<'t, M, N, D, E>>(
         &'t self,
         by: &mut C,
-    ) -> Result<MoeInputs<N, D>, C::Error> {
+    ) -> Result<MoeInputs<N, E>, C::Error> {
         Ok(MoeInputs {
             x: by.elements(&self.x)?,
             router_x: optional(&self.router_x, |x| by.elements(x))?,
@@ -161,5 +162,96 @@ impl<D: Dtype> MoeInputs<Owned, D> {
             Ok(inputs) => inputs,
             Err(never) => match never {},
         }
+    }
+}
+
+/// From one element type to another: every number as the nearest one, ties to even.
+struct Convert;
+
+impl<'t, D: Dtype, E: Dtype> Transfer<'t, Owned, Owned, D, E> for Convert {
+    type Error = Infallible;
+
+    fn elements(&mut self, tensor: &'t Vec<D>) -> Result<Vec<E>, Infallible> {
+        Ok(tensor.iter().map(|value| E::from_f32(value.to_f32())).collect())
+    }
+
+    fn floats(&mut self, tensor: &'t Vec<f32>) -> Result<Vec<f32>, Infallible> {
+        Ok(tensor.clone())
+    }
+
+    fn ids(&mut self, tensor: &'t Vec<u32>) -> Result<Vec<u32>, Infallible> {
+        Ok(tensor.clone())
+    }
+
+    fn flags(&mut self, tensor: &'t Vec<u8>) -> Result<Vec<u8>, Infallible> {
+        Ok(tensor.clone())
+    }
+}
+
+impl<D: Dtype> MoeWeights<Owned, D> {
+    /// The same weights for a layer of element type `E`: every number of type `D` as the nearest one, ties to even.
+    /// Tensors that are f32 in a layer of any type, such as [`Typed::F32`] and the selection bias, stay as they are.
+    pub fn convert<E: Dtype>(&self) -> MoeWeights<Owned, E> {
+        match self.transfer(&mut Convert) {
+            Ok(weights) => weights,
+            Err(never) => match never {},
+        }
+    }
+}
+
+impl<D: Dtype> MoeInputs<Owned, D> {
+    /// The same inputs for a layer of element type `E`, as [`MoeWeights::convert`] has the weights.
+    pub fn convert<E: Dtype>(&self) -> MoeInputs<Owned, E> {
+        match self.transfer(&mut Convert) {
+            Ok(inputs) => inputs,
+            Err(never) => match never {},
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::tensors::GateUpTensors;
+
+    /// Numbers of the layer's type are rounded to nearest, ties to even, and others are left alone.
+    #[test]
+    fn conversion_rounds_to_nearest() {
+        let tie = 1.0 + 2f32.powi(-8);
+        let numbers = vec![tie, 1e-3, -70_000.0, f32::INFINITY];
+        let experts = ExpertWeights::new(GateUpTensors::Fused(numbers.clone()), numbers.clone());
+        let shared = SharedWeights {
+            down_bias: Some(numbers.clone()),
+            ..SharedWeights::new(numbers.clone(), numbers.clone())
+        };
+        let weights = MoeWeights::<Owned, f32> {
+            router: RouterWeights {
+                gate: Some(Typed::F32(numbers.clone())),
+                noise_gate: Some(Typed::Element(numbers.clone())),
+                selection_bias: Some(numbers.clone()),
+                ..RouterWeights::default()
+            },
+            shared: Some(shared),
+            ..MoeWeights::new(experts)
+        };
+        let narrow = weights.convert::<bf16>();
+        let bits = |numbers: &[bf16]| numbers.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let want = bits(&numbers.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>());
+        assert_eq!(want[0], bf16::ONE.to_bits());
+        assert_eq!(bits(&narrow.experts.down), want);
+        assert_eq!(
+            narrow.shared.and_then(|shared| shared.down_bias).map(|b| bits(&b)),
+            Some(want.clone())
+        );
+        assert_eq!(narrow.router.selection_bias, Some(numbers.clone()));
+        assert!(matches!(&narrow.router.gate, Some(Typed::F32(gate)) if *gate == numbers));
+        assert!(
+            matches!(&narrow.router.noise_gate, Some(Typed::Element(gate)) if bits(gate) == want)
+        );
+        let inputs = MoeInputs::<Owned, f32> { active: Some(vec![1]), ..MoeInputs::new(numbers) };
+        let inputs = inputs.convert::<f16>();
+        assert_eq!((inputs.x[2], inputs.active), (f16::NEG_INFINITY, Some(vec![1])));
     }
 }

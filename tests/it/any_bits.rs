@@ -210,7 +210,8 @@ proptest! {
         }
         let (x, yp) = (gpu.upload(&x), gpu.upload(&yp));
         let (x, yp, ids) = (x.view(), yp.view(), uploaded.view());
-        let identity = Identity { experts: experts..experts + identity, expert_ids: &ids, x: &x };
+        let identity = experts..experts + identity;
+        let identity = Identity { experts: identity, expert_ids: &ids, x: &x, weights: None };
         let inputs = CombineInputs {
             yp: &yp, weights: None, identity: Some(identity), output_bias: None, shared: None,
         };

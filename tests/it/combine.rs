@@ -22,6 +22,8 @@ struct Options {
     shared: bool,
     shared_gate: bool,
     average: bool,
+    /// The weights are those of identities alone; only for f16.
+    rows_weighted: bool,
 }
 
 impl Options {
@@ -36,7 +38,17 @@ impl Options {
             shared,
             shared_gate: shared && bit(4),
             average: shared && bit(5),
+            rows_weighted: bit(6) && bit(1) && !bit(0),
         }
+    }
+
+    /// Whether there are weights of all experts, and whether there are those of identities alone.
+    fn of_all(self) -> bool {
+        !self.unweighted && !self.rows_weighted
+    }
+
+    fn of_identities(self) -> bool {
+        !self.unweighted && self.rows_weighted
     }
 }
 
@@ -130,11 +142,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let experts = self.shape.num_experts as u32;
         let inputs = CombineInputs {
             yp: &yp,
-            weights: (!options.unweighted).then_some(&weights),
+            weights: options.of_all().then_some(&weights),
             identity: options.identity.then_some(Identity {
                 experts: experts..experts + 2,
                 expert_ids: &ids,
                 x: &x,
+                weights: options.of_identities().then_some(&weights),
             }),
             output_bias: options.output_bias.then_some(&output_bias),
             shared: options.shared.then_some(Shared {
@@ -169,12 +182,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
             let (token, column) = (index / hidden, index % hidden);
             let mut sum = 0.0f32;
             for slot in token * k..(token + 1) * k {
-                let value = match self.plan.row_of_slot[slot] {
-                    row if row >= 0 => self.yp[row as usize * hidden + column],
-                    _ if self.is_identity(slot) => self.x[index],
+                let (value, weighted) = match self.plan.row_of_slot[slot] {
+                    row if row >= 0 => (self.yp[row as usize * hidden + column], options.of_all()),
+                    _ if self.is_identity(slot) => (self.x[index], !options.unweighted),
                     _ => continue,
                 };
-                let weight = if options.unweighted { 1.0 } else { self.weights[slot] };
+                let weight = if weighted { self.weights[slot] } else { 1.0 };
                 sum = weight.mul_add(value.to_f32(), sum);
             }
             if options.output_bias {
@@ -201,11 +214,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let experts = self.shape.num_experts as u32;
         let inputs = reference::CombineInputs {
             yp: &self.yp[..],
-            weights: (!options.unweighted).then_some(&weights[..]),
+            weights: options.of_all().then_some(&weights[..]),
             identity: options.identity.then_some(reference::Identity {
                 experts: experts..experts + 2,
                 expert_ids: &self.ids,
                 x: &self.x[..],
+                weights: options.of_identities().then_some(&weights[..]),
             }),
             output_bias: options.output_bias.then_some(&self.output_bias[..]),
             shared: options.shared.then_some(reference::Shared {
@@ -232,6 +246,8 @@ fn check<D: Dtype + DeviceRepr>(
     seed: u64,
     options: Options,
 ) {
+    let rows_weighted = options.rows_weighted && D::DTYPE == DType::F16;
+    let options = Options { rows_weighted, ..options };
     Case::<D>::with(shape, skew, hidden, seed, options).check(gpu, (seed % 3) as usize);
 }
 
@@ -241,7 +257,7 @@ proptest! {
     #[test]
     fn matches_reference(
         tokens in 0usize..12, experts in 1usize..50, k in 1usize..40, hidden in 1usize..600,
-        skew in skew(), options in 0u64..64, seed in any::<u64>(),
+        skew in skew(), options in 0u64..128, seed in any::<u64>(),
     ) {
         let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
         let (gpu, options) = (gpu(), Options::new(options));
@@ -263,6 +279,13 @@ fn edges() {
             check::<bf16>(&gpu, shape, Skew::Inactive, hidden, 3 * hidden as u64, plain);
             check::<f16>(&gpu, shape, Skew::OneHot, hidden, 3 * hidden as u64 + 1, all);
         }
+    }
+    for rows_weighted in [0b100_0010, 0b100_1110] {
+        let shape = RoutingShape::new(7, 9, 5).unwrap();
+        let options = Options::new(rows_weighted);
+        assert!(options.of_identities());
+        check::<f16>(&gpu, shape, Skew::Uniform, 256, 1, options);
+        check::<f16>(&gpu, shape, Skew::Inactive, 33, 2, options);
     }
     // More slots than a warp looks up at once.
     for k in [31, 32, 33, 64, 65] {
@@ -390,7 +413,7 @@ fn errors_come_before_any_launch() {
         let inputs = CombineInputs {
             yp: &yp,
             weights: Some(&weights),
-            identity: Some(Identity { experts: 4..6, expert_ids: &ids, x: &x }),
+            identity: Some(Identity { experts: 4..6, expert_ids: &ids, x: &x, weights: None }),
             output_bias: Some(&output_bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: true }),
         };
@@ -448,6 +471,16 @@ fn raw_arguments_are_checked() {
     }
     let identity = CombineOptions { identity: 4..6, ..CombineOptions::default() };
     let average = CombineOptions { average: true, ..CombineOptions::default() };
+    let rows_weighted = CombineOptions { rows_weighted: true, ..CombineOptions::default() };
+    for dtype in [DType::F32, DType::BF16] {
+        let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
+        // SAFETY: the call fails before it launches anything.
+        let result = unsafe {
+            combine::combine_fwd_raw(device, stream, dtype, shape, 8, &rows_weighted, good)
+        };
+        let refused = |argument| argument == "identity.weights";
+        assert!(matches!(result, Err(Error::Unsupported { argument, .. }) if refused(argument)));
+    }
     for (options, buffers) in [
         (&identity, CombineBuffers { x: 256, ..good }),
         (&identity, CombineBuffers { expert_ids: 256, ..good }),

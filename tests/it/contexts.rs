@@ -4,10 +4,11 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DeviceRepr, ValidAsZeroBits};
+use half::f16;
 use moe_kernels::ops::combine::{self, CombineInputs, Identity, Shared};
 use moe_kernels::ops::grouped_gemm::{
     GateUpTensors, GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into,
-    grouped_gemm_gate_up_fwd_into,
+    grouped_gemm_gate_up_fwd_into, grouped_gemm_weighted_fwd_into,
 };
 use moe_kernels::ops::project::ProjectInputs;
 use moe_kernels::ops::rms_norm::RmsNormInputs;
@@ -18,8 +19,8 @@ use moe_kernels::ops::{
 use moe_kernels::{
     CapacityConfig, CapacityLimit, DType, Error, ExpertConfig, GateUp, MoeConfig, MoeInputs,
     MoeLayer, MoeWeights, NoiseDistribution, Normalization, OnDevice, OnDeviceMut, Owned, Priority,
-    RmsNorm, RouterConfig, RoutingPlan, RoutingShape, Scoring, Selection, Typed, WeightPosition,
-    Workspace,
+    RmsNorm, RouterConfig, RouterStep, RoutingPlan, RoutingShape, Scoring, Selection, Typed,
+    WeightPosition, Workspace,
 };
 
 use crate::common::{Gpu, Rng, gpu, random_config, random_inputs, random_weights};
@@ -62,6 +63,27 @@ fn check(
 fn planned(gpu: &Gpu, shape: RoutingShape) -> RoutingPlan<'static> {
     let ids = gpu.upload(&vec![0u32; shape.slots()]);
     plan::plan_fwd(&gpu.device, &gpu.stream, shape, &ids.view()).unwrap()
+}
+
+#[test]
+fn scores() {
+    let names = ["scores", "logits", "noise", "noise_logits", "active"];
+    check("route_scores_fwd", &names, |buffers| {
+        let Buffers { gpu, .. } = buffers;
+        let (logits, noise) = (buffers.of::<f32>("logits", 12), buffers.of("noise", 12));
+        let (noise_logits, active) = (buffers.of("noise_logits", 12), buffers.of("active", 4));
+        let mut to = buffers.of("scores", 12);
+        let (logits, noise, active) = (logits.as_view(), noise.as_view(), active.as_view());
+        let read = RouteInputs {
+            noise: Some(&noise),
+            noise_logits: Some(&noise_logits.as_view()),
+            active: Some(&active),
+            ..RouteInputs::new(&logits)
+        };
+        let (step, to) = (RouterStep::Scores, &mut to.as_view_mut());
+        let router = RouterConfig { scoring: Scoring::Sigmoid, ..RouterConfig::default() };
+        route::route_scores_fwd_into(&gpu.device, &gpu.stream, SHAPE, &router, step, &read, to)
+    });
 }
 
 #[test]
@@ -256,6 +278,17 @@ fn rows_of_experts() {
         let (rows, to) = (Rows::Gathered, &mut to.as_view_mut());
         grouped_gemm_fwd_into(&gpu.device, &gpu.stream, &plan, 2, 2, rows, &x, weights, to)
     });
+    check("grouped_gemm_weighted_fwd", &["y", "x", "w", "bias", "routing_weights"], |buffers| {
+        let Buffers { gpu, .. } = buffers;
+        let (x, w) = (buffers.of::<f16>("x", 8), buffers.of("w", 12));
+        let (bias, mut to) = (buffers.of("bias", 6), buffers.of("y", 16));
+        let (x, w, bias, plan) = (x.as_view(), w.as_view(), bias.as_view(), planned(gpu, SHAPE));
+        let linear = LinearWeights { bias: Some(&bias), ..LinearWeights::new(&w) };
+        let (rows, to) = (Rows::Gathered, &mut to.as_view_mut());
+        let weights = buffers.of("routing_weights", 8);
+        let (device, stream, weights) = (&gpu.device, &gpu.stream, weights.as_view());
+        grouped_gemm_weighted_fwd_into(device, stream, &plan, 2, 2, rows, &x, linear, &weights, to)
+    });
     for separate in [false, true] {
         let names = ["act", "x", "bias", "weights"];
         let tensors = if separate { &["gate", "up"][..] } else { &["gate_up"] };
@@ -304,7 +337,7 @@ fn rows_of_experts() {
         let inputs = CombineInputs {
             yp: &yp,
             weights: Some(&weights),
-            identity: Some(Identity { experts: 3..4, expert_ids: &ids, x: &x }),
+            identity: Some(Identity { experts: 3..4, expert_ids: &ids, x: &x, weights: None }),
             output_bias: Some(&bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: false }),
         };
@@ -377,6 +410,7 @@ fn replace<'v>(
         "router.gate" => weights.router.gate = typed(&own.router.gate),
         "router.bias" => weights.router.bias = typed(&own.router.bias),
         "router.norm" => weights.router.norm = view(&own.router.norm),
+        "router.noise_gate" => weights.router.noise_gate = typed(&own.router.noise_gate),
         "router.selection_bias" => weights.router.selection_bias = view(&own.router.selection_bias),
         "router.expert_scale" => weights.router.expert_scale = view(&own.router.expert_scale),
         "router.table" => weights.router.table = ids(&own.router.table),
@@ -407,11 +441,13 @@ fn replace<'v>(
                 _ => to.after = from.after.slice(..),
             }
         }
-        "shared.gate_up" | "shared.down" | "shared.sigmoid_gate" => {
+        _ if name.starts_with("shared.") => {
             let (to, from) = (weights.shared.as_mut().unwrap(), own.shared.as_ref().unwrap());
             match name {
                 "shared.gate_up" => to.gate_up = from.gate_up.slice(..),
+                "shared.gate_up_bias" => to.gate_up_bias = view(&from.gate_up_bias),
                 "shared.down" => to.down = from.down.slice(..),
+                "shared.down_bias" => to.down_bias = view(&from.down_bias),
                 _ => to.sigmoid_gate = view(&from.sigmoid_gate),
             }
         }

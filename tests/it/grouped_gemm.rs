@@ -5,6 +5,7 @@
 mod errors;
 mod gate_up;
 mod layouts;
+mod weighted;
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use half::{bf16, f16};

@@ -1,6 +1,8 @@
 //! The layer: every operation in order, against the reference in f64.
 
 mod capacity;
+mod range;
+mod scores;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DeviceRepr};
@@ -12,6 +14,7 @@ use moe_kernels::{
     Workspace, reference,
 };
 use proptest::prelude::*;
+use scores::lent_within;
 
 use crate::common::{
     Gpu, Rng, assert_within, bits, config, gpu, random_config, random_inputs, random_weights,
@@ -134,16 +137,16 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         if inputs.logits.is_none() {
             made = self.router_logits(gpu);
             let wanted = bound::router_logits(&self.config, &inputs, &weights).unwrap();
-            given.logits = Some(match &made {
-                Typed::Element(logits) => {
-                    assert_within(logits, &wanted, &format!("logits of {what}"));
-                    Typed::Element(&logits[..])
-                }
-                Typed::F32(logits) => {
-                    assert_within(logits, &wanted, &format!("logits of {what}"));
-                    Typed::F32(&logits[..])
-                }
-            });
+            given.logits = Some(lent_within(&made, &wanted, what));
+        }
+        let noise_made;
+        if self.config.projection.noise_gate
+            && inputs.noise.is_some()
+            && inputs.noise_logits.is_none()
+        {
+            noise_made = self.noise_logits(gpu);
+            let wanted = bound::noise_logits(&self.config, &inputs, &weights).unwrap();
+            given.noise_logits = Some(lent_within(&noise_made, &wanted, what));
         }
         let mut routing = self.route(gpu);
         let wanted =

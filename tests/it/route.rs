@@ -1,5 +1,7 @@
 //! route: ids and weights agree bit for bit with the reference in f32, weights with that in f64 within a bound.
 
+mod scores;
+
 use cudarc::driver::{CudaView, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::ops::route::{self, RouteBuffers, RouteInputs};

@@ -199,7 +199,13 @@ fn floors_are_kept() {
     let operations = operations.iter().map(|(name, _)| &name["src/".len()..]);
     let may_be_unsafe: Vec<&str> = may_be_unsafe.into_iter().chain(operations).collect();
     forbid("src", &["unsafe "], &may_be_unsafe);
-    let no_driver = ["dtype.rs", "shape.rs", "config", "tensors", "hf", "format.rs", "error.rs"];
+    // The element type names two marker traits of cudarc, and nothing else of it.
+    forbid(
+        "src/dtype.rs",
+        &["unsafe", "device::", "crate::ops", "crate::layer", "CudaView", "CudaSlice"],
+        &[],
+    );
+    let no_driver = ["shape.rs", "config", "tensors", "hf", "format.rs", "error.rs"];
     for file in no_driver {
         forbid(
             &format!("src/{file}"),

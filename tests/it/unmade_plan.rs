@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
-use half::bf16;
+use half::{bf16, f16};
 use moe_kernels::ops::combine::{self, CombineInputs, Identity};
 use moe_kernels::ops::grouped_gemm::{
     GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd, grouped_gemm_gate_up_fwd,
+    grouped_gemm_weighted_fwd,
 };
 use moe_kernels::ops::rms_norm::RmsNormInputs;
 use moe_kernels::ops::{capacity, permute, plan, rms_norm};
@@ -83,7 +84,8 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
     done("rms_norm");
     let ids = gpu.upload(&vec![experts as u32; slots]);
     let ids = ids.view();
-    let identity = Identity { experts: 0..experts as u32 + 1, expert_ids: &ids, x: &x };
+    let identity = 0..experts as u32 + 1;
+    let identity = Identity { experts: identity, expert_ids: &ids, x: &x, weights: None };
     for identity in [None, Some(identity)] {
         let inputs = CombineInputs { identity, ..CombineInputs::new(&rows, &weights) };
         combine::combine_fwd(device, stream, plan, width, &inputs).unwrap();
@@ -98,6 +100,13 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
             let linear = LinearWeights { order, bias: Some(&bias), ..LinearWeights::new(&w) };
             grouped_gemm_fwd(device, stream, plan, width, width, from, x, linear).unwrap();
             done("grouped_gemm");
+            if D::DTYPE == DType::F16 {
+                grouped_gemm_weighted_fwd(
+                    device, stream, plan, width, width, from, x, linear, &weights,
+                )
+                .unwrap();
+                done("weighted grouped_gemm");
+            }
             for weight_position in [WeightPosition::Output, WeightPosition::Input] {
                 let config =
                     ExpertConfig { gate_up_order: order, weight_position, ..Default::default() };
@@ -177,6 +186,7 @@ fn no_operation_trusts_a_plan() {
             let plan = made.unwrap();
             use_everywhere::<f32>(&gpu, &plan, seed, &mut failures);
             use_everywhere::<bf16>(&gpu, &plan, seed, &mut failures);
+            use_everywhere::<f16>(&gpu, &plan, seed, &mut failures);
         }
         let by_slot = shape.by_slot();
         let mut memory = gpu.upload(&contents(&PlanLayout::new(by_slot).unwrap(), rng));

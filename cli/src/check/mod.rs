@@ -3,6 +3,7 @@
 mod case;
 mod choice;
 mod ops;
+mod weighted;
 
 use std::fmt::Write;
 

@@ -23,7 +23,7 @@ use moe_kernels::{
 };
 
 use super::case::{Case, ROUTERS};
-use super::choice;
+use super::{choice, weighted};
 use crate::backend::Element;
 use crate::device::Gpu;
 use crate::error::Result;
@@ -40,7 +40,7 @@ pub enum Op {
     ExpertChoice,
     Plan,
     Permute,
-    /// Both with the gather and without
+    /// Both with the gather and without; in f16 with the rows' weights too
     GroupedGemm,
     /// The same, with the activation: a few families' experts, and orders of weights
     GateUp,
@@ -137,7 +137,7 @@ impl Worst {
         Self { of_bound: error, error, bound: 0.0, exact: true, what }
     }
 
-    fn of_bounded<D: Dtype>(name: &str, got: &[D], wanted: &Bounded) -> Self {
+    pub fn of_bounded<D: Dtype>(name: &str, got: &[D], wanted: &Bounded) -> Self {
         let Some((index, of_bound)) = wanted.worst(got) else {
             return Self { exact: false, ..Self::nothing() };
         };
@@ -282,6 +282,7 @@ fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let linear = reference::LinearWeights::new(&case.gate_up[..]);
     let wanted = bound::grouped_gemm(&case.plan, n, hidden, &case.x, linear, true, D::DTYPE)?;
     worst.take(Worst::of_bounded("y (gathered)", &gpu.download(&y.as_view())?, &wanted));
+    worst.take(weighted::product(gpu, case, &plan)?);
     Ok(worst)
 }
 
@@ -416,7 +417,12 @@ fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         let inputs = CombineInputs {
             yp: &yp,
             weights: Some(&weights),
-            identity: all.then_some(Identity { experts: experts.clone(), expert_ids: &ids, x: &x }),
+            identity: all.then_some(Identity {
+                experts: experts.clone(),
+                expert_ids: &ids,
+                x: &x,
+                weights: None,
+            }),
             output_bias: all.then_some(&bias),
             shared: all.then_some(Shared { y: &x, gate: Some(&gate_device), average: true }),
         };
@@ -429,6 +435,7 @@ fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
                 experts: experts.clone(),
                 expert_ids: &case.expert_ids,
                 x: &case.x[..],
+                weights: None,
             }),
             output_bias: all.then_some(&case.x[..hidden]),
             shared: all.then_some(reference::Shared {

@@ -187,6 +187,33 @@ fn the_config_decides_about_renormalisation() {
     }
 }
 
+/// Outputs beyond the range of f16 are reported; an input that is infinite itself is no news.
+#[test]
+fn outputs_that_are_not_finite() {
+    let folder = Folder::of("mixtral-tiny");
+    let mut tensors = folder.tensors("recorded.safetensors");
+    let x = tensors.iter_mut().find(|tensor| tensor.name == "x").unwrap();
+    let values: Vec<f32> = x.values().iter().map(|x| *x as f32 * 3000.0).collect();
+    *x = Stored::f32("x", &[21, 40], &values);
+    write(&folder.path("recorded.safetensors"), &tensors);
+    let done = run(&folder, 0, &["--device", "cpu", "--dtype", "f16"]);
+    assert_eq!(done.status, Some(0), "{done:?}");
+    let found = "of 840 numbers of y are infinite or NaN, for tokens that are finite";
+    assert!(done.stderr.contains("warning: ") && done.stderr.contains(found), "{done:?}");
+    let line = done.stdout.lines().find(|line| line.starts_with("range "));
+    assert!(line.is_some_and(|line| line.contains(found)), "{done:?}");
+    for dtype in ["f32", "bf16"] {
+        let done = run(&folder, 0, &["--device", "cpu", "--dtype", dtype]);
+        assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
+        assert!(!done.stdout.contains("range "), "{done:?}");
+    }
+    let x = tensors.iter_mut().find(|tensor| tensor.name == "x").unwrap();
+    *x = Stored::f32("x", &[21, 40], &[f32::INFINITY; 840]);
+    write(&folder.path("recorded.safetensors"), &tensors);
+    let done = run(&folder, 0, &["--device", "cpu"]);
+    assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
+}
+
 #[test]
 fn an_output_that_is_there_is_replaced() {
     let folder = Folder::of("mixtral-tiny");

@@ -26,6 +26,7 @@ pub fn combine(
     let yp = magnitudes(inputs.yp);
     let weights = inputs.weights.map(magnitudes);
     let x = inputs.identity.as_ref().map(|identity| magnitudes(identity.x));
+    let of_identities = inputs.identity.as_ref().and_then(|i| i.weights).map(magnitudes);
     let output_bias = inputs.output_bias.map(magnitudes);
     let shared = inputs.shared.as_ref().map(|shared| magnitudes(shared.y));
     // Gates stay as they are: a sigmoid is positive.
@@ -37,6 +38,7 @@ pub fn combine(
             experts: identity.experts.clone(),
             expert_ids: identity.expert_ids,
             x,
+            weights: of_identities.as_deref(),
         }),
         output_bias: output_bias.as_deref(),
         shared: inputs.shared.as_ref().zip(shared.as_deref()).map(|(inputs, y)| Shared {

@@ -2,7 +2,7 @@
 
 use super::super::accum::Element;
 use super::super::activation::activate;
-use super::super::expert_weights::{GateUpWeights, LinearWeights, Part, weights_of_rows};
+use super::super::expert_weights::{GateUpWeights, LinearWeights, Part, of_rows, weights_of_rows};
 use super::super::grouped_gemm::{Values, grouped_gemm_fwd, sums};
 use super::super::plan::Plan;
 use super::activation::{Inexact, activation_error};
@@ -29,6 +29,61 @@ pub fn grouped_gemm<D: Dtype>(
     let adding = if weights.bias.is_some() { U } else { 0.0 };
     let error = |(s, value): (&f64, &f64)| sum_error(k, *s) + adding * value.abs();
     let errors = magnitude.iter().zip(&value).map(error).collect();
+    Ok(Bounded { bound: stored(&value, errors, out), value })
+}
+
+/// [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd) with its result stored as `out`. Of
+/// `routing_weights`, the bounds say how far those of the operation may be from the right ones.
+///
+/// # Errors
+/// Those of [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd).
+#[allow(clippy::too_many_arguments, reason = "those of the operation")]
+pub fn grouped_gemm_weighted<D: Dtype>(
+    plan: &Plan,
+    n: usize,
+    k: usize,
+    x: &[impl Element<f64>],
+    weights: LinearWeights<'_, D>,
+    routing_weights: &Bounded,
+    gather: bool,
+    out: DType,
+) -> Result<Bounded> {
+    weighted_of(plan, [n, k], (x, None), weights, routing_weights, gather, out)
+}
+
+/// [`grouped_gemm_weighted`] of an `x` whose elements are off by as much as stands beside them.
+pub(super) fn weighted_of<D: Dtype, X: Element<f64>>(
+    plan: &Plan,
+    [n, k]: [usize; 2],
+    (x, x_errors): (&[X], Option<&[f64]>),
+    weights: LinearWeights<'_, D>,
+    routing_weights: &Bounded,
+    gather: bool,
+    out: DType,
+) -> Result<Bounded> {
+    const OP: &str = "grouped_gemm_weighted";
+    let values = grouped_gemm_fwd::<f64, D>(plan, n, k, x, weights, gather)?;
+    let magnitudes = grouped_gemm_magnitude(plan, n, k, x, weights, gather)?;
+    let from_x = match x_errors {
+        Some(errors) => grouped_gemm_magnitude(plan, n, k, errors, weights, gather)?,
+        None => vec![0.0; values.len()],
+    };
+    let weight: Vec<f64> = of_rows(OP, "routing_weights", plan, &routing_weights.value)?;
+    let weight_error: Vec<f64> = of_rows(OP, "routing_weights", plan, &routing_weights.bound)?;
+    let adding = if weights.bias.is_some() { U } else { 0.0 };
+    let (mut value, mut errors) = (Vec::new(), Vec::new());
+    for (at, (sum, (magnitude, from_x))) in
+        values.iter().zip(magnitudes.iter().zip(&from_x)).enumerate()
+    {
+        let error = sum_error(k, magnitude + from_x) + from_x + adding * sum.abs();
+        let row = at / n;
+        let weight = Inexact { value: weight[row], error: weight_error[row] };
+        let weighted = times(weight, Inexact { value: *sum, error });
+        value.push(weighted.value);
+        errors.push(weighted.error);
+    }
+    let in_use = plan.rows_in_use() * n;
+    errors[in_use..].fill(0.0);
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }
 

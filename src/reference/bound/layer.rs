@@ -7,13 +7,13 @@ use super::super::moe_layer_route_fwd;
 use super::super::plan::Plan;
 use super::super::project::{ProjectInputs, project_fwd};
 use super::super::rms_norm::RmsNormInputs;
-use super::grouped_gemm::{gate_up_of, grouped_gemm_magnitude};
+use super::grouped_gemm::{gate_up_of, grouped_gemm_magnitude, weighted_of};
 use super::{Bounded, U, combine, grouped_gemm, magnitudes, project, rms_norm, route};
 use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_divisor};
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
-use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_gate};
+use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_gate, no_noise_gate};
 
 /// Errors are multiplied by each other as well, and rounded; 1 % is ample for those second orders.
 const SECOND_ORDER: f64 = 1.01;
@@ -69,24 +69,60 @@ pub fn router_logits<D: Dtype>(
     weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<Bounded> {
     const OP: &str = "router_logits";
-    weights.check(OP, config)?;
-    inputs.check(OP, config)?;
-    let mut x = WithBounds.exact(inputs.router_x.unwrap_or(inputs.x));
-    if let Some(norm) = &config.projection.norm {
-        x = WithBounds.norm(norm, config.hidden, &x, weights.router.norm, None)?;
+    let x = router_x(OP, config, inputs, weights)?;
+    let (gate, bias) = (weights.router.gate.as_ref(), weights.router.bias.as_ref());
+    let gate = gate.ok_or_else(|| no_gate(OP))?;
+    router_product(config, &x, gate, bias, config.projection.f32_logits)
+}
+
+/// The noise's own logits, before the rounding that [`noise_logits`](super::super::noise_logits) makes, with what a norm
+/// before them is stored as `D`.
+///
+/// # Errors
+/// Those of [`noise_logits`](super::super::noise_logits).
+pub fn noise_logits<D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Bounded> {
+    const OP: &str = "noise_logits";
+    let x = router_x(OP, config, inputs, weights)?;
+    let gate = weights.router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?;
+    let f32_logits = inputs.logits.as_ref().map(Typed::is_f32);
+    let f32_logits = f32_logits.unwrap_or(config.projection.f32_logits);
+    router_product(config, &x, gate, None, f32_logits)
+}
+
+/// The tokens that the router reads, after its norm where it has one.
+fn router_x<D: Dtype>(
+    op: &'static str,
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Bounded> {
+    weights.check(op, config)?;
+    inputs.check(op, config)?;
+    let x = WithBounds.exact(inputs.router_x.unwrap_or(inputs.x));
+    match &config.projection.norm {
+        Some(norm) => WithBounds.norm(norm, config.hidden, &x, weights.router.norm, None),
+        None => Ok(x),
     }
-    let out = if config.projection.f32_logits { DType::F32 } else { D::DTYPE };
-    let (experts, bias) = (config.router_experts(), weights.router.bias.as_ref());
-    match &weights.router.gate {
-        Some(Typed::Element(gate)) => {
-            let bias = bias.and_then(Typed::element).copied();
-            projected((experts, config.hidden), &x, gate, bias, out)
+}
+
+fn router_product<D: Dtype>(
+    config: &MoeConfig,
+    x: &Bounded,
+    gate: &Typed<Host<'_>, D>,
+    bias: Option<&Typed<Host<'_>, D>>,
+    f32_logits: bool,
+) -> Result<Bounded> {
+    let out = if f32_logits { DType::F32 } else { D::DTYPE };
+    let widths = (config.router_experts(), config.hidden);
+    match gate {
+        Typed::Element(gate) => {
+            projected(widths, x, gate, bias.and_then(Typed::element).copied(), out)
         }
-        Some(Typed::F32(gate)) => {
-            let bias = bias.and_then(Typed::f32).copied();
-            projected((experts, config.hidden), &x, gate, bias, out)
-        }
-        None => Err(no_gate(OP)),
+        Typed::F32(gate) => projected(widths, x, gate, bias.and_then(Typed::f32).copied(), out),
     }
 }
 
@@ -170,6 +206,18 @@ impl<D: Dtype> Operations<D> for WithBounds {
         Ok(own.with(&from_x))
     }
 
+    fn weighted_linear(
+        &self,
+        plan: &Plan,
+        widths: [usize; 2],
+        x: &Bounded,
+        weights: LinearWeights<'_, D>,
+        routing_weights: &Bounded,
+    ) -> Result<Bounded> {
+        let x = (&x.value[..], Some(&x.bound[..]));
+        weighted_of(plan, widths, x, weights, routing_weights, false, D::DTYPE)
+    }
+
     fn gate_up(
         &self,
         plan: &Plan,
@@ -235,12 +283,14 @@ impl<D: Dtype> Operations<D> for WithBounds {
         hidden: usize,
         parts: &Parts<'_, Bounded, D>,
     ) -> Result<Bounded> {
-        let Parts { yp, weights, identity, output_bias, shared } = parts;
+        let Parts { yp, weights, identity, identity_weights, output_bias, shared } = parts;
         let gate = shared.and_then(|shared| shared.gate.as_ref());
         let values = CombineInputs {
             yp: &yp.value[..],
             weights: weights.map(|weights| &weights.value[..]),
-            identity: identity.clone(),
+            identity: identity.as_ref().map(|identity| {
+                identity.with_weights(identity_weights.map(|weights| &weights.value[..]))
+            }),
             output_bias: *output_bias,
             shared: shared.map(|shared| Shared {
                 y: &shared.y.value[..],
@@ -267,9 +317,12 @@ impl<D: Dtype> Operations<D> for WithBounds {
             }),
         };
         let mut errors = combine_fwd::<f64>(shape, plan, hidden, &from_rows)?;
-        // What errors of weights make of rows and tokens.
-        if let Some(weights) = weights {
-            let rows: Vec<f64> = magnitudes(&yp.value);
+        // What errors of weights make of rows, unless those have them already, and of tokens.
+        if let Some(weights) = weights.or(*identity_weights) {
+            let rows = match identity_weights {
+                Some(_) => vec![0.0; yp.value.len()],
+                None => magnitudes(&yp.value),
+            };
             let x = identity.as_ref().map(|identity| magnitudes(identity.x));
             let from_weights = CombineInputs::<f64, f64, f64> {
                 yp: &rows,
@@ -278,6 +331,7 @@ impl<D: Dtype> Operations<D> for WithBounds {
                     experts: identity.experts.clone(),
                     expert_ids: identity.expert_ids,
                     x,
+                    weights: None,
                 }),
                 output_bias: None,
                 shared: None,

@@ -3,6 +3,7 @@ use half::bf16;
 use super::*;
 use crate::config::{CapacityConfig, CapacityLimit, LatentConfig, Priority, SharedConfig};
 use crate::config::{RouterConfig, ZeroExperts};
+use crate::reference::route::RouteInputs;
 use crate::reference::sample::Sampler;
 use crate::tensors::{LatentWeights, SharedWeights};
 

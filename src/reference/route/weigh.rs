@@ -9,7 +9,7 @@ pub(super) fn logits<N: Number>(router: &RouterConfig, token: &Token<'_>) -> Vec
     let logit = |e: usize| {
         let mut z = N::of(token.logits[e]).cleaned();
         if let Some(noise) = token.noise {
-            let mut noise = N::of(noise[e]);
+            let mut noise = N::of(noise[e]) * N::of(router.noise_deviation);
             if let Some(logits) = &token.noise_logits {
                 noise = noise * N::of(logits[e]).cleaned().softplus();
             }

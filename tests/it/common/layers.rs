@@ -152,6 +152,7 @@ pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
             f32_logits: rng.once_in(2),
             bias: rng.once_in(3),
             norm: rng.once_in(5).then(|| random_norm(rng)),
+            noise_gate: rng.once_in(4),
         },
         router,
         zero_experts: zero,
@@ -232,6 +233,9 @@ fn random_router_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> RouterW
         gate: Some(typed(rng, f32_gate, experts * hidden, 3.0 / (hidden as f64).sqrt())),
         bias: projection.bias.then(|| typed(rng, f32_gate, experts, 0.5)),
         norm: projection.norm.map(|_| draw(rng, hidden, 0.5)),
+        noise_gate: projection
+            .noise_gate
+            .then(|| typed(rng, f32_gate, experts * hidden, 2.0 / (hidden as f64).sqrt())),
         selection_bias: bias.then(|| draw(rng, experts - router.num_sinks, 0.5)),
         expert_scale: router.expert_scale.then(|| draw(rng, experts, 1.5)),
         // Now and then an id that is no expert's.

@@ -17,6 +17,7 @@ pub fn any_bits<D: Dtype>(rng: &mut Rng) -> D {
 /// Any router that `num_experts` and `top_k` allow, each option as likely as not.
 pub fn router(rng: &mut Rng, num_experts: usize, top_k: usize) -> RouterConfig {
     let plain = RouterConfig {
+        noise_deviation: [1.0, 1.0, 0.25][rng.below(3)],
         logit_multiplier: [1.0, 1.0, 0.125, 3.7][rng.below(4)],
         logit_softcap: [None, None, Some(5.0), Some(0.3)][rng.below(4)],
         scale: [1.0, 1.0, 2.5, -0.5][rng.below(4)],

@@ -1,0 +1,175 @@
+//! The layer's router: its products, and what the choice of experts reads.
+
+use super::{OP, round};
+use crate::config::{MoeConfig, RouterConfig, RouterStep};
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::reference::accum::{Accum, Element};
+use crate::reference::project::{ProjectInputs, project_fwd};
+use crate::reference::rms_norm::{RmsNormInputs, rms_norm_fwd};
+use crate::reference::route::{RouteInputs, route_scores_fwd};
+use crate::tensors::{Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_gate, no_noise_gate};
+
+/// The router's logits `[T, E']`, of a layer that has a gate, rounded to the type that the configuration says. They are
+/// those of the product, before noise, multiplier and soft-cap; [`router_scores`] has what follows.
+///
+/// # Errors
+/// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without a gate.
+pub fn router_logits<A: Accum, D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Typed<Owned, D>> {
+    let logits: Vec<A> = projected(config, inputs, weights, RouterGate::Logits)?;
+    Ok(typed(config.projection.f32_logits, &logits))
+}
+
+/// What the noise of a layer with a [`noise_gate`](crate::ProjectionConfig::noise_gate) is scaled by, before the
+/// `softplus`: `[T, E']`, rounded to the type that the logits of the pass have.
+///
+/// # Errors
+/// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without such a gate.
+pub fn noise_logits<A: Accum, D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+) -> Result<Typed<Owned, D>> {
+    let logits: Vec<A> = projected(config, inputs, weights, RouterGate::Noise)?;
+    let f32_logits = inputs.logits.as_ref().map(Typed::is_f32);
+    Ok(typed(f32_logits.unwrap_or(config.projection.f32_logits), &logits))
+}
+
+/// What a step of the router makes of a layer's logits, `[T, E']`: those with their noise, those that experts are
+/// chosen by, or their scores, as [`route_scores_fwd`] has them.
+///
+/// # Errors
+/// Those of [`moe_layer_fwd`](super::moe_layer_fwd) and of [`route_scores_fwd`].
+pub fn router_scores<A: Accum, D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+    step: RouterStep,
+) -> Result<Vec<A>> {
+    let read = RouterReads::new::<A, D>(config, inputs, weights)?;
+    let shape = config.routing(inputs.x.len() / config.hidden);
+    let router = &config.router;
+    route_scores_fwd(&shape, router, step, &read.of(router, inputs, weights))
+}
+
+/// Which product of the router.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum RouterGate {
+    Logits,
+    Noise,
+}
+
+fn typed<A: Accum, D: Dtype>(f32_logits: bool, logits: &[A]) -> Typed<Owned, D> {
+    match f32_logits {
+        true => Typed::F32(round(logits)),
+        false => Typed::Element(round(logits)),
+    }
+}
+
+/// What the router reads, times one of its matrices.
+fn projected<A: Accum, D: Dtype>(
+    config: &MoeConfig,
+    inputs: &MoeInputs<Host<'_>, D>,
+    weights: &MoeWeights<Host<'_>, D>,
+    which: RouterGate,
+) -> Result<Vec<A>> {
+    weights.check(OP, config)?;
+    inputs.check(OP, config)?;
+    let x = inputs.router_x.unwrap_or(inputs.x);
+    match &config.projection.norm {
+        Some(norm) => {
+            let inputs = RmsNormInputs { x, weight: weights.router.norm, plan: None };
+            let x: Vec<A> = rms_norm_fwd(norm, config.hidden, &inputs)?;
+            project(config, &x, weights, which)
+        }
+        None => project(config, x, weights, which),
+    }
+}
+
+fn project<A: Accum, D: Dtype>(
+    config: &MoeConfig,
+    x: &[impl Element<A>],
+    weights: &MoeWeights<Host<'_>, D>,
+    which: RouterGate,
+) -> Result<Vec<A>> {
+    let (experts, hidden, router) = (config.router_experts(), config.hidden, &weights.router);
+    let (gate, bias) = match which {
+        RouterGate::Logits => (router.gate.as_ref().ok_or_else(|| no_gate(OP))?, &router.bias),
+        RouterGate::Noise => (router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?, &None),
+    };
+    // Gate and bias are of one type, as was checked.
+    match gate {
+        Typed::Element(gate) => {
+            let bias = bias.as_ref().and_then(Typed::element).copied();
+            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
+        }
+        Typed::F32(gate) => {
+            let bias = bias.as_ref().and_then(Typed::f32).copied();
+            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
+        }
+    }
+}
+
+/// The numbers that the router reads, as f32, which holds those of every type.
+pub(in crate::reference) struct RouterReads {
+    logits: Vec<f32>,
+    noise_logits: Option<Vec<f32>>,
+}
+
+impl RouterReads {
+    /// The logits of this pass, those that it was given or those of the gate, once every tensor was checked.
+    pub(in crate::reference) fn new<A: Accum, D: Dtype>(
+        config: &MoeConfig,
+        inputs: &MoeInputs<Host<'_>, D>,
+        weights: &MoeWeights<Host<'_>, D>,
+    ) -> Result<Self> {
+        weights.check(OP, config)?;
+        inputs.check(OP, config)?;
+        inputs.check_route(OP, config, weights)?;
+        fn widen<M: Memory, D: Dtype>(numbers: &Typed<M, D>) -> Vec<f32>
+        where
+            M::Of<D>: AsRef<[D]>,
+            M::Of<f32>: AsRef<[f32]>,
+        {
+            match numbers {
+                Typed::Element(numbers) => numbers.as_ref().iter().map(|x| x.to_f32()).collect(),
+                Typed::F32(numbers) => numbers.as_ref().to_vec(),
+            }
+        }
+        let logits = match &inputs.logits {
+            Some(logits) => widen(logits),
+            None => widen(&router_logits::<A, D>(config, inputs, weights)?),
+        };
+        let noise_logits = match &inputs.noise_logits {
+            Some(logits) => Some(widen(logits)),
+            None if inputs.noise.is_some() && config.projection.noise_gate => {
+                Some(widen(&noise_logits::<A, D>(config, inputs, weights)?))
+            }
+            None => None,
+        };
+        Ok(Self { logits, noise_logits })
+    }
+
+    /// What a router reads that chooses as the layer's does.
+    pub(in crate::reference) fn of<'a, 'i: 'a, 'w: 'a, D: Dtype>(
+        &'a self,
+        router: &RouterConfig,
+        inputs: &MoeInputs<Host<'i>, D>,
+        weights: &MoeWeights<Host<'w>, D>,
+    ) -> RouteInputs<'a, f32> {
+        RouteInputs {
+            logits: &self.logits,
+            selection_bias: weights.router.selection_bias,
+            expert_scale: weights.router.expert_scale.filter(|_| router.expert_scale),
+            noise: inputs.noise,
+            noise_logits: self.noise_logits.as_deref(),
+            given_ids: inputs.given_ids.or(weights.router.table),
+            token_ids: inputs.token_ids,
+            active: inputs.active,
+        }
+    }
+}

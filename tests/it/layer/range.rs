@@ -1,0 +1,111 @@
+//! The range of f16: an expert's output may leave it before its weight brings it back.
+
+use half::f16;
+use moe_kernels::{
+    ExpertConfig, GateUpTensors, LatentConfig, MoeConfig, MoeInputs, MoeWeights, RouterConfig,
+    SharedConfig, Typed, ZeroExperts, ZeroOutput, reference,
+};
+
+use super::{Case, plain};
+use crate::common::gpu;
+
+/// What of the experts' outputs is added up.
+#[derive(Clone, Copy)]
+enum Part {
+    /// All of it.
+    Whole,
+    /// What one of a token's choices adds, times its weight.
+    Weighted,
+    /// The same without its weight.
+    Raw,
+}
+
+impl Case<f16> {
+    /// The largest number of such parts, in f64.
+    fn largest(&self, part: Part) -> f64 {
+        let (config, inputs) = (&self.config, self.inputs.as_host());
+        let config = MoeConfig { shared: None, output_norm: None, ..*config };
+        let weights = MoeWeights { shared: None, ..self.weights.as_host() };
+        let routing =
+            reference::moe_layer_route_fwd::<f64, f16>(&config, &inputs, &weights).unwrap();
+        let top_k = config.top_k;
+        let parts = if matches!(part, Part::Whole) { 1 } else { top_k };
+        let mut largest = 0.0f64;
+        for k in 0..parts {
+            let of_slot = |(slot, &weight): (usize, &f64)| match part {
+                Part::Whole => weight,
+                _ if slot % top_k != k => 0.0,
+                Part::Weighted => weight,
+                Part::Raw => 1.0,
+            };
+            let used: Vec<f64> = routing.weights.iter().enumerate().map(of_slot).collect();
+            let (x, ids) = (inputs.x, &routing.expert_ids);
+            let y = reference::moe_layer_experts_fwd::<f64, f16>(&config, x, ids, &used, &weights);
+            largest = y.unwrap().iter().fold(largest, |most, y| most.max(y.abs()));
+        }
+        largest
+    }
+
+    /// Scales the last projection until the largest output, and the largest that one expert adds to one, is 60000. Some
+    /// expert's own output is beyond f16's 65504 then.
+    fn scale(&mut self) {
+        // Activations of a few units, so that f16 holds the last projection.
+        if let GateUpTensors::Fused(gate_up) = &mut self.weights.experts.gate_up {
+            gate_up.iter_mut().for_each(|w| *w = f16::from_f32(w.to_f32() * 8.0));
+        }
+        let by = 60_000.0 / self.largest(Part::Whole).max(self.largest(Part::Weighted));
+        let (weights, is_latent) = (&mut self.weights, self.config.latent.is_some());
+        let down = match &mut weights.latent {
+            // What the experts themselves return is small then; it is their sum that is projected.
+            Some(latent) => &mut latent.after,
+            None => &mut weights.experts.down,
+        };
+        down.iter_mut().for_each(|w| *w = f16::from_f64(w.to_f64() * by));
+        if let (Some(bias), false) = (&mut weights.experts.down_bias, is_latent) {
+            bias.iter_mut().for_each(|w| *w = f16::from_f64(w.to_f64() * by));
+        }
+        let raw = self.largest(Part::Raw);
+        assert!(is_latent || raw > 66_000.0, "{raw}");
+        assert!(self.largest(Part::Whole).max(self.largest(Part::Weighted)) < 61_000.0);
+    }
+}
+
+#[test]
+fn outputs_beyond_f16_come_back_by_their_weights() {
+    let gpu = gpu();
+    let router = RouterConfig::softmax_top_k(false);
+    let base = MoeConfig { router, ..plain(32, 16, 4, 2) };
+    let biased = ExpertConfig { down_bias: true, ..base.experts };
+    let identity = ZeroExperts { count: 2, output: ZeroOutput::Identity };
+    for config in [
+        base,
+        MoeConfig { experts: biased, ..base },
+        MoeConfig { zero_experts: Some(identity), top_k: 3, ..base },
+        MoeConfig { shared: Some(SharedConfig::new(24)), ..base },
+        MoeConfig { hidden: 31, intermediate: 13, ..base },
+        MoeConfig { latent: Some(LatentConfig { hidden: 20, norm: None }), ..base },
+    ] {
+        for seed in 0..3 {
+            let mut case = Case::<f16>::random(config, 9, seed);
+            case.inputs = MoeInputs::new(case.inputs.x);
+            case.scale();
+            case.check(&gpu, &format!("{config} seed {seed}"));
+            let y = case.forward(&gpu);
+            assert!(y.iter().all(|y| y.is_finite()), "{config} seed {seed}: {y:?}");
+        }
+    }
+}
+
+/// A router's weights of one expert alone, as in published checkpoints whose outputs are large.
+#[test]
+fn sixty_thousand() {
+    let gpu = gpu();
+    let mut case = Case::<f16>::plain(MoeConfig::new(8, 1, 2, 1), 1, 3);
+    case.inputs.x.fill(f16::ONE);
+    case.weights.experts.gate_up = GateUpTensors::Fused(vec![f16::from_f32(4.0); 2 * 2 * 8]);
+    // silu(32) * 32 = 1024, times 100 is beyond f16; the weight of the one choice is 1 / (1 + exp(-0.2)) = 0.55.
+    case.weights.experts.down = vec![f16::from_f32(100.0); 2 * 8];
+    case.inputs.logits = Some(Typed::F32(vec![0.2, 0.0]));
+    let y = case.forward(&gpu);
+    assert!(y.iter().all(|y| (y.to_f32() - 56_303.0).abs() < 64.0), "{y:?}");
+}
