@@ -59,7 +59,10 @@ pub struct Arguments {
 }
 
 /// The end of a comparison of the bundled checkpoints.
-const NEXT: &str = "\nA layer of your own checkpoint: cargo moe run --checkpoint DIR --layer 3 --input x.safetensors --output y.safetensors\n";
+const NEXT: &str = concat!(
+    "\nA layer of your own checkpoint: ",
+    "cargo moe run --checkpoint DIR --layer 3 --input x.safetensors --output y.safetensors\n",
+);
 
 /// `Ok(false)` if a device is further from the recording than it may be.
 pub fn run(arguments: &Arguments) -> Result<bool> {

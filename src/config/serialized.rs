@@ -131,6 +131,11 @@ fn every_variant() {
     holds_variants(normalizations());
     holds_variants(capacity_limits());
     holds_variants(priorities());
+    holds_variants(every!(RouterStep {
+        RouterStep::NoisyLogits => RouterStep::NoisyLogits,
+        RouterStep::Logits => RouterStep::Logits,
+        RouterStep::Scores => RouterStep::Scores,
+    }));
     holds_variants(every!(Selection {
         Selection::Score => Selection::Score,
         Selection::Logit => Selection::Logit,

@@ -113,7 +113,8 @@ impl MoeConfig {
     ///
     /// # Errors
     /// [`Error::Json`](crate::Error::Json), which names the key, its value and what is known; for families whose block
-    /// is none of this crate's it says why, and for a dense layer, or one behind the last, the key that makes it so. [`Error::Unsupported`](crate::Error::Unsupported) for sizes out of range.
+    /// is none of this crate's it says why, and for a dense layer, or one past the last, the key that makes it so.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for sizes out of range.
     pub fn from_hf(json: &str, layer: usize) -> Result<Self> {
         let blocks = blocks(json, layer)?;
         blocks.first().map(|block| block.config).ok_or_else(|| not_json("without a block".into()))

@@ -183,7 +183,8 @@ mod tests {
         let weights =
             r#""weights": {"num_bits": 8, "type": "float", "block_structure": [128, 64]}"#;
         let keys = format!(
-            r#", "quantization_config": {{"quant_method": "compressed-tensors", "config_groups": {{"group_0": {{{weights}}}}}}}"#
+            r#", "quantization_config": {{"quant_method": "compressed-tensors",
+                "config_groups": {{"group_0": {{{weights}}}}}}}"#
         );
         let read = read(&keys, "").unwrap().unwrap();
         assert_eq!(read.format, "compressed-tensors (float, 8 bits)");

@@ -161,7 +161,10 @@ fn layers_that_differ() {
 
     let step = json!({
         "model_type": "step3p7",
-        "text_config": { "moe_layers_enum": "0, 1, 2", "swiglu_limits": [0.0, null, 7.0], "swiglu_limits_shared": [16.0, 0, null] },
+        "text_config": {
+            "moe_layers_enum": "0, 1, 2",
+            "swiglu_limits": [0.0, null, 7.0], "swiglu_limits_shared": [16.0, 0, null]
+        },
     });
     for (layer, limits) in [(0, ["", "16"]), (1, ["", ""]), (2, ["7", ""])] {
         let config = MoeConfig::from_hf(&step.to_string(), layer).unwrap();

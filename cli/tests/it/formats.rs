@@ -203,7 +203,10 @@ fn scales_of_blocks() {
 #[test]
 fn scales_of_matrices_and_rows() {
     let weights = |strategy: &str| json!({"num_bits": 8, "type": "float", "strategy": strategy});
-    let config = |strategy: &str| json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights(strategy)}}});
+    let config = |strategy: &str| {
+        let groups = json!({"group_0": {"weights": weights(strategy)}});
+        json!({"quant_method": "compressed-tensors", "config_groups": groups})
+    };
     for (block, dimensions, strategy) in [
         ([ALL, ALL], 0, "tensor"),
         ([ALL, ALL], 1, "tensor"),
@@ -238,7 +241,9 @@ fn a_nested_configuration() {
 #[test]
 fn deepseek_v4_as_published() {
     let mut model = Model::of("deepseek-v4-tiny", &[(22, 160), (12, 192)]);
-    model.config["quantization_config"] = json!({"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]});
+    model.config["quantization_config"] = json!({
+        "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128],
+    });
     let fp8 = Scheme { name: ".scale", scale: Scale::E8m0, ..BLOCKS };
     let done = same_as_wide(&model, 1, &[("ffn.experts", FP4), ("shared_experts", fp8)]);
     assert!(done.stdout.contains("weights on disk in fp4"), "{}", done.stdout);
