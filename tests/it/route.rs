@@ -131,11 +131,13 @@ fn has_bounds<D: Dtype>(case: &RouterCase<D>) -> bool {
     fn moderate<V: Dtype>(values: &[V]) -> bool {
         values.iter().all(|value| value.to_f32().abs() <= 8.0)
     }
-    let positive = match case.router.scoring {
-        Scoring::Softmax | Scoring::SoftmaxSelected => true,
-        Scoring::Sigmoid | Scoring::Sparsemixer { .. } => true,
-        _ => false,
-    };
+    let positive = matches!(
+        case.router.scoring,
+        Scoring::Softmax
+            | Scoring::SoftmaxSelected
+            | Scoring::Sigmoid
+            | Scoring::Sparsemixer { .. }
+    );
     positive
         && case.router.selection != Selection::Given
         && moderate(&case.logits)

@@ -174,7 +174,7 @@ fn errors_come_before_any_launch() {
     let shape = RoutingShape::new(4, 3, 2).unwrap();
     let ids = gpu.upload(&routing_ids(shape, Skew::Uniform, 0));
     let plan = plan::plan_fwd(device, stream, shape, &ids.view()).unwrap();
-    let (x, w) = (gpu.upload(&vec![f16::ONE; 20]), gpu.upload(&vec![f16::ONE; 90]));
+    let (x, w) = (gpu.upload(&[f16::ONE; 20]), gpu.upload(&[f16::ONE; 90]));
     let weights = gpu.upload(&[1.0f32; 8]);
     let mut y = gpu.poisoned::<f16>(48);
     let mut call = |lens: [usize; 4]| {
@@ -194,7 +194,7 @@ fn errors_come_before_any_launch() {
     assert_eq!(call(good), Ok(()));
 
     // The allocating form, with another type.
-    let (x, w) = (gpu.upload(&vec![bf16::ONE; 20]), gpu.upload(&vec![bf16::ONE; 90]));
+    let (x, w) = (gpu.upload(&[bf16::ONE; 20]), gpu.upload(&[bf16::ONE; 90]));
     let (x, w, weights) = (x.view(), w.view(), weights.view());
     let linear = LinearWeights::new(&w);
     let rows = Rows::Gathered;
