@@ -59,7 +59,8 @@ __device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin,
   return begin;
 }
 
-extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS)
+// Four blocks a multiprocessor: for six of them, ptxas spills on sm_120.
+extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS, 4)
 moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
                         uint32_t* kept,             // [sequences, E] out, in and out if later
                         uint32_t* dropped,          // [sequences, E] out, in and out if later

@@ -49,7 +49,7 @@ fn power_of_two(exponent: i32) -> f32 {
 /// `[n.div_ceil(128), k.div_ceil(128)]`, and multiplies.
 ///
 /// # Errors
-/// [`Error::Length`](crate::Error::Length) for slices that do not fit.
+/// [`Error::Length`] for slices that do not fit.
 pub fn dequantize_fp8_blocks(
     codes: &[u8],
     scales: &[f32],
@@ -66,7 +66,7 @@ pub fn dequantize_fp8_blocks(
 /// `[n, k]` is one scale for the matrix, `[1, k]` one for each row.
 ///
 /// # Errors
-/// [`Error::Length`](crate::Error::Length) for slices that do not fit, [`Error::Unsupported`](crate::Error::Unsupported)
+/// [`Error::Length`] for slices that do not fit, [`Error::Unsupported`]
 /// for a block without rows or columns.
 pub fn dequantize_fp8(
     codes: &[u8],
@@ -83,7 +83,7 @@ pub fn dequantize_fp8(
 /// as [`dequantize_fp8`] has them.
 ///
 /// # Errors
-/// [`Error::Length`](crate::Error::Length) for slices that do not fit, [`Error::Unsupported`](crate::Error::Unsupported)
+/// [`Error::Length`] for slices that do not fit, [`Error::Unsupported`]
 /// for an odd `k` and for a block without rows or with an odd number of columns.
 pub fn dequantize_fp4(
     codes: &[u8],
@@ -160,7 +160,7 @@ fn scales_of(op: &'static str, [n, k]: [usize; 2], block: [usize; 2]) -> Result<
 /// multiplies. Block `i` is `blocks[16 * i..]` and `scales[i]`.
 ///
 /// # Errors
-/// [`Error::Length`](crate::Error::Length) for slices that do not fit.
+/// [`Error::Length`] for slices that do not fit.
 pub fn dequantize_mxfp4(blocks: &[u8], scales: &[u8], out: &mut [f32]) -> Result<()> {
     const OP: &str = "dequantize_mxfp4";
     const BYTES: usize = MXFP4_BLOCK / 2;
@@ -179,7 +179,7 @@ pub fn dequantize_mxfp4(blocks: &[u8], scales: &[u8], out: &mut [f32]) -> Result
 /// The number of scales that a matrix `[n, k]` has with one for each block of `block[0]` rows and `block[1]` columns.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) where that is more than there can be, and for a block without
+/// [`Error::Unsupported`] where that is more than there can be, and for a block without
 /// rows or columns.
 pub fn num_scales(n: usize, k: usize, block: [usize; 2]) -> Result<usize> {
     scales_of("num_scales", [n, k], block)
@@ -188,7 +188,7 @@ pub fn num_scales(n: usize, k: usize, block: [usize; 2]) -> Result<usize> {
 /// The number of scales that a matrix `[n, k]` of FP8 codes has in blocks of 128 x 128.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) where that is more than there can be.
+/// [`Error::Unsupported`] where that is more than there can be.
 pub fn fp8_scales(n: usize, k: usize) -> Result<usize> {
     scales_of("fp8_scales", [n, k], [FP8_BLOCK, FP8_BLOCK])
 }
