@@ -4,13 +4,13 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};
 
-use moe_kernels::MoeConfig;
 use moe_kernels::hf::{self, Block, Layout, Part, Role, Stored};
+use moe_kernels::{MoeConfig, WeightOrder};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::folder::{Folder, MOST_CONFIG_BYTES, MOST_INDEX_BYTES};
-use crate::source::{Code, Source, scale_shapes};
+use crate::source::{Code, Scaling, Source, scale_shapes};
 use crate::tensor_file::{Tensor, TensorFile};
 use crate::weights::{Array, Piece};
 
@@ -97,7 +97,7 @@ impl Checkpoint {
     }
 
     /// A tensor of numbers as it is, or quantised with its scales beside it; of the right shape in any case.
-    fn source(&self, part: &Part, ids: bool, block: &Block) -> Result<Source<'_>> {
+    fn source(&self, part: &Part, role: Role, block: &Block) -> Result<Source<'_>> {
         let (name, shape) = (&part.name, &part.shape[..]);
         let tensor = |name: &str| {
             let shape = format!("{shape:?}");
@@ -109,7 +109,7 @@ impl Checkpoint {
             return Source::mxfp4(blocks, scales, shape);
         }
         let tensor = tensor(name)?;
-        if ids {
+        if role == Role::Table {
             tensor.check_ids(shape)?;
             return Ok(Source::Plain(tensor));
         }
@@ -120,22 +120,25 @@ impl Checkpoint {
             }
             return Err(self.unreadable(&tensor, block));
         };
-        let blocks = block.quantization.as_ref().and_then(|it| it.block);
+        let scaling = Scaling {
+            block: block.quantization.as_ref().and_then(|it| it.block),
+            in_out: in_out(role, block),
+        };
         let names = part.scale_names();
         let Some(scale) = names.iter().find(|name| self.file_of_tensor.contains_key(*name)) else {
             // Codes of 4 bits are told from other bytes by their scales.
             return Err(match code {
-                Code::Fp8 => self.no_scales(&tensor, &names, &scale_shapes(code, shape, blocks)),
+                Code::Fp8 => self.no_scales(&tensor, &names, &scale_shapes(code, shape, scaling)),
                 Code::Fp4 => self.unreadable(&tensor, block),
             });
         };
         let Some(scales) = self.find(scale)? else {
-            return Err(self.no_scales(&tensor, &names, &scale_shapes(code, shape, blocks)));
+            return Err(self.no_scales(&tensor, &names, &scale_shapes(code, shape, scaling)));
         };
         if code == Code::Fp4 && scales.is_e4m3() {
             return Err(self.unreadable(&tensor, block));
         }
-        Source::scaled(code, tensor, scales, shape, blocks)
+        Source::scaled(code, tensor, scales, shape, scaling)
     }
 
     /// Every MoE block of one layer that the checkpoint has, every tensor of it found and of the right shape, and no
@@ -202,7 +205,7 @@ impl Checkpoint {
         let mut may_stay = BTreeSet::new();
         let arrays = arrays.into_iter().map(|array| {
             let pieces = array.parts.iter().map(|part| {
-                let source = self.source(part, array.role == Role::Table, block)?;
+                let source = self.source(part, array.role, block)?;
                 if let Source::Scaled(_) = source {
                     may_stay.extend(part.activation_scale_names());
                 }
@@ -268,6 +271,17 @@ impl<'a> Layer<'a> {
         let pieces = self.array(Role::Down).map(|array| &array.pieces);
         pieces.and_then(|pieces| pieces.first()).map(|p| p.source.dtype_name()).unwrap_or_default()
     }
+}
+
+/// Whether the matrices of a role are `[in, out]`.
+fn in_out(role: Role, block: &Block) -> bool {
+    let experts = &block.config.experts;
+    let order = match role {
+        Role::GateUp | Role::Gate | Role::Up => experts.gate_up_order,
+        Role::Down => experts.down_order,
+        _ => WeightOrder::OutIn,
+    };
+    order == WeightOrder::InOut
 }
 
 /// A name without folders: an index must not lead out of its own folder.

@@ -58,7 +58,7 @@ impl Bytes {
     }
 }
 
-fn check_file(path: &Path, metadata: &Metadata) -> Result<()> {
+pub(crate) fn check_file(path: &Path, metadata: &Metadata) -> Result<()> {
     if metadata.is_file() {
         return Ok(());
     }

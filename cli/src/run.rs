@@ -116,8 +116,17 @@ fn run_checkpoint(
         let why = format!("{} is not a folder", parent.display());
         return Err(Error::Option { option: "--output", why });
     }
-    if output.is_dir() {
-        let why = format!("{} is a folder, wanted a file", output.display());
+    if let Ok(there) = output.metadata()
+        && !there.is_file()
+    {
+        let kind = if there.is_dir() { "a folder" } else { "no file" };
+        let why = format!("{} is {kind}, wanted a file", output.display());
+        return Err(Error::Option { option: "--output", why });
+    }
+    if let (Ok(from), Ok(to)) = (input.canonicalize(), output.canonicalize())
+        && from == to
+    {
+        let why = format!("{} is the input, wanted another file", output.display());
         return Err(Error::Option { option: "--output", why });
     }
     let mut steps = Steps::default();

@@ -71,43 +71,51 @@ fn matrices(shape: &[usize]) -> (&[usize], [usize; 2]) {
     }
 }
 
-/// The shapes that the scales of matrices may have, with the block that each means: blocks as config.json says, or,
-/// where it says nothing of blocks, one scale for each matrix or each row of it.
+/// How the matrices of a tensor are quantised, as far as config.json and the layer say.
+#[derive(Clone, Copy)]
+pub struct Scaling {
+    /// The rows and columns that share a scale.
+    pub block: Option<[usize; 2]>,
+    /// Matrices are `[in, out]`: the scale of an output feature belongs to a column. Otherwise it belongs to a row.
+    pub in_out: bool,
+}
+
+/// The shapes that the scales of matrices may have, with the block that each means: blocks as config.json says, one
+/// scale for each matrix, or one for each output feature.
 pub fn scale_shapes(
     code: Code,
     shape: &[usize],
-    block: Option<[usize; 2]>,
+    scaling: Scaling,
 ) -> Vec<(Vec<usize>, [usize; 2])> {
     let (before, matrix @ [n, k]) = matrices(shape);
     let with = |last: &[usize]| [before, last].concat();
-    match (code, block) {
-        (Code::Fp4, _) => vec![(with(&[n, k.div_ceil(MXFP4_BLOCK)]), [1, MXFP4_BLOCK])],
-        (Code::Fp8, Some(block @ [rows, columns])) => {
-            vec![(with(&[n.div_ceil(rows), k.div_ceil(columns)]), block)]
-        }
-        (Code::Fp8, None) => vec![
-            (with(&[1]), matrix),
-            (with(&[]), matrix),
-            (with(&[1, 1]), matrix),
-            (with(&[n, 1]), [1, k]),
-            (with(&[n]), [1, k]),
-        ],
+    if code == Code::Fp4 {
+        return vec![(with(&[n, k.div_ceil(MXFP4_BLOCK)]), [1, MXFP4_BLOCK])];
     }
+    let blocks = scaling
+        .block
+        .map(|block @ [rows, columns]| (with(&[n.div_ceil(rows), k.div_ceil(columns)]), block));
+    let whole = [vec![1], vec![], vec![1, 1]].map(|last| (with(&last), matrix));
+    let features = match scaling.in_out {
+        false => [vec![n, 1], vec![n]].map(|last| (with(&last), [1, k])).to_vec(),
+        true => [vec![1, k], vec![k], vec![k, 1]].map(|last| (with(&last), [n, 1])).to_vec(),
+    };
+    blocks.into_iter().chain(whole).chain(features).collect()
 }
 
 impl<'a> Source<'a> {
-    /// Quantised matrices of `shape`; `block` is what config.json says of blocks.
+    /// Quantised matrices of `shape`.
     pub fn scaled(
         code: Code,
         codes: Tensor<'a>,
         scales: Tensor<'a>,
         shape: &[usize],
-        block: Option<[usize; 2]>,
+        scaling: Scaling,
     ) -> Result<Self> {
         if code == Code::Fp8 {
             codes.check_shape(shape)?;
         }
-        let known = scale_shapes(code, shape, block);
+        let known = scale_shapes(code, shape, scaling);
         let found = known.iter().find(|(shape, _)| shape == scales.shape());
         let Some((_, block)) = found else {
             return Err(scales.error(format!("{:?}", scales.shape()), describe(&known)));

@@ -12,7 +12,7 @@ use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::{Dtype as DiskDtype, SafeTensors};
 
 use crate::error::{Error, Result, io};
-use crate::folder::Bytes;
+use crate::folder::{Bytes, check_file};
 
 /// A safetensors file whose header has been read and held against the file's length.
 pub struct TensorFile {
@@ -369,10 +369,16 @@ pub fn write(
 ///
 /// The neighbour is new, has a name that nothing can foresee, and is removed where anything fails. Its ending is that of
 /// the file: it may say what kind of file is to be made.
+///
+/// # Errors
+/// What is there and is no file, a device or a FIFO say, stays, and is an error.
 pub fn replace(
     path: &Path,
     write: impl FnOnce(&Path, &mut std::fs::File) -> std::io::Result<()>,
 ) -> Result<()> {
+    if let Ok(metadata) = std::fs::metadata(path) {
+        check_file(path, &metadata)?;
+    }
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

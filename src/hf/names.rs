@@ -99,7 +99,10 @@ impl Part {
         let mut names = vec![format!("{name}_activation_scale")];
         if let Some(module) = name.strip_suffix(".weight") {
             let of = |scale| format!("{module}.{scale}");
-            names.extend(["input_scale", "activation_scale", "qscale_act"].map(of));
+            names.extend(
+                ["input_scale", "activation_scale", "act_scale", "output_scale", "qscale_act"]
+                    .map(of),
+            );
         }
         names
     }

@@ -1,4 +1,5 @@
-//! Which layers of a model have experts: the others are dense, and there are none behind the last one.
+//! Which layers of a model have experts: the others are dense, and past the last one there are those alone that predict
+//! further tokens.
 
 use serde_json::Value;
 
@@ -76,6 +77,7 @@ const TYPES: &str = "mlp_layer_types";
 const FREQUENCY: Names = &["moe_layer_freq"];
 const BLOCK_TYPES: Names = &["layers_block_type", "layer_types"];
 const LETTERS: Names = &["hybrid_override_pattern"];
+const PREDICT: Names = &["num_nextn_predict_layers"];
 const PYRAMID: Names = &["pyramid_num_routed"];
 
 /// The key that makes a layer dense, and what it is where it is missing.
@@ -105,6 +107,10 @@ impl Schedule {
     /// [`Error::Json`] for a key of the wrong type.
     pub fn without_experts(&self, keys: &Keys<'_>) -> Result<Option<Error>> {
         let (layer, total) = (keys.layer, self.total(keys)?);
+        // Layers that predict further tokens follow the last one and have experts, where config.json counts them.
+        if layer >= total && layer - total < keys.count(PREDICT, 0)? {
+            return Ok(None);
+        }
         if layer >= total {
             let keys = if self.at_top { &keys.top() } else { keys };
             let (names, default) = self.count;

@@ -281,6 +281,24 @@ fn outputs_that_cannot_be() {
         &program(&[&arguments[..], &[&dir, "--device", "cpu"]].concat()),
         &["--output", &dir],
     );
+    // The input would be lost.
+    check_failure(
+        &program(&[&arguments[..], &[&input, "--device", "cpu"]].concat()),
+        &["--output", "is the input"],
+    );
+    #[cfg(unix)]
+    {
+        // What is no file stays what it is.
+        use std::os::unix::fs::FileTypeExt;
+        let fifo = folder.path("fifo");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        let name = fifo.display().to_string();
+        check_failure(
+            &program(&[&arguments[..], &[&name, "--device", "cpu"]].concat()),
+            &["--output", "wanted a file"],
+        );
+        assert!(std::fs::metadata(&fifo).unwrap().file_type().is_fifo());
+    }
 }
 
 #[test]

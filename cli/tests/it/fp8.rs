@@ -112,3 +112,75 @@ fn scales_that_do_not_fit() {
         assert!(done.stderr.contains(&words), "{}", done.stderr);
     }
 }
+
+/// Experts that are `[in, out]`, as many inputs as outputs: the scale of an output feature belongs to a column.
+#[test]
+fn scales_of_output_features_of_transposed_experts() {
+    const WIDTH: usize = 24; // H and 2I
+    let inner = WIDTH / 2;
+    let ramp = |len: usize| (0..len).map(|i| (i * 7 % 23) as f32 / 11.0 - 1.0).collect::<Vec<_>>();
+    let layer = "language_model.model.layers.1.feed_forward";
+    let f32 = |name: &str, shape: &[usize]| {
+        Stored::f32(&format!("{layer}.{name}"), shape, &ramp(shape.iter().product()))
+    };
+    let plain = [
+        f32("router.weight", &[EXPERTS, WIDTH]),
+        f32("shared_expert.gate_proj.weight", &[inner, WIDTH]),
+        f32("shared_expert.up_proj.weight", &[inner, WIDTH]),
+        f32("shared_expert.down_proj.weight", &[WIDTH, inner]),
+    ];
+    let stacks = [("gate_up_proj", WIDTH, WIDTH), ("down_proj", inner, WIDTH)];
+    let y = |quantised: Option<fn(usize) -> [usize; 3]>| {
+        let folder = Folder::of("llama4-tiny");
+        folder.edit(
+            "config.json",
+            "\"intermediate_size\": 14",
+            &format!("\"intermediate_size\": {inner}"),
+        );
+        folder.edit(
+            "config.json",
+            "\"num_local_experts\": 5",
+            &format!("\"num_local_experts\": {EXPERTS}"),
+        );
+        let mut tensors = plain.to_vec();
+        for (name, inputs, outputs) in stacks {
+            let name = format!("{layer}.experts.{name}");
+            let shape = [EXPERTS, inputs, outputs];
+            let codes: Vec<u8> =
+                (0..EXPERTS * inputs * outputs).map(|i| (i * 29 % 67) as u8).collect();
+            let scales: Vec<f32> = (0..EXPERTS * outputs).map(|i| 0.05 + 0.03 * i as f32).collect();
+            let Some(of) = quantised else {
+                let scale = |i: usize| scales[i / (inputs * outputs) * outputs + i % outputs];
+                let numbers: Vec<f32> =
+                    codes.iter().enumerate().map(|(i, code)| value(*code) * scale(i)).collect();
+                tensors.push(Stored::f32(&name, &shape, &numbers));
+                continue;
+            };
+            let scale_shape: Vec<usize> =
+                of(outputs).into_iter().filter(|size| *size > 0).collect();
+            tensors.push(Stored::f32(&format!("{name}_scale"), &scale_shape, &scales));
+            tensors.push(Stored {
+                name,
+                dtype: Dtype::F8_E4M3,
+                shape: shape.to_vec(),
+                data: codes,
+            });
+        }
+        write(&folder.path("model.safetensors"), &tensors);
+        let x = Stored::f32("x", &[9, WIDTH], &ramp(9 * WIDTH));
+        write(&folder.path("recorded.safetensors"), &[x]);
+        let done = run(&folder, 1, &["--device", "cpu", "--dtype", "f32"]);
+        assert_eq!(done.status, Some(0), "{done:?}");
+        folder.tensors("y.safetensors").into_iter().find(|stored| stored.name == "y").unwrap()
+    };
+    let wanted = y(None);
+    // A size of 0 is left out.
+    let shapes: [fn(usize) -> [usize; 3]; 3] = [
+        |outputs| [EXPERTS, 1, outputs],
+        |outputs| [EXPERTS, outputs, 1],
+        |outputs| [EXPERTS, outputs, 0],
+    ];
+    for (number, shape) in shapes.into_iter().enumerate() {
+        assert_eq!(y(Some(shape)), wanted, "shape {number}");
+    }
+}

@@ -225,10 +225,9 @@ fn fp8_without_scales() {
     let codes = |name: &str, n: usize, k: usize| {
         vec![zeros(&format!("{name}.weight"), Dtype::F8_E4M3, &[n, k])]
     };
-    for (config, shape) in [
-        (Some(json!({"quant_method": "fp8", "weight_block_size": [16, 16]})), "[2, 4]"),
-        (None, "[1] or [] or [1, 1] or [32, 1] or [32]"),
-    ] {
+    let others = "[1] or [] or [1, 1] or [32, 1] or [32]";
+    let blocks = json!({"quant_method": "fp8", "weight_block_size": [16, 16]});
+    for (config, shape) in [(Some(blocks), &format!("[2, 4] or {others}")[..]), (None, others)] {
         let first = format!(
             "no tensor `{GATE}.weight_scale_inv`, wanted {shape}: the scales of `{GATE}.weight`"
         );

@@ -247,7 +247,8 @@ fn layers_with_experts() {
     for (name, family) in &table.families {
         let (mut config, _) = family.open(name);
         let keys = family.keys_of(&mut config);
-        keys.retain(|key, _| !table.dropped.contains(key));
+        // transformers leaves out the layers that predict further tokens.
+        keys.retain(|key, _| !table.dropped.contains(key) && key != "num_nextn_predict_layers");
         for key in &table.counts {
             keys.entry(key).and_modify(|count| *count = json!(6));
         }
@@ -280,4 +281,19 @@ fn layers_with_experts() {
         }
     }
     assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// Layers that predict further tokens are no layers of the main model; released checkpoints number them after it.
+#[test]
+fn layers_that_predict_further_tokens_have_experts() {
+    let read = |more: Value, layer| {
+        let mut config = json!({ "model_type": "deepseek_v3", "num_hidden_layers": 4 });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        MoeConfig::from_hf(&config.to_string(), layer).is_ok()
+    };
+    let one = json!({ "num_nextn_predict_layers": 1 });
+    assert_eq!([2, 3, 4, 5].map(|layer| read(one.clone(), layer)), [false, true, true, false]);
+    for none in [json!({}), json!({ "num_nextn_predict_layers": null })] {
+        assert_eq!([3, 4].map(|layer| read(none.clone(), layer)), [true, false]);
+    }
 }
