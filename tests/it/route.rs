@@ -6,9 +6,9 @@ mod sparsemixer;
 
 use cudarc::driver::{CudaView, DeviceRepr};
 use half::{bf16, f16};
-use moe_kernels::ops::route::{self, RouteBuffers, RouteInputs};
+use moe_kernels::ops::route::{self, RouteInputs};
 use moe_kernels::reference::bound::Bounded;
-use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, Scoring, Selection, reference};
+use moe_kernels::{Dtype, RouterConfig, RoutingShape, Scoring, Selection, reference};
 use proptest::prelude::*;
 
 use crate::common::{
