@@ -275,6 +275,7 @@ struct Router {
         if (is_near(value, most, args.jitter)) units += share_units(value, most);
       }
       const float sum = sum_of_units(team.units(units));
+      team.sync();  // All have read z, which a reduction over a warp does not order.
       if (team.rank == 0) {
         const float score = __fdiv_rn(share(z[word_of(choice)], most), sum);
         const bool whole = choice == top || in.midpoint_draws[slot] > ROUTE_MIDPOINT_ABOVE;
