@@ -38,7 +38,7 @@ pub struct RouteInputs<'a, D> {
     pub noise: Option<&'a CudaView<'a, f32>>,
     /// `[T, E]`: noise is multiplied by `softplus` of these first.
     pub noise_logits: Option<&'a CudaView<'a, D>>,
-    /// `[T, K, E]`, where [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer) is that of training: added to `z` for
+    /// `[T, K, E]`, where [`Scoring::Sparsemixer`] is that of training: added to `z` for
     /// the selection alone, a row for each choice; standard Gumbel.
     pub selection_noise: Option<&'a CudaView<'a, f32>>,
     /// `[T, K]`, there with `selection_noise`: uniform in `[0, 1)`.
