@@ -74,6 +74,8 @@ typedef struct RouteAddresses {
   unsigned long long expert_scale;    // [E]
   unsigned long long noise;           // [T, E]
   unsigned long long noise_logits;    // [T, E]
+  unsigned long long selection_noise;  // [T, K, E], of sparsemixer in training
+  unsigned long long midpoint_draws;  // [T, K], of the same
   unsigned long long given_ids;       // [V, K]
   unsigned long long token_ids;       // [T]
   unsigned long long active;          // [T]

@@ -3,6 +3,7 @@
 //   value   z or a score of it, plus a bias; outside the best groups of experts 0 or -inf
 //   ids     the K experts of largest value, ties to the lower one; the last ones are the sinks
 //   weights the scores of the chosen, divided by their sum or norm, times scales; never NaN
+//   Of sparsemixer in training, ids are drawn one after the other, with noise of the caller's.
 //   src/reference/route.rs states each step. All are correctly rounded operations, in an order that
 //   no launch, alignment or body changes: sums of a softmax are of integers, others run over slots.
 //   So ids and weights are the same bits on every device, for any bits of the logits.
@@ -17,7 +18,7 @@
 //   scores        any router of any E: no choice, but the number of each expert that a step of the
 //                 router makes, [T, E] in f32. Grid (T / 4, rounded up), a warp per token.
 // Bytes   reads T*E*s once, writes 8*T*K: at T16384 E128 K8 f32, 8.4 MB + 1.0 MB. Noise and noise
-//         logits are read once too.
+//         logits are read once too; sparsemixer in training reads 4*T*K*E + 4*T*K of draws.
 // Error   of a plain router: |weight - exact| <= (|logit - m| + E / 64 + 8) * 2^-24 * exact +
 //         2^-148, where E / 64 is of integers in units of 2^-29; reference::bound has the others'.
 // Writers one per element: the result is deterministic.

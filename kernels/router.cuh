@@ -11,6 +11,8 @@ struct RouteInputs {
   const float* expert_scale;    // [E]
   const float* noise;           // [T, E]
   const void* noise_logits;     // [T, E] of args.elem
+  const float* selection_noise;  // [T, K, E], of sparsemixer in training
+  const float* midpoint_draws;  // [T, K], of the same
   const uint32_t* given_ids;    // [V, K]
   const uint32_t* token_ids;    // [T]
   const uint8_t* active;        // [T]
@@ -36,6 +38,10 @@ __device__ __forceinline__ bool is_near(float z, float max, float jitter) {
   const float size = fabsf(z) > max ? fabsf(z) : max;
   return z == max || __fdiv_rn(__fsub_rn(max, z), size) <= __fadd_rn(jitter, jitter);
 }
+
+// In training, a choice that is not the largest keeps its share where its draw is above the first, and
+// has the second's part of it elsewhere: a third, as Heun's third-order method weighs its points.
+constexpr float ROUTE_MIDPOINT_ABOVE = 0.75f, ROUTE_MIDPOINT_FACTOR = 0.3333f;
 
 // Where a row in shared memory has its expert: a word is left free after every 32, so that neither
 // neighbours nor groups of 32 meet in a bank.
@@ -230,6 +236,57 @@ struct Router {
     team.sync();
   }
 
+  // The expert of largest key, the lowest such one. `key_at` is 0 of those that take no part.
+  template <typename Key>
+  __device__ __forceinline__ int best_expert(Key key_at) const {
+    uint32_t best = 0, expert = NO_EXPERT;
+#pragma unroll 1
+    for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
+      const uint32_t key = key_at(e);
+      if (key > best) {
+        best = key;
+        expert = e;
+      }
+    }
+    const uint32_t most = team.max(best);
+    // The lowest expert has the largest complement.
+    return ~team.max(best == most ? ~expert : 0);
+  }
+
+  // Sparsemixer in training: ids() and scores of one choice after the other. The z of an expert that
+  // is taken becomes number_of(0), whose key is 0 and which is near nothing.
+  __device__ __forceinline__ void sample_by_sparsemixer() const {
+    team.sync();
+#pragma unroll 1
+    for (int k = 0; k < args.top_k; k++) {
+      const int64_t slot = token * args.top_k + k;
+      const float* noise = in.selection_noise + slot * args.num_experts;
+      const int top = best_expert([&](int e) { return key_of(z[word_of(e)]); });
+      const float most = z[word_of(top)];
+      const int choice = best_expert([&](int e) {
+        const float value = z[word_of(e)];
+        const bool near = is_near(value, most, args.jitter);
+        return near ? key_of(cleaned(__fadd_rn(value, noise[e]))) : 0;
+      });
+      uint64_t units = 0;
+#pragma unroll 1
+      for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
+        const float value = z[word_of(e)];
+        if (is_near(value, most, args.jitter)) units += share_units(value, most);
+      }
+      const float sum = sum_of_units(team.units(units));
+      team.sync();  // All have read z, which a reduction over a warp does not order.
+      if (team.rank == 0) {
+        const float score = __fdiv_rn(share(z[word_of(choice)], most), sum);
+        const bool whole = choice == top || in.midpoint_draws[slot] > ROUTE_MIDPOINT_ABOVE;
+        scores[k] = whole ? score : __fmul_rn(score, ROUTE_MIDPOINT_FACTOR);
+        ids()[k] = choice;
+        z[word_of(choice)] = number_of(0);
+      }
+      team.sync();
+    }
+  }
+
   __device__ __forceinline__ void score(const Softmax& all) const {
     if (args.score == ROUTE_SPARSEMIXER) return score_by_sparsemixer();
     const bool of_chosen = args.score == ROUTE_SOFTMAX_CHOSEN;
@@ -326,6 +383,10 @@ struct Router {
     }
     read_logits();
     make_z();
+    if (in.selection_noise) {
+      sample_by_sparsemixer();
+      return write(expert_ids, weights, 1.0f);
+    }
     Softmax all = {0.0f, 1.0f};
     if (args.score == ROUTE_SOFTMAX || args.value == ROUTE_SOFTMAX) all = softmax_of_all();
     if (in.given_ids) {

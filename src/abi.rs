@@ -186,13 +186,15 @@ pub struct RouteAddresses {
     pub expert_scale: ::core::ffi::c_ulonglong,
     pub noise: ::core::ffi::c_ulonglong,
     pub noise_logits: ::core::ffi::c_ulonglong,
+    pub selection_noise: ::core::ffi::c_ulonglong,
+    pub midpoint_draws: ::core::ffi::c_ulonglong,
     pub given_ids: ::core::ffi::c_ulonglong,
     pub token_ids: ::core::ffi::c_ulonglong,
     pub active: ::core::ffi::c_ulonglong,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RouteAddresses"][::core::mem::size_of::<RouteAddresses>() - 64usize];
+    ["Size of RouteAddresses"][::core::mem::size_of::<RouteAddresses>() - 80usize];
     ["Alignment of RouteAddresses"][::core::mem::align_of::<RouteAddresses>() - 8usize];
     [
         "Offset of field: RouteAddresses::logits",
@@ -210,14 +212,20 @@ const _: () = {
         "Offset of field: RouteAddresses::noise_logits",
     ][::core::mem::offset_of!(RouteAddresses, noise_logits) - 32usize];
     [
+        "Offset of field: RouteAddresses::selection_noise",
+    ][::core::mem::offset_of!(RouteAddresses, selection_noise) - 40usize];
+    [
+        "Offset of field: RouteAddresses::midpoint_draws",
+    ][::core::mem::offset_of!(RouteAddresses, midpoint_draws) - 48usize];
+    [
         "Offset of field: RouteAddresses::given_ids",
-    ][::core::mem::offset_of!(RouteAddresses, given_ids) - 40usize];
+    ][::core::mem::offset_of!(RouteAddresses, given_ids) - 56usize];
     [
         "Offset of field: RouteAddresses::token_ids",
-    ][::core::mem::offset_of!(RouteAddresses, token_ids) - 48usize];
+    ][::core::mem::offset_of!(RouteAddresses, token_ids) - 64usize];
     [
         "Offset of field: RouteAddresses::active",
-    ][::core::mem::offset_of!(RouteAddresses, active) - 56usize];
+    ][::core::mem::offset_of!(RouteAddresses, active) - 72usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

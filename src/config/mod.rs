@@ -380,6 +380,10 @@ mod tests {
             ..RouterConfig::default()
         };
         let shared = SharedConfig::new(96);
+        let scoring = Scoring::Sparsemixer { jitter: 0.01, training: true };
+        let sampled = RouterConfig { scoring, ..RouterConfig::default() };
+        let line = MoeConfig { router: sampled, ..plain }.to_string();
+        assert_eq!(line, "H64 I48 E8 K2, sparsemixer of training, top-k");
         let config = MoeConfig { router: deepseek, shared: Some(shared), ..plain };
         config.check().unwrap();
         assert_eq!(
@@ -435,7 +439,7 @@ mod tests {
             ),
             (
                 with(RouterConfig {
-                    scoring: Scoring::Sparsemixer { jitter: 0.01 },
+                    scoring: Scoring::Sparsemixer { jitter: 0.01, training: false },
                     selection_bias: true,
                     ..router
                 }),

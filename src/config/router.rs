@@ -64,9 +64,18 @@ pub enum Scoring {
     Logit,
     /// Phi-MoE's sparsemixer in evaluation: the weight of each choice is its softmax over the experts that were not
     /// chosen before and whose logits are near: `(m - z) / max(|z|, m) <= 2 * jitter`, where `m` is the largest.
+    ///
+    /// In training ([arXiv:2409.12136](https://arxiv.org/abs/2409.12136)) a choice is a draw from that softmax instead
+    /// of the largest logit: the near expert of largest `z + g`, with Gumbel noise `g` of its own for every choice. Its
+    /// weight is its share; times 0.3333 where it is not the largest logit of those left, unless a uniform draw of the
+    /// choice is above 0.75 (Heun's third-order method). Both draws are inputs, `selection_noise` `[T, K, E]` and
+    /// `midpoint_draws` `[T, K]`, such as [`noise_fwd`](crate::reference::noise_fwd) makes.
     Sparsemixer {
         /// Half the relative distance to the largest logit within which experts take part.
         jitter: f32,
+        /// The form of training, whose draws every pass is given.
+        #[cfg_attr(feature = "serde", serde(default))]
+        training: bool,
     },
 }
 
@@ -223,6 +232,11 @@ impl RouterConfig {
         }
     }
 
+    /// Whether choices are drawn: the caller gives the draws.
+    pub(crate) fn samples(&self) -> bool {
+        matches!(self.scoring, Scoring::Sparsemixer { training: true, .. })
+    }
+
     /// The router that makes the same choice and weighs it by scores alone, neither normalised nor scaled.
     pub(crate) fn of_scores(&self) -> Self {
         Self { normalization: Normalization::None, ..self.unscaled() }
@@ -267,7 +281,7 @@ impl RouterConfig {
                 at.hold("router.normalization.p", p, good, "a finite number from 1 on")?;
             }
         }
-        if let Scoring::Sparsemixer { jitter } = self.scoring {
+        if let Scoring::Sparsemixer { jitter, .. } = self.scoring {
             let good = |value: f32| finite(value) && value >= 0.0;
             at.hold("router.scoring.jitter", jitter, good, "a finite number from 0 on")?;
             let plain = self.selection != Selection::Given
@@ -327,7 +341,8 @@ impl std::fmt::Display for RouterConfig {
             Scoring::Sigmoid => "sigmoid",
             Scoring::SqrtSoftplus => "sqrt-softplus",
             Scoring::Logit => "logits",
-            Scoring::Sparsemixer { .. } => "sparsemixer",
+            Scoring::Sparsemixer { training: false, .. } => "sparsemixer",
+            Scoring::Sparsemixer { training: true, .. } => "sparsemixer of training",
         };
         let choice = match self.selection {
             Selection::Given => "given ids",

@@ -93,7 +93,7 @@ fn scorings() -> Vec<Scoring> {
         Scoring::Sigmoid => Scoring::Sigmoid,
         Scoring::SqrtSoftplus => Scoring::SqrtSoftplus,
         Scoring::Logit => Scoring::Logit,
-        Scoring::Sparsemixer { .. } => Scoring::Sparsemixer { jitter: 0.01 },
+        Scoring::Sparsemixer { .. } => Scoring::Sparsemixer { jitter: 0.01, training: true },
     })
 }
 
@@ -128,6 +128,9 @@ fn every_variant() {
     holds_variants(limits());
     holds_variants(functions());
     holds_variants(scorings());
+    let trained = r#"{"sparsemixer": {"jitter": 0.02, "training": true}}"#;
+    let trained: Scoring = from_str(trained).unwrap();
+    assert_eq!(trained, Scoring::Sparsemixer { jitter: 0.02, training: true });
     holds_variants(normalizations());
     holds_variants(capacity_limits());
     holds_variants(priorities());
@@ -206,7 +209,7 @@ fn full() -> MoeConfig {
         router: RouterConfig {
             logit_multiplier: 0.1,
             logit_softcap: Some(30.0),
-            scoring: Scoring::Sparsemixer { jitter: 0.02 },
+            scoring: Scoring::Sparsemixer { jitter: 0.02, training: false },
             selection: Selection::Given,
             selection_bias: true,
             groups: Some(groups),
@@ -294,7 +297,7 @@ fn the_text_of_a_configuration() {
         "output_norm": {"epsilon": 1e-6, "offset": 0.0}
     }"#;
     let router = RouterConfig {
-        scoring: Scoring::Sparsemixer { jitter: 0.02 },
+        scoring: Scoring::Sparsemixer { jitter: 0.02, training: false },
         selection: Selection::Logit,
         normalization: Normalization::SumAtLeast { min: 0.25 },
         scale: 2.5,

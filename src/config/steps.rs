@@ -53,7 +53,7 @@ impl RouterConfig {
             Scoring::Sigmoid => Score::Sigmoid,
             Scoring::SqrtSoftplus => Score::SqrtSoftplus,
             Scoring::Logit => Score::Logit,
-            Scoring::Sparsemixer { jitter } => Score::Sparsemixer { jitter },
+            Scoring::Sparsemixer { jitter, .. } => Score::Sparsemixer { jitter },
         }
     }
 
@@ -122,6 +122,8 @@ pub(crate) struct RouteLengths {
     pub(crate) expert_scale: Option<usize>,
     pub(crate) noise: Option<usize>,
     pub(crate) noise_logits: Option<usize>,
+    pub(crate) selection_noise: Option<usize>,
+    pub(crate) midpoint_draws: Option<usize>,
     pub(crate) given_ids: Option<usize>,
     pub(crate) token_ids: Option<usize>,
     pub(crate) active: Option<usize>,
@@ -179,6 +181,9 @@ impl RouteLengths {
         held("selection_bias", self.selection_bias, choices, Some(bias))?;
         held("expert_scale", self.expert_scale, shape.num_experts, Some(router.expert_scale))?;
         self.check_noise(op, shape)?;
+        let samples = Some(router.samples());
+        held("selection_noise", self.selection_noise, shape.by_slot().logits(), samples)?;
+        held("midpoint_draws", self.midpoint_draws, shape.slots(), samples)?;
         held("token_ids", self.token_ids, tokens, if given { None } else { Some(false) })?;
         // A row for each token, or for each of the ids that tokens have.
         let rows = match (self.given_ids, self.token_ids) {

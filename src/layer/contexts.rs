@@ -85,6 +85,8 @@ impl<'s> Contexts<'s> {
             token_ids,
             noise,
             noise_logits,
+            selection_noise,
+            midpoint_draws,
             active,
             ..
         } = inputs;
@@ -95,6 +97,8 @@ impl<'s> Contexts<'s> {
         self.optional("token_ids", token_ids)?;
         self.optional("noise", noise)?;
         self.typed("noise_logits", noise_logits)?;
+        self.optional("selection_noise", selection_noise)?;
+        self.optional("midpoint_draws", midpoint_draws)?;
         self.optional("active", active)
     }
 

@@ -215,6 +215,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
             expert_scale: router.expert_scale.as_ref(),
             noise: inputs.noise.as_ref(),
             noise_logits,
+            selection_noise: inputs.selection_noise.as_ref(),
+            midpoint_draws: inputs.midpoint_draws.as_ref(),
             given_ids: inputs.given_ids.as_ref().or(router.table.as_ref()),
             token_ids: inputs.token_ids.as_ref(),
             active: inputs.active.as_ref(),

@@ -38,6 +38,11 @@ pub struct RouteInputs<'a, D> {
     pub noise: Option<&'a CudaView<'a, f32>>,
     /// `[T, E]`: noise is multiplied by `softplus` of these first.
     pub noise_logits: Option<&'a CudaView<'a, D>>,
+    /// `[T, K, E]`, where [`Scoring::Sparsemixer`] is that of training: added to `z` for
+    /// the selection alone, a row for each choice; standard Gumbel.
+    pub selection_noise: Option<&'a CudaView<'a, f32>>,
+    /// `[T, K]`, there with `selection_noise`: uniform in `[0, 1)`.
+    pub midpoint_draws: Option<&'a CudaView<'a, f32>>,
     /// `[V, K]`, where ids are given; a row for each token without `token_ids`.
     pub given_ids: Option<&'a CudaView<'a, u32>>,
     /// `[T]`, the row of `given_ids` that a token has.
@@ -63,6 +68,8 @@ impl<'a, D: Dtype> RouteInputs<'a, D> {
             expert_scale: None,
             noise: None,
             noise_logits: None,
+            selection_noise: None,
+            midpoint_draws: None,
             given_ids: None,
             token_ids: None,
             active: None,
@@ -76,6 +83,8 @@ impl<'a, D: Dtype> RouteInputs<'a, D> {
             expert_scale: self.expert_scale.map(CudaView::len),
             noise: self.noise.map(CudaView::len),
             noise_logits: self.noise_logits.map(CudaView::len),
+            selection_noise: self.selection_noise.map(CudaView::len),
+            midpoint_draws: self.midpoint_draws.map(CudaView::len),
             given_ids: self.given_ids.map(CudaView::len),
             token_ids: self.token_ids.map(CudaView::len),
             active: self.active.map(CudaView::len),
@@ -100,6 +109,10 @@ pub struct RouteBuffers {
     pub noise: CUdeviceptr,
     /// `[T, E]`
     pub noise_logits: CUdeviceptr,
+    /// `[T, K, E]` `f32`
+    pub selection_noise: CUdeviceptr,
+    /// `[T, K]` `f32`
+    pub midpoint_draws: CUdeviceptr,
     /// `[V, K]` `u32`
     pub given_ids: CUdeviceptr,
     /// `V`
@@ -122,7 +135,7 @@ pub struct Routing {
 /// The `K` experts of each token and their weights in f32, as `router` says; by default those of largest logit,
 /// strongest first and ties to the lower id.
 ///
-/// Any bits will do for logits, biases, scales and noise: the ids that the router chooses are always distinct experts,
+/// Any bits will do for logits, biases, scales, noise and draws: the ids that the router chooses are always distinct experts,
 /// and no weight is NaN. Ids and weights agree with [`reference::route_fwd`](crate::reference::route_fwd) in f32 bit for
 /// bit, on every device. Rows of 16-byte multiples that start at 16-byte boundaries are read fastest. Asynchronous,
 /// ordered on `stream`; one launch.
@@ -152,6 +165,10 @@ pub fn route_fwd_into<D: Dtype>(
     let (expert_scale, _expert_scale) = optional(OP, "expert_scale", inputs.expert_scale, stream)?;
     let (noise, _noise) = optional(OP, "noise", inputs.noise, stream)?;
     let (noise_logits, _noise_logits) = optional(OP, "noise_logits", inputs.noise_logits, stream)?;
+    let (selection_noise, _selection_noise) =
+        optional(OP, "selection_noise", inputs.selection_noise, stream)?;
+    let (midpoint_draws, _midpoint_draws) =
+        optional(OP, "midpoint_draws", inputs.midpoint_draws, stream)?;
     let (given_ids, _given_ids) = optional(OP, "given_ids", inputs.given_ids, stream)?;
     let (token_ids, _token_ids) = optional(OP, "token_ids", inputs.token_ids, stream)?;
     let (active, _active) = optional(OP, "active", inputs.active, stream)?;
@@ -163,6 +180,8 @@ pub fn route_fwd_into<D: Dtype>(
         expert_scale,
         noise,
         noise_logits,
+        selection_noise,
+        midpoint_draws,
         given_ids,
         given_rows: inputs.given_ids.map_or(0, |view| view.len() / shape.top_k),
         token_ids,
@@ -244,6 +263,8 @@ impl RouteBuffers {
             expert_scale: there(self.expert_scale, shape.num_experts),
             noise: there(self.noise, logits),
             noise_logits: there(self.noise_logits, logits),
+            selection_noise: there(self.selection_noise, shape.by_slot().logits()),
+            midpoint_draws: there(self.midpoint_draws, shape.slots()),
             given_ids: there(self.given_ids, given),
             token_ids: there(self.token_ids, tokens),
             active: there(self.active, tokens),
@@ -257,6 +278,8 @@ impl RouteBuffers {
             ("expert_scale", self.expert_scale, 4),
             ("noise", self.noise, 4),
             ("noise_logits", self.noise_logits, dtype.size()),
+            ("selection_noise", self.selection_noise, 4),
+            ("midpoint_draws", self.midpoint_draws, 4),
             ("given_ids", self.given_ids, 4),
             ("token_ids", self.token_ids, 4),
         ] {
@@ -272,6 +295,8 @@ impl RouteBuffers {
             expert_scale: self.expert_scale,
             noise: self.noise,
             noise_logits: self.noise_logits,
+            selection_noise: self.selection_noise,
+            midpoint_draws: self.midpoint_draws,
             given_ids: self.given_ids,
             token_ids: self.token_ids,
             active: self.active,
@@ -335,7 +360,7 @@ fn arguments(
         given_rows: int(OP, "given_ids", buffers.given_rows)?,
         score: kind(router.score()),
         jitter: match router.scoring {
-            Scoring::Sparsemixer { jitter } => jitter,
+            Scoring::Sparsemixer { jitter, .. } => jitter,
             _ => 0.0,
         },
         divisor,

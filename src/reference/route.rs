@@ -3,6 +3,7 @@
 pub(super) mod exact;
 mod scores;
 mod select;
+mod sparsemixer;
 #[cfg(test)]
 mod tests;
 mod weigh;
@@ -40,6 +41,11 @@ pub struct RouteInputs<'a, D> {
     pub noise: Option<&'a [f32]>,
     /// `[T, E]`: noise is multiplied by `softplus` of these first.
     pub noise_logits: Option<&'a [D]>,
+    /// `[T, K, E]`, where [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer) is that of training: added to `z` for
+    /// the selection alone, a row for each choice; standard Gumbel.
+    pub selection_noise: Option<&'a [f32]>,
+    /// `[T, K]`, there with `selection_noise`: uniform in `[0, 1)`.
+    pub midpoint_draws: Option<&'a [f32]>,
     /// `[V, K]`, where ids are given; a row for each token without `token_ids`.
     pub given_ids: Option<&'a [u32]>,
     /// `[T]`, the row of `given_ids` that a token has.
@@ -57,6 +63,8 @@ impl<'a, D> RouteInputs<'a, D> {
             expert_scale: None,
             noise: None,
             noise_logits: None,
+            selection_noise: None,
+            midpoint_draws: None,
             given_ids: None,
             token_ids: None,
             active: None,
@@ -70,6 +78,8 @@ impl<'a, D> RouteInputs<'a, D> {
             expert_scale: self.expert_scale.map(<[f32]>::len),
             noise: self.noise.map(<[f32]>::len),
             noise_logits: self.noise_logits.map(<[D]>::len),
+            selection_noise: self.selection_noise.map(<[f32]>::len),
+            midpoint_draws: self.midpoint_draws.map(<[f32]>::len),
             given_ids: self.given_ids.map(<[u32]>::len),
             token_ids: self.token_ids.map(<[u32]>::len),
             active: self.active.map(<[u8]>::len),
@@ -99,6 +109,15 @@ impl<'a, D> RouteInputs<'a, D> {
 ///    which is that of their fractions of the largest one. Sums are over all slots, the sinks among them.
 /// 7. **Scale.** Times `scale`, times the expert's own scale. What is no number then, of `0 / 0` or `inf / inf`, weighs
 ///    0; so does a slot without an expert. No weight is ever NaN.
+///
+/// Sparsemixer in training takes the place of 2 to 6. For each choice in turn, with `m` the largest `z` of the experts
+/// that were not chosen before it, ties to the lower id:
+///
+/// 1. An expert of those is near if `z == m` or `(m - z) / max(|z|, m) <= 2 * jitter`.
+/// 2. The choice is the near expert of largest `z + g`, ties to the lower id, with `g` the choice's row of
+///    `selection_noise`; a NaN counts as `-inf`.
+/// 3. It weighs its share of a softmax of `z` over the near experts; times 0.3333 if it is not the expert of `m`, unless
+///    its number of `midpoint_draws` is above 0.75.
 ///
 /// A token that is not active has slots without experts alone.
 ///
@@ -163,6 +182,10 @@ struct Token<'a> {
     noise: Option<&'a [f32]>,
     /// `[E]`
     noise_logits: Option<Vec<f32>>,
+    /// `[K, E]`
+    selection_noise: Option<&'a [f32]>,
+    /// `[K]`
+    midpoint_draws: Option<&'a [f32]>,
     /// `[K]`; of a row that does not exist, `Some(None)`.
     given_ids: Option<Option<&'a [u32]>>,
     active: bool,
@@ -170,7 +193,9 @@ struct Token<'a> {
 
 impl<'a> Token<'a> {
     fn new<D: Dtype>(shape: &RoutingShape, inputs: &RouteInputs<'a, D>, t: usize) -> Self {
-        let row = t * shape.num_experts..(t + 1) * shape.num_experts;
+        let (slots, experts) = (t * shape.top_k..(t + 1) * shape.top_k, shape.num_experts);
+        let row = t * experts..(t + 1) * experts;
+        let of_slots = slots.start * experts..slots.end * experts;
         let wide = |values: &[D]| values.iter().map(|value| value.to_f32()).collect();
         let given = inputs.given_ids.map(|given| {
             let row = inputs.token_ids.map_or(t, |ids| ids[t] as usize);
@@ -182,6 +207,8 @@ impl<'a> Token<'a> {
             expert_scale: inputs.expert_scale,
             noise: inputs.noise.map(|noise| &noise[row.clone()]),
             noise_logits: inputs.noise_logits.map(|logits| wide(&logits[row.clone()])),
+            selection_noise: inputs.selection_noise.map(|noise| &noise[of_slots]),
+            midpoint_draws: inputs.midpoint_draws.map(|draws| &draws[slots]),
             given_ids: given,
             active: inputs.active.is_none_or(|active| active[t] != 0),
         }
@@ -192,9 +219,12 @@ impl<'a> Token<'a> {
         if !self.active {
             return (vec![NO_EXPERT; shape.top_k], vec![N::of(0.0); shape.top_k]);
         }
-        let ids = match router.selection {
-            Selection::Given => self.given(shape),
-            Selection::Score | Selection::Logit => self.choose(shape, router),
+        let ids = match (router.selection, router.score(), self.selection_noise) {
+            (Selection::Given, ..) => self.given(shape),
+            (_, Score::Sparsemixer { jitter }, Some(noise)) => {
+                sparsemixer::sample(jitter, &weigh::logits(router, self), noise)
+            }
+            _ => self.choose(shape, router),
         };
         let weights = self.weigh(router, &ids);
         (ids, weights)
@@ -233,7 +263,7 @@ impl<'a> Token<'a> {
         let mut of_experts = match router.score() {
             Score::Sparsemixer { jitter } => {
                 let z32 = weigh::logits::<f32>(router, self);
-                weigh::sparsemixer(jitter, &z, &z32, &experts)
+                sparsemixer::scores(jitter, &z, &z32, &experts, self.midpoint_draws)
             }
             score => weigh::scores(score, &z, &chosen),
         }

@@ -151,6 +151,8 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
             expert_scale: router.expert_scale.as_ref().map(|scale| W::len(scale)),
             noise: self.noise.as_ref().map(|noise| M::len(noise)),
             noise_logits: self.noise_logits.as_ref().map(Typed::len),
+            selection_noise: self.selection_noise.as_ref().map(|noise| M::len(noise)),
+            midpoint_draws: self.midpoint_draws.as_ref().map(|draws| M::len(draws)),
             given_ids: given_ids.or(router.table.as_ref().map(|table| W::len(table))),
             token_ids: self.token_ids.as_ref().map(|ids| M::len(ids)),
             active: self.active.as_ref().map(|active| M::len(active)),

@@ -229,6 +229,11 @@ pub struct MoeInputs<M: Memory, D: Dtype> {
     /// `[T, E']`, of the logits' type: noise is multiplied by `softplus` of these first. They take the place of the
     /// product with [`RouterWeights::noise_gate`].
     pub noise_logits: Option<Typed<M, D>>,
+    /// `[T, K, E']`, where [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer) is that of training: added for the
+    /// selection alone, a row for each choice; standard Gumbel.
+    pub selection_noise: Option<M::Of<f32>>,
+    /// `[T, K]`, there with `selection_noise`: uniform in `[0, 1)`.
+    pub midpoint_draws: Option<M::Of<f32>>,
     /// `[T]`: 0 for tokens that no routed expert sees, such as padding; all are seen without it.
     pub active: Option<M::Of<u8>>,
     /// Tokens of a sequence, for which capacity is counted; without it the batch is one.
@@ -246,6 +251,8 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
             token_ids: None,
             noise: None,
             noise_logits: None,
+            selection_noise: None,
+            midpoint_draws: None,
             active: None,
             sequence_tokens: None,
         }

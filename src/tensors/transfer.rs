@@ -116,6 +116,8 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
             token_ids: optional(&self.token_ids, |ids| by.ids(ids))?,
             noise: optional(&self.noise, |noise| by.floats(noise))?,
             noise_logits: optional(&self.noise_logits, |logits| logits.transfer(by))?,
+            selection_noise: optional(&self.selection_noise, |noise| by.floats(noise))?,
+            midpoint_draws: optional(&self.midpoint_draws, |draws| by.floats(draws))?,
             active: optional(&self.active, |active| by.flags(active))?,
             sequence_tokens: self.sequence_tokens,
         })

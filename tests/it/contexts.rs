@@ -131,6 +131,20 @@ fn routing() {
         };
         route::route_fwd(&gpu.device, &gpu.stream, SHAPE, &router, &inputs).map(|_| ())
     });
+    let scoring = Scoring::Sparsemixer { jitter: 0.1, training: true };
+    let router = RouterConfig { scoring, ..RouterConfig::default() };
+    check("route_fwd", &["selection_noise", "midpoint_draws"], |buffers| {
+        let Buffers { gpu, .. } = buffers;
+        let logits = buffers.of::<f32>("logits", 12);
+        let (noise, draws) = (buffers.of("selection_noise", 24), buffers.of("midpoint_draws", 8));
+        let logits = logits.as_view();
+        let inputs = RouteInputs {
+            selection_noise: Some(&noise.as_view()),
+            midpoint_draws: Some(&draws.as_view()),
+            ..RouteInputs::new(&logits)
+        };
+        route::route_fwd(&gpu.device, &gpu.stream, SHAPE, &router, &inputs).map(|_| ())
+    });
     check("expert_choice_fwd", &["expert_ids", "weights", "scores"], |buffers| {
         let Buffers { gpu, .. } = buffers;
         let (scores, mut ids) = (buffers.of::<f32>("scores", 12), buffers.of("expert_ids", 12));
@@ -459,6 +473,8 @@ fn replace<'v>(
         "token_ids" => inputs.token_ids = ids(&own_inputs.token_ids),
         "noise" => inputs.noise = view(&own_inputs.noise),
         "noise_logits" => inputs.noise_logits = typed(&own_inputs.noise_logits),
+        "selection_noise" => inputs.selection_noise = view(&own_inputs.selection_noise),
+        "midpoint_draws" => inputs.midpoint_draws = view(&own_inputs.midpoint_draws),
         "active" => inputs.active = own_inputs.active.as_ref().map(|view| view.slice(..)),
         _ => panic!("a tensor named {name}"),
     }

@@ -3,6 +3,7 @@
 mod capacity;
 mod range;
 mod scores;
+mod sparsemixer;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DeviceRepr};

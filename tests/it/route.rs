@@ -1,12 +1,14 @@
 //! route: ids and weights agree bit for bit with the reference in f32, weights with that in f64 within a bound.
 
+mod refusals;
 mod scores;
+mod sparsemixer;
 
 use cudarc::driver::{CudaView, DeviceRepr};
 use half::{bf16, f16};
-use moe_kernels::ops::route::{self, RouteBuffers, RouteInputs};
+use moe_kernels::ops::route::{self, RouteInputs};
 use moe_kernels::reference::bound::Bounded;
-use moe_kernels::{DType, Dtype, Error, RouterConfig, RoutingShape, Scoring, Selection, reference};
+use moe_kernels::{Dtype, RouterConfig, RoutingShape, Scoring, Selection, reference};
 use proptest::prelude::*;
 
 use crate::common::{
@@ -99,6 +101,8 @@ fn run<D: Dtype + DeviceRepr>(
     let expert_scale = Uploaded::new(gpu, host.expert_scale, offset);
     let noise = Uploaded::new(gpu, host.noise, offset);
     let noise_logits = Uploaded::new(gpu, host.noise_logits, offset);
+    let selection_noise = Uploaded::new(gpu, host.selection_noise, offset);
+    let midpoint_draws = Uploaded::new(gpu, host.midpoint_draws, offset);
     let given_ids = Uploaded::new(gpu, host.given_ids, offset);
     let token_ids = Uploaded::new(gpu, host.token_ids, offset);
     let active = Uploaded::new(gpu, host.active, offset);
@@ -115,6 +119,8 @@ fn run<D: Dtype + DeviceRepr>(
             expert_scale: expert_scale.view().as_ref(),
             noise: noise.view().as_ref(),
             noise_logits: noise_logits.view().as_ref(),
+            selection_noise: selection_noise.view().as_ref(),
+            midpoint_draws: midpoint_draws.view().as_ref(),
             given_ids: given_ids.view().as_ref(),
             token_ids: token_ids.view().as_ref(),
             active: active.view().as_ref(),
@@ -210,7 +216,7 @@ fn usual_routers_have_bounds() {
         Scoring::Softmax,
         Scoring::SoftmaxSelected,
         Scoring::Sigmoid,
-        Scoring::Sparsemixer { jitter: 0.01 },
+        Scoring::Sparsemixer { jitter: 0.01, training: false },
     ] {
         let selection = match scoring {
             Scoring::SoftmaxSelected => Selection::Logit,
@@ -395,107 +401,5 @@ fn the_allocating_form_agrees() {
         let routing = route::route_fwd(&gpu.device, &gpu.stream, shape, &router, &inputs).unwrap();
         assert_eq!(gpu.download(&routing.expert_ids.as_view()), ids);
         assert_eq!(gpu.download(&routing.weights.as_view()), weights);
-    }
-}
-
-#[test]
-fn errors_come_before_any_launch() {
-    let gpu = gpu();
-    let router = RouterConfig::top_k_softmax();
-    let logits = gpu.upload(&make::<f32>(4 * 8, Logits::Usual, 0));
-    let (mut ids, mut weights) = (gpu.poisoned::<u32>(8), gpu.poisoned::<f32>(8));
-    let mut call = |shape: RoutingShape, lens: [usize; 3]| {
-        route::route_fwd_into(
-            &gpu.device,
-            &gpu.stream,
-            shape,
-            &router,
-            &RouteInputs::new(&logits.view().slice(..lens[0])),
-            &mut ids.view_mut().slice_mut(..lens[1]),
-            &mut weights.view_mut().slice_mut(..lens[2]),
-        )
-    };
-    let shape = RoutingShape { num_tokens: 4, num_experts: 8, top_k: 2 };
-    let length =
-        |argument, wanted, got| Err(Error::Length { op: "route_fwd", argument, wanted, got });
-    assert_eq!(call(shape, [31, 8, 8]), length("logits", 32, 31));
-    assert_eq!(call(shape, [32, 7, 8]), length("expert_ids", 8, 7));
-    assert_eq!(call(shape, [32, 8, 7]), length("weights", 8, 7));
-    for wrong in [
-        RoutingShape { top_k: 9, ..shape },
-        RoutingShape { top_k: 0, ..shape },
-        RoutingShape { num_experts: 0, ..shape },
-        RoutingShape { num_experts: 4097, ..shape },
-        RoutingShape { num_tokens: usize::MAX, ..shape },
-    ] {
-        assert!(
-            matches!(call(wrong, [32, 8, 8]), Err(Error::Unsupported { op: "route_fwd", .. })),
-            "{wrong:?}"
-        );
-    }
-    assert!(call(shape, [32, 8, 8]).is_ok());
-}
-
-/// What a router asks for and does not get, or gets and does not ask for. The reference has all such cases; both hold
-/// them in one place.
-#[test]
-fn buffers_that_are_not_asked_for() {
-    let gpu = gpu();
-    let shape = RoutingShape::new(4, 8, 2).unwrap();
-    let (logits, bias) = (gpu.upload(&[0.0f32; 32]), gpu.upload(&[0.0f32; 8]));
-    let (logits, bias) = (logits.view(), bias.view());
-    let bare = RouteInputs::new(&logits);
-    let biased = RouteInputs { selection_bias: Some(&bias), ..bare };
-    let plain = RouterConfig::softmax_top_k(true);
-    let wants = RouterConfig { selection_bias: true, ..plain };
-    let given = RouterConfig { selection: Selection::Given, ..plain };
-    let call = |router: &RouterConfig, inputs: &RouteInputs<'_, f32>| {
-        route::route_fwd(&gpu.device, &gpu.stream, shape, router, inputs).err()
-    };
-    for (router, inputs, wanted) in [
-        (plain, biased, "selection_bias"),
-        (wants, bare, "selection_bias"),
-        (given, bare, "given_ids"),
-    ] {
-        let error = call(&router, &inputs);
-        assert!(
-            matches!(error, Some(Error::Unsupported { argument, .. }) if argument == wanted),
-            "{error:?}"
-        );
-    }
-    assert_eq!(call(&wants, &biased), None);
-    let bad = RouterConfig { scale: f32::NAN, ..plain };
-    assert!(matches!(call(&bad, &bare), Some(Error::Unsupported { .. })));
-}
-
-#[test]
-fn raw_addresses_must_be_aligned() {
-    let gpu = gpu();
-    let router = RouterConfig::top_k_softmax();
-    let shape = RoutingShape::new(1, 8, 2).unwrap();
-    let good =
-        RouteBuffers { expert_ids: 256, weights: 256, logits: 256, ..RouteBuffers::default() };
-    for (argument, buffers) in [
-        ("expert_ids", RouteBuffers { expert_ids: 257, ..good }),
-        ("weights", RouteBuffers { weights: 258, ..good }),
-        ("logits", RouteBuffers { logits: 257, ..good }),
-        ("noise", RouteBuffers { noise: 258, ..good }),
-        ("noise_logits", RouteBuffers { noise: 256, noise_logits: 257, ..good }),
-    ] {
-        // SAFETY: the call fails before it launches anything.
-        let result = unsafe {
-            route::route_fwd_raw(
-                &gpu.device,
-                gpu.stream.cu_stream(),
-                DType::BF16,
-                shape,
-                &router,
-                buffers,
-            )
-        };
-        assert!(
-            matches!(result, Err(Error::Alignment { argument: got, .. }) if got == argument),
-            "{result:?}"
-        );
     }
 }

@@ -164,7 +164,9 @@ void check_options(uint64_t seed, int experts, int top_k) {
   };
   const Buffer<float> logits_device(logits), bias(random.vector<float>(choices)),
       scale(random.vector<float>(experts)), noise(random.vector<float>(logits.size())),
-      noise_logits(random.vector<float>(logits.size()));
+      noise_logits(random.vector<float>(logits.size())),
+      selection_noise(random.vector<float>(logits.size() * top_k)),
+      midpoint_draws(random.vector<float>(static_cast<size_t>(tokens) * top_k));
   const Buffer<uint32_t> given(given_rows);
   const Buffer<uint8_t> active(std::vector<uint8_t>(tokens, 1));
   RouteAddresses inputs = {};
@@ -177,6 +179,11 @@ void check_options(uint64_t seed, int experts, int top_k) {
   inputs.active = address(active);
   // Given ids and sparsemixer do not meet.
   if (is_given && args.score == ROUTE_SPARSEMIXER) args.score = ROUTE_SOFTMAX;
+  // Sparsemixer of training has neither sinks nor a divisor.
+  if (args.score == ROUTE_SPARSEMIXER && args.num_sinks == 0 && random.between(0, 1)) {
+    inputs.selection_noise = reinterpret_cast<unsigned long long>(selection_noise.get());
+    inputs.midpoint_draws = reinterpret_cast<unsigned long long>(midpoint_draws.get());
+  }
 
   const bool sort = top_k > ROUTE_PICK_MAX_TOP_K || experts > ROUTE_WIDE_MAX_EXPERTS;
   const char* const body = sort ? "sort" : experts <= ROUTE_NARROW_MAX_EXPERTS ? "narrow" : "wide";

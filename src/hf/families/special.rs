@@ -305,7 +305,7 @@ fn ernie_vision(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
 fn phimoe(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     // In training it is the range of a jitter; here it says which logits are near the largest.
     let jitter = keys.f32(&["router_jitter_noise"], 0.01)?;
-    block.config.router.scoring = Scoring::Sparsemixer { jitter };
+    block.config.router.scoring = Scoring::Sparsemixer { jitter, training: false };
     Ok(())
 }
 

@@ -167,6 +167,8 @@ impl RouterReads {
             expert_scale: weights.router.expert_scale.filter(|_| router.expert_scale),
             noise: inputs.noise,
             noise_logits: self.noise_logits.as_deref(),
+            selection_noise: inputs.selection_noise,
+            midpoint_draws: inputs.midpoint_draws,
             given_ids: inputs.given_ids.or(weights.router.table),
             token_ids: inputs.token_ids,
             active: inputs.active,

@@ -327,11 +327,47 @@ fn sinks_share_the_sum() {
     assert_close(&weights, &logs.map(|log| 3.0 * (log - sum.ln()).exp()));
 }
 
+/// In training each choice is a draw among those that are left and near, and a third of its share where it is not the
+/// largest of them, unless the midpoint's draw is above 0.75.
+#[test]
+fn sparsemixer_in_training() {
+    let scoring = Scoring::Sparsemixer { jitter: 0.1, training: true };
+    let router = RouterConfig { scoring, ..PLAIN };
+    let shape = RoutingShape { num_tokens: 1, num_experts: 4, top_k: 2 };
+    let logits = [2.0f32, 1.5, 1.75, 0.1];
+    let run = |noise: [f32; 8], draws: [f32; 2]| {
+        let inputs = RouteInputs {
+            selection_noise: Some(&noise),
+            midpoint_draws: Some(&draws),
+            ..RouteInputs::new(&logits)
+        };
+        let routing = route_fwd::<f64, f32>(&shape, &router, &inputs).unwrap();
+        (routing.expert_ids, routing.weights)
+    };
+    let share = |d: f64| 1.0 / (1.0 + d.exp());
+    let third = f64::from(0.3333f32);
+    // Expert 2 is drawn, and then 1, which is not near 2; noise of experts that are far is not looked at.
+    let (ids, weights) = run([0.0, 9.0, 0.5, 9.0, 0.0, 9.0, 9.0, 9.0], [0.75, 0.0]);
+    assert_eq!(ids, [2, 0]);
+    assert_close(&weights, &[third * share(0.25), 1.0]);
+    let (_, weights) = run([0.0, 9.0, 0.5, 9.0, 0.0, 9.0, 9.0, 9.0], [0.76, 0.0]);
+    assert_close(&weights, &[share(0.25), 1.0]);
+    // Of equal sums the lower id; a draw changes no weight of the largest one; the second choice has its own row.
+    let (ids, weights) = run([0.0, 0.0, 0.25, 0.0, NAN, 0.5, 0.0, 0.0], [0.0, 0.1]);
+    assert_eq!(ids, [0, 1]);
+    assert_close(&weights, &[share(-0.25), third * share(0.25)]);
+    // A NaN counts as -inf; a draw that is none is not above 0.75.
+    let (ids, weights) = run([NAN, INF, -1e9, INF, -INF, NAN, NAN, 0.0], [NAN, NAN]);
+    assert_eq!(ids, [2, 0]);
+    assert_close(&weights, &[third * share(0.25), 1.0]);
+}
+
 /// Phi-MoE: each choice is weighed among what is left and near it; the distance is relative to the size of the other
 /// logit, or to the largest one left where that is more.
 #[test]
 fn sparsemixer() {
-    let router = RouterConfig { scoring: Scoring::Sparsemixer { jitter: 0.1 }, ..PLAIN };
+    let router =
+        RouterConfig { scoring: Scoring::Sparsemixer { jitter: 0.1, training: false }, ..PLAIN };
     let weights = |top_k, logits: &[f32]| route(router, top_k, logits).1;
     // (2 - 1.7) / 2 is near, (2 - 1.5) / 2 is not; (1.7 - 1.5) / 1.7 is.
     let near = |d: f64| 1.0 / (1.0 + (-d).exp());
@@ -395,7 +431,9 @@ fn buffers_are_what_the_router_asks_for() {
     let given = RouterConfig { selection: Selection::Given, ..AFTER };
     let biased = RouterConfig { selection_bias: true, ..PLAIN };
     let scaled = RouterConfig { expert_scale: true, ..PLAIN };
-    let some = Some(&logits[..3]);
+    let scoring = Scoring::Sparsemixer { jitter: 0.1, training: true };
+    let sampled = RouterConfig { scoring, ..PLAIN };
+    let (some, draws) = (Some(&logits[..3]), Some(&[0.0; 12][..]));
     let cases = [
         (PLAIN, RouteInputs { logits: &logits[..5], ..bare }, "`logits`"),
         (biased, bare, "`selection_bias` is none"),
@@ -405,6 +443,16 @@ fn buffers_are_what_the_router_asks_for() {
         (PLAIN, RouteInputs { expert_scale: some, ..bare }, "`expert_scale` is a buffer"),
         (PLAIN, RouteInputs { noise: some, ..bare }, "`noise` has 3"),
         (PLAIN, RouteInputs { noise_logits: Some(&logits[..6]), ..bare }, "`noise_logits` is a"),
+        (sampled, bare, "`selection_noise` is none"),
+        (sampled, RouteInputs { selection_noise: draws, ..bare }, "`midpoint_draws` is none"),
+        (sampled, RouteInputs { selection_noise: some, ..bare }, "`selection_noise` has 3"),
+        (
+            sampled,
+            RouteInputs { selection_noise: draws, midpoint_draws: some, ..bare },
+            "`midpoint_draws` has 3",
+        ),
+        (PLAIN, RouteInputs { selection_noise: draws, ..bare }, "`selection_noise` is a buffer"),
+        (PLAIN, RouteInputs { midpoint_draws: draws, ..bare }, "`midpoint_draws` is a buffer"),
         (given, bare, "`given_ids` is none"),
         (PLAIN, RouteInputs { given_ids: Some(&ids[..4]), ..bare }, "`given_ids` is a buffer"),
         (given, RouteInputs { given_ids: Some(&ids[..6]), ..bare }, "`given_ids` has 6"),

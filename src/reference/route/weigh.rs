@@ -45,25 +45,6 @@ fn softmax<N: Number>(all: &[N], z: &[N]) -> Vec<N> {
     z.iter().map(|z| z.share(max) / sum).collect()
 }
 
-/// Sparsemixer's score of each of these experts, in the order in which they were chosen: its share in a softmax over
-/// itself, and the experts that were not chosen before it and are near.
-pub(super) fn sparsemixer<N: Number>(jitter: f32, z: &[N], z32: &[f32], ids: &[u32]) -> Vec<N> {
-    let mut left: Vec<usize> = (0..z.len()).collect();
-    let score = |&id: &u32| {
-        let choice = id as usize;
-        let max = z32[choice];
-        // Whether an expert takes part is decided in f32, as ids are.
-        let is_near = |e: usize| {
-            z32[e] == max || (max - z32[e]) / z32[e].abs().or_larger(max) <= jitter + jitter
-        };
-        let shares: Vec<N> =
-            left.iter().filter(|&&e| is_near(e)).map(|&e| z[e].share(z[choice])).collect();
-        left.retain(|&e| e != choice);
-        N::of(1.0) / N::sum_of_shares(&shares)
-    };
-    ids.iter().map(score).collect()
-}
-
 /// Divides scores by what the normalisation makes of all of them. What is no number then is so for good.
 pub(super) fn normalize<N: Number>(by: Normalization, scores: &mut [N]) {
     let divisor = match by {

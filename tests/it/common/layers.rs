@@ -259,6 +259,7 @@ pub fn random_inputs<D: Dtype>(
         (0..shape.slots()).map(|slot| (slot % shape.num_experts) as u32).collect()
     };
     let scaled = has_noise && rng.once_in(2);
+    let sampled = matches!(config.router.scoring, Scoring::Sparsemixer { training: true, .. });
     MoeInputs {
         x: draw(rng, tokens, 1.0),
         router_x: rng.once_in(5).then(|| draw(rng, tokens, 1.0)),
@@ -267,6 +268,8 @@ pub fn random_inputs<D: Dtype>(
         token_ids: by_token.then(|| (0..num_tokens).map(|_| rng.below(TABLE) as u32).collect()),
         noise: has_noise.then(|| draw(rng, shape.logits(), 1.0)),
         noise_logits: scaled.then(|| typed(rng, f32_logits, shape.logits(), 2.0)),
+        selection_noise: sampled.then(|| draw(rng, shape.by_slot().logits(), 3.0)),
+        midpoint_draws: sampled.then(|| draw(rng, shape.slots(), 1.0)),
         active: rng
             .once_in(5)
             .then(|| (0..num_tokens).map(|_| u8::from(!rng.once_in(4))).collect()),

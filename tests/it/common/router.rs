@@ -30,7 +30,10 @@ pub fn router(rng: &mut Rng, num_experts: usize, top_k: usize) -> RouterConfig {
         Scoring::Sigmoid,
         Scoring::SqrtSoftplus,
         Scoring::Logit,
-        Scoring::Sparsemixer { jitter: [0.0, 0.01, 0.4][rng.below(3)] },
+        Scoring::Sparsemixer {
+            jitter: [0.0, 0.01, 0.4][rng.below(3)],
+            training: rng.below(2) == 0,
+        },
     ];
     let scoring = scorings[rng.below(scorings.len())];
     if matches!(scoring, Scoring::Sparsemixer { .. }) {
@@ -86,6 +89,8 @@ pub struct RouterCase<D> {
     pub expert_scale: Option<Vec<f32>>,
     pub noise: Option<Vec<f32>>,
     pub noise_logits: Option<Vec<D>>,
+    pub selection_noise: Option<Vec<f32>>,
+    pub midpoint_draws: Option<Vec<f32>>,
     pub given_ids: Option<Vec<u32>>,
     pub token_ids: Option<Vec<u32>>,
     pub active: Option<Vec<u8>>,
@@ -102,6 +107,8 @@ impl<D: Dtype> RouterCase<D> {
             expert_scale: None,
             noise: None,
             noise_logits: None,
+            selection_noise: None,
+            midpoint_draws: None,
             given_ids: None,
             token_ids: None,
             active: None,
@@ -134,6 +141,10 @@ impl<D: Dtype> RouterCase<D> {
             let logits = logits.into_iter().map(|logit| D::from_f32(4.0 * logit)).collect();
             case.noise_logits = (rng.below(2) == 0).then_some(logits);
         }
+        if matches!(router.scoring, Scoring::Sparsemixer { training: true, .. }) {
+            case.selection_noise = Some(floats(shape.slots() * num_experts, rng));
+            case.midpoint_draws = Some(floats(shape.slots(), rng));
+        }
         if given {
             let by_token = rng.below(2) == 0;
             let rows = if by_token { rng.below(7) } else { num_tokens };
@@ -157,6 +168,8 @@ impl<D: Dtype> RouterCase<D> {
             expert_scale: self.expert_scale.as_deref(),
             noise: self.noise.as_deref(),
             noise_logits: self.noise_logits.as_deref(),
+            selection_noise: self.selection_noise.as_deref(),
+            midpoint_draws: self.midpoint_draws.as_deref(),
             given_ids: self.given_ids.as_deref(),
             token_ids: self.token_ids.as_deref(),
             active: self.active.as_deref(),

@@ -54,6 +54,8 @@ fn composed<D: Dtype + DeviceRepr>(case: &Case<D>) -> Decided {
             expert_scale: held.router.expert_scale.filter(|_| router.expert_scale),
             noise: inputs.noise,
             noise_logits: noise_logits.as_deref(),
+            selection_noise: inputs.selection_noise,
+            midpoint_draws: inputs.midpoint_draws,
             given_ids: inputs.given_ids.or(held.router.table),
             token_ids: inputs.token_ids,
             active: inputs.active,

@@ -1,0 +1,77 @@
+//! Layers of Phi-MoE in training: the draws of a pass reach its router.
+
+use cudarc::driver::DeviceRepr;
+use half::{bf16, f16};
+use moe_kernels::{Dtype, Error, MoeConfig, NoiseDistribution, RouterConfig, Scoring, reference};
+
+use super::{Case, Prepared, plain};
+use crate::common::{Gpu, gpu};
+
+/// A layer of which each choice is drawn, with draws of the generator.
+fn case<D: Dtype + DeviceRepr>(num_tokens: usize, seed: u64) -> Case<D> {
+    let scoring = Scoring::Sparsemixer { jitter: 0.4, training: true };
+    let router = RouterConfig { scoring, ..RouterConfig::default() };
+    let config = MoeConfig { router, ..plain(40, 24, 6, 2) };
+    let mut case = Case::<D>::plain(config, num_tokens, 5);
+    let shape = config.routing(num_tokens);
+    let draw = |kind, len| Some(reference::noise_fwd(kind, seed, 0, len));
+    case.inputs.selection_noise = draw(NoiseDistribution::Gumbel, shape.by_slot().logits());
+    case.inputs.midpoint_draws = draw(NoiseDistribution::Uniform, shape.slots());
+    case
+}
+
+/// From given logits and from the layer's own, in every type; other draws choose other experts.
+#[test]
+fn a_layer_takes_its_draws() {
+    fn one<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+        let given = case::<D>(37, 3);
+        given.check(gpu, "sparsemixer of training");
+        let mut made = case::<D>(37, 3);
+        made.inputs.logits = None;
+        made.check(gpu, "sparsemixer of training, with a gate");
+        let (ids, weights) = given.route(gpu);
+        assert_ne!(ids, case::<D>(37, 4).route(gpu).0);
+        // Without noise the choices are those of evaluation, which no draw makes smaller.
+        let mut still = case::<D>(37, 3);
+        still.inputs.selection_noise = Some(vec![0.0; 37 * 2 * 6]);
+        let mut evaluated = case::<D>(37, 3);
+        (evaluated.inputs.selection_noise, evaluated.inputs.midpoint_draws) = (None, None);
+        let scoring = Scoring::Sparsemixer { jitter: 0.4, training: false };
+        evaluated.config.router.scoring = scoring;
+        assert_eq!(still.route(gpu), evaluated.route(gpu));
+        assert_ne!((ids, weights), evaluated.route(gpu));
+    }
+    let gpu = gpu();
+    one::<f32>(&gpu);
+    one::<f16>(&gpu);
+    one::<bf16>(&gpu);
+}
+
+/// Draws are there exactly where the router is that of training, and nothing is written otherwise.
+#[test]
+fn draws_are_checked() {
+    let gpu = gpu();
+    let run = |case: &Case<f32>| {
+        case.on(&gpu, |mut prepared| {
+            let mut y = gpu.poisoned::<f32>(case.inputs.x.len());
+            let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
+            let to = &mut y.view_mut();
+            let error = layer.forward(&gpu.stream, inputs, weights, workspace, to).unwrap_err();
+            assert!(gpu.download(&y.view()).iter().all(|y| y.is_nan()));
+            error
+        })
+    };
+    let mut without = case::<f32>(3, 1);
+    without.inputs.selection_noise = None;
+    let error = run(&without);
+    assert!(matches!(error, Error::Unsupported { argument: "selection_noise", .. }), "{error}");
+    let mut beside = case::<f32>(3, 1);
+    beside.config.router.scoring = Scoring::Softmax;
+    let error = run(&beside);
+    assert!(matches!(error, Error::Unsupported { argument: "selection_noise", .. }), "{error}");
+    let mut short = case::<f32>(3, 1);
+    short.inputs.midpoint_draws = Some(vec![0.0; 5]);
+    let error = run(&short);
+    let wanted = Error::Length { op: "MoeLayer", argument: "midpoint_draws", wanted: 6, got: 5 };
+    assert_eq!(error, wanted);
+}
