@@ -59,31 +59,22 @@ fn permute(
     xp
 }
 
-/// `y` of the rows in `xp`.
-#[allow(clippy::too_many_arguments)]
+/// `y` of what is read; its last two rows are NaN before.
 fn combine(
     gpu: &Gpu,
     shape: RoutingShape,
     hidden: usize,
-    xp: &CudaSlice<f16>,
-    weights: &CudaSlice<f32>,
-    maps: &Maps,
+    options: &CombineOptions,
+    read: CombineBuffers,
     left_out: usize,
 ) -> CudaSlice<f16> {
     let stream = &gpu.stream;
     let y = ending_in(gpu, shape.num_tokens * hidden, &vec![f16::NAN; 2 * hidden]);
-    let buffers = CombineBuffers {
-        y: y.device_ptr(stream).0,
-        yp: xp.device_ptr(stream).0,
-        weights: weights.device_ptr(stream).0,
-        row_of_slot: maps.row_of_slot.device_ptr(stream).0,
-        ..CombineBuffers::default()
-    };
-    let options = CombineOptions::default();
+    let buffers = CombineBuffers { y: y.device_ptr(stream).0, ..read };
     let (device, dtype) = (&gpu.device, DType::F16);
     // SAFETY: the buffers are as long as the shape says, and live on.
     without_blocks(gpu, left_out, || unsafe {
-        combine_fwd_raw(device, stream.cu_stream(), dtype, shape, hidden, &options, buffers)
+        combine_fwd_raw(device, stream.cu_stream(), dtype, shape, hidden, options, buffers)
             .unwrap();
     });
     y
@@ -113,11 +104,59 @@ fn rows_past_2_31_elements() {
         assert_eq!(bits(&row(slots - 1)), vec![0; hidden], "the last row, of width {hidden}");
 
         let weights = ending_in(&gpu, slots, &[2f32, f32::NAN, 4.0, 1.0]);
-        let y = combine(&gpu, shape, hidden, &xp, &weights, &maps, left_out);
+        let stream = &gpu.stream;
+        let read = CombineBuffers {
+            yp: xp.device_ptr(stream).0,
+            weights: weights.device_ptr(stream).0,
+            row_of_slot: maps.row_of_slot.device_ptr(stream).0,
+            ..CombineBuffers::default()
+        };
+        let y = combine(&gpu, shape, hidden, &CombineOptions::default(), read, left_out);
         let y = end_of(&gpu, &y, 2 * hidden);
         let wanted = x.iter().enumerate().map(|(i, x)| {
             let (x, second) = (x.to_f32(), i >= hidden);
             f16::from_f32(if second { 1f32.mul_add(x, 4.0 * x) } else { 2.0 * x })
+        });
+        assert_eq!(bits(&y), bits(&wanted.collect::<Vec<_>>()), "y of width {hidden}");
+    }
+}
+
+/// The last token but one has a row, and the last one an identity expert; both have a shared row.
+#[test]
+fn tokens_past_2_31_elements() {
+    let (gpu, _turn) = alone();
+    let stream = &gpu.stream;
+    let shape = RoutingShape::new(1_053_000, 1, 1).unwrap();
+    let tokens = shape.num_tokens;
+    // One block of combine for each token.
+    for hidden in [2040, 2041] {
+        assert!((tokens - 2) * hidden > LIMIT);
+        let x = values::<f16>(2 * hidden, 1.0, 1);
+        let far_x = ending_in(&gpu, tokens * hidden, &x);
+        let maps = Maps::new(&gpu, shape, &[(tokens - 2, 0)], 1);
+        let left_out = tokens - 2;
+        let xp = permute(&gpu, shape, hidden, &far_x, &maps, left_out);
+        assert!(gpu.download(&xp.slice(..hidden)) == x[..hidden], "the row of width {hidden}");
+
+        let weights = ending_in(&gpu, tokens, &[2f32, 4.0]);
+        let expert_ids = ending_in(&gpu, tokens, &[0u32, 1]);
+        let x_at = far_x.device_ptr(stream).0;
+        // One buffer serves for both: apart they are more than the software device has.
+        let read = CombineBuffers {
+            yp: xp.device_ptr(stream).0,
+            weights: weights.device_ptr(stream).0,
+            row_of_slot: maps.row_of_slot.device_ptr(stream).0,
+            expert_ids: expert_ids.device_ptr(stream).0,
+            x: x_at,
+            shared: x_at,
+            ..CombineBuffers::default()
+        };
+        let options = CombineOptions { identity: 1..2, ..CombineOptions::default() };
+        let y = combine(&gpu, shape, hidden, &options, read, left_out);
+        let y = end_of(&gpu, &y, 2 * hidden);
+        let wanted = x.iter().enumerate().map(|(i, x)| {
+            let (x, weight) = (x.to_f32(), if i < hidden { 2.0 } else { 4.0 });
+            f16::from_f32(weight * x + x)
         });
         assert_eq!(bits(&y), bits(&wanted.collect::<Vec<_>>()), "y of width {hidden}");
     }
