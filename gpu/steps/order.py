@@ -99,7 +99,7 @@ def step(run, command, words, end, name=None):
 
 
 def by_hand(run, command, words):
-    """A command that somebody gave; the words are a part of its step's name."""
+    """A command from the command line; its words are a part of its step's name."""
     name = re.sub(r"\W+", "-", " ".join([command, *words])).strip("-")
     left = run.left()
     step(run, command, words, None if left is None else time.monotonic() + left, name)

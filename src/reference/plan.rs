@@ -2,7 +2,7 @@
 //!
 //! A slot `s = t*K + k` whose id is less than `E`, or in a range of experts, is active and gets a row;
 //! rows are ordered by (expert, slot), so those of an expert are contiguous and in slot order. A slot with any other id
-//! belongs to nobody here (another device's expert, or padding): it has no row.
+//! belongs to unowned here (another device's expert, or padding): it has no row.
 
 use std::ops::Range;
 
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn by_hand() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
-        // Expert 1 has no slot, and slot 3 belongs to nobody.
+        // Expert 1 has no slot, and slot 3 belongs to unowned.
         let plan = grouped(&shape, 0..4, 2, &[2, 0, 2, NONE, 3, 2]).unwrap();
         assert_eq!(plan.expert_offsets, [0, 1, 1, 4, 5]);
         assert_eq!(plan.row_of_slot, [1, 0, 2, -1, 4, 3]);
@@ -188,8 +188,8 @@ mod tests {
         assert_eq!((plan.expert_offsets, plan.tiles), (vec![0, 0, 0], vec![]));
 
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
-        let nobody = plan_fwd(&shape, &[2, NONE]).unwrap();
-        assert_eq!((nobody.rows_in_use(), nobody.row_of_slot), (0, vec![-1, -1]));
+        let unowned = plan_fwd(&shape, &[2, NONE]).unwrap();
+        assert_eq!((unowned.rows_in_use(), unowned.row_of_slot), (0, vec![-1, -1]));
         assert!(plan_fwd(&shape, &[0]).is_err());
     }
 

@@ -236,7 +236,7 @@ fn inputs_that_are_missing() {
     }
 }
 
-/// A recording is somebody's file like any other.
+/// A recording is checked like any other file.
 #[test]
 fn recordings_that_do_not_fit() {
     let folder = Folder::of("switch-transformers-tiny");
