@@ -262,8 +262,11 @@ fn write_table(images: &[Image], toolkit: Option<(u32, u32)>, out_dir: &Path) {
         .expect("a String takes everything");
     }
     table.push_str("];\n");
-    writeln!(table, "/// What compiled them, major and minor; `None` for placeholders.")
-        .expect("as above");
+    writeln!(
+        table,
+        "/// Version of the toolkit that compiled them, major and minor; `None` for placeholders."
+    )
+    .expect("as above");
     writeln!(table, "pub(crate) static TOOLKIT: Option<(u32, u32)> = {toolkit:?};")
         .expect("as above");
     fs::write(out_dir.join("images.rs"), table).expect("OUT_DIR is writable");

@@ -4,7 +4,7 @@ use std::fmt;
 
 use moe_kernels::{DType, Dtype};
 
-/// What there is to say of them.
+/// Their number and the first of them.
 #[derive(Debug, PartialEq)]
 pub struct NotFinite {
     count: usize,

@@ -66,7 +66,7 @@ pub(crate) fn check_file(path: &Path, metadata: &Metadata) -> Result<()> {
     Err(Error::File { file: path.display().to_string(), why })
 }
 
-/// What a thing in a folder is that is no file.
+/// The kind of a directory entry that is not a regular file, for messages.
 fn kind(metadata: &Metadata) -> &'static str {
     if metadata.is_dir() {
         return "a folder";
@@ -97,7 +97,7 @@ pub enum Folder {
 }
 
 impl Folder {
-    /// What messages call the folder.
+    /// The name of the folder, for messages.
     pub fn describe(&self) -> String {
         match self {
             Folder::Disk(folder) => folder.display().to_string(),
@@ -105,7 +105,7 @@ impl Folder {
         }
     }
 
-    /// What messages call a file of the folder.
+    /// The name of a file of the folder, for messages.
     pub fn name(&self, file: &str) -> String {
         match self {
             Folder::Disk(folder) => folder.join(file).display().to_string(),

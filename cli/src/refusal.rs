@@ -1,4 +1,4 @@
-//! Why a checkpoint is not read: the tensor that is missing, the one that stands in its place, and its format.
+//! Errors for checkpoints that cannot be read: the missing tensor, the one in its place, and its format.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 

@@ -44,7 +44,7 @@ pub enum Code {
 }
 
 impl Code {
-    /// What the codes of a tensor are that should have `shape`; none where they are no codes that are read.
+    /// The kind of codes that a tensor of logical `shape` holds; `None` for a tensor without supported codes.
     pub fn of(tensor: &Tensor<'_>, shape: &[usize]) -> Option<Self> {
         match tensor.dtype() {
             DiskDtype::F8_E4M3 => Some(Code::Fp8),

@@ -371,7 +371,7 @@ pub fn write(
 /// the file: it may say what kind of file is to be made.
 ///
 /// # Errors
-/// What is there and is no file, a device or a FIFO say, stays, and is an error.
+/// An existing path that is not a regular file, such as a device or a FIFO, is an error and stays unchanged.
 pub fn replace(
     path: &Path,
     write: impl FnOnce(&Path, &mut std::fs::File) -> std::io::Result<()>,

@@ -81,6 +81,24 @@ pub struct GroupedGemmBuffers {
     pub num_tiles: CUdeviceptr,
 }
 
+impl GroupedGemmBuffers {
+    fn check_aligned(&self, op: &'static str, dtype: DType) -> Result<()> {
+        let Self { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } = *self;
+        for (name, address) in [("y", y), ("x", x), ("w", w), ("bias", bias)] {
+            check_aligned(op, name, address, dtype.size())?;
+        }
+        for (name, address) in [
+            ("token_of_row", token_of_row),
+            ("expert_offsets", expert_offsets),
+            ("tiles", tiles),
+            ("num_tiles", num_tiles),
+        ] {
+            check_aligned(op, name, address, 4)?;
+        }
+        Ok(())
+    }
+}
+
 /// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` says what its row of `x` is.
 ///
 /// `y` is `[T * K, N]`; any `N` and `K` from 1. Sums are f32, in the order of `K`, whatever the order
@@ -187,20 +205,9 @@ pub unsafe fn grouped_gemm_fwd_raw(
     buffers: GroupedGemmBuffers,
 ) -> Result<()> {
     shape.check_rows(OP)?;
+    buffers.check_aligned(OP, dtype)?;
     let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } =
         buffers;
-    for (name, address, bytes) in [
-        ("y", y, dtype.size()),
-        ("x", x, dtype.size()),
-        ("w", w, dtype.size()),
-        ("bias", bias, dtype.size()),
-        ("token_of_row", token_of_row, 4),
-        ("expert_offsets", expert_offsets, 4),
-        ("tiles", tiles, 4),
-        ("num_tiles", num_tiles, 4),
-    ] {
-        check_aligned(OP, name, address, bytes)?;
-    }
     width(OP, "n", n)?;
     width(OP, "k", k)?;
     let layout = Layout { order, features: n, step: 1 };

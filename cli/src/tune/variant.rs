@@ -144,7 +144,7 @@ impl Image {
     }
 }
 
-/// Holds an image against the lengths in its headers, so that the driver does not read past its end.
+/// Checks an image against the lengths in its headers, so that the driver does not read past its end.
 fn check_image(bytes: &[u8]) -> std::result::Result<(), String> {
     const FAT_BINARY: u64 = 0xba55_ed50;
     if number(bytes, 0, 4) == Some(FAT_BINARY) {

@@ -202,7 +202,7 @@ pub fn run(folder: &Folder, layer: usize, more: &[&str]) -> Done {
     program(&arguments)
 }
 
-/// Runs layer 1 of the folder and holds the failure against what it should say.
+/// Runs layer 1 of the folder and checks that it fails with these words.
 #[track_caller]
 pub fn fails(folder: &Folder, words: &[&str]) {
     let before = folder.names();

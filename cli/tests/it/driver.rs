@@ -1,4 +1,4 @@
-//! What the program says of a driver that is older than the kernels, which the software device can be.
+//! Messages about a driver older than the kernels' toolkit; the software device can report such a driver.
 
 use std::process::Command;
 

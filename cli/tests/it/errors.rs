@@ -288,7 +288,7 @@ fn outputs_that_cannot_be() {
     );
     #[cfg(unix)]
     {
-        // What is no file stays what it is.
+        // A path that is not a regular file is not replaced.
         use std::os::unix::fs::FileTypeExt;
         let fifo = folder.path("fifo");
         assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());

@@ -152,20 +152,9 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
     shape.check_rows(OP)?;
     let WeightedGemmBuffers { gemm, weights, row_of_slot } = buffers;
     let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } = gemm;
-    for (name, address, bytes) in [
-        ("y", y, dtype.size()),
-        ("x", x, dtype.size()),
-        ("w", w, dtype.size()),
-        ("bias", bias, dtype.size()),
-        ("routing_weights", weights, 4),
-        ("row_of_slot", row_of_slot, 4),
-        ("token_of_row", token_of_row, 4),
-        ("expert_offsets", expert_offsets, 4),
-        ("tiles", tiles, 4),
-        ("num_tiles", num_tiles, 4),
-    ] {
-        check_aligned(OP, name, address, bytes)?;
-    }
+    gemm.check_aligned(OP, dtype)?;
+    check_aligned(OP, "routing_weights", weights, 4)?;
+    check_aligned(OP, "row_of_slot", row_of_slot, 4)?;
     width(OP, "n", n)?;
     width(OP, "k", k)?;
     let layout = Layout { order, features: n, step: 1 };
