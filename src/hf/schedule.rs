@@ -79,6 +79,8 @@ const BLOCK_TYPES: Names = &["layers_block_type", "layer_types"];
 const LETTERS: Names = &["hybrid_override_pattern"];
 const PREDICT: Names = &["num_nextn_predict_layers"];
 const PYRAMID: Names = &["pyramid_num_routed"];
+/// A list of booleans by layer in released files, which transformers leaves unread.
+const RELEASED: &str = "is_moe_layer";
 
 /// The key that makes a layer dense, and what it is where it is missing.
 type Reason = Option<(Names, String)>;
@@ -127,15 +129,17 @@ impl Schedule {
         {
             let dense = Some(keys.error_text(TYPES, format!("{kind} for layer {layer}"), SPARSE));
             return match kind.as_str() {
-                Some("sparse") => Ok(None),
+                Some("sparse") => released(keys),
                 Some("dense") => Ok(dense),
                 _ => Err(keys.error(TYPES, kind, "\"sparse\" or \"dense\" for each layer")),
             };
         }
-        Ok(self.reason(keys)?.map(|(names, default)| {
+        if let Some((names, default)) = self.reason(keys)? {
             let (name, got) = keys.shown(names, &default);
-            keys.error_text(name, format!("{got}, which makes layer {layer} dense"), SPARSE)
-        }))
+            let got = format!("{got}, which makes layer {layer} dense");
+            return Ok(Some(keys.error_text(name, got, SPARSE)));
+        }
+        released(keys)
     }
 
     /// The number of layers.
@@ -237,6 +241,17 @@ impl Schedule {
             }
         })
     }
+}
+
+/// Why a layer that has experts by its family's rule has none by its released file.
+fn released(keys: &Keys<'_>) -> Result<Option<Error>> {
+    Ok(match keys.by_layer(RELEASED)? {
+        None | Some(Value::Bool(true)) => None,
+        Some(kind) => {
+            let got = format!("{kind} for layer {}", keys.layer);
+            Some(keys.error_text(RELEASED, got, SPARSE))
+        }
+    })
 }
 
 fn unless(sparse: bool, names: Names, default: impl ToString) -> Reason {

@@ -297,3 +297,32 @@ fn layers_that_predict_further_tokens_have_experts() {
         assert_eq!([3, 4].map(|layer| read(none.clone(), layer)), [true, false]);
     }
 }
+
+/// A list by layer that released files have beside the rule: where the two disagree, there is no block to read.
+#[test]
+fn a_layer_that_the_file_calls_dense_has_no_experts() {
+    let read = |layers: Value, layer| {
+        let config = json!({ "model_type": "exaone_moe", "is_moe_layer": layers });
+        MoeConfig::from_hf(&config.to_string(), layer).map_err(|error| error.to_string())
+    };
+    let layers = json!([false, true, false]);
+    assert!(read(layers.clone(), 1).is_ok() && read(json!([]), 2).is_ok());
+    let refused = read(layers.clone(), 2).unwrap_err();
+    assert!(refused.contains("`is_moe_layer` is false for layer 2"), "{refused}");
+    // Dense by the rule as well, and one layer short.
+    assert!(read(layers.clone(), 0).is_err() && read(layers, 3).is_err());
+}
+
+/// By default dots3's vision layers have experts from layer 25 on, four more in each.
+#[test]
+fn the_pyramid_of_dots() {
+    let config =
+        json!({ "model_type": "dots3_note", "text_config": {}, "vision_config": {} }).to_string();
+    let blocks = |layer| {
+        let blocks = hf::blocks(&config, layer).unwrap();
+        blocks.iter().map(|block| (block.part, block.config.num_experts)).collect::<Vec<_>>()
+    };
+    assert_eq!(blocks(24), [("text", 256)]);
+    assert_eq!(blocks(25), [("text", 256), ("vision", 4)]);
+    assert_eq!(blocks(26), [("text", 256), ("vision", 8)]);
+}
