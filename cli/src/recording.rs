@@ -118,13 +118,21 @@ impl Recording {
         let relative = relative_error(&y, &wanted.read_f64()?);
 
         let ids = file.tensor("expert_ids")?;
-        let per_token = ids.len() / made.num_tokens.max(1);
-        ids.check_ids(&[made.num_tokens, per_token])?;
+        let (tokens, per_token) = match *ids.shape() {
+            [tokens, per_token] if tokens == made.num_tokens && per_token > 0 => {
+                (tokens, per_token)
+            }
+            _ => {
+                let wanted = format!("[{}, K], the ids of each token's experts", made.num_tokens);
+                return Err(ids.error(format!("{:?}", ids.shape()), wanted));
+            }
+        };
+        ids.check_ids(&[tokens, per_token])?;
         let experts = layers.iter().map(|layer| layer.config.router_experts()).max().unwrap_or(0);
         let ids = ids.read_ids(experts, "ids of experts")?;
         // Slots that found no room; and experts that every token has are not in the recording.
         let kept = file.find("kept").map(|kept| {
-            kept.check_ids(&[made.num_tokens, per_token])?;
+            kept.check_ids(&[tokens, per_token])?;
             kept.read_ids(2, "1 for a slot that is kept and 0 for others")
         });
         let kept = kept.transpose()?;

@@ -81,7 +81,7 @@ impl TensorFile {
 }
 
 /// The types that numbers may have without a scale.
-pub const FLOATS: &str = "f32, bf16 or f16";
+pub const FLOATS: &str = "f64, f32, bf16 or f16";
 
 /// One tensor of a file.
 pub struct Tensor<'a> {

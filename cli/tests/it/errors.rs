@@ -151,7 +151,7 @@ fn weights_that_do_not_fit() {
     let folder = with_tensor(|tensor| tensor.shape.reverse());
     fails(&folder, &["model.safetensors", EXPERT, "is [20, 40], wanted [40, 20]"]);
     let folder = with_tensor(|tensor| tensor.dtype = Dtype::I32);
-    fails(&folder, &["model.safetensors", EXPERT, "is i32, wanted f32, bf16 or f16"]);
+    fails(&folder, &["model.safetensors", EXPERT, "is i32, wanted f64, f32, bf16 or f16"]);
     let folder = with_tensor(|tensor| tensor.name = "model.lost".into());
     fails(&folder, &["model.safetensors", &format!("no tensor `{EXPERT}`, wanted [40, 20]")]);
 }
@@ -209,7 +209,7 @@ fn inputs_that_do_not_fit() {
         (x(&[4, 39]), &["recorded.safetensors", "`x` is [4, 39]", "40"]),
         (x(&[1, 4, 40]), &["`x` is [1, 4, 40]"]),
         (x(&[0, 40]), &["`x` is [0, 40]", "at least one token"]),
-        (integers, &["`x` is i32, wanted f32, bf16 or f16"]),
+        (integers, &["`x` is i32, wanted f64, f32, bf16 or f16"]),
         (renamed, &["no tensor `x`", "`hidden_states`"]),
     ];
     for (tensor, words) in cases {
@@ -244,7 +244,11 @@ fn recordings_that_do_not_fit() {
     type Case = (&'static str, fn(&mut Stored), &'static str);
     let cases: [Case; 3] = [
         ("kept", |kept| kept.shape = vec![1, 12], "`kept` is [1, 12], wanted [12, 1]"),
-        ("expert_ids", |ids| ids.shape = vec![1, 12], "`expert_ids` is [1, 12], wanted [12, 1]"),
+        (
+            "expert_ids",
+            |ids| ids.shape = vec![1, 12],
+            "`expert_ids` is [1, 12], wanted [12, K], the ids",
+        ),
         ("y", |y| y.shape.reverse(), "`y` is [20, 12], wanted [12, 20]"),
     ];
     for (name, damage, words) in cases {
