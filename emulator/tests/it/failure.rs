@@ -192,6 +192,25 @@ fn a_failure_goes_with_an_event() {
     assert_eq!(entries(&context, &log), []);
 }
 
+/// An event of a failure that is known already passes it on as well.
+#[test]
+fn a_failure_goes_with_an_event_that_has_happened() {
+    let context = own_context();
+    let log = new_log(&context);
+    let at = address(&log, &context.default_stream());
+    let failure = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
+    let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
+    assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
+    let event = Event::recorded(&stream);
+    assert_eq!(stream.synchronize(), failure);
+    assert_eq!(event.query(), failure, "the event has happened");
+    assert_eq!(other.wait(&event), CUresult::CUDA_SUCCESS);
+    assert_eq!(append(other.0, at, 1), CUresult::CUDA_SUCCESS);
+    assert_eq!(other.synchronize(), failure);
+    moe_emulator::clear_errors();
+    assert_eq!(entries(&context, &log), []);
+}
+
 #[test]
 fn the_default_stream_fails_for_one_thread() {
     let context = own_context();
