@@ -167,9 +167,23 @@ impl<'a, D: Dtype> Part<'a, D> {
         }
         of_outputs
     }
+}
 
-    /// Features `first..first + count` of an expert, `[count, K]`, as `A`; in `buffer` where they are not so already.
-    pub(super) fn panel<'s, A: Accum>(
+/// Weights of experts as `A`, of whatever type and in whatever order they are.
+pub(super) trait Panels<A>: Sync {
+    /// Some features of an expert, `[features, K]`; in `buffer` where they are not so already.
+    fn panel<'s>(
+        &'s self,
+        expert: usize,
+        features: Range<usize>,
+        k: usize,
+        values: Values,
+        buffer: &'s mut Vec<A>,
+    ) -> &'s [A];
+}
+
+impl<A: Accum, D: Dtype> Panels<A> for Part<'_, D> {
+    fn panel<'s>(
         &'s self,
         expert: usize,
         features: Range<usize>,

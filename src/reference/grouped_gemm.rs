@@ -9,7 +9,9 @@
 
 use super::accum::{Accum, Element, widened};
 use super::activation::activate;
-use super::expert_weights::{GateUpWeights, LinearWeights, Part, Place, of_rows, weights_of_rows};
+use super::expert_weights::{
+    GateUpWeights, LinearWeights, Panels, Part, Place, of_rows, weights_of_rows,
+};
 use super::parallel::{Scratch, for_each};
 use super::plan::Plan;
 use crate::config::{ExpertConfig, WeightPosition};
@@ -132,16 +134,6 @@ struct Operands<'a, X> {
     values: Values,
 }
 
-/// Rows that one block has at most: enough to make up for widening the weights once per block.
-const BLOCK_ROWS: usize = 512;
-
-/// Some rows of one expert, and their part of the output.
-struct Block<'a, A> {
-    expert: usize,
-    first_row: usize,
-    y: &'a mut [A],
-}
-
 impl<X> Operands<'_, X> {
     /// `y[r, j] = epilogue` of the products of row `r` with feature `j` of each part.
     fn multiply<A: Accum, D: Dtype, const PARTS: usize>(
@@ -154,10 +146,13 @@ impl<X> Operands<'_, X> {
         X: Element<A>,
     {
         self.check(width)?;
-        let mut y = vec![A::ZERO; product(self.op, "rows * width", self.plan.rows(), width)?];
-        for_each(self.blocks(width, &mut y), |block| {
-            self.multiply_block(block, &parts, width, &epilogue)
-        })?;
+        let Self { op, plan, k, values, .. } = *self;
+        let mut y = vec![A::ZERO; product(op, "rows * width", plan.rows(), width)?];
+        let blocks = blocks(plan, width, &mut y);
+        let parts = parts.each_ref().map(|part| part as &dyn Panels<A>);
+        let epilogue =
+            |at: Place, sums: &[A; MAX_PARTS]| epilogue(at, std::array::from_fn(|part| sums[part]));
+        Product { k, x: self, parts: &parts, values, width, epilogue: &epilogue }.write(blocks)?;
         Ok(y)
     }
 
@@ -183,79 +178,16 @@ impl<X> Operands<'_, X> {
             _ => Ok(()),
         }
     }
+}
 
-    /// Cuts the output into the rows of each block. Rows that are not in use belong to none.
-    fn blocks<'y, A>(&self, width: usize, mut y: &'y mut [A]) -> Vec<Block<'y, A>> {
-        let mut blocks = Vec::new();
-        for expert in 0..self.plan.num_experts() {
-            let rows = self.plan.rows_of(expert);
-            for first_row in rows.clone().step_by(BLOCK_ROWS) {
-                let num_rows = BLOCK_ROWS.min(rows.end - first_row);
-                let (block, rest) = y.split_at_mut(num_rows * width);
-                blocks.push(Block { expert, first_row, y: block });
-                y = rest;
-            }
-        }
-        blocks
-    }
+/// Rows of `x` as `A`, of whatever type they are.
+trait WideRows<A>: Sync {
+    /// Rows `first..first + count` of `x`; in `buffer` where they are not so already.
+    fn rows<'s>(&'s self, first: usize, count: usize, buffer: &'s mut Vec<A>) -> &'s [A];
+}
 
-    fn multiply_block<A: Accum, D: Dtype, const PARTS: usize>(
-        &self,
-        block: Block<'_, A>,
-        parts: &[Part<'_, D>; PARTS],
-        width: usize,
-        epilogue: &(impl Fn(Place, [A; PARTS]) -> A + Sync),
-    ) -> Result<()>
-    where
-        X: Element<A>,
-    {
-        let k = self.k;
-        let Block { expert, first_row, y } = block;
-        let num_rows = y.len() / width;
-        let mut buffer = Vec::new();
-        let x = self.rows::<A>(first_row, num_rows, &mut buffer);
-
-        let columns = panel_columns(num_rows);
-        let new_panel = || Vec::with_capacity(num_rows);
-        let mut panels: Vec<Vec<&mut [A]>> =
-            (0..width.div_ceil(columns)).map(|_| new_panel()).collect();
-        for row in y.chunks_mut(width) {
-            for (panel, piece) in panels.iter_mut().zip(row.chunks_mut(columns)) {
-                panel.push(piece);
-            }
-        }
-
-        let scratch = Scratch::<(Vec<A>, Vec<A>)>::new();
-        for_each(panels.into_iter().enumerate(), |(panel, pieces)| {
-            scratch.with(|(weights, products)| {
-                let first = panel * columns;
-                let columns = columns.min(width - first);
-                let tile = num_rows * columns;
-                products.resize(PARTS * tile, A::ZERO);
-                for (part, products) in parts.iter().zip(products.chunks_mut(tile)) {
-                    let features = first..first + columns;
-                    let w = part.panel(expert, features, k, self.values, weights);
-                    // Weights times `x`, hence [columns, rows]: the crate is faster at it that way
-                    // round.
-                    matmul_transposed([columns, num_rows, k], w, x, products)?;
-                }
-                for (row, piece) in pieces.into_iter().enumerate() {
-                    for (column, y) in piece.iter_mut().enumerate() {
-                        let place = Place { expert, row: first_row + row, column: first + column };
-                        let at = |part| products[part * tile + column * num_rows + row];
-                        *y = epilogue(place, std::array::from_fn(at));
-                    }
-                }
-                Ok(())
-            })
-        })
-    }
-
-    /// Rows `first..first + count` of `x`.
-    fn rows<'s, A: Accum>(&'s self, first: usize, count: usize, buffer: &'s mut Vec<A>) -> &'s [A]
-    where
-        X: Element<A>,
-    {
+impl<A: Accum, X: Element<A>> WideRows<A> for Operands<'_, X> {
+    fn rows<'s>(&'s self, first: usize, count: usize, buffer: &'s mut Vec<A>) -> &'s [A] {
         let k = self.k;
         if !self.gather {
             return self.values.read(&self.x[first * k..][..count * k], buffer);
@@ -267,6 +199,97 @@ impl<X> Operands<'_, X> {
             self.values.apply(row);
         }
         buffer
+    }
+}
+
+/// Rows that one block has at most: enough to make up for widening the weights once per block.
+const BLOCK_ROWS: usize = 512;
+
+/// Some rows of one expert, and their part of the output.
+struct Block<'a, A> {
+    expert: usize,
+    first_row: usize,
+    y: &'a mut [A],
+}
+
+/// Cuts the output into the rows of each block. Rows that are not in use belong to none.
+fn blocks<'y, A>(plan: &Plan, width: usize, mut y: &'y mut [A]) -> Vec<Block<'y, A>> {
+    let mut blocks = Vec::new();
+    for expert in 0..plan.num_experts() {
+        let rows = plan.rows_of(expert);
+        for first_row in rows.clone().step_by(BLOCK_ROWS) {
+            let num_rows = BLOCK_ROWS.min(rows.end - first_row);
+            let (block, rest) = y.split_at_mut(num_rows * width);
+            blocks.push(Block { expert, first_row, y: block });
+            y = rest;
+        }
+    }
+    blocks
+}
+
+/// Gate and up.
+const MAX_PARTS: usize = 2;
+
+/// A product whose operands come by reference, whatever their element types: its loops are compiled
+/// once for each `A`, not for each combination.
+struct Product<'a, A> {
+    k: usize,
+    x: &'a dyn WideRows<A>,
+    parts: &'a [&'a dyn Panels<A>],
+    values: Values,
+    width: usize,
+    epilogue: &'a (dyn Fn(Place, &[A; MAX_PARTS]) -> A + Sync),
+}
+
+impl<A: Accum> Product<'_, A> {
+    fn write(&self, blocks: Vec<Block<'_, A>>) -> Result<()> {
+        for_each(blocks, |block| self.write_block(block))
+    }
+
+    fn write_block(&self, block: Block<'_, A>) -> Result<()> {
+        let Self { k, width, .. } = *self;
+        let Block { expert, first_row, y } = block;
+        let num_rows = y.len() / width;
+        let mut buffer = Vec::new();
+        let x = self.x.rows(first_row, num_rows, &mut buffer);
+
+        let columns = panel_columns(num_rows);
+        let new_panel = || Vec::with_capacity(num_rows);
+        let mut panels: Vec<Vec<&mut [A]>> =
+            (0..width.div_ceil(columns)).map(|_| new_panel()).collect();
+        for row in y.chunks_mut(width) {
+            for (panel, piece) in panels.iter_mut().zip(row.chunks_mut(columns)) {
+                panel.push(piece);
+            }
+        }
+
+        let scratch = Scratch::<[Vec<A>; 2]>::new();
+        for_each(panels.into_iter().enumerate(), |(panel, pieces)| {
+            scratch.with(|[weights, products]| {
+                let first = panel * columns;
+                let columns = columns.min(width - first);
+                let tile = num_rows * columns;
+                products.resize(self.parts.len() * tile, A::ZERO);
+                for (part, products) in self.parts.iter().zip(products.chunks_mut(tile)) {
+                    let features = first..first + columns;
+                    let w = part.panel(expert, features, k, self.values, weights);
+                    // Weights times `x`, hence [columns, rows]: the crate is faster at it that way
+                    // round.
+                    matmul_transposed([columns, num_rows, k], w, x, products)?;
+                }
+                for (row, piece) in pieces.into_iter().enumerate() {
+                    for (column, y) in piece.iter_mut().enumerate() {
+                        let place = Place { expert, row: first_row + row, column: first + column };
+                        let mut sums = [A::ZERO; MAX_PARTS];
+                        for (sum, part) in sums.iter_mut().zip(products.chunks(tile)) {
+                            *sum = part[column * num_rows + row];
+                        }
+                        *y = (self.epilogue)(place, &sums);
+                    }
+                }
+                Ok(())
+            })
+        })
     }
 }
 
