@@ -172,7 +172,7 @@ fn check(gpu: &Gpu, [num_tokens, num_experts, hidden]: [usize; 3], seed: u64) {
 }
 
 proptest! {
-    #![proptest_config(config(24))]
+    #![proptest_config(config(12))]
 
     #[test]
     fn matches_reference(
