@@ -150,8 +150,12 @@ impl<X> Operands<'_, X> {
         let mut y = vec![A::ZERO; product(op, "rows * width", plan.rows(), width)?];
         let blocks = blocks(plan, width, &mut y);
         let parts = parts.each_ref().map(|part| part as &dyn Panels<A>);
-        let epilogue =
-            |at: Place, sums: &[A; MAX_PARTS]| epilogue(at, std::array::from_fn(|part| sums[part]));
+        let epilogue = |first: Place, sums: Sums<'_, A>, y: &mut [A]| {
+            for (i, y) in y.iter_mut().enumerate() {
+                let at = Place { column: first.column + i, ..first };
+                *y = epilogue(at, std::array::from_fn(|part| sums.get(part, i)));
+            }
+        };
         Product { k, x: self, parts: &parts, values, width, epilogue: &epilogue }.write(blocks)?;
         Ok(y)
     }
@@ -227,8 +231,25 @@ fn blocks<'y, A>(plan: &Plan, width: usize, mut y: &'y mut [A]) -> Vec<Block<'y,
     blocks
 }
 
-/// Gate and up.
-const MAX_PARTS: usize = 2;
+/// Sums of one row with some features of each part.
+#[derive(Clone, Copy)]
+struct Sums<'a, A> {
+    /// `[parts, features, rows]`
+    products: &'a [A],
+    /// Elements of a part.
+    of_part: usize,
+    num_rows: usize,
+    row: usize,
+}
+
+impl<A: Copy> Sums<'_, A> {
+    fn get(&self, part: usize, feature: usize) -> A {
+        self.products[part * self.of_part + feature * self.num_rows + self.row]
+    }
+}
+
+/// Writes elements of a row, of which the place is that of the first.
+type Epilogue<'a, A> = dyn Fn(Place, Sums<'_, A>, &mut [A]) + Sync + 'a;
 
 /// A product whose operands come by reference, whatever their element types: its loops are compiled
 /// once for each `A`, not for each combination.
@@ -238,7 +259,7 @@ struct Product<'a, A> {
     parts: &'a [&'a dyn Panels<A>],
     values: Values,
     width: usize,
-    epilogue: &'a (dyn Fn(Place, &[A; MAX_PARTS]) -> A + Sync),
+    epilogue: &'a Epilogue<'a, A>,
 }
 
 impl<A: Accum> Product<'_, A> {
@@ -277,15 +298,11 @@ impl<A: Accum> Product<'_, A> {
                     // round.
                     matmul_transposed([columns, num_rows, k], w, x, products)?;
                 }
+                let products = &products[..];
                 for (row, piece) in pieces.into_iter().enumerate() {
-                    for (column, y) in piece.iter_mut().enumerate() {
-                        let place = Place { expert, row: first_row + row, column: first + column };
-                        let mut sums = [A::ZERO; MAX_PARTS];
-                        for (sum, part) in sums.iter_mut().zip(products.chunks(tile)) {
-                            *sum = part[column * num_rows + row];
-                        }
-                        *y = (self.epilogue)(place, &sums);
-                    }
+                    let place = Place { expert, row: first_row + row, column: first };
+                    let sums = Sums { products, of_part: tile, num_rows, row };
+                    (self.epilogue)(place, sums, piece);
                 }
                 Ok(())
             })
