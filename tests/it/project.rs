@@ -189,7 +189,7 @@ proptest! {
 #[test]
 fn edges() {
     let gpu = gpu();
-    for hidden in [1, 4, 7, 8, 9, 63, 64, 65, 128, 504, 512, 513, 520, 1024, 2048, 2056, 17000] {
+    for hidden in [1, 7, 8, 9, 63, 64, 65, 504, 512, 513, 1024, 2048, 2056, 17000] {
         check(&gpu, [2, 3, hidden], 18 * hidden as u64);
     }
     for (num_tokens, num_experts) in
