@@ -243,7 +243,7 @@ pub struct Layer<'a> {
     arrays: Vec<Array<'a>>,
     layout: &'static Layout,
     /// The beginning of the names of all tensors of the layer.
-    prefix: String,
+    pub(crate) prefix: String,
     /// The beginnings of the names of all that belongs to the block.
     pub(crate) modules: Vec<String>,
     /// Names of tensors that the block may have and that are not read.

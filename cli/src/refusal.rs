@@ -73,15 +73,20 @@ impl Checkpoint {
         self.folder.error(self.list_of_tensors(), why)
     }
 
-    /// Fails if a tensor in the modules of these blocks is none of theirs: config.json would then describe another
-    /// block than the one that is there.
+    /// Fails if a tensor in the modules of these blocks, or in one beside them that is named after experts, is none of
+    /// theirs: config.json would then describe another block than the one that is there.
     pub(crate) fn check_all_read(&self, layers: &[Layer<'_>]) -> Result<()> {
         let pieces = layers.iter().flat_map(Layer::arrays).flat_map(|array| &array.pieces);
         let read: HashSet<&str> = pieces.flat_map(|piece| piece.source.names()).collect();
         let modules: BTreeSet<&String> = layers.iter().flat_map(|layer| &layer.modules).collect();
-        let unread: Vec<&str> = modules
+        let own = modules.into_iter().flat_map(|module| self.beginning_with(module));
+        let beside = layers.iter().flat_map(|layer| {
+            let of_layer = self.beginning_with(&layer.prefix);
+            of_layer.filter(|name| is_named_after_experts(&name[layer.prefix.len()..]))
+        });
+        let tensors: BTreeSet<&str> = own.chain(beside).collect();
+        let unread: Vec<&str> = tensors
             .into_iter()
-            .flat_map(|module| self.beginning_with(module))
             .filter(|name| !read.contains(name))
             .filter(|name| !layers.iter().any(|layer| layer.may_stay_unread(name)))
             .collect();
@@ -281,6 +286,14 @@ pub(crate) fn ranges(sorted: &[usize]) -> String {
     let part =
         |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
     parts.into_iter().map(part).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether a layer's tensor is in a module such as `shared_experts`, `shared_mlp` or `moe`. Norms beside a block have
+/// such names too.
+fn is_named_after_experts(name: &str) -> bool {
+    let module = name.split('.').next().unwrap_or_default();
+    ["expert", "moe", "shared_mlp"].iter().any(|word| module.contains(word))
+        && !module.contains("norm")
 }
 
 #[cfg(test)]

@@ -1,8 +1,12 @@
 //! What works.
 
+use std::collections::HashMap;
+
 use safetensors::Dtype;
 
-use crate::common::{Done, Folder, Stored, distance, find, program, read, run, write};
+use crate::common::{
+    Done, Folder, Stored, distance, find, find_mut, program, read, run, write, write_with,
+};
 
 #[test]
 fn without_arguments_every_device_is_compared() {
@@ -212,6 +216,53 @@ fn outputs_that_are_not_finite() {
     write(&folder.path("recorded.safetensors"), &tensors);
     let done = run(&folder, 0, &["--device", "cpu"]);
     assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
+}
+
+/// A device that is far from a recording says by what, and the exit status is 1.
+#[test]
+fn a_recording_that_is_missed() {
+    let folder = Folder::of("mixtral-tiny");
+    let right = folder.tensors("recorded.safetensors");
+    let compare = |dtype, change: fn(&mut [Stored])| {
+        let mut tensors = right.clone();
+        change(&mut tensors);
+        let notes = HashMap::from([("layer".to_string(), "1".to_string())]);
+        write_with(&folder.path("recorded.safetensors"), &tensors, Some(notes));
+        let of = folder.dir().to_str().unwrap();
+        let done = program(&["run", "--recorded", of, "--device", "cpu", "--dtype", dtype]);
+        let row = done.stdout.lines().find(|line| line.starts_with("cpu ")).unwrap_or_default();
+        (done.status, row.to_string())
+    };
+    fn scale_y(tensors: &mut [Stored], by: f32) {
+        let y = find_mut(tensors, "y");
+        let values: Vec<f32> = y.values().iter().map(|value| *value as f32 * by).collect();
+        *y = Stored::f32("y", &[21, 40], &values);
+    }
+    let ends = |(status, row): (Option<i32>, String), wanted: (i32, &str)| {
+        assert!(status == Some(wanted.0) && row.ends_with(wanted.1), "{status:?}, {row}");
+    };
+    ends(compare("f32", |_| ()), (0, " ok"));
+    ends(compare("f32", |tensors| scale_y(tensors, 1.0001)), (1, " EXCEEDED"));
+    ends(compare("bf16", |tensors| scale_y(tensors, 1.0001)), (0, " ok"));
+    ends(compare("f32", |tensors| scale_y(tensors, f32::NAN)), (1, " EXCEEDED"));
+    ends(
+        compare("f32", |tensors| {
+            // Another one for the last slot of the last token.
+            let ids = find_mut(tensors, "expert_ids");
+            let (size, last) = (ids.data.len() / 42, ids.data.len() - ids.data.len() / 42);
+            let taken = [ids.data[last - size], ids.data[last]];
+            ids.data[last] = (0..5).find(|id| !taken.contains(id)).unwrap();
+        }),
+        (1, " 1 TOKENS HAVE OTHER EXPERTS"),
+    );
+    ends(
+        compare("f16", |tensors| {
+            let x = find_mut(tensors, "x");
+            let values: Vec<f32> = x.values().iter().map(|x| *x as f32 * 3000.0).collect();
+            *x = Stored::f32("x", &[21, 40], &values);
+        }),
+        (1, " NUMBERS ARE NOT FINITE"),
+    );
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Tensors of a block that config.json knows nothing of: an error by name. What is beside the block is not looked at.
+//! Tensors of a block that config.json knows nothing of: an error by name. Of modules beside the block only those named
+//! after experts are looked at.
 
 use crate::common::{Folder, Stored, fails, run};
 
@@ -46,6 +47,10 @@ const UNREAD: &[(&str, &str)] = &[
     ("lfm2-moe-tiny", "model.layers.1.feed_forward.experts.0.w1.bias"),
     ("zaya-tiny", "model.layers.1.mlp.experts.down_proj_bias"),
     ("dbrx-tiny", "transformer.blocks.1.ffn.experts.mlp.bias"),
+    // Modules beside the block's.
+    ("olmoe-tiny", "model.layers.1.shared_experts.gate_proj.weight"),
+    ("deepseek-v3-tiny", "model.layers.1.shared_mlp.input_linear.weight"),
+    ("qwen3-5-moe-tiny", "model.language_model.layers.1.moe.gate.weight"),
 ];
 
 #[test]
@@ -93,6 +98,7 @@ fn what_is_beside_a_block() {
                 "model.layers.1.input_layernorm.weight",
                 "model.layers.1.self_attn.rotary_emb.inv_freq",
                 "model.layers.1.mlp_norm.weight",
+                "model.layers.1.pre_moe_layernorm.weight",
                 "model.layers.10.mlp.experts.0.gate_proj.bias",
                 "model.layers.2.mlp.gate.bias",
                 "model.mtp.layers.1.mlp.gate.bias",
