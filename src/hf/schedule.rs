@@ -245,13 +245,14 @@ impl Schedule {
 
 /// Why a layer that has experts by its family's rule has none by its released file.
 fn released(keys: &Keys<'_>) -> Result<Option<Error>> {
-    Ok(match keys.by_layer(RELEASED)? {
-        None | Some(Value::Bool(true)) => None,
-        Some(kind) => {
-            let got = format!("{kind} for layer {}", keys.layer);
-            Some(keys.error_text(RELEASED, got, SPARSE))
+    match keys.by_layer(RELEASED)? {
+        None | Some(Value::Bool(true)) => Ok(None),
+        Some(Value::Bool(false)) => {
+            let got = format!("false for layer {}", keys.layer);
+            Ok(Some(keys.error_text(RELEASED, got, SPARSE)))
         }
-    })
+        Some(other) => Err(keys.error(RELEASED, other, "true or false for each layer")),
+    }
 }
 
 fn unless(sparse: bool, names: Names, default: impl ToString) -> Reason {

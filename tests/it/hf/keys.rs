@@ -309,6 +309,8 @@ fn a_layer_that_the_file_calls_dense_has_no_experts() {
     assert!(read(layers.clone(), 1).is_ok() && read(json!([]), 2).is_ok());
     let refused = read(layers.clone(), 2).unwrap_err();
     assert!(refused.contains("`is_moe_layer` is false for layer 2"), "{refused}");
+    let refused = read(json!([0, 1]), 1).unwrap_err();
+    assert!(refused.contains("wanted true or false for each layer"), "{refused}");
     // Dense by the rule as well, and one layer short.
     assert!(read(layers.clone(), 0).is_err() && read(layers, 3).is_err());
 }
