@@ -118,21 +118,20 @@ impl Recording {
         let relative = relative_error(&y, &wanted.read_f64()?);
 
         let ids = file.tensor("expert_ids")?;
-        let (tokens, per_token) = match *ids.shape() {
-            [tokens, per_token] if tokens == made.num_tokens && per_token > 0 => {
-                (tokens, per_token)
-            }
+        let per_token = match *ids.shape() {
+            [tokens, per_token] if tokens == made.num_tokens && per_token > 0 => per_token,
             _ => {
                 let wanted = format!("[{}, K], the ids of each token's experts", made.num_tokens);
                 return Err(ids.error(format!("{:?}", ids.shape()), wanted));
             }
         };
-        ids.check_ids(&[tokens, per_token])?;
+        let slots = [made.num_tokens, per_token];
+        ids.check_ids(&slots)?;
         let experts = layers.iter().map(|layer| layer.config.router_experts()).max().unwrap_or(0);
         let ids = ids.read_ids(experts, "ids of experts")?;
         // Slots that found no room; and experts that every token has are not in the recording.
         let kept = file.find("kept").map(|kept| {
-            kept.check_ids(&[tokens, per_token])?;
+            kept.check_ids(&slots)?;
             kept.read_ids(2, "1 for a slot that is kept and 0 for others")
         });
         let kept = kept.transpose()?;

@@ -242,15 +242,14 @@ proptest! {
 fn edges() {
     let gpu = gpu();
     for (t, e, k) in
-        [(0, 3, 2), (1, 1, 1), (700, 1, 1), (600, 2, 2), (257, 4, 3), (40, 4096, 8), (20, 40, 40)]
+        [(0, 3, 2), (1, 1, 1), (700, 1, 1), (1500, 2, 2), (257, 4, 3), (40, 4096, 8), (20, 40, 40)]
     {
         let shape = RoutingShape::new(t, e, k).unwrap();
         let mut case = Case::new(shape, Skew::Uniform, k, 3);
-        // One priority of many experts, and few counts.
-        let priorities = if e > 64 { &PRIORITIES[..1] } else { &PRIORITIES[..] };
-        for &priority in priorities {
-            let limits = [0, 1, 256, 257, 700, usize::MAX];
-            let limits = if e > 64 { &limits[1..2] } else { &limits[..] };
+        for priority in PRIORITIES {
+            let limits = [0, 1, 2, 255, 256, 257, 699, 700, usize::MAX];
+            // Counts of many experts stay small.
+            let limits = if e > 64 { &limits[1..3] } else { &limits[..] };
             for &limit in limits {
                 case.check(&gpu, &rows(limit, priority), None, "few weights");
             }

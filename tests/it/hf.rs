@@ -477,7 +477,7 @@ fn object(values: impl Strategy<Value = Value> + 'static) -> BoxedStrategy<Value
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2048, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4096, ..ProptestConfig::default() })]
 
     /// No JSON panics, and what is read is a layer whose tensors have names.
     #[test]

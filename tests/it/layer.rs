@@ -175,7 +175,7 @@ struct Prepared<'v, 'w, D: Dtype> {
 }
 
 proptest! {
-    #![proptest_config(config(16))]
+    #![proptest_config(config(24))]
 
     /// Any layer at all.
     #[test]

@@ -172,7 +172,7 @@ fn check(gpu: &Gpu, [num_tokens, num_experts, hidden]: [usize; 3], seed: u64) {
 }
 
 proptest! {
-    #![proptest_config(config(12))]
+    #![proptest_config(config(24))]
 
     #[test]
     fn matches_reference(
@@ -189,7 +189,7 @@ proptest! {
 #[test]
 fn edges() {
     let gpu = gpu();
-    for hidden in [1, 7, 8, 9, 63, 64, 65, 504, 512, 513, 1024, 2048, 2056, 17000] {
+    for hidden in [1, 4, 7, 8, 9, 63, 64, 65, 128, 504, 512, 513, 520, 1024, 2048, 2056, 17000] {
         check(&gpu, [2, 3, hidden], 18 * hidden as u64);
     }
     for (num_tokens, num_experts) in
