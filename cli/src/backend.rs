@@ -42,6 +42,8 @@ pub enum Backend {
 
 /// What a block makes of tokens.
 pub struct Output<D> {
+    /// What the router reads, [T, E]; E counts zero experts too.
+    pub logits: Vec<f32>,
     /// [T, H]
     pub y: Vec<D>,
     /// [T, K]
@@ -118,6 +120,11 @@ pub(crate) fn forward_cpu<D: Element>(
             Typed::F32(logits) => Typed::F32(&logits[..]),
         });
     }
+    let logits = match &inputs.logits {
+        None => Vec::new(),
+        Some(Typed::Element(logits)) => logits.iter().map(|logit| logit.to_f32()).collect(),
+        Some(Typed::F32(logits)) => logits.to_vec(),
+    };
     let routing = steps
         .time(PARTS[1], || reference::moe_layer_route_fwd::<f32, D>(config, &inputs, &weights))?;
     let reference::LayerRouting { expert_ids, weights: of_slots, .. } = routing;
@@ -126,7 +133,7 @@ pub(crate) fn forward_cpu<D: Element>(
         reference::moe_layer_experts_fwd::<f32, D>(config, x, ids, &of_slots, &weights)
     })?;
     steps.add(FORWARD, PARTS.iter().map(|part| steps.of(part)).sum());
-    Ok(Output { y: reference::round(&y), expert_ids, weights: of_slots })
+    Ok(Output { logits, y: reference::round(&y), expert_ids, weights: of_slots })
 }
 
 /// Counts the slots of each expert.

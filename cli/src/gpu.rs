@@ -117,7 +117,14 @@ impl<D: Element> Pass<'_, '_, D> {
             let why = "a layer in one call and in its parts gave other bits".into();
             return Err(Error::Device { device: gpu.place.name(), why });
         }
+        let logits = match &inputs.logits {
+            None => Vec::new(),
+            Some(Typed::Element(logits)) => {
+                gpu.download(logits)?.iter().map(|logit: &D| logit.to_f32()).collect()
+            }
+            Some(Typed::F32(logits)) => gpu.download(logits)?,
+        };
         let expert_ids = gpu.download(&expert_ids.as_view())?;
-        Ok(Output { y, expert_ids, weights: gpu.download(&of_slots.as_view())? })
+        Ok(Output { logits, y, expert_ids, weights: gpu.download(&of_slots.as_view())? })
     }
 }

@@ -287,7 +287,8 @@ fn bias_in_the_weights(
     }
     let (x, ids) = (host.x, &routing.expert_ids);
     let y = reference::moe_layer_experts_fwd::<f32, f32>(config, x, ids, &of_slots, &held).unwrap();
-    Output { y, expert_ids: routing.expert_ids, weights: of_slots }
+    let logits = vec![0.0; x.len() / config.hidden * config.router_experts()];
+    Output { logits, y, expert_ids: routing.expert_ids, weights: of_slots }
 }
 
 /// What a reader makes of a block, and whether the block has what it misunderstands.
@@ -300,9 +301,11 @@ fn run(config: &MoeConfig, mut inputs: MoeInputs<Owned, f32>, weights: &Weights)
     }
     if config.check().is_err() {
         // A block that cannot be is caught before it is run.
-        let slots = inputs.x.len() / config.hidden * config.top_k;
+        let tokens = inputs.x.len() / config.hidden;
+        let (slots, logits) = (tokens * config.top_k, vec![0.0; tokens * config.router_experts()]);
         let (expert_ids, of_slots) = (vec![u32::MAX; slots], vec![f32::NAN; slots]);
-        return Output { y: vec![f32::NAN; inputs.x.len()], expert_ids, weights: of_slots };
+        let y = vec![f32::NAN; inputs.x.len()];
+        return Output { logits, y, expert_ids, weights: of_slots };
     }
     forward_cpu(config, &inputs, weights, &mut Steps::default()).unwrap()
 }

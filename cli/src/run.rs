@@ -143,7 +143,7 @@ fn run_checkpoint(
     let (num_tokens, hidden, rows_per_expert, not_finite) = dispatch!(dtype, D => {
         let run = |layer: &Layer<'_>, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
         let made = tokens::forward(&layers, &input_file, &mut steps, run)?;
-        let Outputs { num_tokens, hidden, top_k, output: made_of, rows_per_expert } = made;
+        let Outputs { num_tokens, hidden, top_k, experts, output: made_of, finite, rows_per_expert } = made;
         steps.time("write the output", || {
             let tensors = vec![
                 ("y", tensor_file::view(&[num_tokens, hidden], &made_of.y)?),
@@ -152,10 +152,13 @@ fn run_checkpoint(
             ];
             tensor_file::write(output, tensors, None)
         })?;
-        let not_finite = NotFinite::find(&x.read::<D>()?, &made_of.y, hidden);
+        let not_finite = [
+            NotFinite::find("the router's logits", &finite, &made_of.logits, experts, dtype),
+            NotFinite::find("y", &finite, &made_of.y, hidden, dtype),
+        ];
         (num_tokens, hidden, rows_per_expert, not_finite)
     });
-    if let Some(not_finite) = &not_finite {
+    for not_finite in not_finite.iter().flatten() {
         eprintln!("warning: {not_finite}");
     }
 
@@ -174,7 +177,7 @@ fn run_checkpoint(
     say(format_args!("device  {}, in {dtype} (weights on disk in {w_type})\n", backend.describe()));
     say(format_args!("input   {}: x [{num_tokens}, {hidden}] {x_type}\n", input.display()));
     say(format_args!("output  {}: y [{num_tokens}, {hidden}] {dtype}\n", output.display()));
-    if let Some(not_finite) = not_finite {
+    for not_finite in not_finite.iter().flatten() {
         say(format_args!("range   {not_finite}\n"));
     }
     say("\n");
@@ -238,7 +241,7 @@ fn compare<D: Element>(backend: &Backend, recording: &Recording) -> Result<bool>
     let near = relative <= limit;
     let least = made.rows_per_expert.iter().min().copied().unwrap_or(0);
     let most = made.rows_per_expert.iter().max().copied().unwrap_or(0);
-    let not_finite = NotFinite::find(&file.tensor("x")?.read::<D>()?, &made.output.y, made.hidden);
+    let not_finite = NotFinite::find("y", &made.finite, &made.output.y, made.hidden, D::DTYPE);
     let verdict = match (near, other_experts, not_finite) {
         (true, 0, _) => "ok".into(),
         (_, 0, Some(numbers)) => format!("{} NUMBERS ARE NOT FINITE", numbers.count()),

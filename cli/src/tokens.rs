@@ -1,7 +1,7 @@
 //! What an input file has for a layer: the tokens, and what else its router reads.
 
 use moe_kernels::hf::LogitsFrom;
-use moe_kernels::{Dtype, MoeInputs, Owned, RoutingShape, Selection, Typed};
+use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
 
 use crate::backend::{Element, Output, rows_per_expert};
 use crate::checkpoint::Layer;
@@ -16,11 +16,19 @@ pub struct Outputs<D> {
     pub hidden: usize,
     /// `K`
     pub top_k: usize,
+    /// The columns of its logits, of which a block may use fewer; the rest are 0.
+    pub experts: usize,
     /// `y` `[T, H]`, and ids and weights `[T, K]`; `u32::MAX` for slots without an expert.
     pub output: Output<D>,
+    /// Whether all numbers that the file has for a token are finite, before they are rounded.
+    pub finite: Vec<bool>,
     /// Of one block after the other.
     pub rows_per_expert: Vec<usize>,
 }
+
+/// The logits of all tokens, 1 GiB in f32: a narrow input of few bytes may otherwise ask for any number of them. There are no
+/// fewer of them than of slots.
+const MOST_LOGITS: usize = 1 << 28;
 
 /// Runs every token of the file through its block, by `run`.
 pub fn forward<D: Element>(
@@ -34,17 +42,23 @@ pub fn forward<D: Element>(
     let top_k = blocks.iter().map(|(layer, _)| layer.config.top_k).max().unwrap_or(0);
     let num_tokens = blocks.iter().map(|(_, tokens)| tokens.len()).sum();
     let experts = blocks.iter().map(|(layer, _)| layer.config.router_experts()).max().unwrap_or(0);
-    // Before anything is allocated by them: a narrow input of few bytes may ask for any number of slots.
-    RoutingShape::new(num_tokens, experts, top_k)?;
+    let most = MOST_LOGITS / experts.max(1);
+    if num_tokens > most {
+        let wanted = format!("at most {most} tokens, for {experts} logits each");
+        return Err(file.tensor("x")?.error(format!("of {num_tokens} tokens"), wanted));
+    }
     let mut all = Outputs {
         num_tokens,
         hidden,
         top_k,
+        experts,
         output: Output {
+            logits: vec![0.0; num_tokens * experts],
             y: vec![D::from_f32(0.0); num_tokens * hidden],
             expert_ids: vec![u32::MAX; num_tokens * top_k],
             weights: vec![0.0; num_tokens * top_k],
         },
+        finite: finite_tokens(file, num_tokens)?,
         rows_per_expert: Vec::new(),
     };
     for (layer, tokens) in blocks {
@@ -52,13 +66,30 @@ pub fn forward<D: Element>(
         let part = run(layer, inputs, steps)?;
         let config = &layer.config;
         all.rows_per_expert.extend(rows_per_expert(&part.expert_ids, config.num_experts));
+        let of_block = config.router_experts();
         for (row, token) in tokens.into_iter().enumerate() {
-            put(&mut all.output.y, token * hidden, &part.y, row, hidden);
-            put(&mut all.output.expert_ids, token * top_k, &part.expert_ids, row, config.top_k);
-            put(&mut all.output.weights, token * top_k, &part.weights, row, config.top_k);
+            let output = &mut all.output;
+            put(&mut output.logits, token * experts, &part.logits, row, of_block);
+            put(&mut output.y, token * hidden, &part.y, row, hidden);
+            put(&mut output.expert_ids, token * top_k, &part.expert_ids, row, config.top_k);
+            put(&mut output.weights, token * top_k, &part.weights, row, config.top_k);
         }
     }
     Ok(all)
+}
+
+/// Whether every number of a token is finite in each of the tensors that a layer may read.
+fn finite_tokens(file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
+    let mut finite = vec![true; num_tokens];
+    for name in ["x", "router_input", "logits"] {
+        let Ok(tensor) = file.tensor(name) else { continue };
+        let values = tensor.read::<f32>()?;
+        let width = values.len().checked_div(num_tokens).unwrap_or(0).max(1);
+        for (finite, row) in finite.iter_mut().zip(values.chunks(width)) {
+            *finite &= row.iter().all(|value| value.is_finite());
+        }
+    }
+    Ok(finite)
 }
 
 fn put<T: Copy>(all: &mut [T], at: usize, part: &[T], row: usize, width: usize) {

@@ -112,10 +112,12 @@ impl Reading {
             .par_chunks(1 << 16)
             .map(|values| values.iter().filter(|value| !value.to_f32().is_finite()).count())
             .sum();
-        if let (1.., Ok(mut all), Some(name)) =
-            (count, self.not_finite.lock(), piece.source.names().first())
-        {
-            *all.entry(name.to_string()).or_default() += count;
+        if count > 0 {
+            let codes = || piece.source.names().first().map(|name| (*name, count));
+            let found = piece.source.scales_not_finite().or_else(codes);
+            if let (Some((name, count)), Ok(mut all)) = (found, self.not_finite.lock()) {
+                *all.entry(name.to_string()).or_default() += count;
+            }
         }
         self.progress.advance();
     }

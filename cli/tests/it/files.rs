@@ -213,12 +213,18 @@ fn names_are_escaped() {
 
 /// A narrow input of 256 MB, which takes no place on disk, asks for 2^39 slots: more memory than there is.
 #[test]
-fn slots_are_counted_before_they_are_allocated() {
+fn logits_are_counted_before_they_are_allocated() {
+    for (top_k, tokens) in [(4096, 1 << 27), (4096, (1 << 16) + 1), (1, 1 << 26)] {
+        of_one_number_each(top_k, tokens);
+    }
+}
+
+fn of_one_number_each(top_k: usize, tokens: usize) {
     let experts = 4096;
     let folder = Folder::new();
     let config = json!({
         "model_type": "mixtral", "hidden_size": 1, "intermediate_size": 1,
-        "num_local_experts": experts, "num_experts_per_tok": experts,
+        "num_local_experts": experts, "num_experts_per_tok": top_k,
     });
     std::fs::write(folder.path("config.json"), config.to_string()).unwrap();
     let of =
@@ -229,7 +235,7 @@ fn slots_are_counted_before_they_are_allocated() {
         of("experts.down_proj", &[experts, 1, 1]),
     ];
     write(&folder.path(SINGLE), &tensors);
-    let (tokens, bytes) = (1usize << 27, 2usize << 27);
+    let bytes = 2 * tokens;
     let x = json!({ "dtype": "F16", "shape": [tokens, 1], "data_offsets": [0, bytes] });
     let header = json!({ "x": x }).to_string();
     let start = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
@@ -237,8 +243,8 @@ fn slots_are_counted_before_they_are_allocated() {
     std::fs::write(&path, &start).unwrap();
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len((start.len() + bytes) as u64).unwrap();
-    let slots = tokens * experts;
-    fails(&folder, &[&format!("`num_tokens * top_k` is {slots}, wanted at most ")]);
+    let wanted = "wanted at most 65536 tokens, for 4096 logits each";
+    fails(&folder, &[&format!("`x` is of {tokens} tokens, {wanted}")]);
 }
 
 /// One line for all tensors with numbers that are none, and the output all the same.
@@ -275,6 +281,7 @@ fn numbers_that_are_not_finite() {
     set(&folder, &format!("{name}_scale_inv"), 1, f32::NAN);
     let done = run(&folder, 1, &["--device", "cpu"]);
     assert_eq!(done.status, Some(0), "{done:?}");
-    let line = format!("warning: tensor `{name}` has NaN or infinities, ");
+    let line =
+        format!("warning: tensor `{name}_scale_inv` has NaN or infinities, 1 of them in f32\n");
     assert!(done.stderr.starts_with(&line), "{}", done.stderr);
 }

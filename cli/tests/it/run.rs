@@ -218,6 +218,37 @@ fn outputs_that_are_not_finite() {
     assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
 }
 
+/// Logits or an input beyond the range of f16, which y need not show: experts that the router would not choose.
+#[test]
+fn logits_and_inputs_beyond_f16() {
+    let gate = "model.layers.1.block_sparse_moe.gate.weight";
+    let folder = Folder::of("mixtral-tiny");
+    folder.change("model.safetensors", |tensors| {
+        let gate = find_mut(tensors, gate);
+        let values: Vec<f32> = gate.values().iter().map(|value| *value as f32 * 1e5).collect();
+        assert!(values.iter().all(|value| value.abs() < 65504.0));
+        *gate = Stored::f32(&gate.name, &gate.shape, &values);
+    });
+    let of_logits = "numbers of the router's logits are infinite or NaN";
+    for device in ["cpu", "emulator"] {
+        let done = run(&folder, 1, &["--device", device, "--dtype", "f16"]);
+        assert_eq!(done.status, Some(0), "{done:?}");
+        assert!(done.stderr.contains("warning: ") && done.stderr.contains(of_logits), "{done:?}");
+        assert!(done.stdout.lines().any(|line| line.starts_with("range ")), "{done:?}");
+        let done = run(&folder, 1, &["--device", device, "--dtype", "f32"]);
+        assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
+    }
+    let folder = Folder::of("mixtral-tiny");
+    folder.change("recorded.safetensors", |tensors| {
+        find_mut(tensors, "x").data[..4].copy_from_slice(&70_000f32.to_le_bytes());
+    });
+    let done = run(&folder, 1, &["--device", "cpu", "--dtype", "f16"]);
+    assert_eq!(done.status, Some(0), "{done:?}");
+    for words in ["numbers of y are infinite or NaN", of_logits] {
+        assert!(done.stderr.contains(words), "{done:?}");
+    }
+}
+
 /// A device that is far from a recording says by what, and the exit status is 1.
 #[test]
 fn a_recording_that_is_missed() {
