@@ -135,7 +135,7 @@ impl Checkpoint {
         let Some(scales) = self.find(scale)? else {
             return Err(self.no_scales(&tensor, &names, &scale_shapes(code, shape, scaling)));
         };
-        if code == Code::Fp4 && scales.is_e4m3() {
+        if code == Code::Fp4 && !are_of_fp4(&scales, block) {
             return Err(self.unreadable(&tensor, block));
         }
         Source::scaled(code, tensor, scales, shape, scaling)
@@ -271,6 +271,13 @@ impl<'a> Layer<'a> {
         let pieces = self.array(Role::Down).map(|array| &array.pieces);
         pieces.and_then(|pieces| pieces.first()).map(|p| p.source.dtype_name()).unwrap_or_default()
     }
+}
+
+/// Whether bytes with these scales are packed FP4, and not integers of 4 bits or NVFP4: a scale is an exponent, or, where
+/// config.json says FP8 as DeepSeek-V4's does, what transformers makes of one in f32.
+fn are_of_fp4(scales: &Tensor<'_>, block: &Block) -> bool {
+    let is_fp8 = block.quantization.as_ref().is_some_and(|it| it.method == "fp8");
+    scales.is_e8m0() || is_fp8 && scales.dtype() == safetensors::Dtype::F32
 }
 
 /// Whether the matrices of a role are `[in, out]`.

@@ -251,7 +251,7 @@ fn kind_of(names: &[&str], block: &Block) -> Option<String> {
         () if ends(".SCB") => "bitsandbytes in 8 bits",
         () if ends("_scale_2") => "NVFP4",
         () if ends(".scales") && ends(".biases") => "MLX",
-        () if ends("_scale") => "integers with scales",
+        () if ends("_scale") || ends(".scale") => "codes with scales",
         () => return None,
     };
     Some(format!("whose format is {format}"))

@@ -150,6 +150,18 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// The scales with numbers that are infinite or NaN, which make all numbers of their blocks so, and how many of them.
+    pub fn scales_not_finite(&self) -> Option<(&str, usize)> {
+        let scales = match self {
+            Source::Plain(_) => return None,
+            Source::Scaled(scaled) => &scaled.scales,
+            Source::Mxfp4 { scales, .. } => scales,
+        };
+        let values = scales.read_scales().ok()?;
+        let count = values.iter().filter(|scale| !scale.is_finite()).count();
+        (count > 0).then(|| (scales.name(), count))
+    }
+
     /// The type on disk.
     pub fn dtype_name(&self) -> String {
         match self {

@@ -133,17 +133,16 @@ impl Tensor<'_> {
         self.check_float().is_ok()
     }
 
-    /// Whether the tensor holds FP8 codes of kind E4M3.
-    pub fn is_e4m3(&self) -> bool {
-        self.dtype == DiskDtype::F8_E4M3
+    /// Whether the tensor holds exponents of E8M0, which some files call bytes.
+    pub fn is_e8m0(&self) -> bool {
+        matches!(self.dtype, DiskDtype::F8_E8M0 | DiskDtype::U8)
     }
 
-    /// Fails unless the tensor holds scales: numbers, or exponents of E8M0, which some files call bytes.
+    /// Fails unless the tensor holds scales: numbers, or exponents of E8M0.
     pub fn check_scales(&self) -> Result<()> {
-        match self.dtype {
-            DiskDtype::F8_E8M0 | DiskDtype::U8 => Ok(()),
-            _ if self.is_float() => Ok(()),
-            _ => Err(self.error(self.dtype_name(), format!("{FLOATS}, or f8_e8m0"))),
+        match self.is_e8m0() || self.is_float() {
+            true => Ok(()),
+            false => Err(self.error(self.dtype_name(), format!("{FLOATS}, or f8_e8m0"))),
         }
     }
 

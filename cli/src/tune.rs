@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use crate::device::{Choice, Gpu, Place};
 use crate::error::{Error, Result, io};
 use crate::tensor_file::replace;
-use crate::text::{Table, say, seconds};
+use crate::text::{Table, escaped, say, seconds};
 use variant::{Variant, bad_file, read_list};
 
 /// Times variants of grouped_gemm that gpu/tune-variants has compiled, against the built-in one
@@ -83,7 +83,9 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
         match Variant::load(&gpu, &arguments.variants, entry) {
             Ok(variant) => variants.push(variant),
             // Above all more shared memory than this GPU has.
-            Err(why @ Error::Device { .. }) => say(format!("{}: {why}\n", entry["name"])),
+            Err(why @ Error::Device { .. }) => {
+                say(format!("{}: {why}\n", escaped(&entry["name"].to_string())));
+            }
             Err(why) => return Err(why),
         }
     }

@@ -47,7 +47,7 @@ impl<'a> Keys<'a> {
         self.objects.iter().enumerate().rev().find_map(|(depth, object)| {
             let path = here.get(..depth)?.iter().map(|key| format!("{key}.")).collect::<String>();
             let of = |name: &&str| Some((format!("{path}{name}"), object.get(*name)?));
-            names.iter().filter_map(of).find(|(_, value)| value.is_object())
+            names.iter().filter_map(of).find(|(_, value)| !value.is_null())
         })
     }
 

@@ -14,6 +14,8 @@ use crate::hf::keys::Keys;
 pub struct Quantization {
     /// The format's usual name, with its bits where the configuration has them: `GPTQ in 4 bits`.
     pub format: String,
+    /// `quant_method` in lower case; empty where the configuration has none.
+    pub method: String,
     /// The rows and columns of the blocks that share a scale: `weight_block_size`, or the `block_structure` of
     /// compressed-tensors.
     pub block: Option<[usize; 2]>,
@@ -50,6 +52,10 @@ impl Quantization {
     /// [`Error::Json`](crate::Error::Json) for a block that is not two sizes.
     pub(super) fn read(keys: &Keys<'_>) -> Result<Option<Self>> {
         let Some((key, value)) = keys.around(&KEYS) else { return Ok(None) };
+        if !value.is_object() {
+            let (got, wanted) = (value.to_string(), "an object".into());
+            return Err(Error::Json { key, got, wanted });
+        }
         let groups = || value.get("config_groups").and_then(Value::as_object);
         // Groups of compressed-tensors differ in which modules they are for.
         let weights: Vec<&Value> = groups()
@@ -83,23 +89,23 @@ impl Quantization {
                 }
             }
         }
-        Ok(Some(Self { format: format(&key, value, &weights), block }))
+        let method = value.get("quant_method").and_then(Value::as_str).unwrap_or_default();
+        let method = method.to_lowercase();
+        Ok(Some(Self { format: format(&key, &method, value, &weights), method, block }))
     }
 }
 
 /// The format in words.
-fn format(key: &str, value: &Value, weights: &[&Value]) -> String {
+fn format(key: &str, method: &str, value: &Value, weights: &[&Value]) -> String {
     let text = |name: &str| value.get(name).and_then(Value::as_str);
     let number = |value: &Value, name: &str| value.get(name).and_then(Value::as_u64);
-    let method = text("quant_method").map(str::to_lowercase);
-    let known =
-        |method: &str| METHODS.iter().find(|(name, _)| *name == method).map(|(_, name)| *name);
-    let mut format = match method.as_deref() {
-        Some("compressed-tensors") => "compressed-tensors".into(),
-        Some(method) => known(method).map_or_else(|| format!("{method:?}"), str::to_string),
-        None if key.ends_with("quantization") => "MLX".into(),
-        None if key.ends_with("compression_config") => "compressed-tensors".into(),
-        None => "a format without a name".into(),
+    let known = METHODS.iter().find(|(name, _)| *name == method).map(|(_, name)| name.to_string());
+    let mut format = match method {
+        "compressed-tensors" => "compressed-tensors".into(),
+        "" if key.ends_with("quantization") => "MLX".into(),
+        "" if key.ends_with("compression_config") => "compressed-tensors".into(),
+        "" => "a format without a name".into(),
+        _ => known.unwrap_or_else(|| format!("{method:?}")),
     };
     for more in ["quant_algo", "format"].into_iter().filter_map(text) {
         format = format!("{format} {more}");
@@ -147,6 +153,8 @@ mod tests {
         assert_eq!(block("", &key("[1, 32]")), Some([1, 32]));
         assert_eq!(block(&key("[128, 128]"), &key("[1, 32]")), Some([1, 32]));
         assert_eq!(block(&key("null"), ""), None);
+        let error = read(r#", "quantization_config": "fp8""#, "").unwrap_err().to_string();
+        assert!(error.starts_with("`quantization_config` is \"fp8\", wanted an object"), "{error}");
         for (top, nested, path) in [("[0, 1]", "", ""), ("[1, 1]", "[1]", "text_config.")] {
             let nested = if nested.is_empty() { String::new() } else { key(nested) };
             let error = read(&key(top), &nested).unwrap_err().to_string();

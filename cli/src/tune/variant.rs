@@ -1,4 +1,4 @@
-//! A variant of grouped_gemm, as scripts/tune-variants lists it: every number and the image are checked before
+//! A variant of grouped_gemm, as gpu/tune-variants lists it: every number and the image are checked before
 //! the driver sees them.
 
 use std::ffi::CString;
@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::TILE_ROWS;
 use crate::device::Gpu;
 use crate::error::{Error, Result, io};
+use crate::text::escaped;
 
 /// The list of a few variants is some kilobytes, an image a megabyte.
 const MAX_LIST_BYTES: u64 = 16 << 20;
@@ -96,7 +97,7 @@ impl Variant {
         };
         let find = gpu.failed("find a variant's kernel");
         Ok(Self {
-            name: name.into(),
+            name: escaped(name),
             constants: entry["constants"].clone(),
             gate_up: function("moe_grouped_gemm_fwd_gate_up_bf16").map_err(&find)?,
             plain: function("moe_grouped_gemm_fwd_bf16").map_err(&find)?,

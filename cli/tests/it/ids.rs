@@ -66,6 +66,21 @@ fn a_token_has_a_block() {
     }
 }
 
+/// Ids of a recording are whole numbers of 4 or 8 bytes, whatever their bytes are.
+#[test]
+fn a_recording_has_ids_of_a_known_type() {
+    for dtype in [safetensors::Dtype::F64, safetensors::Dtype::U64] {
+        let folder = Folder::of("mixtral-tiny");
+        let mut tensors = folder.tensors(INPUT);
+        find_mut(&mut tensors, "expert_ids").dtype = dtype;
+        let notes = HashMap::from([("layer".to_string(), "1".to_string())]);
+        write_with(&folder.path(INPUT), &tensors, Some(notes));
+        let of = folder.dir().to_str().unwrap();
+        let done = program(&["run", "--recorded", of, "--device", "cpu", "--dtype", "f32"]);
+        check_failure(&done, &["`expert_ids` is ", "wanted i32 or i64"]);
+    }
+}
+
 /// The ids of a recording, and its kept slots.
 #[test]
 fn a_recording_has_ids_of_experts() {

@@ -110,7 +110,7 @@ fn compressed_tensors() {
     let words = || vec![format!("`{GATE}.weight` is i8 [32, 64]")];
     let folder = with(config("int-quantized", "int", 8), int8);
     refused(&folder, words(), "whose format is compressed-tensors int-quantized (int, 8 bits)");
-    refused(&with(None, int8), words(), "whose format is integers with scales");
+    refused(&with(None, int8), words(), "whose format is codes with scales");
 }
 
 #[test]
@@ -263,11 +263,20 @@ fn fp4_without_its_scales() {
         }
     };
     let of_scales = format!("`{GATE}.scale` is");
+    let of_codes = [&format!("`{GATE}.weight` is i8 [32, 32]")[..], "packed FP4"];
     fails(&with(None, store(None)), &[&format!("`{GATE}.weight` is i8"), "packed FP4"]);
     let folder = with(None, store(Some((Dtype::F8_E8M0, 16))));
     fails(&folder, &[&format!("{of_scales} [32, 4], wanted [32, 2]")]);
-    let folder = with(None, store(Some((Dtype::I32, 32))));
-    fails(&folder, &[&of_scales, "i32", "f8_e8m0"]);
+    // Numbers as scales are those of integers of 4 bits, whatever config.json says of them.
+    let int = json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+        "weights": {"num_bits": 4, "type": "int"}}}});
+    for config in [None, Some(int), Some(json!({"quant_method": "quanto"}))] {
+        for dtype in [Dtype::I32, Dtype::F16, Dtype::BF16, Dtype::F32] {
+            fails(&with(config.clone(), store(Some((dtype, 32)))), &of_codes);
+        }
+    }
+    let fp8 = || Some(json!({"quant_method": "fp8"}));
+    fails(&with(fp8(), store(Some((Dtype::F16, 32)))), &of_codes);
 }
 
 #[test]

@@ -44,6 +44,17 @@ fn a_variant_with_the_same_bits_is_timed() {
     assert_eq!(row["built_in_seconds"]["samples"], 14, "{row}");
 }
 
+/// A name may not steer the terminal.
+#[test]
+fn a_name_is_escaped() {
+    let folder = variant(128);
+    folder.edit("variants.json", "\"name\":\"one\"", "\"name\":\"\\u001b[31m\\u009b1m\"");
+    let (status, said, _) = tune(&folder, &[]);
+    assert_eq!(status, Some(0), "{said}");
+    assert!(said.contains("\\u{1b}[31m\\u{9b}1m"), "{said}");
+    assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{said}");
+}
+
 #[test]
 fn a_variant_with_other_bits_is_not() {
     let (status, said, written) = tune(&variant(1024), &[]);
@@ -114,6 +125,14 @@ fn what_cannot_be_tuned() {
     std::fs::rename(folder.path("one.image"), folder.path("other")).unwrap();
     std::os::unix::fs::symlink(folder.path("other"), folder.path("one.image")).unwrap();
     refused(&folder, "not a regular file");
+
+    // One byte too many, which is on no disk.
+    for (file, most) in [("variants.json", 16 << 20), ("one.image", 256 << 20)] {
+        let folder = variant(128);
+        let longer = std::fs::OpenOptions::new().write(true).open(folder.path(file)).unwrap();
+        longer.set_len(most + 1).unwrap();
+        refused(&folder, &format!("{} bytes, wanted at most {most}", most + 1));
+    }
 
     let (status, said, _) = tune(&variant(128), &["--model", "absent"]);
     assert_eq!(status, Some(2), "{said}");
