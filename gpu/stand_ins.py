@@ -15,6 +15,7 @@ import json, os, sys, time
 command, *words = sys.argv[1:]
 if command == "info":
     name = os.environ.get("GPU", "Invented GPU")
+    time.sleep(float(os.environ.get("INFO_SLEEPS", 0)))
     print(f"cuda      {name}, compute capability 9.0, 79.1 GiB, driver for CUDA 13.0")
 if command in ("check", "run"):
     print(f"{command}: all right")
@@ -41,6 +42,7 @@ names = ["route::a", "plan::b", "large::c"]
 skipped = [sys.argv[i + 1] for i, word in enumerate(sys.argv) if word == "--skip"]
 names = [name for name in names if not any(word in name for word in skipped)]
 if "--list" in sys.argv:
+    time.sleep(float(os.environ.get("LIST_SLEEPS", 0)))
     print(*(f"{name}: test" for name in names), sep="\\n")
     sys.exit()
 alone = "--exact" in sys.argv
@@ -78,7 +80,9 @@ sys.exit(9 if found else status)
 """,
     "ncu": PYTHON
     + """\
-import os, sys
+import os, sys, time
+if "--import" in sys.argv:
+    time.sleep(float(os.environ.get("IMPORT_SLEEPS", 0)))
 if "--csv" in sys.argv:
     print('"Kernel Name","dram__bytes_read.sum","unimportant"\\n"","byte",""\\n"moe_x","1024","1"')
 elif "--import" in sys.argv:

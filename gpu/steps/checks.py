@@ -10,6 +10,7 @@ from steps.runner import FAILED, IMPOSSIBLE, PAYLOAD, Result, tool
 # The rules of the house are about sources, which are not here; tensors of gigabytes are a cell of their own.
 LEFT_OUT = ("tidy::", "large::")
 CASES = "4"  # Random cases of each property test, unless `cases=N` or PROPTEST_CASES says otherwise.
+LIST_ANSWERS = 30  # Seconds in which the test binary has to list its tests.
 MOST_ALONE = 200  # Failed tests that are tried again, each in a process of its own.
 # A sanitizer's reduced set: every operation on tails and on many experts.
 REDUCED = ["--shapes", "T37H72I56E5K2,T24H136I24E67K6", "--dtypes", "f32,bf16"]
@@ -42,17 +43,16 @@ def words_of(task):
     return cases, filters + [word for name in left_out for word in ("--skip", name)]
 
 
-def listed(chosen):
-    done = subprocess.run(
-        ["./it", "--list", *chosen], cwd=PAYLOAD, capture_output=True, text=True, check=True
-    )
+def listed(run, chosen):
+    done = run.ask("./it --list", LIST_ANSWERS, "./it", "--list", *chosen)
+    done.check_returncode()
     return set(re.findall(r"^(\S+): test$", done.stdout, re.MULTILINE))
 
 
 def binary(run, task, threads, prefix=()):
     """The test binary, alone or under a tool: how it ended, which tests it reached, which failed."""
     cases, chosen = words_of(task)
-    names = listed(chosen)
+    names = listed(run, chosen)
     done = run.call(
         task, *prefix, "./it", *chosen, "--test-threads", threads, PROPTEST_CASES=cases
     )

@@ -6,23 +6,27 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
-from steps.runner import FAILED, IMPOSSIBLE, OK, PAYLOAD, STOPPED, Result, tool
+from steps.runner import FAILED, IMPOSSIBLE, OK, PAYLOAD, STOPPED, NoAnswer, Result, tool
 
 MEMORY_FOLDER = "/dev/shm"  # Peers get gigabytes of tensors in a file: rather in memory than on a disk.
 MEMORY_BYTES = 16 << 30
+TORCH_ANSWERS = 60  # Seconds in which torch has to load and to find its device.
+PAGE_ANSWERS = 60  # Seconds in which ncu has to print a report.
 STOPS_EARLY = 15  # Seconds before its end at which a bench begins nothing new.
 
 
 # ---- Bench --------------------------------------------------------------------------------------
 
 
-def torch_trouble():
+def torch_trouble(run):
     """Why peers cannot run here; empty if they can."""
     probe = [sys.executable, "-c", "import torch; torch.zeros(1).cuda()"]
-    asked = subprocess.run(probe, capture_output=True, text=True)
+    try:
+        asked = run.ask("torch", TORCH_ANSWERS, *probe)
+    except NoAnswer as error:
+        return str(error)
     if not asked.returncode:
         return ""
     return (asked.stderr.strip().splitlines() or ["torch does not load"])[-1]
@@ -34,7 +38,7 @@ def peer_options(run, against, tuning_seconds):
         return None, "peers have no software device"
     if not (PAYLOAD / "peers/peers.py").is_file():
         return None, "peers are not in this bundle"
-    why = run.once("torch", torch_trouble)
+    why = run.once("torch", lambda: torch_trouble(run))
     if why:
         return None, f"peers: {why}"
     # What a search for the best configuration has found serves later runs too.
@@ -140,8 +144,7 @@ def profile(run, task):
         return Result(STOPPED if done.status is None else FAILED, done.last())
 
     def page(*words):
-        shown = subprocess.run([ncu, "--import", report, *words], capture_output=True, text=True)
-        return shown.stdout
+        return run.ask("ncu --import", PAGE_ANSWERS, ncu, "--import", report, *words).stdout
 
     run.file(task, ".txt").write_text(page("--page", "details"))
     launches = list(csv.DictReader(page("--page", "raw", "--csv").splitlines()))

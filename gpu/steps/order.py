@@ -115,7 +115,7 @@ def describe_machine(run):
         if command[0] is None:
             continue
         try:
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=15)
+            asked = run.ask(command[0], 15, *command)
             text.append(f"$ {' '.join(command)}\n{asked.stdout}{asked.stderr}")
         except (OSError, subprocess.SubprocessError) as error:
             text.append(f"$ {' '.join(command)}\n{error}")

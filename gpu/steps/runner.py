@@ -25,9 +25,14 @@ NOT_REACHED = "not reached"
 TOOL_FOLDERS = ["/usr/local/cuda/bin", "/opt/nvidia/nsight-compute"]
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # What asks this program to end.
 GRACE = 5  # Seconds between asking a program to stop and ending it.
+DEVICE_ANSWERS = 60  # Seconds in which the driver has to say which device there is.
 
 # How a task ended: one of the words above, and a line for people.
 Result = namedtuple("Result", "outcome what")
+
+
+class NoAnswer(subprocess.SubprocessError):
+    """What was asked has not answered in time."""
 
 
 def now():
@@ -89,6 +94,7 @@ class Run:
         self.start = time.monotonic()
         self.end = None if limit is None else self.start + limit
         self.known = {}
+        self.written = False  # Whether this call has results.
 
     def open(self):
         """Finds the device, and what is known of it at this commit."""
@@ -109,13 +115,14 @@ class Run:
 
     def describe(self):
         """The device as the program sees it; without one there is nothing to run."""
-        asked = subprocess.run(
-            [PAYLOAD / "moe-kernels", "info", "--device", self.device],
-            capture_output=True,
-            text=True,
-        )
-        if asked.returncode:
-            why = asked.stderr.strip()
+        command = ["./moe-kernels", "info", "--device", self.device]
+        what = f"the device ({' '.join(command)})"
+        try:
+            asked = self.ask(what, DEVICE_ANSWERS, *command)
+            why = asked.stderr.strip() if asked.returncode else None
+        except NoAnswer as error:
+            why = str(error)
+        if why is not None:
             sys.exit(f"{why}\nMOE_DEVICE=emulator tries this bundle without a GPU.")
         text = asked.stdout.split(maxsplit=1)[1].strip()
         match = re.match(r"(.*), compute capability ([\d.]+), .* driver for CUDA ([\d.]+)", text)
@@ -177,6 +184,29 @@ class Run:
         status = process.returncode if in_time else None
         return Done(status, lines, time.monotonic() - begin)
 
+    def ask(self, what, limit, *command):
+        """What a program answers, in so many seconds and before the run's end; else `NoAnswer`."""
+        left = self.left()
+        limit = limit if left is None else max(0, min(limit, left))
+        process = subprocess.Popen(
+            command,
+            cwd=PAYLOAD,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # So that its own children end with it.
+        )
+        try:
+            said = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            raise NoAnswer(f"{what} does not answer within {limit:.3g} s") from None
+        finally:
+            # Nothing waits for it after that: a program that hangs in the driver outlives it.
+            kill(process, signal.SIGKILL)
+        return subprocess.CompletedProcess(command, process.returncode, *said)
+
     def file(self, task, ending):
         """A file of a task beside its log, such as `cells/NAME.txt`."""
         file = self.folder / (task.path + ending)
@@ -230,6 +260,7 @@ class Run:
         with tarfile.open(half, "w:gz", compresslevel=6) as file:
             file.add(RESULTS, "results")
         half.replace(archive)
+        self.written = True
 
 
 def short(commit):
