@@ -75,10 +75,10 @@ impl MoeLayer {
     /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
     ///
     /// In f16 each expert's output is multiplied by its weight before it is rounded, so that it may leave the range
-    /// of f16 (65504) on the way. All else that is stored is in that range, or becomes infinite: activations,
-    /// such products, the shared expert's output, and the experts' where their norm
-    /// ([`post_norm`](crate::ExpertConfig::post_norm)) is next or their weight came before
-    /// ([`weight_position`](crate::ExpertConfig::weight_position)).
+    /// of f16 (65504) on the way. All else that is stored is in that range, or becomes infinite: logits that are not
+    /// computed in f32, by which other experts may then be chosen, activations, such products, the shared expert's
+    /// output, and the experts' where their norm ([`post_norm`](crate::ExpertConfig::post_norm)) is next or their
+    /// weight came before ([`weight_position`](crate::ExpertConfig::weight_position)).
     ///
     /// # Errors
     /// [`Error::Length`] for a buffer or a workspace that does not fit,

@@ -77,6 +77,11 @@ impl Checkpoint {
         self.files.keys().map(String::as_str)
     }
 
+    /// Those of which a tensor has been wanted.
+    pub(crate) fn open_files(&self) -> impl Iterator<Item = (&str, &TensorFile)> {
+        self.files.iter().filter_map(|(name, file)| Some((&name[..], file.get()?)))
+    }
+
     /// The file that says which tensors there are.
     pub(crate) fn list_of_tensors(&self) -> &'static str {
         if self.files.contains_key(SINGLE) { SINGLE } else { INDEX }
@@ -97,7 +102,13 @@ impl Checkpoint {
     }
 
     /// A tensor of numbers as it is, or quantised with its scales beside it; of the right shape in any case.
-    fn source(&self, part: &Part, role: Role, block: &Block) -> Result<Source<'_>> {
+    fn source(
+        &self,
+        part: &Part,
+        role: Role,
+        block: &Block,
+        config: &MoeConfig,
+    ) -> Result<Source<'_>> {
         let (name, shape) = (&part.name, &part.shape[..]);
         let tensor = |name: &str| {
             let shape = format!("{shape:?}");
@@ -122,7 +133,7 @@ impl Checkpoint {
         };
         let scaling = Scaling {
             block: block.quantization.as_ref().and_then(|it| it.block),
-            in_out: in_out(role, block),
+            in_out: in_out(role, config),
         };
         let names = part.scale_names();
         let Some(scale) = names.iter().find(|name| self.file_of_tensor.contains_key(*name)) else {
@@ -202,10 +213,11 @@ impl Checkpoint {
         arrays: Vec<hf::Array>,
     ) -> Result<Layer<'_>> {
         let modules = layout.modules(&arrays, prefix);
+        let config = layout.config(block);
         let mut may_stay = BTreeSet::new();
         let arrays = arrays.into_iter().map(|array| {
             let pieces = array.parts.iter().map(|part| {
-                let source = self.source(part, array.role, block)?;
+                let source = self.source(part, array.role, block, &config)?;
                 if let Source::Scaled(_) = source {
                     may_stay.extend(part.activation_scale_names());
                 }
@@ -216,7 +228,6 @@ impl Checkpoint {
             Ok(Array { role, shape, pieces, transposed, repeated })
         });
         let arrays = arrays.collect::<Result<_>>()?;
-        let config = layout.config(block);
         let prefix = prefix.to_string();
         Ok(Layer { config, block: block.clone(), arrays, layout, prefix, modules, may_stay })
     }
@@ -281,8 +292,8 @@ fn are_of_fp4(scales: &Tensor<'_>, block: &Block) -> bool {
 }
 
 /// Whether the matrices of a role are `[in, out]`.
-fn in_out(role: Role, block: &Block) -> bool {
-    let experts = &block.config.experts;
+fn in_out(role: Role, config: &MoeConfig) -> bool {
+    let experts = &config.experts;
     let order = match role {
         Role::GateUp | Role::Gate | Role::Up => experts.gate_up_order,
         Role::Down => experts.down_order,

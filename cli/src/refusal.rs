@@ -91,7 +91,7 @@ impl Checkpoint {
             .filter(|name| !layers.iter().any(|layer| layer.may_stay_unread(name)))
             .collect();
         if unread.is_empty() {
-            return Ok(());
+            return self.check_unlisted(layers);
         }
         let why = format!(
             "{} would stay unread: config.json describes a block without {}",
@@ -99,6 +99,29 @@ impl Checkpoint {
             if unread.len() == 1 { "it" } else { "them" },
         );
         Err(self.folder.error(self.list_of_tensors(), why))
+    }
+
+    /// Fails if a shard that was opened has a tensor in the modules of these blocks that the index does not list.
+    fn check_unlisted(&self, layers: &[Layer<'_>]) -> Result<()> {
+        for (file, tensors) in self.open_files() {
+            let names = tensors.names();
+            let unlisted: Vec<&str> = names
+                .iter()
+                .map(String::as_str)
+                .filter(|name| !self.file_of_tensor.contains_key(*name))
+                .filter(|name| {
+                    let mut modules = layers.iter().flat_map(|layer| &layer.modules);
+                    modules.any(|module| name.starts_with(module.as_str()))
+                })
+                .filter(|name| !layers.iter().any(|layer| layer.may_stay_unread(name)))
+                .collect();
+            if !unlisted.is_empty() {
+                let why =
+                    format!("{} would stay unread: {INDEX} has no such name", list(&unlisted));
+                return Err(self.folder.error(file, why));
+            }
+        }
+        Ok(())
     }
 
     /// Says what a block lacks that is there in part; or which layers do have one: a dense layer and a number past the
@@ -209,6 +232,10 @@ fn is_of_a_model(name: &str) -> bool {
         || starts(&["pytorch_model", "consolidated"]) && ends(&[".bin", ".pth", ".pt"])
 }
 
+fn is_safetensors(name: &str) -> bool {
+    name.ends_with(".safetensors")
+}
+
 fn is_adapter(name: &str) -> bool {
     matches!(name, "adapter_config.json" | "adapter_model.safetensors" | "adapter_model.bin")
 }
@@ -216,17 +243,20 @@ fn is_adapter(name: &str) -> bool {
 /// Says that a folder has no weights in safetensors, and which it has.
 pub fn no_weights(folder: &Folder) -> Error {
     let mut why = format!("no such file, and no {INDEX} beside it");
-    let others: Vec<String> =
-        folder.list().into_iter().filter(|name| is_of_a_model(name)).collect();
-    if let Some(first) = others.first() {
+    let files = folder.list();
+    let of = |is: fn(&str) -> bool| files.iter().map(String::as_str).filter(move |name| is(name));
+    let mut others: Vec<&str> = of(is_of_a_model).collect();
+    if others.is_empty() {
+        others.extend(of(is_safetensors));
+    }
+    if let Some(&first) = others.first() {
         let format = match () {
             () if first.ends_with(".gguf") => "GGUF",
             () if is_adapter(first) => "an adapter without its model",
-            () if first.ends_with(".safetensors") => "another set of names",
+            () if is_safetensors(first) => "another set of names",
             () if first == "original" => "a format of its own",
             () => "pickled tensors of PyTorch",
         };
-        let others: Vec<&str> = others.iter().map(String::as_str).collect();
         why.push_str(&format!("; in its place: {}, which is {format} and not read", list(&others)));
     }
     folder.error(SINGLE, why)
@@ -288,17 +318,50 @@ pub(crate) fn ranges(sorted: &[usize]) -> String {
     parts.into_iter().map(part).collect::<Vec<_>>().join(", ")
 }
 
-/// Whether a layer's tensor is in a module such as `shared_experts`, `shared_mlp` or `moe`. Norms beside a block have
-/// such names too.
+/// Whether a layer's tensor is in a module such as `shared_experts`, `residual_mlp`, `moe` or `router`, or in `mlp.experts`.
+/// Norms beside a block have such names too, and attention may have experts of its own.
 fn is_named_after_experts(name: &str) -> bool {
-    let module = name.split('.').next().unwrap_or_default();
-    ["expert", "moe", "shared_mlp"].iter().any(|word| module.contains(word))
-        && !module.contains("norm")
+    let mut modules = name.split('.');
+    let module = modules.next().unwrap_or_default();
+    let inner = modules.next().unwrap_or_default();
+    let has = |words: &[&str]| words.iter().any(|word| module.contains(word));
+    let is_feed_forward = has(&["mlp", "feed_forward", "ffn"]);
+    !has(&["norm"])
+        && (has(&["expert", "moe", "shared_mlp", "mlp_shared", "residual_mlp"])
+            || ["router", "gate"].contains(&module)
+            || is_feed_forward && inner.contains("expert"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_with_names_of_experts() {
+        for name in [
+            "shared_experts.up_proj.weight",
+            "shared_mlp.input_linear.weight",
+            "mlp_shared.up_proj.weight",
+            "residual_mlp.w1.weight",
+            "moe.gate.weight",
+            "router.weight",
+            "gate.weight",
+            "feed_forward.shared_expert.up_proj.weight",
+        ] {
+            assert!(is_named_after_experts(name), "{name}");
+        }
+        for name in [
+            "mlp.gate_proj.weight",
+            "mlps.0.up_proj.weight",
+            "mlp_norm.weight",
+            "pre_moe_layernorm.weight",
+            "self_attn.experts.router.weight",
+            "shared_head.head.weight",
+            "attn_gate.weight",
+        ] {
+            assert!(!is_named_after_experts(name), "{name}");
+        }
+    }
 
     #[test]
     fn ranges_are_short() {

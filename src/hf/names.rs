@@ -132,8 +132,7 @@ pub struct Layout {
     pub(super) latent: LatentNames,
     pub(super) shared: SharedNames,
     pub(super) output_norm: &'static str,
-    /// Names in the block's modules that checkpoints have and that it does not need, or, with a dot at the end,
-    /// modules of such names.
+    /// Names in the block's modules that checkpoints have and that it does not need.
     pub(super) unread: &'static [&'static str],
 }
 
@@ -230,10 +229,7 @@ impl Layout {
     /// Whether checkpoints of this kind have a tensor of this name, without the layer's prefix, that the block does
     /// not need.
     pub fn may_stay_unread(&self, name: &str) -> bool {
-        self.unread.iter().any(|unread| match unread.ends_with('.') {
-            true => name.starts_with(unread),
-            false => name == *unread,
-        })
+        self.unread.contains(&name)
     }
 
     /// Every array of a block, in checkpoints of this kind, whose layers begin with `prefix`.

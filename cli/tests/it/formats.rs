@@ -253,6 +253,35 @@ fn deepseek_v4_as_published() {
     same_as_wide(&model, 1, &[("ffn.experts", floats), ("shared_experts", BLOCKS)]);
 }
 
+/// FP8 with a scale for each output feature, and experts by themselves, as the quantisation of matrices leaves them; square
+/// ones, whose scales would fit either way.
+#[test]
+fn llama_4_in_fp8() {
+    let mut model = Model::of("llama4-tiny", &[(24, 40), (14, 40), (28, 80)]);
+    let [tokens, inner] = [40, 40];
+    model.store("experts.gate_up_proj", |model, name, _| {
+        let of = |expert: usize, part: &str| {
+            let start = name.strip_suffix("gate_up_proj").unwrap();
+            format!("{start}{expert}.{part}.weight")
+        };
+        let mut stored = Vec::new();
+        for expert in 0..5 {
+            for (part, shape) in [
+                ("gate_proj", [inner, tokens]),
+                ("up_proj", [inner, tokens]),
+                ("down_proj", [tokens, inner]),
+            ] {
+                let values = model.numbers(tokens * inner, 0.5);
+                stored.push(Stored::f32(&of(expert, part), &shape, &values));
+            }
+        }
+        stored
+    });
+    model.store("experts.down_proj", |_, _, _| Vec::new());
+    let scheme = Scheme { name: "_scale", scale: Scale::Bf16, block: [1, ALL], ..BLOCKS };
+    same_as_wide(&model, 1, &[("experts.", scheme)]);
+}
+
 #[test]
 fn mistral_large_4_as_published() {
     let mut model = Model::of("mistral-large4-tiny", &[(26, 160), (10, 136)]);

@@ -292,4 +292,7 @@ fn weights_in_other_files() {
         let in_place = format!("in its place: `{file}`, which is {format} and not read");
         fails(&folder, &["model.safetensors: no such file", &in_place]);
     }
+    let folder = Folder::of("mixtral-tiny");
+    std::fs::remove_file(folder.path("model.safetensors")).unwrap();
+    fails(&folder, &["`recorded.safetensors`, which is another set of names and not read"]);
 }

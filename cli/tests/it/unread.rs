@@ -46,10 +46,14 @@ const UNREAD: &[(&str, &str)] = &[
     ("kolibri1-tiny", "model.layers.1.moe.router.weight"),
     ("lfm2-moe-tiny", "model.layers.1.feed_forward.experts.0.w1.bias"),
     ("zaya-tiny", "model.layers.1.mlp.experts.down_proj_bias"),
+    ("zaya-tiny", "model.layers.1.mlp.gate.balancing_biases_scale_inv"),
+    ("zaya-tiny", "model.layers.1.mlp.gate.router_mlp.fc3.weight"),
     ("dbrx-tiny", "transformer.blocks.1.ffn.experts.mlp.bias"),
     // Modules beside the block's.
     ("olmoe-tiny", "model.layers.1.shared_experts.gate_proj.weight"),
     ("deepseek-v3-tiny", "model.layers.1.shared_mlp.input_linear.weight"),
+    ("mixtral-tiny", "model.layers.1.residual_mlp.w1.weight"),
+    ("olmoe-tiny", "model.layers.1.feed_forward.shared_expert.up_proj.weight"),
     ("qwen3-5-moe-tiny", "model.language_model.layers.1.moe.gate.weight"),
 ];
 
@@ -88,6 +92,20 @@ fn an_index_is_held_against_the_block() {
     fails(&folder, &["model.safetensors.index.json", &format!("`{stray}` would stay unread")]);
 }
 
+/// transformers reads every tensor of a file that the index names.
+#[test]
+fn a_tensor_that_the_index_does_not_list() {
+    let (stray, file) = ("experts.0.gate_proj.bias", "model-00003-of-00004.safetensors");
+    let folder = Folder::of("qwen3-moe-tiny");
+    let with = |name: &str| {
+        folder.change(file, |tensors| tensors.push(Stored::f32(name, &[1], &[1.0])));
+    };
+    with("model.layers.1.self_attn.stray.weight");
+    assert_eq!(run(&folder, 1, &["--device", "cpu"]).status, Some(0));
+    with(&format!("model.layers.1.mlp.{stray}"));
+    fails(&folder, &[file, &format!("mlp.{stray}` would stay unread"), "index.json has no such"]);
+}
+
 /// Norms, attention, dense branches, other layers, and what a family's files have and its block does not need.
 #[test]
 fn what_is_beside_a_block() {
@@ -117,7 +135,6 @@ fn what_is_beside_a_block() {
             "longcat-flash-tiny",
             &["model.layers.1.mlp.router.classifier.bias", "model.layers.1.mlps.0.up_proj.weight"],
         ),
-        ("zaya-tiny", &["model.layers.1.mlp.gate.router_mlp.fc3.weight"]),
         ("deepseek-v3-fp8-tiny", &["model.layers.1.mlp.experts.0.gate_proj.input_scale"]),
         ("granitemoe-tiny", &["model.layers.1.block_sparse_moe_norm.weight"]),
     ] {

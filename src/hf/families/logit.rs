@@ -1,6 +1,6 @@
 //! Families that choose by logit and take the softmax of the chosen; and sigmoids of chosen logits.
 
-use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, TEXT, fused, shared};
+use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, TEXT, each, fused, shared};
 use super::softmax::{MIXTRAL_KEYS, OLMOE_KEYS, PLAIN};
 use crate::config::{
     Activation, ActivationFunction, GateUp, Limit, Normalization, RouterConfig, Scoring, Selection,
@@ -50,6 +50,16 @@ const LLAMA4: Layout = EACH
         "feed_forward.shared_expert.down_proj.weight",
     ))
     .in_out();
+
+/// As FP8 checkpoints have it, whose quantisation knows matrices alone.
+const LLAMA4_EACH: Layout = Layout {
+    experts: each(
+        "feed_forward.experts.{expert}.gate_proj.weight",
+        "feed_forward.experts.{expert}.up_proj.weight",
+        "feed_forward.experts.{expert}.down_proj.weight",
+    ),
+    ..LLAMA4
+};
 
 const GRANITE_SHARED: SharedNames =
     shared("", "shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight");
@@ -110,7 +120,7 @@ pub const FAMILIES: &[Family] = &[
         rule: CHOSEN_SIGMOID,
         shared: shared_count(&[], 1),
         prefixes: TEXT_AND_LLAMA,
-        layouts: &[LLAMA4],
+        layouts: &[LLAMA4, LLAMA4_EACH],
         ..TOP_K
     },
     GRANITE_MOE,

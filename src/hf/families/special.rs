@@ -15,6 +15,19 @@ use crate::hf::names::{ExpertNames, Layout, RouterNames};
 use crate::hf::schedule::{Dense, layers};
 use crate::hf::{Block, LogitsFrom};
 
+/// The network that makes Zaya's logits from the tokens, which is not the block's.
+const ZAYA_ROUTER: &[&str] = &[
+    "mlp.gate.down_proj.weight",
+    "mlp.gate.down_proj.bias",
+    "mlp.gate.router_states_scale",
+    "mlp.gate.router_mlp.norm.weight",
+    "mlp.gate.router_mlp.fc1.weight",
+    "mlp.gate.router_mlp.fc1.bias",
+    "mlp.gate.router_mlp.fc2.weight",
+    "mlp.gate.router_mlp.fc2.bias",
+    "mlp.gate.router_mlp.out_proj.weight",
+];
+
 const BIASED_SOFTMAX: Rule = Rule {
     base: RouterConfig { selection_bias: true, ..RouterConfig::softmax_top_k(false) },
     ..SOFTMAX
@@ -250,10 +263,9 @@ pub const FAMILIES: &[Family] = &[
         rule: BIASED_SOFTMAX,
         logits: LogitsFrom::Caller,
         special: zaya,
-        // The router is a network of its own, that is not the block's.
         layouts: &[
-            FUSED.with_bias("mlp.gate.balancing_biases").with_unread(&["mlp.gate."]),
-            EACH.with_bias("mlp.gate.balancing_biases").with_unread(&["mlp.gate."]),
+            FUSED.with_bias("mlp.gate.balancing_biases").with_unread(ZAYA_ROUTER),
+            EACH.with_bias("mlp.gate.balancing_biases").with_unread(ZAYA_ROUTER),
         ],
         ..PLAIN
     },
