@@ -56,7 +56,7 @@ pub(super) enum Found {
     Absent,
 }
 
-/// Keys of the sizes, the first that is there counts.
+/// Keys of the sizes, each with all of its names.
 #[derive(Clone, Copy)]
 pub(super) struct SizeKeys {
     pub hidden: Names,
