@@ -104,6 +104,8 @@ pub(super) enum Scale {
 
 #[derive(Clone, Copy)]
 pub(super) struct GroupRule {
+    /// The names of the number of groups.
+    pub count: Names,
     /// The defaults of the number of groups and of those that are chosen; 0 for no groups.
     pub defaults: (usize, usize),
     pub score: GroupScore,
@@ -175,15 +177,20 @@ pub(super) const SIGMOID: Rule = Rule {
 /// The rule of DeepSeek-V3, with the defaults of the scale and of the groups.
 pub(super) const fn deepseek(scale: f64, groups: (usize, usize)) -> Rule {
     Rule {
-        renormalize: Flag::Key(&["norm_topk_prob", "moe_renormalize"], true),
+        renormalize: Flag::Key(&["norm_topk_prob"], true),
         normalization: Normalization::Sum { epsilon: 1e-20 },
         scale: Scale::Key(&["routed_scaling_factor"], scale),
-        groups: Some(GroupRule {
-            defaults: groups,
-            score: GroupScore::TopTwoSum,
-            masked: Masked::NegativeInfinity,
-        }),
+        groups: Some(top_two_groups(groups)),
         ..SIGMOID
+    }
+}
+
+pub(super) const fn top_two_groups(defaults: (usize, usize)) -> GroupRule {
+    GroupRule {
+        count: &["n_group"],
+        defaults,
+        score: GroupScore::TopTwoSum,
+        masked: Masked::NegativeInfinity,
     }
 }
 
@@ -316,8 +323,8 @@ impl Rule {
 impl GroupRule {
     /// One group is none.
     pub fn read(&self, keys: &Keys<'_>) -> Result<Option<Groups>> {
-        let Self { defaults: (num_groups, top_groups), score, masked } = *self;
-        let num_groups = keys.count(&["n_group", "num_expert_group"], num_groups)?;
+        let Self { count, defaults: (num_groups, top_groups), score, masked } = *self;
+        let num_groups = keys.count(count, num_groups)?;
         if num_groups <= 1 {
             keys.size(&["topk_group"], 1)?;
             return Ok(None);

@@ -387,3 +387,22 @@ fn names_of_one_thing_have_one_value() {
     let vision = &hf::blocks(&dots.to_string(), 25).unwrap()[1].config;
     assert_eq!((vision.hidden, vision.top_k), (64, 2));
 }
+
+/// Kimi's names of DeepSeek's keys are nothing to the classes of others.
+#[test]
+fn names_are_those_of_the_family() {
+    let keys = json!({ "moe_renormalize": false, "num_expert_group": 2, "num_shared_experts": 2, "num_experts": 9 });
+    let line = |model_type: &str, keys: &Value| {
+        let mut config = json!({ "model_type": model_type, "first_k_dense_replace": 0 });
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        MoeConfig::from_hf(&config.to_string(), 3).unwrap().to_string()
+    };
+    for model_type in ["deepseek_v3", "dots3_note", "glm4_moe", "glm_moe_dsa", "mimo_v2_flash"] {
+        assert_eq!(line(model_type, &keys), line(model_type, &json!({})));
+    }
+    let with = |keys: Value| line("kimi_linear", &keys);
+    let own = json!({ "moe_renormalize": false, "num_expert_group": 2, "num_shared_experts": 2 });
+    let others = json!({ "norm_topk_prob": false, "n_group": 2, "n_shared_experts": 2 });
+    assert_eq!(with(own.clone()), with(others));
+    assert_ne!(with(own), with(json!({})));
+}
