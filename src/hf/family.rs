@@ -22,6 +22,9 @@ pub(super) struct Family {
     pub path: &'static [&'static [&'static str]],
     /// Which of a model's blocks it is, where there are several; else empty.
     pub part: &'static str,
+    /// The `model_type`s of the nested object that this row is for, where transformers builds what it names; else empty,
+    /// as most classes know what they nest and ignore the name.
+    pub nested_types: &'static [&'static str],
     /// A model may be without this part; otherwise, without the nested objects, the keys stand at the top.
     pub optional: bool,
     /// Which element counts where a size is a list; none for that of the layer.
@@ -217,11 +220,16 @@ impl Family {
         if let Some(element) = self.element {
             keys.element = element;
         }
-        if self.optional && !self.path.iter().take(1).any(|names| keys.has_any(names)) {
+        let nested = self.path.iter().take(1).any(|names| keys.has_any(names));
+        if self.optional && !nested {
             return Ok(None);
         }
         for names in self.path {
             keys = keys.nested(names)?;
+        }
+        if let (true, [first, ..]) = (nested, self.nested_types) {
+            let known: Vec<_> = self.nested_types.iter().map(|name| (*name, ())).collect();
+            keys.word(&["model_type"], first, &known)?;
         }
         Ok(Some(keys))
     }

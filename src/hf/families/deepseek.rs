@@ -105,7 +105,13 @@ const NEMOTRON: Layout = Layout {
 
 pub const FAMILIES: &[Family] = &[
     V3,
-    Family { model_types: &["kimi_k25"], path: &[&["text_config"]], prefixes: TEXT, ..V3 },
+    Family {
+        model_types: &["kimi_k25"],
+        path: &[&["text_config"]],
+        nested_types: V3.model_types,
+        prefixes: TEXT,
+        ..V3
+    },
     Family { model_types: &["deepseek_v32"], schedule: layers(61).typed(first_k(3)), ..V3 },
     Family {
         model_types: &["axk1"],

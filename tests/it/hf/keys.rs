@@ -406,3 +406,24 @@ fn names_are_those_of_the_family() {
     assert_eq!(with(own.clone()), with(others));
     assert_ne!(with(own), with(json!({})));
 }
+
+/// Kimi K2.5's class builds what the nested object says it is; others know what they nest, whatever it says.
+#[test]
+fn what_is_nested_is_what_is_read() {
+    let read = |model_type: &str, nested: Value| {
+        let config = json!({ "model_type": model_type, "text_config": nested }).to_string();
+        MoeConfig::from_hf(&config, 3).map_err(|error| error.to_string())
+    };
+    let kimi = |name: Value| read("kimi_k25", json!({ "model_type": name }));
+    for name in [json!("deepseek_v3"), json!("kimi_k2"), json!(null)] {
+        assert!(kimi(name).is_ok());
+    }
+    assert!(read("kimi_k25", json!({})).is_ok() && read("kimi_k25", json!(null)).is_ok());
+    for name in ["glm4_moe", "deepseek_v32", "kimi_k25"] {
+        let error = kimi(json!(name)).unwrap_err();
+        let known = "wanted one of \"deepseek_v3\", \"kimi_k2\"";
+        assert!(error.contains(&format!("`text_config.model_type` is \"{name}\"")), "{error}");
+        assert!(error.contains(known), "{error}");
+    }
+    assert!(read("glm4v_moe", json!({ "model_type": "glm4v_text" })).is_ok());
+}
