@@ -22,6 +22,9 @@ pub(super) struct Family {
     pub path: &'static [&'static [&'static str]],
     /// Which of a model's blocks it is, where there are several; else empty.
     pub part: &'static str,
+    /// The `model_type`s of the nested object that this row is for, where transformers builds what it names; else empty,
+    /// as most classes know what they nest and ignore the name.
+    pub nested_types: &'static [&'static str],
     /// A model may be without this part; otherwise, without the nested objects, the keys stand at the top.
     pub optional: bool,
     /// Which element counts where a size is a list; none for that of the layer.
@@ -56,7 +59,7 @@ pub(super) enum Found {
     Absent,
 }
 
-/// Keys of the sizes, the first that is there counts.
+/// Keys of the sizes, each with all of its names.
 #[derive(Clone, Copy)]
 pub(super) struct SizeKeys {
     pub hidden: Names,
@@ -104,6 +107,8 @@ pub(super) enum Scale {
 
 #[derive(Clone, Copy)]
 pub(super) struct GroupRule {
+    /// The names of the number of groups.
+    pub count: Names,
     /// The defaults of the number of groups and of those that are chosen; 0 for no groups.
     pub defaults: (usize, usize),
     pub score: GroupScore,
@@ -175,15 +180,20 @@ pub(super) const SIGMOID: Rule = Rule {
 /// The rule of DeepSeek-V3, with the defaults of the scale and of the groups.
 pub(super) const fn deepseek(scale: f64, groups: (usize, usize)) -> Rule {
     Rule {
-        renormalize: Flag::Key(&["norm_topk_prob", "moe_renormalize"], true),
+        renormalize: Flag::Key(&["norm_topk_prob"], true),
         normalization: Normalization::Sum { epsilon: 1e-20 },
         scale: Scale::Key(&["routed_scaling_factor"], scale),
-        groups: Some(GroupRule {
-            defaults: groups,
-            score: GroupScore::TopTwoSum,
-            masked: Masked::NegativeInfinity,
-        }),
+        groups: Some(top_two_groups(groups)),
         ..SIGMOID
+    }
+}
+
+pub(super) const fn top_two_groups(defaults: (usize, usize)) -> GroupRule {
+    GroupRule {
+        count: &["n_group"],
+        defaults,
+        score: GroupScore::TopTwoSum,
+        masked: Masked::NegativeInfinity,
     }
 }
 
@@ -210,11 +220,16 @@ impl Family {
         if let Some(element) = self.element {
             keys.element = element;
         }
-        if self.optional && !self.path.iter().take(1).any(|names| keys.has_any(names)) {
+        let nested = self.path.iter().take(1).any(|names| keys.has_any(names));
+        if self.optional && !nested {
             return Ok(None);
         }
         for names in self.path {
             keys = keys.nested(names)?;
+        }
+        if let (true, [first, ..]) = (nested, self.nested_types) {
+            let known: Vec<_> = self.nested_types.iter().map(|name| (*name, ())).collect();
+            keys.word(&["model_type"], first, &known)?;
         }
         Ok(Some(keys))
     }
@@ -316,8 +331,8 @@ impl Rule {
 impl GroupRule {
     /// One group is none.
     pub fn read(&self, keys: &Keys<'_>) -> Result<Option<Groups>> {
-        let Self { defaults: (num_groups, top_groups), score, masked } = *self;
-        let num_groups = keys.count(&["n_group", "num_expert_group"], num_groups)?;
+        let Self { count, defaults: (num_groups, top_groups), score, masked } = *self;
+        let num_groups = keys.count(count, num_groups)?;
         if num_groups <= 1 {
             keys.size(&["topk_group"], 1)?;
             return Ok(None);

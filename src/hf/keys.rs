@@ -5,6 +5,10 @@ use serde_json::{Map, Value};
 use super::json;
 use crate::error::{Error, Result};
 
+/// Names that stand in for others, which may be there as well and mean something else: the width of a vision tower
+/// beside that of what it gives, and K beside a capacity.
+const OF_ITS_OWN: [&str; 2] = ["embed_dim", "capacity_factor"];
+
 /// One object of config.json, as one layer sees it.
 #[derive(Clone)]
 pub(super) struct Keys<'a> {
@@ -53,30 +57,63 @@ impl<'a> Keys<'a> {
 
     /// The first of `names` that is there and is not null, which Python writes for what is absent.
     fn find<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &'a Value)> {
-        self.find_where(names, |value| !value.is_null())
+        self.all_where(names, |value| !value.is_null()).first().copied()
     }
 
-    /// The first of `names` that is there, where null says something else than absence.
-    fn find_or_null<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &'a Value)> {
-        self.find(names).or_else(|| self.find_where(names, |_| true))
+    /// The same, where `names` are names of one thing: of different values under them readers of config.json take
+    /// different ones.
+    pub fn agreed<'n>(&self, names: &[&'n str]) -> Result<Option<(&'n str, &'a Value)>> {
+        let found = self.all_where(names, |value| !value.is_null());
+        let Some((&(name, value), others)) = found.split_first() else { return Ok(None) };
+        let differs = |(other, its): &&(&str, &Value)| {
+            !OF_ITS_OWN.contains(&name) && !OF_ITS_OWN.contains(other) && !self.same(value, its)
+        };
+        match others.iter().find(differs) {
+            None => Ok(Some((name, value))),
+            Some((other, its)) => {
+                let got = format!("{}, where `{other}` is {}", shortened(value), shortened(its));
+                Err(self.error_text(name, got, "the same value under both names"))
+            }
+        }
     }
 
-    /// The first of `names` that `good` accepts, as this layer has it: `per_layer_config` has the exceptions.
-    fn find_where<'n>(
+    /// Whether two values say the same of this layer: one may be a list by layer, and the other one for all.
+    fn same(&self, one: &Value, other: &Value) -> bool {
+        match (one, other) {
+            (Value::Array(one), Value::Array(other)) => {
+                one.len() == other.len() && one.iter().zip(other).all(|(a, b)| self.same(a, b))
+            }
+            (Value::Array(list), value) | (value, Value::Array(list)) => {
+                list.get(self.element).is_some_and(|element| self.same(element, value))
+            }
+            _ => match (json::number(one), json::number(other)) {
+                (Some(one), Some(other)) => one == other,
+                _ => one == other,
+            },
+        }
+    }
+
+    /// The same as `agreed`, where null says something else than absence.
+    fn agreed_or_null<'n>(&self, names: &[&'n str]) -> Result<Option<(&'n str, &'a Value)>> {
+        Ok(self.agreed(names)?.or_else(|| self.all_where(names, |_| true).first().copied()))
+    }
+
+    /// Those of `names` that `good` accepts, as this layer has them: `per_layer_config` has the exceptions.
+    fn all_where<'n>(
         &self,
         names: &[&'n str],
         good: impl Fn(&Value) -> bool,
-    ) -> Option<(&'n str, &'a Value)> {
-        let here = self.objects.last()?;
+    ) -> Vec<(&'n str, &'a Value)> {
+        let Some(here) = self.objects.last() else { return Vec::new() };
         let exceptions = here
             .get("per_layer_config")
             .and_then(|layers| layers.get(self.layer.to_string()))
             .and_then(Value::as_object);
-        let of = |object: &'a Map<String, Value>| {
+        let of = |object: &'a Map<String, Value>| -> Vec<_> {
             let value = |name| object.get(name).filter(|value| good(value));
-            names.iter().find_map(|name| Some((*name, value(*name)?)))
+            names.iter().filter_map(|name| Some((*name, value(*name)?))).collect()
         };
-        exceptions.and_then(&of).or_else(|| of(here))
+        exceptions.map(&of).filter(|found| !found.is_empty()).unwrap_or_else(|| of(here))
     }
 
     /// Whether a key is there and is not null.
@@ -107,7 +144,7 @@ impl<'a> Keys<'a> {
 
     /// A whole number of at least 1, or `default` where no key is there; 0 is no default.
     pub fn size(&self, names: &[&str], default: usize) -> Result<usize> {
-        let found = self.find(names);
+        let found = self.agreed(names)?;
         let size = found.map_or(Ok(default), |(name, value)| self.whole(name, value))?;
         if size > 0 {
             return Ok(size);
@@ -120,7 +157,7 @@ impl<'a> Keys<'a> {
 
     /// A whole number, or `default` where no key is there; 0 and null say that there is no such thing.
     pub fn count(&self, names: &[&str], default: usize) -> Result<usize> {
-        let Some((name, value)) = self.find_or_null(names) else { return Ok(default) };
+        let Some((name, value)) = self.agreed_or_null(names)? else { return Ok(default) };
         self.whole(name, value)
     }
 
@@ -142,7 +179,7 @@ impl<'a> Keys<'a> {
 
     /// A number; null is none.
     pub fn number(&self, names: &[&str], default: Option<f64>) -> Result<Option<f64>> {
-        match self.find_or_null(names) {
+        match self.agreed_or_null(names)? {
             None => Ok(default),
             Some((_, Value::Null)) => Ok(None),
             Some((name, value)) => {
@@ -153,7 +190,7 @@ impl<'a> Keys<'a> {
 
     /// A number, or `default` where no key is there.
     pub fn f64(&self, names: &[&str], default: f64) -> Result<f64> {
-        let Some((name, value)) = self.find(names) else { return Ok(default) };
+        let Some((name, value)) = self.agreed(names)? else { return Ok(default) };
         json::number(value).ok_or_else(|| self.error(name, value, "a number"))
     }
 
@@ -163,7 +200,7 @@ impl<'a> Keys<'a> {
     }
 
     pub fn boolean(&self, names: &[&str], default: bool) -> Result<bool> {
-        match self.find(names) {
+        match self.agreed(names)? {
             None => Ok(default),
             Some((_, Value::Bool(value))) => Ok(*value),
             Some((name, value)) => Err(self.error(name, value, "true or false")),
@@ -172,7 +209,7 @@ impl<'a> Keys<'a> {
 
     /// A flag that null turns off, as Python's None is false.
     pub fn flag(&self, names: &[&str], default: bool) -> Result<bool> {
-        match self.find_or_null(names) {
+        match self.agreed_or_null(names)? {
             Some((_, Value::Null)) => Ok(false),
             _ => self.boolean(names, default),
         }
@@ -186,7 +223,7 @@ impl<'a> Keys<'a> {
             let words: Vec<String> = known.iter().map(|(word, _)| format!("{word:?}")).collect();
             format!("one of {}", words.join(", "))
         };
-        match self.find(names) {
+        match self.agreed(names)? {
             None => {
                 let name = names.first().copied().unwrap_or_default();
                 find(default).ok_or_else(|| self.error_text(name, "missing".into(), wanted()))
@@ -199,7 +236,7 @@ impl<'a> Keys<'a> {
 
     /// A text, or `default` where no key is there.
     pub fn text(&self, names: &[&str], default: &'a str) -> Result<&'a str> {
-        let Some((name, value)) = self.find(names) else { return Ok(default) };
+        let Some((name, value)) = self.agreed(names)? else { return Ok(default) };
         value.as_str().ok_or_else(|| self.error(name, value, "a text"))
     }
 

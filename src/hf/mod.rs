@@ -114,6 +114,7 @@ impl MoeConfig {
     /// # Errors
     /// [`Error::Json`](crate::Error::Json), which names the key, its value and what is known; for families whose block
     /// is none of this crate's it says why, and for a dense layer, or one past the last, the key that makes it so.
+    /// Names of one thing (`moe_topk`, `num_experts_per_tok`) with different values are an error, too.
     /// [`Error::Unsupported`](crate::Error::Unsupported) for sizes out of range.
     pub fn from_hf(json: &str, layer: usize) -> Result<Self> {
         let blocks = blocks(json, layer)?;

@@ -272,10 +272,8 @@ fn in_frequency(keys: &Keys<'_>) -> Result<bool> {
 
 /// What each layer of a Nemotron-H is.
 fn kinds<'a>(keys: &Keys<'a>) -> Result<Vec<&'a str>> {
-    for name in BLOCK_TYPES {
-        if let Some(kinds) = keys.list(name) {
-            return Ok(kinds.iter().map(|kind| kind.as_str().unwrap_or_default()).collect());
-        }
+    if let Some((_, Value::Array(kinds))) = keys.agreed(BLOCK_TYPES)? {
+        return Ok(kinds.iter().map(|kind| kind.as_str().unwrap_or_default()).collect());
     }
     let letters = keys.text(LETTERS, "ME*-")?;
     Ok(letters.chars().map(|letter| if letter == 'E' { "moe" } else { "" }).collect())

@@ -10,21 +10,34 @@ use crate::error::Result;
 use crate::hf::Block;
 use crate::hf::family::{
     Family, Flag, Function, GroupRule, NO_SHARED, Rule, SOFTMAX, Scale, Shared, SizeKeys, Width,
-    deepseek, shared_count, shared_width,
+    deepseek, shared_count, shared_width, top_two_groups,
 };
 use crate::hf::keys::Keys;
 use crate::hf::names::{LatentNames, Layout, RouterNames, SharedNames};
 use crate::hf::schedule::{Dense, first_k, layers};
 
 const KEYS: SizeKeys =
-    SizeKeys { experts: &["n_routed_experts", "num_local_experts", "num_experts"], ..QWEN_KEYS };
+    SizeKeys { experts: &["n_routed_experts", "num_local_experts"], ..QWEN_KEYS };
 
-/// The names that some give the same keys.
+/// The names that Kimi Linear and those after it give the same keys.
 const KIMI_KEYS: SizeKeys =
     SizeKeys { top_k: &["num_experts_per_token", "num_experts_per_tok"], ..QWEN_KEYS };
 
+const KIMI_SHARED: Shared = shared_count(&["num_shared_experts", "n_shared_experts"], 1);
+
+const fn kimi(scale: f64, groups: (usize, usize)) -> Rule {
+    Rule {
+        renormalize: Flag::Key(&["moe_renormalize", "norm_topk_prob"], true),
+        groups: Some(GroupRule {
+            count: &["num_expert_group", "n_group"],
+            ..top_two_groups(groups)
+        }),
+        ..deepseek(scale, groups)
+    }
+}
+
 const fn shared_experts(default: usize) -> Shared {
-    shared_count(&["n_shared_experts", "num_shared_experts"], default)
+    shared_count(&["n_shared_experts"], default)
 }
 
 const V3: Family = Family {
@@ -92,7 +105,13 @@ const NEMOTRON: Layout = Layout {
 
 pub const FAMILIES: &[Family] = &[
     V3,
-    Family { model_types: &["kimi_k25"], path: &[&["text_config"]], prefixes: TEXT, ..V3 },
+    Family {
+        model_types: &["kimi_k25"],
+        path: &[&["text_config"]],
+        nested_types: V3.model_types,
+        prefixes: TEXT,
+        ..V3
+    },
     Family { model_types: &["deepseek_v32"], schedule: layers(61).typed(first_k(3)), ..V3 },
     Family {
         model_types: &["axk1"],
@@ -111,7 +130,8 @@ pub const FAMILIES: &[Family] = &[
         schedule: layers(42).typed(first_k(2)),
         keys: KIMI_KEYS,
         sizes: [2560, 768, 512, 8],
-        rule: deepseek(2.5, (8, 4)),
+        rule: kimi(2.5, (8, 4)),
+        shared: KIMI_SHARED,
         layouts: &[EACH.with_bias("mlp.gate.expert_bias"), EACH, FUSED],
         ..V3
     },
@@ -120,7 +140,8 @@ pub const FAMILIES: &[Family] = &[
         schedule: layers(27).typed(first_k(1)),
         keys: KIMI_KEYS,
         sizes: [2304, 1024, 256, 8],
-        rule: deepseek(2.446, (1, 1)),
+        rule: kimi(2.446, (1, 1)),
+        shared: KIMI_SHARED,
         layouts: &[KIMI, EACH, FUSED],
         ..V3
     },
@@ -168,6 +189,7 @@ pub const FAMILIES: &[Family] = &[
         keys: QWEN_KEYS,
         sizes: [4096, 1024, 64, 8],
         rule: deepseek(2.5, (1, 1)),
+        shared: shared_count(&["num_shared_experts"], 1),
         layouts: &[EACH.with_bias("mlp.e_score_correction_bias"), FUSED],
         ..V3
     },
@@ -258,7 +280,7 @@ pub const FAMILIES: &[Family] = &[
             groups: None,
             ..deepseek(1.0, (0, 0))
         },
-        shared: shared_experts(1).with_bias(&["mlp_bias"]),
+        shared: shared_count(&["num_shared_experts"], 1).with_bias(&["mlp_bias"]),
         layouts: &[HY_V3, FUSED.with_bias("mlp.e_score_correction_bias")],
         ..V3
     },
@@ -302,6 +324,7 @@ pub const FAMILIES: &[Family] = &[
 const V2: Family = Family {
     model_types: &["deepseek_v2"],
     schedule: layers(32).dense(first_k(0)),
+    keys: SizeKeys { experts: &["n_routed_experts", "num_experts"], ..KEYS },
     sizes: [4096, 1407, 64, 0],
     rule: Rule {
         scale: Scale::Key(&["routed_scaling_factor"], 1.0),
@@ -372,7 +395,7 @@ pub const SOFTMAX_FAMILIES: &[Family] = &[
 ];
 
 const fn masked_at_zero(defaults: (usize, usize)) -> GroupRule {
-    GroupRule { defaults, score: GroupScore::TopTwoSum, masked: Masked::Zero }
+    GroupRule { masked: Masked::Zero, ..top_two_groups(defaults) }
 }
 
 fn output_norm(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
@@ -446,7 +469,7 @@ fn v2(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
         "greedy",
         &[("greedy", false), ("group_limited_greedy", true)],
     )? {
-        let rule = GroupRule { defaults: (0, 0), score: GroupScore::Max, masked: Masked::Zero };
+        let rule = GroupRule { score: GroupScore::Max, ..masked_at_zero((0, 0)) };
         router.groups = rule.read(keys)?.filter(|groups: &Groups| groups.num_groups > 1);
     }
     // transformers ignores this key. The model's own code renormalises instead of scaling if it is set; no released

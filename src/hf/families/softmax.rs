@@ -38,6 +38,7 @@ pub const PLAIN: Family = Family {
     schedule: layers(32),
     path: &[],
     part: "",
+    nested_types: &[],
     optional: false,
     element: None,
     keys: MIXTRAL_KEYS,

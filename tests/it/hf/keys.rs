@@ -259,6 +259,10 @@ fn layers_with_experts() {
             for (case, expected) in table.cases.iter().zip(expected).filter(|(_, e)| *e != "-") {
                 let mut config = config.clone();
                 family.keys_of(&mut config).extend(case.clone());
+                // The case gave another name of the number of layers another value than the fixture has.
+                if read(&config, 0, part).is_err_and(|why| why.contains("under both names")) {
+                    continue;
+                }
                 let has = |layer: &usize| match read(&config, *layer, part) {
                     Ok(_) => true,
                     Err(why) => {
@@ -327,4 +331,99 @@ fn the_pyramid_of_dots() {
     assert_eq!(blocks(24), [("text", 256)]);
     assert_eq!(blocks(25), [("text", 256), ("vision", 4)]);
     assert_eq!(blocks(26), [("text", 256), ("vision", 8)]);
+}
+
+/// Of two names of one thing, with different values, readers of config.json take different ones.
+#[test]
+fn names_of_one_thing_have_one_value() {
+    let read = |model_type: &str, keys: &Value| {
+        let mut config = json!({ "model_type": model_type, "first_k_dense_replace": 0 });
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        MoeConfig::from_hf(&config.to_string(), 1).map_err(|error| error.to_string())
+    };
+    let cases = [
+        ("hunyuan_v1_moe", json!({ "moe_topk": 1, "num_experts_per_tok": 1.5 })),
+        ("hunyuan_v1_moe", json!({ "moe_topk": [1, 1], "num_experts_per_tok": 2 })),
+        ("longcat_flash", json!({ "moe_topk": 2, "num_experts_per_tok": 1 })),
+        ("ernie4_5_moe", json!({ "moe_k": 2, "num_experts_per_tok": 1 })),
+        ("step3p7", json!({ "moe_layers_enum": [1], "num_experts_per_tok": 2, "moe_top_k": 1 })),
+        ("inkling2", json!({ "route_scale": 2.5, "routed_scaling_factor": 1.0 })),
+        ("kimi_linear", json!({ "moe_renormalize": true, "norm_topk_prob": false })),
+        ("kimi_linear", json!({ "num_expert_group": 1, "n_group": 8 })),
+        ("bailing_hybrid", json!({ "moe_renormalize": false, "norm_topk_prob": true })),
+        ("nemotron_h", json!({ "layers_block_type": ["moe", "moe"], "layer_types": ["moe"] })),
+        ("dbrx", json!({ "num_hidden_layers": 4, "n_layers": 5 })),
+    ];
+    for (model_type, mut keys) in cases {
+        let error = read(model_type, &keys).unwrap_err();
+        assert!(error.contains("wanted the same value under both names"), "{keys}: {error}");
+        for (name, value) in
+            keys.as_object().unwrap().iter().filter(|(k, _)| *k != "moe_layers_enum")
+        {
+            assert!(error.contains(&format!("`{name}` is {value}")), "{keys}: {error}");
+        }
+        // As ever null is no value, and the other name's counts.
+        let last = keys.as_object_mut().unwrap().iter_mut().next_back().unwrap().1;
+        *last = Value::Null;
+        let error = read(model_type, &keys).err().unwrap_or_default();
+        assert!(!error.contains("both names"), "{keys}: {error}");
+    }
+    // Numbers that are equal, lists by layer beside what all layers have, and names that only stand in for others.
+    let same = [
+        (
+            "hunyuan_v1_moe",
+            json!({ "num_experts": 4, "moe_topk": [1, 2], "num_experts_per_tok": 2.0 }),
+        ),
+        ("inkling2", json!({ "route_scale": 2, "routed_scaling_factor": 2.0 })),
+        ("mixtral", json!({ "num_local_experts": 4, "num_experts": 4 })),
+    ];
+    for (model_type, keys) in same {
+        read(model_type, &keys).unwrap_or_else(|error| panic!("{keys}: {error}"));
+    }
+    let dots = json!({
+        "model_type": "dots3_note",
+        "vision_config": { "embed_dim": 64, "hidden_size": 96, "num_experts_per_tok": 2, "capacity_factor": 1.25 },
+    });
+    let vision = &hf::blocks(&dots.to_string(), 25).unwrap()[1].config;
+    assert_eq!((vision.hidden, vision.top_k), (64, 2));
+}
+
+/// Kimi's names of DeepSeek's keys are nothing to the classes of others.
+#[test]
+fn names_are_those_of_the_family() {
+    let keys = json!({ "moe_renormalize": false, "num_expert_group": 2, "num_shared_experts": 2, "num_experts": 9 });
+    let line = |model_type: &str, keys: &Value| {
+        let mut config = json!({ "model_type": model_type, "first_k_dense_replace": 0 });
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        MoeConfig::from_hf(&config.to_string(), 3).unwrap().to_string()
+    };
+    for model_type in ["deepseek_v3", "dots3_note", "glm4_moe", "glm_moe_dsa", "mimo_v2_flash"] {
+        assert_eq!(line(model_type, &keys), line(model_type, &json!({})));
+    }
+    let with = |keys: Value| line("kimi_linear", &keys);
+    let own = json!({ "moe_renormalize": false, "num_expert_group": 2, "num_shared_experts": 2 });
+    let others = json!({ "norm_topk_prob": false, "n_group": 2, "n_shared_experts": 2 });
+    assert_eq!(with(own.clone()), with(others));
+    assert_ne!(with(own), with(json!({})));
+}
+
+/// Kimi K2.5's class builds what the nested object says it is; others know what they nest, whatever it says.
+#[test]
+fn what_is_nested_is_what_is_read() {
+    let read = |model_type: &str, nested: Value| {
+        let config = json!({ "model_type": model_type, "text_config": nested }).to_string();
+        MoeConfig::from_hf(&config, 3).map_err(|error| error.to_string())
+    };
+    let kimi = |name: Value| read("kimi_k25", json!({ "model_type": name }));
+    for name in [json!("deepseek_v3"), json!("kimi_k2"), json!(null)] {
+        assert!(kimi(name).is_ok());
+    }
+    assert!(read("kimi_k25", json!({})).is_ok() && read("kimi_k25", json!(null)).is_ok());
+    for name in ["glm4_moe", "deepseek_v32", "kimi_k25"] {
+        let error = kimi(json!(name)).unwrap_err();
+        let known = "wanted one of \"deepseek_v3\", \"kimi_k2\"";
+        assert!(error.contains(&format!("`text_config.model_type` is \"{name}\"")), "{error}");
+        assert!(error.contains(known), "{error}");
+    }
+    assert!(read("glm4v_moe", json!({ "model_type": "glm4v_text" })).is_ok());
 }
