@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::json;
+use super::schedule::MAX_LAYERS;
 use crate::error::{Error, Result};
 
 /// Names that stand in for others, which may be there as well and mean something else: the width of a vision tower
@@ -254,13 +255,16 @@ impl<'a> Keys<'a> {
             number.or_else(|| value.as_str().and_then(of_text))
         };
         let numbers: Option<Vec<_>> = match value {
-            Value::Array(values) => values.iter().map(of_value).collect(),
-            Value::String(text) => {
+            Value::Array(values) if values.len() <= MAX_LAYERS => {
+                values.iter().map(of_value).collect()
+            }
+            Value::String(text) if text.len() <= 8 * MAX_LAYERS => {
                 text.split(',').filter(|part| !part.trim().is_empty()).map(of_text).collect()
             }
             _ => None,
         };
-        numbers.map(Some).ok_or_else(|| self.error(name, value, "a list of layers' numbers"))
+        let wanted = || format!("a list of at most {MAX_LAYERS} layers' numbers");
+        numbers.map(Some).ok_or_else(|| self.error(name, value, wanted()))
     }
 
     /// The element of a list that belongs to this layer; none where the key is not there.

@@ -69,8 +69,8 @@ pub(super) const fn first_k(default: usize) -> Dense {
     Dense::First(&["first_k_dense_replace"], default)
 }
 
-/// The most layers that a model may have here.
-const MAX_LAYERS: usize = 1 << 16;
+/// The most layers that a model may have here. What config.json says of all of them is read once for each.
+pub(super) const MAX_LAYERS: usize = 1 << 10;
 
 const SPARSE: &str = "a layer with experts";
 const TYPES: &str = "mlp_layer_types";
@@ -114,15 +114,8 @@ impl Schedule {
             return Ok(None);
         }
         if layer >= total {
-            let keys = if self.at_top { &keys.top() } else { keys };
-            let (names, default) = self.count;
-            let (name, got) = match self.dense {
-                Dense::Pattern => keys.shown(&[BLOCK_TYPES, LETTERS].concat(), "4 layers"),
-                Dense::Pairs => keys.shown(&["num_hidden_layers", "num_layers"], "28 pairs"),
-                _ => keys.shown(names, &default.to_string()),
-            };
             let wanted = format!("more than {layer} layers to have layer {layer}");
-            return Ok(Some(keys.error_text(name, got, wanted)));
+            return Ok(Some(self.error_of_total(keys, wanted)));
         }
         if self.types
             && let Some(kind) = keys.by_layer(TYPES)?
@@ -153,10 +146,20 @@ impl Schedule {
             _ => keys.size(names, default)?,
         };
         if total > MAX_LAYERS {
-            let (name, got) = keys.shown(names, "");
-            return Err(keys.error_text(name, got, format!("at most {MAX_LAYERS}")));
+            return Err(self.error_of_total(keys, format!("at most {MAX_LAYERS} layers")));
         }
         Ok(total)
+    }
+
+    fn error_of_total(&self, keys: &Keys<'_>, wanted: String) -> Error {
+        let keys = if self.at_top { &keys.top() } else { keys };
+        let (names, default) = self.count;
+        let (name, got) = match self.dense {
+            Dense::Pattern => keys.shown(&[BLOCK_TYPES, LETTERS].concat(), "4 layers"),
+            Dense::Pairs => keys.shown(&["num_hidden_layers", "num_layers"], "28 pairs"),
+            _ => keys.shown(names, &default.to_string()),
+        };
+        keys.error_text(name, got, wanted)
     }
 
     fn reason(&self, keys: &Keys<'_>) -> Result<Reason> {

@@ -427,3 +427,37 @@ fn what_is_nested_is_what_is_read() {
     }
     assert!(read("glm4v_moe", json!({ "model_type": "glm4v_text" })).is_ok());
 }
+
+/// A file of a few kilobytes may not ask for a reading of all of it by each of any number of layers.
+#[test]
+fn layers_are_bounded() {
+    let sizes = r#""hidden_size": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2"#;
+    let many = |word: &str, count: usize| vec![word; count].join(",");
+    for (model_type, keys, wanted) in [
+        (
+            "qwen3_moe",
+            r#""num_hidden_layers": 1025"#.to_string(),
+            "`num_hidden_layers` is 1025, wanted at most 1024 layers",
+        ),
+        (
+            "qwen3_moe",
+            format!(r#""mlp_only_layers": [{}]"#, many("1", 1025)),
+            "wanted a list of at most 1024 layers' numbers",
+        ),
+        (
+            "ernie4_5_moe",
+            format!(r#""moe_layer_start_index": 0, "num_hidden_layers": {}"#, usize::MAX),
+            "wanted at most 1024 layers",
+        ),
+        (
+            "nemotron_h",
+            format!(r#""hybrid_override_pattern": "{}""#, many("M", 1025).replace(',', "")),
+            "wanted at most 1024 layers",
+        ),
+    ] {
+        let json = format!(r#"{{"model_type": "{model_type}", {sizes}, {keys}}}"#);
+        for error in [hf::layers(&json).unwrap_err(), MoeConfig::from_hf(&json, 1).unwrap_err()] {
+            assert!(error.to_string().contains(wanted), "{error}");
+        }
+    }
+}
