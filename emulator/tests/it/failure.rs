@@ -167,29 +167,44 @@ fn a_failure_goes_with_an_event() {
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
     let failure = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
-    let mut inherited = 0;
     for seed in 0..10 {
-        moe_emulator::set_seed(seed);
+        // The plain schedule runs nothing early, so that the event is recorded before the kernel fails. What comes then
+        // is run in the order of the seed.
+        moe_emulator::set_seed(0);
         let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
         assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
-        let event = Event::new();
-        // With a seed the kernel may run, and fail, before either of these calls, which then returns its failure.
-        let calls = [event.record(stream.0), other.wait(&event)];
-        for call in calls {
-            assert!([CUresult::CUDA_SUCCESS, failure].contains(&call), "seed {seed}: {call:?}");
-        }
+        moe_emulator::set_seed(seed);
+        let event = Event::recorded(&stream);
+        assert_eq!(other.wait(&event), CUresult::CUDA_SUCCESS, "seed {seed}");
+        // The failure may be known by now.
+        let appended = append(other.0, at, 1);
+        assert!([CUresult::CUDA_SUCCESS, failure].contains(&appended), "seed {seed}: {appended:?}");
         assert_eq!(stream.synchronize(), failure, "seed {seed}");
-        if calls == [CUresult::CUDA_SUCCESS; 2] {
-            let _ = append(other.0, at, 1);
-            assert_eq!(other.synchronize(), failure, "seed {seed}");
-            inherited += 1;
-        }
+        assert_eq!(other.synchronize(), failure, "seed {seed}");
     }
-    // The plain schedule runs nothing early.
-    assert!(inherited > 0, "no event was recorded before its kernel failed");
     moe_emulator::set_seed(0);
     moe_emulator::clear_errors();
     assert_eq!(entries(&context, &log), []);
+}
+
+/// After a failure nothing can be recorded, and who waits for such an event waits for nothing.
+#[test]
+fn a_failure_keeps_events_from_being_recorded() {
+    let context = own_context();
+    let log = new_log(&context);
+    let at = address(&log, &context.default_stream());
+    let failure = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
+    let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
+    assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), failure);
+    let event = Event::new();
+    assert_eq!(event.record(stream.0), failure);
+    assert_eq!(event.query(), CUresult::CUDA_SUCCESS, "as of any event that was not recorded");
+    assert_eq!(other.wait(&event), CUresult::CUDA_SUCCESS);
+    assert_eq!(append(other.0, at, 1), CUresult::CUDA_SUCCESS);
+    assert_eq!(other.synchronize(), CUresult::CUDA_SUCCESS);
+    moe_emulator::clear_errors();
+    assert_eq!(entries(&context, &log), [1]);
 }
 
 /// An event of a failure that is known already passes it on as well.

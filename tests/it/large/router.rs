@@ -1,12 +1,12 @@
-//! The router's product, and route.
+//! The router's product, route, and route_scores.
 
 use cudarc::driver::{CudaSlice, DevicePtr};
 use half::f16;
 use moe_kernels::ops::project::{
     ProjectBody, ProjectBuffers, ProjectShape, ProjectTypes, project_fwd_with,
 };
-use moe_kernels::ops::route::{RouteInputs, route_fwd_into};
-use moe_kernels::{DType, Error, RouterConfig, RoutingShape, Scoring, Selection};
+use moe_kernels::ops::route::{RouteInputs, route_fwd_into, route_scores_fwd_into};
+use moe_kernels::{DType, Error, RouterConfig, RouterStep, RoutingShape, Scoring, Selection};
 
 use super::{LIMIT, alone, end_of, ending_in, without_blocks};
 use crate::common::{Gpu, bits, values};
@@ -144,12 +144,23 @@ fn route(
         inputs.noise_logits = Some(&logits);
         inputs.active = Some(&active);
     }
+    route_inputs(gpu, shape, router, &inputs, left_out)
+}
+
+/// Ids and weights of the last tokens.
+fn route_inputs(
+    gpu: &Gpu,
+    shape: RoutingShape,
+    router: &RouterConfig,
+    inputs: &RouteInputs<'_, f16>,
+    left_out: usize,
+) -> (Vec<u32>, Vec<u32>) {
     let mut ids = ending_in::<u32>(gpu, shape.slots(), &[]);
     let mut weights = ending_in::<f32>(gpu, shape.slots(), &[]);
     without_blocks(gpu, left_out, || {
         let (ids, weights) = (&mut ids.as_view_mut(), &mut weights.as_view_mut());
         let (device, stream) = (&gpu.device, &gpu.stream);
-        route_fwd_into(device, stream, shape, router, &inputs, ids, weights).unwrap();
+        route_fwd_into(device, stream, shape, router, inputs, ids, weights).unwrap();
     });
     let count = LAST * shape.top_k;
     (end_of(gpu, &ids, count), bits(&end_of(gpu, &weights, count)))
@@ -179,6 +190,69 @@ fn logits_past_2_31_elements_are_routed() {
         let far = route(&gpu, shape(num_tokens), &router, plain, &read, left_out);
         assert!(near.0.iter().filter(|&&id| id < num_experts as u32).count() >= 7 * top_k);
         assert_eq!(far, near, "E{num_experts} K{top_k} plain: {plain}");
+    }
+}
+
+/// The noise of each choice of sparsemixer in training, `[T, K, E]`: it passes 2^31 before the logits do. Each body that
+/// reads it.
+#[test]
+fn selection_noise_past_2_31_elements_is_read() {
+    let (gpu, _turn) = alone();
+    let scoring = Scoring::Sparsemixer { jitter: 0.5, training: true };
+    let router = RouterConfig { scoring, ..RouterConfig::default() };
+    for (num_experts, block_tokens) in [(256, 4), (1024, 4), (4096, 1)] {
+        let shape = |num_tokens| RoutingShape::new(num_tokens, num_experts, 4).unwrap();
+        let (last, num_tokens) = (shape(LAST), LIMIT / (4 * num_experts) + 2 * LAST);
+        let logits = values::<f16>(last.logits(), 4.0, 1);
+        let noise = values::<f32>(last.by_slot().logits(), 4.0, 2);
+        let draws = values::<f32>(last.slots(), 1.0, 3);
+        let run = |shape: RoutingShape, left_out| {
+            let logits = ending_in(&gpu, shape.logits(), &logits);
+            let noise = ending_in(&gpu, shape.by_slot().logits(), &noise);
+            let draws = ending_in(&gpu, shape.slots(), &draws);
+            let (logits, noise, draws) = (logits.as_view(), noise.as_view(), draws.as_view());
+            let mut inputs = RouteInputs::new(&logits);
+            (inputs.selection_noise, inputs.midpoint_draws) = (Some(&noise), Some(&draws));
+            route_inputs(&gpu, shape, &router, &inputs, left_out)
+        };
+        assert!(shape(num_tokens - LAST).by_slot().logits() > LIMIT);
+        let near = run(last, 0);
+        assert!(near.0.iter().all(|&id| id < num_experts as u32));
+        let far = run(shape(num_tokens), (num_tokens - LAST) / block_tokens);
+        assert_eq!(far, near, "E{num_experts}");
+    }
+}
+
+/// Of logits that are read in vectors, and element by element.
+#[test]
+fn scores_past_2_31_elements_are_stored() {
+    let (gpu, _turn) = alone();
+    let (device, stream) = (&gpu.device, &gpu.stream);
+    let router = RouterConfig { scoring: Scoring::Sigmoid, ..RouterConfig::default() };
+    for num_experts in [256, 257] {
+        let shape = |num_tokens| RoutingShape::new(num_tokens, num_experts, 1).unwrap();
+        let (last, num_tokens) = (shape(LAST), LIMIT / num_experts + 2 * LAST);
+        let logits = values::<f16>(last.logits(), 4.0, 1);
+        let active: Vec<u8> = (0..LAST).map(|token| u8::from(token != 2)).collect();
+        let run = |shape: RoutingShape, left_out| {
+            let logits = ending_in(&gpu, shape.logits(), &logits);
+            let active = ending_in(&gpu, shape.num_tokens, &active);
+            let (logits, active) = (logits.as_view(), active.as_view());
+            let mut inputs = RouteInputs::new(&logits);
+            inputs.active = Some(&active);
+            let mut scores = ending_in::<f32>(&gpu, shape.logits(), &[]);
+            without_blocks(&gpu, left_out, || {
+                let (step, to) = (RouterStep::Scores, &mut scores.as_view_mut());
+                route_scores_fwd_into(device, stream, shape, &router, step, &inputs, to).unwrap();
+            });
+            end_of(&gpu, &scores, last.logits())
+        };
+        assert!(shape(num_tokens - LAST).logits() > LIMIT);
+        let near = run(last, 0);
+        let positive = near.iter().filter(|&&score| score > 0.0).count();
+        assert_eq!(positive, (LAST - 1) * num_experts, "all but the inactive token's");
+        let far = run(shape(num_tokens), (num_tokens - LAST) / 4);
+        assert_eq!(bits(&far), bits(&near), "E{num_experts}");
     }
 }
 
