@@ -42,7 +42,7 @@ pub enum Backend {
 
 /// What a block makes of tokens.
 pub struct Output<D> {
-    /// What the router reads, [T, E]; E counts zero experts too.
+    /// The router's logits, [T, E]; E includes zero experts.
     pub logits: Vec<f32>,
     /// [T, H]
     pub y: Vec<D>,

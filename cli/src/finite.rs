@@ -7,14 +7,14 @@ use moe_kernels::{DType, Dtype};
 /// Their number and the first of them.
 #[derive(Debug, PartialEq)]
 pub struct NotFinite {
-    /// What they are numbers of.
+    /// The tensor that has them.
     name: &'static str,
     count: usize,
     total: usize,
     /// Token and column of the first.
     first: [usize; 2],
     value: f64,
-    /// That of the layer.
+    /// The layer's element type.
     dtype: DType,
 }
 

@@ -20,14 +20,17 @@ pub struct Outputs<D> {
     pub experts: usize,
     /// `y` `[T, H]`, and ids and weights `[T, K]`; `u32::MAX` for slots without an expert.
     pub output: Output<D>,
-    /// Whether all numbers that the file has for a token are finite, before they are rounded.
+    /// Whether all inputs of a token are finite, before they are rounded to `D`.
     pub finite: Vec<bool>,
     /// Of one block after the other.
     pub rows_per_expert: Vec<usize>,
 }
 
-/// The logits of all tokens, 1 GiB in f32: a narrow input of few bytes may otherwise ask for any number of them. There are no
-/// fewer of them than of slots.
+const ROUTER_INPUT: &str = "router_input";
+const LOGITS: &str = "logits";
+
+/// The most logits of a pass, 1 GiB in f32: a small file of narrow tokens may otherwise ask for any amount of memory.
+/// K <= E, so that this bounds the slots too.
 const MOST_LOGITS: usize = 1 << 28;
 
 /// Runs every token of the file through its block, by `run`.
@@ -58,7 +61,7 @@ pub fn forward<D: Element>(
             expert_ids: vec![u32::MAX; num_tokens * top_k],
             weights: vec![0.0; num_tokens * top_k],
         },
-        finite: finite_tokens(file, num_tokens)?,
+        finite: finite_tokens(layers, file, num_tokens)?,
         rows_per_expert: Vec::new(),
     };
     for (layer, tokens) in blocks {
@@ -78,11 +81,20 @@ pub fn forward<D: Element>(
     Ok(all)
 }
 
-/// Whether every number of a token is finite in each of the tensors that a layer may read.
-fn finite_tokens(file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
+/// The name of the tensor that the router reads, other than `x`.
+fn router_input(layer: &Layer<'_>) -> Option<&'static str> {
+    match layer.block.logits {
+        LogitsFrom::ProjectionOfResidual => Some(ROUTER_INPUT),
+        LogitsFrom::Caller => Some(LOGITS),
+        _ => None,
+    }
+}
+
+/// Whether each token is finite in every tensor that these layers read.
+fn finite_tokens(layers: &[Layer<'_>], file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
     let mut finite = vec![true; num_tokens];
-    for name in ["x", "router_input", "logits"] {
-        let Ok(tensor) = file.tensor(name) else { continue };
+    for name in ["x"].into_iter().chain(layers.iter().filter_map(router_input)) {
+        let tensor = file.tensor(name)?;
         let values = tensor.read::<f32>()?;
         let width = values.len().checked_div(num_tokens).unwrap_or(0).max(1);
         for (finite, row) in finite.iter_mut().zip(values.chunks(width)) {
@@ -134,12 +146,12 @@ fn read_inputs<D: Dtype>(
     let mut inputs = MoeInputs::new(rows(&x, config.hidden, tokens)?);
     match layer.block.logits {
         LogitsFrom::ProjectionOfResidual => {
-            let tensor = file.tensor("router_input")?;
+            let tensor = file.tensor(ROUTER_INPUT)?;
             tensor.check(&[num_tokens, config.hidden])?;
             inputs.router_x = Some(rows(&tensor, config.hidden, tokens)?);
         }
         LogitsFrom::Caller => {
-            let (tensor, width) = (file.tensor("logits")?, config.router_experts());
+            let (tensor, width) = (file.tensor(LOGITS)?, config.router_experts());
             tensor.check(&[num_tokens, width])?;
             inputs.logits = Some(match config.projection.f32_logits {
                 true => Typed::F32(rows(&tensor, width, tokens)?),

@@ -32,7 +32,7 @@ Result = namedtuple("Result", "outcome what")
 
 
 class NoAnswer(subprocess.SubprocessError):
-    """What was asked has not answered in time."""
+    """A program gave no answer in time."""
 
 
 def now():
@@ -185,7 +185,7 @@ class Run:
         return Done(status, lines, time.monotonic() - begin)
 
     def ask(self, what, limit, *command):
-        """What a program answers, in so many seconds and before the run's end; else `NoAnswer`."""
+        """Runs a short program for its output; `NoAnswer` after `limit` seconds or at the run's end."""
         left = self.left()
         limit = limit if left is None else max(0, min(limit, left))
         process = subprocess.Popen(
@@ -203,7 +203,7 @@ class Run:
         except subprocess.TimeoutExpired:
             raise NoAnswer(f"{what} does not answer within {limit:.3g} s") from None
         finally:
-            # Nothing waits for it after that: a program that hangs in the driver outlives it.
+            # No wait after that: a program that hangs in the driver survives SIGKILL.
             kill(process, signal.SIGKILL)
         return subprocess.CompletedProcess(command, process.returncode, *said)
 

@@ -249,6 +249,17 @@ fn logits_and_inputs_beyond_f16() {
     }
 }
 
+/// A tensor that the layer does not read may have any type and any values.
+#[test]
+fn an_unused_tensor_is_ignored() {
+    let folder = Folder::of("mixtral-tiny");
+    folder.change("recorded.safetensors", |tensors| {
+        find_mut(tensors, "logits").dtype = safetensors::Dtype::I64;
+    });
+    let done = run(&folder, 1, &["--device", "cpu"]);
+    assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
+}
+
 /// A device that is far from a recording says by what, and the exit status is 1.
 #[test]
 fn a_recording_that_is_missed() {
