@@ -185,7 +185,7 @@ class Run:
         return Done(status, lines, time.monotonic() - begin)
 
     def ask(self, what, limit, *command):
-        """Runs a short program for its output; `NoAnswer` after `limit` seconds or at the run's end."""
+        """Runs a short program for its output; `NoAnswer` after `limit` seconds at most."""
         left = self.left()
         limit = limit if left is None else max(0, min(limit, left))
         process = subprocess.Popen(
