@@ -1,4 +1,4 @@
-//! Microbenchmarks of `moe-kernels`: named layers, random routings, the floor below which no time can
+//! Microbenchmarks of `moe-kernels`: named layers, random routings, the roofline below which no time can
 //! be, and each operation as a [`Workload`] on the CPU reference or on a CUDA device.
 //!
 //! `main.rs` runs them under criterion, the program's `bench` for tables, files and pictures. A
@@ -14,14 +14,14 @@ mod layer;
 mod noise;
 mod permute;
 mod plan;
-mod project;
 mod rms_norm;
 mod route;
+mod router_gemm;
 
 pub use common::ceiling::{Ceilings, Dense};
 pub use common::error::{Error, Result};
-pub use common::floor::{Bound, Floor, Work, expected_distinct, work};
 pub use common::model::{Model, TOKENS, models};
+pub use common::roofline::{Bound, Roofline, Work, expected_distinct, work};
 pub use common::routing::{Draw, Routing};
 pub use common::stage::{Stage, Tensors, Workload, least_work};
 pub use common::target::{Element, Gpu, Target};
@@ -33,7 +33,7 @@ pub use common::values::normal;
 #[non_exhaustive]
 pub enum Op {
     /// From tokens to logits.
-    Project,
+    RouterGemm,
     /// From logits to ids and weights.
     Route,
     /// Random numbers, one for each logit.
@@ -67,7 +67,7 @@ pub enum Op {
 impl Op {
     /// All of them, in the order of a forward pass.
     pub const ALL: [Self; 15] = [
-        Self::Project,
+        Self::RouterGemm,
         Self::Route,
         Self::Noise,
         Self::Jitter,
@@ -87,7 +87,7 @@ impl Op {
     /// As on the command line.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Project => "project",
+            Self::RouterGemm => "router_gemm",
             Self::Route => "route",
             Self::Noise => "noise",
             Self::Jitter => "jitter",
@@ -108,7 +108,7 @@ impl Op {
     /// From what to what: a time without it cannot be compared.
     pub fn boundary(self) -> &'static str {
         match self {
-            Self::Project => "router projection alone",
+            Self::RouterGemm => "router projection alone",
             Self::Route => "router alone",
             Self::Noise => "noise alone",
             Self::Jitter => "jitter alone",
@@ -134,7 +134,7 @@ impl Op {
     pub fn has_weights(self) -> bool {
         matches!(
             self,
-            Self::Project
+            Self::RouterGemm
                 | Self::GateUp
                 | Self::Down
                 | Self::Experts

@@ -191,12 +191,12 @@ fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
                 let (Some(samples), false) = (samples, matches!(place, Place::Emulator(_))) else {
                     continue;
                 };
-                if let Some(floor) = work.floor(ceilings.bandwidth(), ceilings.dense) {
-                    let percent = 100.0 * floor.seconds / samples.median();
+                if let Some(roofline) = work.roofline(ceilings.bandwidth(), ceilings.dense) {
+                    let percent = 100.0 * roofline.seconds / samples.median();
                     let (time, bound) =
-                        (SecondsFormatter.format_value(floor.seconds), floor.bound.name());
+                        (SecondsFormatter.format_value(roofline.seconds), roofline.bound.name());
                     println!(
-                        "{:24}floor: {time} ({bound}), {percent:.1} % of its speed, {cache}",
+                        "{:24}roofline: {time} ({bound}), {percent:.1} % of its speed, {cache}",
                         ""
                     );
                 }

@@ -39,7 +39,7 @@ def origin(record):
         f"{days}, commit {record['commit'][:9]},"
         f" compute capability {device['capability']}, driver for CUDA {device['driver']}."
     )
-    # Each bench has measured its own, and its floors are made of those.
+    # Each bench has measured its own, and its rooflines are made of those.
     dtypes = [ceilings["dtype"] for ceilings in record["ceilings"]]
     for dtype in dtypes[:1]:
         measured = [ceilings for ceilings in record["ceilings"] if ceilings["dtype"] == dtype]
@@ -91,7 +91,7 @@ def ours(record):
 
 
 INTRODUCTION = """\
-Times are medians in microseconds, with the 10th and the 90th percentile. The floor is what memory
+Times are medians in microseconds, with the 10th and the 90th percentile. The roofline is what memory
 or arithmetic allow at the ceilings above. *Of dense*: 100 % is the speed of cuBLAS on as many rows,
 columns and products. *Times as fast*: the time of the best peer, on the same boundary in the same
 run, divided by ours."""
@@ -103,7 +103,7 @@ def page(record):
     if partial(record):
         text.append(partial(record))
     text.append(INTRODUCTION if ours(record) else "No time was measured.")
-    header = ["model", "T", "type", "routing", "router", "ours", "launch", "floor", "of floor"]
+    header = ["model", "T", "type", "routing", "router", "ours", "launch", "roofline", "of roofline"]
     header += ["of dense", "best peer", "times as fast"]
     peers = best_peers(record)
     groups = {}
@@ -145,15 +145,15 @@ def line(what):
 
 def cells_of(row, peer):
     """A row of ours as a line of the page."""
-    times, floor, dense = row["seconds"], row["floor_seconds"], row["dense"]
+    times, roofline, dense = row["seconds"], row["roofline_seconds"], row["dense"]
     low, median, high = (microseconds(times[name]) for name in ("p10", "median", "p90"))
     named = [row[name] for name in ("model", "tokens", "dtype", "routing", "router")]
     return [
         *named,
         f"{median} ({low} to {high})",
         f"{row['launch']}, {row['cache']}",
-        "" if floor is None else f"{microseconds(floor)} ({row['bound']})",
-        percentage(row["percent_of_floor"]),
+        "" if roofline is None else f"{microseconds(roofline)} ({row['bound']})",
+        percentage(row["percent_of_roofline"]),
         percentage(dense and dense["percent"]),
         f"{peer['by']}, {microseconds(peer['seconds']['median'])}" if peer else "",
         times_as_fast(row, peer),
@@ -198,7 +198,7 @@ def section(records):
         compared = [row for row in rows if key(row) in peers]
 
         def reached(row):
-            percent = percentage(row["percent_of_floor"])
+            percent = percentage(row["percent_of_roofline"])
             return microseconds(row["seconds"]["median"]) + (f" ({percent})" if percent else "")
 
         def faster(row):
@@ -207,7 +207,7 @@ def section(records):
 
         if rows:
             text += [
-                "The layer from logits, bf16, uniform routing, in microseconds (of the floor)."
+                "The layer from logits, bf16, uniform routing, in microseconds (of the roofline)."
             ]
             text += [matrix(rows, reached)]
         if compared:

@@ -25,7 +25,7 @@ if command == "bench":
     model, sleeps = option("--model"), os.environ.get("BENCH_SLEEPS", "")
     os.makedirs(output, exist_ok=True)
     row = {"op": "layer", "by": "moe-kernels", "model": model, "tokens": 8, "dtype": "bf16"}
-    row |= {"routing": "uniform", "seconds": {"median": 6.4e-4}, "percent_of_floor": 81.2}
+    row |= {"routing": "uniform", "seconds": {"median": 6.4e-4}, "percent_of_roofline": 81.2}
     record = {"date": "2001-02-03T04:05:06Z", "rows": [row], "complete": not sleeps}
     with open(f"{output}/bench.json", "w") as file:
         json.dump(record, file)

@@ -296,32 +296,32 @@ typedef struct RmsNormArgs {
   int vector;       // 1: every row, and the weights, start at a 16-byte boundary.
 } RmsNormArgs;
 
-// ---- project ----------------------------------------------------------------------------------
+// ---- router_gemm ----------------------------------------------------------------------------------
 
 // A sum over H in the one order that all bodies have: segments of columns, in them runs of columns
-// that PROJECT_LANES lanes take in turns. A step is a run for each lane.
-#define PROJECT_RUN 8
-#define PROJECT_LANES 8
-#define PROJECT_STEP (PROJECT_RUN * PROJECT_LANES)
-#define PROJECT_SEGMENT 512
+// that ROUTER_GEMM_LANES lanes take in turns. A step is a run for each lane.
+#define ROUTER_GEMM_RUN 8
+#define ROUTER_GEMM_LANES 8
+#define ROUTER_GEMM_STEP (ROUTER_GEMM_RUN * ROUTER_GEMM_LANES)
+#define ROUTER_GEMM_SEGMENT 512
 // one and few: the segments that a block sums side by side, a power of two.
-#define PROJECT_MIN_SLOTS 4
-#define PROJECT_MAX_SLOTS 32
-#define PROJECT_MAX_THREADS (PROJECT_MAX_SLOTS * PROJECT_LANES)
-#define PROJECT_FEW_TOKENS 8
-#define PROJECT_FEW_EXPERTS 4
+#define ROUTER_GEMM_MIN_SLOTS 4
+#define ROUTER_GEMM_MAX_SLOTS 32
+#define ROUTER_GEMM_MAX_THREADS (ROUTER_GEMM_MAX_SLOTS * ROUTER_GEMM_LANES)
+#define ROUTER_GEMM_FEW_TOKENS 8
+#define ROUTER_GEMM_FEW_EXPERTS 4
 // tile: what a block computes, and the steps that its pipeline holds.
-#define PROJECT_TILE_TOKENS 64
-#define PROJECT_TILE_EXPERTS 32
-#define PROJECT_TILE_THREADS 256
-#define PROJECT_STAGES 3
+#define ROUTER_GEMM_TILE_TOKENS 64
+#define ROUTER_GEMM_TILE_EXPERTS 32
+#define ROUTER_GEMM_TILE_THREADS 256
+#define ROUTER_GEMM_STAGES 3
 
-typedef struct ProjectArgs {
+typedef struct RouterGemmArgs {
   int num_tokens;   // T
   int num_experts;  // E
   int hidden;       // H
   int f32_logits;   // 1: logits are stored as f32, else as Elem.
   int vector;       // 1: every row of x and gate starts at a 16-byte boundary.
-} ProjectArgs;
+} RouterGemmArgs;
 
 #endif  // MOE_ABI_H

@@ -56,19 +56,19 @@ pub const ACTIVATION_RELU_SQUARED: i32 = 4;
 pub const ACTIVATION_SILU_SOFT_CAP: i32 = 5;
 pub const COMBINE_THREADS: i32 = 256;
 pub const RMS_NORM_THREADS: i32 = 256;
-pub const PROJECT_RUN: i32 = 8;
-pub const PROJECT_LANES: i32 = 8;
-pub const PROJECT_STEP: i32 = 64;
-pub const PROJECT_SEGMENT: i32 = 512;
-pub const PROJECT_MIN_SLOTS: i32 = 4;
-pub const PROJECT_MAX_SLOTS: i32 = 32;
-pub const PROJECT_MAX_THREADS: i32 = 256;
-pub const PROJECT_FEW_TOKENS: i32 = 8;
-pub const PROJECT_FEW_EXPERTS: i32 = 4;
-pub const PROJECT_TILE_TOKENS: i32 = 64;
-pub const PROJECT_TILE_EXPERTS: i32 = 32;
-pub const PROJECT_TILE_THREADS: i32 = 256;
-pub const PROJECT_STAGES: i32 = 3;
+pub const ROUTER_GEMM_RUN: i32 = 8;
+pub const ROUTER_GEMM_LANES: i32 = 8;
+pub const ROUTER_GEMM_STEP: i32 = 64;
+pub const ROUTER_GEMM_SEGMENT: i32 = 512;
+pub const ROUTER_GEMM_MIN_SLOTS: i32 = 4;
+pub const ROUTER_GEMM_MAX_SLOTS: i32 = 32;
+pub const ROUTER_GEMM_MAX_THREADS: i32 = 256;
+pub const ROUTER_GEMM_FEW_TOKENS: i32 = 8;
+pub const ROUTER_GEMM_FEW_EXPERTS: i32 = 4;
+pub const ROUTER_GEMM_TILE_TOKENS: i32 = 64;
+pub const ROUTER_GEMM_TILE_EXPERTS: i32 = 32;
+pub const ROUTER_GEMM_TILE_THREADS: i32 = 256;
+pub const ROUTER_GEMM_STAGES: i32 = 3;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RouteArgs {
@@ -752,7 +752,7 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct ProjectArgs {
+pub struct RouterGemmArgs {
     pub num_tokens: ::core::ffi::c_int,
     pub num_experts: ::core::ffi::c_int,
     pub hidden: ::core::ffi::c_int,
@@ -761,21 +761,21 @@ pub struct ProjectArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ProjectArgs"][::core::mem::size_of::<ProjectArgs>() - 20usize];
-    ["Alignment of ProjectArgs"][::core::mem::align_of::<ProjectArgs>() - 4usize];
+    ["Size of RouterGemmArgs"][::core::mem::size_of::<RouterGemmArgs>() - 20usize];
+    ["Alignment of RouterGemmArgs"][::core::mem::align_of::<RouterGemmArgs>() - 4usize];
     [
-        "Offset of field: ProjectArgs::num_tokens",
-    ][::core::mem::offset_of!(ProjectArgs, num_tokens) - 0usize];
+        "Offset of field: RouterGemmArgs::num_tokens",
+    ][::core::mem::offset_of!(RouterGemmArgs, num_tokens) - 0usize];
     [
-        "Offset of field: ProjectArgs::num_experts",
-    ][::core::mem::offset_of!(ProjectArgs, num_experts) - 4usize];
+        "Offset of field: RouterGemmArgs::num_experts",
+    ][::core::mem::offset_of!(RouterGemmArgs, num_experts) - 4usize];
     [
-        "Offset of field: ProjectArgs::hidden",
-    ][::core::mem::offset_of!(ProjectArgs, hidden) - 8usize];
+        "Offset of field: RouterGemmArgs::hidden",
+    ][::core::mem::offset_of!(RouterGemmArgs, hidden) - 8usize];
     [
-        "Offset of field: ProjectArgs::f32_logits",
-    ][::core::mem::offset_of!(ProjectArgs, f32_logits) - 12usize];
+        "Offset of field: RouterGemmArgs::f32_logits",
+    ][::core::mem::offset_of!(RouterGemmArgs, f32_logits) - 12usize];
     [
-        "Offset of field: ProjectArgs::vector",
-    ][::core::mem::offset_of!(ProjectArgs, vector) - 16usize];
+        "Offset of field: RouterGemmArgs::vector",
+    ][::core::mem::offset_of!(RouterGemmArgs, vector) - 16usize];
 };

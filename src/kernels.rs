@@ -32,12 +32,12 @@ pub(crate) enum Kernel {
     GroupedGemmFwdGateUpInOut,
     CombineFwd,
     RmsNormFwd,
-    ProjectFwdOne,
-    ProjectFwdFew,
-    ProjectFwdTile,
-    ProjectFwdOneGate32,
-    ProjectFwdFewGate32,
-    ProjectFwdTileGate32,
+    RouterGemmFwdOne,
+    RouterGemmFwdFew,
+    RouterGemmFwdTile,
+    RouterGemmFwdOneGate32,
+    RouterGemmFwdFewGate32,
+    RouterGemmFwdTileGate32,
 }
 
 /// The element types that a kernel has entries for.
@@ -100,12 +100,12 @@ pub(crate) const KERNELS: &[Entry] = &[
     row(Kernel::GroupedGemmFwdGateUpInOut, "grouped_gemm", "moe_grouped_gemm_fwd_gate_up_in_out", Layer),
     row(Kernel::CombineFwd, "combine", "moe_combine_fwd", Layer),
     row(Kernel::RmsNormFwd, "rms_norm", "moe_rms_norm_fwd", Layer),
-    row(Kernel::ProjectFwdOne, "project", "moe_project_fwd_one", Layer),
-    row(Kernel::ProjectFwdFew, "project", "moe_project_fwd_few", Layer),
-    row(Kernel::ProjectFwdTile, "project", "moe_project_fwd_tile", Layer),
-    row(Kernel::ProjectFwdOneGate32, "project", "moe_project_fwd_one_gate32", Narrow),
-    row(Kernel::ProjectFwdFewGate32, "project", "moe_project_fwd_few_gate32", Narrow),
-    row(Kernel::ProjectFwdTileGate32, "project", "moe_project_fwd_tile_gate32", Narrow),
+    row(Kernel::RouterGemmFwdOne, "router_gemm", "moe_router_gemm_fwd_one", Layer),
+    row(Kernel::RouterGemmFwdFew, "router_gemm", "moe_router_gemm_fwd_few", Layer),
+    row(Kernel::RouterGemmFwdTile, "router_gemm", "moe_router_gemm_fwd_tile", Layer),
+    row(Kernel::RouterGemmFwdOneGate32, "router_gemm", "moe_router_gemm_fwd_one_gate32", Narrow),
+    row(Kernel::RouterGemmFwdFewGate32, "router_gemm", "moe_router_gemm_fwd_few_gate32", Narrow),
+    row(Kernel::RouterGemmFwdTileGate32, "router_gemm", "moe_router_gemm_fwd_tile_gate32", Narrow),
 ];
 
 impl Kernel {
@@ -225,8 +225,8 @@ mod tests {
         assert_eq!(of_layer(Kernel::RouteFwdPlainWide, narrow), both);
         assert_eq!(of_layer(Kernel::ExpertChoiceFwd, narrow), both);
         assert_eq!(of_layer(Kernel::GroupedGemmFwd, narrow), [narrow]);
-        assert_eq!(of_layer(Kernel::ProjectFwdOneGate32, narrow), [narrow]);
-        assert_eq!(of_layer(Kernel::ProjectFwdOneGate32, DType::F32), []);
+        assert_eq!(of_layer(Kernel::RouterGemmFwdOneGate32, narrow), [narrow]);
+        assert_eq!(of_layer(Kernel::RouterGemmFwdOneGate32, DType::F32), []);
         assert_eq!(of_layer(Kernel::RouteFwdPlainWide, DType::F32), [DType::F32]);
         assert_eq!(of_layer(Kernel::PlanFwdCount, narrow).len(), 1);
     }

@@ -111,7 +111,7 @@ impl MoeLayer {
     }
 
     /// The first part of [`forward`](Self::forward): the router's logits `[T, E']`, of the type that
-    /// [`f32_logits`](crate::ProjectionConfig::f32_logits) says; the auxiliary losses read them. They
+    /// [`f32_logits`](crate::RouterProjection::f32_logits) says; the auxiliary losses read them. They
     /// are those of the product, before noise, multiplier and soft-cap; [`router_scores`](Self::router_scores) has
     /// what follows.
     ///
@@ -137,7 +137,14 @@ impl MoeLayer {
         pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
-        pass.project(inputs, gate, weights.router.bias.as_ref(), dense.as_ref(), &mut arena, logits)
+        pass.router_gemm(
+            inputs,
+            gate,
+            weights.router.bias.as_ref(),
+            dense.as_ref(),
+            &mut arena,
+            logits,
+        )
     }
 
     /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and

@@ -57,7 +57,7 @@ impl Ceilings {
         }
     }
 
-    /// The bandwidth that floors are made with: whichever way of moving bytes was faster.
+    /// The bandwidth that rooflines are made with: whichever way of moving bytes was faster.
     pub fn bandwidth(&self) -> Option<f64> {
         [self.copy, self.read].into_iter().flatten().reduce(f64::max)
     }

@@ -1,9 +1,9 @@
-//! What all benches share: shapes, numbers, floors, devices and time.
+//! What all benches share: shapes, numbers, rooflines, devices and time.
 
 pub(crate) mod ceiling;
 pub(crate) mod error;
-pub(crate) mod floor;
 pub(crate) mod model;
+pub(crate) mod roofline;
 pub(crate) mod routing;
 pub(crate) mod stage;
 pub(crate) mod target;

@@ -3,14 +3,14 @@
 use cudarc::driver::CudaSlice;
 
 use crate::common::error::{Result, driver};
-use crate::common::floor::{Work, expected_distinct, work};
 use crate::common::model::Model;
+use crate::common::roofline::{Work, expected_distinct, work};
 use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu, Target};
 use crate::common::values::normal;
 use crate::{
     Op, capacity, combine, expert_choice, grouped_gemm, jitter, layer, noise, permute, plan,
-    project, rms_norm, route,
+    rms_norm, route, router_gemm,
 };
 
 /// Bytes that leave nothing of what was before them in any cache.
@@ -103,7 +103,7 @@ impl<'g, D: Element> Stage<'g, D> {
         let model = &self.model;
         let mut workload = match &self.place {
             Place::Cpu(weights) => match op {
-                Op::Project => project::on_cpu(model, weights, draw),
+                Op::RouterGemm => router_gemm::on_cpu(model, weights, draw),
                 Op::Route => route::on_cpu::<D>(model, draw),
                 Op::Noise => noise::on_cpu(draw),
                 Op::Jitter => jitter::on_cpu::<D>(model, draw),
@@ -119,7 +119,7 @@ impl<'g, D: Element> Stage<'g, D> {
                 Op::Layer | Op::LayerFromX => layer::on_cpu(op, model, weights, draw),
             },
             Place::Gpu(gpu, weights) => match op {
-                Op::Project => project::on_gpu(gpu, model, weights, draw),
+                Op::RouterGemm => router_gemm::on_gpu(gpu, model, weights, draw),
                 Op::Route => route::on_gpu::<D>(gpu, model, draw),
                 Op::Noise => noise::on_gpu(gpu, draw),
                 Op::Jitter => jitter::on_gpu::<D>(gpu, model, draw),

@@ -14,8 +14,8 @@ mod error;
 mod finite;
 mod folder;
 mod gpu;
+mod histogram;
 mod info;
-mod load;
 mod progress;
 #[cfg(test)]
 mod readings;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use moe_kernels::{
-    ActivationFunction, GateUp, GateUpTensors, Limit, MoeConfig, MoeInputs, MoeWeights,
+    ActivationFunction, GateUpLayout, GateUpTensors, Limit, MoeConfig, MoeInputs, MoeWeights,
     Normalization, Owned, Scoring, Selection, Typed, WeightOrder, WeightPosition, ZeroOutput,
     reference,
 };
@@ -108,8 +108,8 @@ const MISREADINGS: &[(&str, Misread)] = &[
     ("gate and up in another order", |config, _| {
         let experts = &mut config.experts;
         experts.gate_up = match experts.gate_up {
-            GateUp::Concatenated if experts.gated => GateUp::Interleaved,
-            GateUp::Interleaved => GateUp::Concatenated,
+            GateUpLayout::Concatenated if experts.gated => GateUpLayout::Interleaved,
+            GateUpLayout::Interleaved => GateUpLayout::Concatenated,
             _ => return false,
         };
         true
@@ -243,7 +243,7 @@ fn swap_features(config: &MoeConfig, gate_up: &mut [f32]) {
         };
         let feature = index / stride % features;
         let other = match config.experts.gate_up {
-            GateUp::Interleaved => feature ^ 1,
+            GateUpLayout::Interleaved => feature ^ 1,
             _ => (feature + intermediate) % features,
         };
         *element = before[index - feature * stride + other * stride];

@@ -11,7 +11,7 @@ use crate::device::{Choice, Place, available};
 use crate::error::{Error, Result, io};
 use crate::finite::NotFinite;
 use crate::folder::Folder;
-use crate::load;
+use crate::histogram;
 use crate::progress::Steps;
 use crate::recording::{self, Distance, Recording};
 use crate::tensor_file::{self, TensorFile};
@@ -181,7 +181,7 @@ fn run_checkpoint(
         say(format_args!("range   {not_finite}\n"));
     }
     say("\n");
-    say(load::describe(&rows_per_expert));
+    say(histogram::describe(&rows_per_expert));
     let mut table = Table::new(&["step", "time"]);
     for (step, duration) in &steps.0 {
         table.row(vec![step.clone(), time(*duration)]);

@@ -6,8 +6,8 @@ use std::sync::Mutex;
 
 use moe_kernels::hf::Role;
 use moe_kernels::{
-    Dtype, ExpertWeights, GateUp, GateUpTensors, LatentWeights, MoeWeights, Owned, RouterWeights,
-    SharedWeights, Typed,
+    Dtype, ExpertWeights, GateUpLayout, GateUpTensors, LatentWeights, MoeWeights, Owned,
+    RouterWeights, SharedWeights, Typed,
 };
 use rayon::prelude::*;
 
@@ -165,9 +165,9 @@ impl Reader<'_> {
         let config = &self.layer.config;
         let latent = || -> Result<_> {
             Ok(LatentWeights {
-                before: self.array(Role::LatentInto)?,
+                proj_in: self.array(Role::LatentIn)?,
                 norm: self.find(Role::LatentNorm)?,
-                after: self.array(Role::LatentOut)?,
+                proj_out: self.array(Role::LatentOut)?,
             })
         };
         let shared = || -> Result<_> {
@@ -194,7 +194,7 @@ impl Reader<'_> {
             },
             experts: ExpertWeights {
                 gate_up: match config.experts.gate_up {
-                    GateUp::Separate => GateUpTensors::Separate {
+                    GateUpLayout::Separate => GateUpTensors::Separate {
                         gate: self.array(Role::Gate)?,
                         up: self.array(Role::Up)?,
                     },

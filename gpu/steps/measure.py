@@ -48,7 +48,7 @@ def peer_options(run, against, tuning_seconds):
 
 
 def bench(run, task):
-    """Times, floors and, `--against` them, peers."""
+    """Times, rooflines and, `--against` them, peers."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--against")
     parser.add_argument("--tuning-seconds", type=float, default=30)

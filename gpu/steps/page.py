@@ -48,12 +48,12 @@ def rows_of(folder):
 
 
 def layer_table(rows):
-    """Microseconds of the whole layer, and how near they come to the floor."""
+    """Microseconds of the whole layer, and how near they come to the roofline."""
     lines = {}
     for row in rows:
         ours = row["by"] == "moe-kernels" and row["op"] == "layer"
         if ours and row["seconds"]:
-            percent = row["percent_of_floor"]
+            percent = row["percent_of_roofline"]
             reached = "" if percent is None else f" ({percent:.0f} %)"
             cells = lines.setdefault(f"{row['model']} {row['dtype']} {row['routing']}", {})
             cells[row["tokens"]] = f"{row['seconds']['median'] * 1e6:.0f}{reached}"
@@ -61,7 +61,7 @@ def layer_table(rows):
         return ["No layer was timed."]
     tokens = sorted({count for cells in lines.values() for count in cells})
     return [
-        "From logits: microseconds (percentage of the floor).",
+        "From logits: microseconds (percentage of the roofline).",
         "",
         "| layer | " + " | ".join(f"T={count}" for count in tokens) + " |",
         "|---" * (len(tokens) + 1) + "|",

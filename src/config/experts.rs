@@ -22,7 +22,7 @@ pub struct ExpertConfig {
     /// There is a bias `[H]` on the layer's routed output, which no weight multiplies.
     pub output_bias: bool,
     /// How gate and up lie beside each other.
-    pub gate_up: GateUp,
+    pub gate_up: GateUpLayout,
     /// Which dimension of the gate and up weights is contiguous.
     pub gate_up_order: WeightOrder,
     /// Which dimension of the down weights is contiguous.
@@ -97,7 +97,7 @@ pub enum Limit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
-pub enum GateUp {
+pub enum GateUpLayout {
     /// One tensor of `2I` features: first all of gate, then all of up.
     Concatenated,
     /// One tensor of `2I` features: gate and up in turn.
@@ -154,7 +154,7 @@ impl Default for ExpertConfig {
             gate_up_bias: false,
             down_bias: false,
             output_bias: false,
-            gate_up: GateUp::Concatenated,
+            gate_up: GateUpLayout::Concatenated,
             gate_up_order: WeightOrder::OutIn,
             down_order: WeightOrder::OutIn,
             weight_position: WeightPosition::Output,
@@ -183,7 +183,7 @@ impl ExpertConfig {
         self.activation.check(op)?;
         let at = Checked { op };
         if !self.gated {
-            let good = self.gate_up == GateUp::Concatenated;
+            let good = self.gate_up == GateUpLayout::Concatenated;
             at.say("experts.gate_up", good, "concatenated for experts without a gate", "another")?;
             let offset = self.activation.up_offset;
             at.hold(
@@ -282,9 +282,9 @@ impl std::fmt::Display for ExpertConfig {
             })?;
         }
         match (self.gate_up, self.gated) {
-            (GateUp::Concatenated, _) | (_, false) => {}
-            (GateUp::Interleaved, _) => f.write_str(", interleaved")?,
-            (GateUp::Separate, _) => f.write_str(", gate and up apart")?,
+            (GateUpLayout::Concatenated, _) | (_, false) => {}
+            (GateUpLayout::Interleaved, _) => f.write_str(", interleaved")?,
+            (GateUpLayout::Separate, _) => f.write_str(", gate and up apart")?,
         }
         match (self.gate_up_order, self.down_order) {
             (WeightOrder::OutIn, WeightOrder::OutIn) => Ok(()),

@@ -13,7 +13,7 @@ mod steps;
 pub(crate) use capacity::kept_divisor;
 pub use capacity::{CapacityConfig, CapacityLimit, Priority};
 pub use experts::{
-    Activation, ActivationFunction, ExpertConfig, GateUp, Limit, RmsNorm, WeightOrder,
+    Activation, ActivationFunction, ExpertConfig, GateUpLayout, Limit, RmsNorm, WeightOrder,
     WeightPosition,
 };
 pub use noise::NoiseDistribution;
@@ -44,7 +44,7 @@ pub struct MoeConfig {
     pub top_k: usize,
     /// The product that gives the logits.
     #[cfg_attr(feature = "serde", serde(default))]
-    pub projection: ProjectionConfig,
+    pub projection: RouterProjection,
     /// From logits to expert ids and weights.
     #[cfg_attr(feature = "serde", serde(default))]
     pub router: RouterConfig,
@@ -72,7 +72,7 @@ pub struct MoeConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
-pub struct ProjectionConfig {
+pub struct RouterProjection {
     /// Logits stay f32; otherwise they are rounded to the model's element type, as `nn.Linear` does.
     pub f32_logits: bool,
     /// There is a bias `[E]` on the logits.
@@ -175,7 +175,7 @@ impl MoeConfig {
             intermediate,
             num_experts,
             top_k,
-            projection: ProjectionConfig::default(),
+            projection: RouterProjection::default(),
             router: RouterConfig::default(),
             zero_experts: None,
             capacity: None,
@@ -467,7 +467,11 @@ mod tests {
             ),
             (
                 MoeConfig {
-                    experts: ExpertConfig { gated: false, gate_up: GateUp::Separate, ..experts },
+                    experts: ExpertConfig {
+                        gated: false,
+                        gate_up: GateUpLayout::Separate,
+                        ..experts
+                    },
                     ..plain
                 },
                 "`experts.gate_up`",

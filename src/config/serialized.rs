@@ -152,10 +152,10 @@ fn every_variant() {
         Masked::NegativeInfinity => Masked::NegativeInfinity,
         Masked::Zero => Masked::Zero,
     }));
-    holds_variants(every!(GateUp {
-        GateUp::Concatenated => GateUp::Concatenated,
-        GateUp::Interleaved => GateUp::Interleaved,
-        GateUp::Separate => GateUp::Separate,
+    holds_variants(every!(GateUpLayout {
+        GateUpLayout::Concatenated => GateUpLayout::Concatenated,
+        GateUpLayout::Interleaved => GateUpLayout::Interleaved,
+        GateUpLayout::Separate => GateUpLayout::Separate,
     }));
     holds_variants(every!(WeightOrder {
         WeightOrder::OutIn => WeightOrder::OutIn,
@@ -200,7 +200,7 @@ fn full() -> MoeConfig {
     capacity.overflow = 2;
     capacity.normalization = Normalization::Sum { epsilon: 0.5 };
     MoeConfig {
-        projection: ProjectionConfig {
+        projection: RouterProjection {
             f32_logits: true,
             bias: true,
             norm: Some(NORM),
@@ -232,7 +232,7 @@ fn full() -> MoeConfig {
             gate_up_bias: true,
             down_bias: true,
             output_bias: true,
-            gate_up: GateUp::Interleaved,
+            gate_up: GateUpLayout::Interleaved,
             gate_up_order: WeightOrder::InOut,
             down_order: WeightOrder::InOut,
             weight_position: WeightPosition::Inside,
@@ -250,7 +250,7 @@ fn every_struct() {
     let full = full();
     let MoeConfig { projection, router, experts, zero_experts, capacity, latent, .. } = full;
     holds(vec![full, MoeConfig::new(64, 48, 8, 2)]);
-    holds(vec![projection, ProjectionConfig::default()]);
+    holds(vec![projection, RouterProjection::default()]);
     holds(vec![router, RouterConfig::default(), RouterConfig::top_k_softmax()]);
     holds(vec![experts, ExpertConfig::default()]);
     holds(vec![experts.activation, Activation::default()]);
@@ -316,7 +316,7 @@ fn the_text_of_a_configuration() {
             limit: Limit::SoftCap { gate: 4.0, up: 7.0 },
             ..Activation::default()
         },
-        gate_up: GateUp::Interleaved,
+        gate_up: GateUpLayout::Interleaved,
         gate_up_order: WeightOrder::InOut,
         weight_position: WeightPosition::Inside,
         ..ExpertConfig::default()

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{
     Activation, ActivationFunction, ExpertConfig, GroupScore, Groups, Masked, MoeConfig,
-    Normalization, ProjectionConfig, RouterConfig, Scoring, SharedConfig, WeightOrder,
+    Normalization, RouterConfig, RouterProjection, Scoring, SharedConfig, WeightOrder,
     WeightPosition,
 };
 use crate::error::{Error, Result};
@@ -266,9 +266,9 @@ impl Family {
         };
         let activation = Activation { function, ..Activation::default() };
         let config = MoeConfig {
-            projection: ProjectionConfig {
+            projection: RouterProjection {
                 f32_logits: self.f32_logits,
-                ..ProjectionConfig::default()
+                ..RouterProjection::default()
             },
             router: self.rule.read(&keys)?,
             experts: ExpertConfig {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::config::{GateUp, MoeConfig, Selection, WeightOrder};
+use crate::config::{GateUpLayout, MoeConfig, Selection, WeightOrder};
 use crate::error::{Error, Result};
 use crate::hf::{Block, LogitsFrom};
 
@@ -39,7 +39,7 @@ pub enum Role {
     /// The weights `[H]` of the norm of each expert's output.
     PostNorm,
     /// The projection to the latent width, `[L, H]`.
-    LatentInto,
+    LatentIn,
     /// The weights `[L]` of the norm behind it.
     LatentNorm,
     /// The projection from the latent width, `[H, L]`.
@@ -161,7 +161,7 @@ pub(super) struct ExpertNames {
     pub output_bias: &'static str,
     pub post_norm: &'static str,
     /// The order of gate and up where they are one tensor.
-    pub gate_up: GateUp,
+    pub gate_up: GateUpLayout,
     pub gate_up_order: WeightOrder,
     pub down_order: WeightOrder,
     /// The experts' dimension is not one of its own: `[E * I, H]`.
@@ -173,9 +173,9 @@ pub(super) struct ExpertNames {
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LatentNames {
-    pub into: &'static str,
+    pub proj_in: &'static str,
     pub norm: &'static str,
-    pub out: &'static str,
+    pub proj_out: &'static str,
 }
 
 /// Without a name for the gate, `up` has both.
@@ -195,10 +195,10 @@ impl Layout {
         experts.gate_up_order = names.gate_up_order;
         experts.down_order = names.down_order;
         experts.gate_up = match (experts.gated, names.gate.is_empty()) {
-            (false, _) => GateUp::Concatenated,
+            (false, _) => GateUpLayout::Concatenated,
             (true, true) => names.gate_up,
-            (true, false) if names.up.contains(EXPERT) => GateUp::Concatenated,
-            (true, false) => GateUp::Separate,
+            (true, false) if names.up.contains(EXPERT) => GateUpLayout::Concatenated,
+            (true, false) => GateUpLayout::Separate,
         };
     }
 
@@ -341,7 +341,7 @@ impl Arrays<'_> {
             WeightOrder::InOut => [intermediate, hidden],
         };
         match experts.gate_up {
-            GateUp::Separate => {
+            GateUpLayout::Separate => {
                 self.stack(Role::Gate, &[(names.gate, &gate_up(1))], &gate_up(1), names, "")?;
                 self.stack(Role::Up, &[(names.up, &gate_up(1))], &gate_up(1), names, "")?;
             }
@@ -412,11 +412,11 @@ impl Arrays<'_> {
     fn latent(mut self, names: &LatentNames) -> Result<Self> {
         let hidden = self.config.hidden;
         if let Some(latent) = self.config.latent {
-            self.whole(Role::LatentInto, names.into, &[latent.hidden, hidden])?;
+            self.whole(Role::LatentIn, names.proj_in, &[latent.hidden, hidden])?;
             if latent.norm.is_some() {
                 self.whole(Role::LatentNorm, names.norm, &[latent.hidden])?;
             }
-            self.whole(Role::LatentOut, names.out, &[hidden, latent.hidden])?;
+            self.whole(Role::LatentOut, names.proj_out, &[hidden, latent.hidden])?;
         }
         Ok(self)
     }

@@ -127,10 +127,10 @@ impl<'s> Contexts<'s> {
         self.optional("experts.down_bias", down_bias)?;
         self.optional("experts.output_bias", output_bias)?;
         self.optional("experts.post_norm", post_norm)?;
-        if let Some(LatentWeights { before, norm, after }) = latent {
-            self.read("latent.before", before)?;
+        if let Some(LatentWeights { proj_in, norm, proj_out }) = latent {
+            self.read("latent.proj_in", proj_in)?;
             self.optional("latent.norm", norm)?;
-            self.read("latent.after", after)?;
+            self.read("latent.proj_out", proj_out)?;
         }
         if let Some(shared) = shared {
             let SharedWeights { gate_up, gate_up_bias, down, down_bias, sigmoid_gate } = shared;

@@ -12,8 +12,8 @@ use crate::ops::grouped_gemm::{
     grouped_gemm_weighted_fwd_into,
 };
 use crate::ops::plan::plan_range_fwd_into;
-use crate::ops::project::{ProjectInputs, project_fwd_into};
 use crate::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_in_place};
+use crate::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use crate::routing_plan::RoutingPlan;
 use crate::tensors::{GateUpTensors, LatentWeights, SharedWeights};
 use crate::workspace::Arena;
@@ -113,7 +113,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let (hidden, inner, rows) =
             (self.config.hidden, self.config.expert_hidden(), Rows::Grouped);
         let mut before = arena.take::<D>(self.sections.latent_x)?;
-        let linear = LinearWeights::new(&weights.before);
+        let linear = LinearWeights::new(&weights.proj_in);
         grouped_gemm_fwd_into(device, stream, dense, inner, hidden, rows, x, linear, &mut before)?;
         if let Some(norm) = self.config.latent.and_then(|latent| latent.norm) {
             let beside = RmsNormInputs { weight: weights.norm.as_ref(), plan: None };
@@ -131,7 +131,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         combine_fwd_into(device, stream, plan, inner, &inputs, &mut latent_y)?;
         let latent_y = latent_y.as_view();
         let bias = self.weights.experts.output_bias.as_ref();
-        let linear = LinearWeights { bias, ..LinearWeights::new(&weights.after) };
+        let linear = LinearWeights { bias, ..LinearWeights::new(&weights.proj_out) };
         if shared.is_none() {
             return grouped_gemm_fwd_into(
                 device, stream, dense, hidden, inner, rows, &latent_y, linear, y,
@@ -223,8 +223,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let (act, rows) = (act.as_view(), Rows::Grouped);
         grouped_gemm_fwd_into(device, stream, dense, hidden, intermediate, rows, &act, down, y)?;
         let Some(gate) = &weights.sigmoid_gate else { return Ok(()) };
-        let inputs = ProjectInputs { x, gate, bias: None };
-        project_fwd_into(device, stream, 1, hidden, &inputs, gate_logits)
+        let inputs = RouterGemmInputs { x, gate, bias: None };
+        router_gemm_fwd_into(device, stream, 1, hidden, &inputs, gate_logits)
     }
 
     #[allow(clippy::too_many_arguments, reason = "those of the operation")]

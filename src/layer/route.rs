@@ -11,9 +11,9 @@ use crate::ops::capacity::{
 };
 use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use crate::ops::plan::plan_fwd_into;
-use crate::ops::project::{ProjectInputs, project_fwd_into};
 use crate::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
 use crate::ops::route::{RouteInputs, route_fwd_into, route_scores_fwd_into};
+use crate::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
 use crate::tensors::{MoeInputs, Typed, no_gate};
@@ -128,7 +128,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
     }
 
     /// The router's norm, and its product with one of the router's matrices.
-    pub(super) fn project(
+    pub(super) fn router_gemm(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
         gate: &Typed<OnDevice<'_>, D>,
@@ -181,22 +181,22 @@ impl<D: Dtype> Pass<'_, '_, D> {
                         )
                     }
                     _ => {
-                        let inputs = ProjectInputs { x, gate, bias };
-                        project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+                        let inputs = RouterGemmInputs { x, gate, bias };
+                        router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
                     }
                 }
             }
             (Typed::Element(gate), Typed::F32(logits)) => {
-                let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::element) };
-                project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::element) };
+                router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
             (Typed::F32(gate), Typed::Element(logits)) => {
-                let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::f32) };
-                project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
             (Typed::F32(gate), Typed::F32(logits)) => {
-                let inputs = ProjectInputs { x, gate, bias: bias.and_then(Typed::f32) };
-                project_fwd_into(device, stream, experts, hidden, &inputs, logits)
+                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
         }
     }

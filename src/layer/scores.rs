@@ -38,7 +38,7 @@ impl MoeLayer {
         pass.scores(inputs, dense.as_ref(), &mut arena, step, scores)
     }
 
-    /// What noise is scaled by in a layer with a [`noise_gate`](crate::ProjectionConfig::noise_gate), before the
+    /// What noise is scaled by in a layer with a [`noise_gate`](crate::RouterProjection::noise_gate), before the
     /// `softplus`: the product of that matrix with what the router reads, `[T, E']`, of either type. In
     /// [`forward`](Self::forward) they have the type of the logits.
     ///
@@ -62,6 +62,6 @@ impl MoeLayer {
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
         let by_gemm = Pass::by_gemm(Some(gate), !noise_logits.is_f32());
         let dense = pass.dense(&mut arena, by_gemm)?;
-        pass.project(inputs, gate, None, dense.as_ref(), &mut arena, noise_logits)
+        pass.router_gemm(inputs, gate, None, dense.as_ref(), &mut arena, noise_logits)
     }
 }

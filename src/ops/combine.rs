@@ -56,7 +56,7 @@ pub struct Shared<'a, D> {
     /// `[T, H]`, its output.
     pub y: &'a CudaView<'a, D>,
     /// `[T]`: its output is multiplied by the sigmoid of these, as
-    /// [`project_fwd`](crate::ops::project) makes them with one row for a gate.
+    /// [`router_gemm_fwd`](crate::ops::router_gemm) makes them with one row for a gate.
     pub gate: Option<&'a CudaView<'a, f32>>,
     /// The result is the mean of both parts, not their sum.
     pub average: bool,

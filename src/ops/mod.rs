@@ -16,6 +16,6 @@ pub mod jitter;
 pub mod noise;
 pub mod permute;
 pub mod plan;
-pub mod project;
 pub mod rms_norm;
 pub mod route;
+pub mod router_gemm;

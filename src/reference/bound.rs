@@ -37,7 +37,7 @@ mod grouped_gemm;
 mod interval;
 mod layer;
 
-pub use dense::{combine, project, rms_norm};
+pub use dense::{combine, rms_norm, router_gemm};
 pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up, grouped_gemm_weighted};
 use interval::Interval;
 pub use layer::{moe_layer, moe_layer_experts, noise_logits, router_logits};

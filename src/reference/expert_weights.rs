@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::accum::{Accum, Element};
 use super::grouped_gemm::Values;
 use super::plan::Plan;
-use crate::config::{ExpertConfig, GateUp, WeightOrder, WeightPosition};
+use crate::config::{ExpertConfig, GateUpLayout, WeightOrder, WeightPosition};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
 
@@ -111,7 +111,7 @@ impl<'a, D: Dtype> Part<'a, D> {
         let GateUpWeights { tensors, bias } = gate_up;
         must_be(op, "biases of gate and up", experts.gate_up_bias, bias.is_some())?;
         let separate = matches!(tensors, GateUpTensors::Separate { .. });
-        must_be(op, "separate tensors", experts.gate_up == GateUp::Separate, separate)?;
+        must_be(op, "separate tensors", experts.gate_up == GateUpLayout::Separate, separate)?;
         let parts = if experts.gated { 2 } else { 1 };
         let features = product(op, "E * I", plan.num_experts(), intermediate)?;
         let elements = product(op, "E * I * K", features, k)?;
@@ -136,9 +136,9 @@ impl<'a, D: Dtype> Part<'a, D> {
 
         // Of an expert: features in a tensor, from one of gate to the next, and to its up.
         let (features, step, to_up) = match experts.gate_up {
-            GateUp::Concatenated => (parts * intermediate, 1, (parts - 1) * intermediate),
-            GateUp::Interleaved => (2 * intermediate, 2, 1),
-            GateUp::Separate => (intermediate, 1, 0),
+            GateUpLayout::Concatenated => (parts * intermediate, 1, (parts - 1) * intermediate),
+            GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
+            GateUpLayout::Separate => (intermediate, 1, 0),
         };
         let strides = strides(experts.gate_up_order, features, step, k);
         let bias_to_up = if separate { intermediate } else { to_up };
@@ -280,9 +280,10 @@ mod tests {
         let (w, bias): (Vec<bf16>, Vec<bf16>) =
             (sampler.elements(e * 2 * i * k), sampler.elements(e * 2 * i));
         let activation = Activation { up_offset: 0.5, ..Activation::default() };
-        for (gate_up, order) in [GateUp::Concatenated, GateUp::Interleaved, GateUp::Separate]
-            .into_iter()
-            .flat_map(|gate_up| [(gate_up, WeightOrder::OutIn), (gate_up, WeightOrder::InOut)])
+        for (gate_up, order) in
+            [GateUpLayout::Concatenated, GateUpLayout::Interleaved, GateUpLayout::Separate]
+                .into_iter()
+                .flat_map(|gate_up| [(gate_up, WeightOrder::OutIn), (gate_up, WeightOrder::InOut)])
         {
             for weight_position in
                 [WeightPosition::Output, WeightPosition::Input, WeightPosition::Inside]
@@ -299,9 +300,9 @@ mod tests {
                 let at =
                     |tensor: &[bf16], expert: usize, part: usize, feature: usize, input: usize| {
                         let (features, feature) = match gate_up {
-                            GateUp::Concatenated => (2 * i, part * i + feature),
-                            GateUp::Interleaved => (2 * i, 2 * feature + part),
-                            GateUp::Separate => (i, feature),
+                            GateUpLayout::Concatenated => (2 * i, part * i + feature),
+                            GateUpLayout::Interleaved => (2 * i, 2 * feature + part),
+                            GateUpLayout::Separate => (i, feature),
                         };
                         let index = match order {
                             WeightOrder::OutIn => (expert * features + feature) * k + input,
@@ -311,7 +312,9 @@ mod tests {
                     };
                 let halves = w.split_at(e * i * k);
                 let tensors = match gate_up {
-                    GateUp::Separate => GateUpTensors::Separate { gate: halves.0, up: halves.1 },
+                    GateUpLayout::Separate => {
+                        GateUpTensors::Separate { gate: halves.0, up: halves.1 }
+                    }
                     _ => GateUpTensors::Fused(&w[..]),
                 };
                 let given = (weight_position != WeightPosition::Output).then_some(&weights[..]);
@@ -336,14 +339,14 @@ mod tests {
                     for feature in 0..i {
                         let sum = |part: usize| -> f64 {
                             let tensor = match (gate_up, part) {
-                                (GateUp::Separate, 0) => halves.0,
-                                (GateUp::Separate, _) => halves.1,
+                                (GateUpLayout::Separate, 0) => halves.0,
+                                (GateUpLayout::Separate, _) => halves.1,
                                 _ => &w[..],
                             };
                             let w = |input| at(tensor, expert, part, feature, input);
                             let dot: f64 = (0..k).map(|input| x[input].to_f64() * w(input)).sum();
                             let place = match gate_up {
-                                GateUp::Interleaved => 2 * feature + part,
+                                GateUpLayout::Interleaved => 2 * feature + part,
                                 _ => part * i + feature,
                             };
                             let p = if weight_position == WeightPosition::Input { p } else { 1.0 };
@@ -379,7 +382,7 @@ mod tests {
         assert!(run(&biased, Some(&w[..11]), None).is_err());
         assert!(run(&plain, None, Some(&weights)).is_err() && run(&weighted, None, None).is_err());
         assert!(run(&weighted, None, Some(&weights[..1])).is_err());
-        let separate = ExpertConfig { gate_up: GateUp::Separate, ..plain };
+        let separate = ExpertConfig { gate_up: GateUpLayout::Separate, ..plain };
         assert!(run(&separate, None, None).is_err());
         assert!(run(&ExpertConfig { gated: false, ..plain }, None, None).is_err());
     }

@@ -10,9 +10,9 @@ use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
 use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd, grouped_gemm_weighted_fwd};
 use super::plan::{Plan, plan_fwd, plan_range_fwd};
-use super::project::{ProjectInputs, project_fwd};
 use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
 use super::route::route_fwd;
+use super::router_gemm::{RouterGemmInputs, router_gemm_fwd};
 use crate::config::{
     ExpertConfig, MoeConfig, Normalization, Priority, RmsNorm, RouterConfig, WeightPosition,
     ZeroOutput,
@@ -267,7 +267,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
     let y = match (&config.latent, &weights.latent) {
         (Some(latent), Some(around)) => {
             let (hidden, inner) = (config.hidden, latent.hidden);
-            let before = LinearWeights::new(around.before);
+            let before = LinearWeights::new(around.proj_in);
             let mut rows = by.linear(&dense, inner, hidden, &tokens, before)?;
             if let Some(norm) = &latent.norm {
                 rows = by.norm(norm, inner, &rows, around.norm, None)?;
@@ -276,7 +276,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
             let parts = Parts { yp: &yp, output_bias: None, shared: None, ..routed };
             let latent_y = by.combine(&shape, &plan, inner, &parts)?;
             let bias = weights.experts.output_bias;
-            let after = LinearWeights { bias, ..LinearWeights::new(around.after) };
+            let after = LinearWeights { bias, ..LinearWeights::new(around.proj_out) };
             let yp = by.linear(&dense, hidden, inner, &latent_y, after)?;
             let parts = Parts {
                 yp: &yp,
@@ -409,7 +409,7 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
     }
 
     fn gate(&self, hidden: usize, x: &Vec<A>, gate: &[D]) -> Result<Vec<A>> {
-        project_fwd(1, hidden, &ProjectInputs { x, gate, bias: None })
+        router_gemm_fwd(1, hidden, &RouterGemmInputs { x, gate, bias: None })
     }
 
     fn combine(

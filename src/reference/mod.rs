@@ -22,9 +22,9 @@ mod noise;
 mod parallel;
 mod permute;
 mod plan;
-mod project;
 mod rms_norm;
 mod route;
+mod router_gemm;
 #[cfg(test)]
 mod sample;
 
@@ -45,6 +45,6 @@ pub use layer::{
 pub use noise::{noise_fwd, philox};
 pub use permute::permute_fwd;
 pub use plan::{Plan, Tile, plan_fwd, plan_range_fwd};
-pub use project::{ProjectInputs, project_fwd};
 pub use rms_norm::{RmsNormInputs, rms_norm_fwd};
 pub use route::{RouteInputs, Routing, route_fwd, route_scores_fwd};
+pub use router_gemm::{RouterGemmInputs, router_gemm_fwd};

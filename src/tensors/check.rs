@@ -1,7 +1,7 @@
 //! Holding the weights of a layer against its configuration.
 
 use super::{ExpertWeights, GateUpTensors, Memory, MoeInputs, MoeWeights, Typed};
-use crate::config::{GateUp, MoeConfig, RouteLengths, Selection};
+use crate::config::{GateUpLayout, MoeConfig, RouteLengths, Selection};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
 use crate::shape::RoutingShape;
@@ -18,10 +18,10 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         at.there("latent", self.latent.is_some(), config.latent.is_some())?;
         if let (Some(weights), Some(latent)) = (&self.latent, config.latent) {
             let matrix = at.product(inner, hidden)?;
-            check_len(op, "latent.before", M::len(&weights.before), matrix)?;
+            check_len(op, "latent.proj_in", M::len(&weights.proj_in), matrix)?;
             let norm = latent.norm.is_some();
             at.optional::<M, _>("latent.norm", &weights.norm, norm, inner)?;
-            check_len(op, "latent.after", M::len(&weights.after), matrix)?;
+            check_len(op, "latent.proj_out", M::len(&weights.proj_out), matrix)?;
         }
         at.there("shared", self.shared.is_some(), config.shared.is_some())?;
         if let (Some(weights), Some(shared)) = (&self.shared, config.shared) {
@@ -82,14 +82,17 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         let ExpertWeights { gate_up, gate_up_bias, down, down_bias, output_bias, post_norm } =
             &self.experts;
         match (gate_up, wanted.gate_up) {
-            (GateUpTensors::Fused(gate_up), GateUp::Concatenated | GateUp::Interleaved) => {
+            (
+                GateUpTensors::Fused(gate_up),
+                GateUpLayout::Concatenated | GateUpLayout::Interleaved,
+            ) => {
                 check_len(op, "experts.gate_up", M::len(gate_up), at.product(parts, half)?)?;
             }
-            (GateUpTensors::Separate { gate, up }, GateUp::Separate) => {
+            (GateUpTensors::Separate { gate, up }, GateUpLayout::Separate) => {
                 check_len(op, "experts.gate", M::len(gate), half)?;
                 check_len(op, "experts.up", M::len(up), half)?;
             }
-            (GateUpTensors::Fused(_), GateUp::Separate) => {
+            (GateUpTensors::Fused(_), GateUpLayout::Separate) => {
                 return at
                     .mismatch("the configuration has gate and up separate, the weights fused");
             }

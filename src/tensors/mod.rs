@@ -89,11 +89,11 @@ pub struct MoeWeights<M: Memory, D: Dtype> {
 pub struct RouterWeights<M: Memory, D: Dtype> {
     /// `[E', H]`; without it every pass is given its logits.
     pub gate: Option<Typed<M, D>>,
-    /// `[E']`, of the gate's type; there with [`ProjectionConfig::bias`](crate::ProjectionConfig::bias).
+    /// `[E']`, of the gate's type; there with [`RouterProjection::bias`](crate::RouterProjection::bias).
     pub bias: Option<Typed<M, D>>,
-    /// `[H]`; there with [`ProjectionConfig::norm`](crate::ProjectionConfig::norm).
+    /// `[H]`; there with [`RouterProjection::norm`](crate::RouterProjection::norm).
     pub norm: Option<M::Of<D>>,
-    /// `[E', H]`; there with [`ProjectionConfig::noise_gate`](crate::ProjectionConfig::noise_gate).
+    /// `[E', H]`; there with [`RouterProjection::noise_gate`](crate::RouterProjection::noise_gate).
     pub noise_gate: Option<Typed<M, D>>,
     /// `[E' - num_sinks]`; there with [`RouterConfig::selection_bias`](crate::RouterConfig::selection_bias).
     pub selection_bias: Option<M::Of<f32>>,
@@ -145,11 +145,11 @@ pub enum GateUpTensors<M: Memory, D: Dtype> {
 /// The projections around experts of a width of their own, `L`.
 pub struct LatentWeights<M: Memory, D: Dtype> {
     /// `[L, H]`
-    pub before: M::Of<D>,
+    pub proj_in: M::Of<D>,
     /// `[L]`; there with [`LatentConfig::norm`](crate::LatentConfig::norm).
     pub norm: Option<M::Of<D>>,
     /// `[H, L]`
-    pub after: M::Of<D>,
+    pub proj_out: M::Of<D>,
 }
 
 /// The weights of the shared expert, of width `S`.
@@ -198,8 +198,8 @@ impl<M: Memory, D: Dtype> ExpertWeights<M, D> {
 
 impl<M: Memory, D: Dtype> LatentWeights<M, D> {
     /// Its two matrices alone, without a norm.
-    pub fn new(before: M::Of<D>, after: M::Of<D>) -> Self {
-        Self { before, norm: None, after }
+    pub fn new(proj_in: M::Of<D>, proj_out: M::Of<D>) -> Self {
+        Self { proj_in, norm: None, proj_out }
     }
 }
 

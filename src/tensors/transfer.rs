@@ -80,9 +80,9 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
             },
             latent: optional(latent, |latent| {
                 Ok(LatentWeights {
-                    before: by.elements(&latent.before)?,
+                    proj_in: by.elements(&latent.proj_in)?,
                     norm: optional(&latent.norm, |norm| by.elements(norm))?,
-                    after: by.elements(&latent.after)?,
+                    proj_out: by.elements(&latent.proj_out)?,
                 })
             })?,
             shared: optional(shared, |shared| {

@@ -10,14 +10,14 @@ use moe_kernels::ops::grouped_gemm::{
     GateUpTensors, GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into,
     grouped_gemm_gate_up_fwd_into, grouped_gemm_weighted_fwd_into,
 };
-use moe_kernels::ops::project::ProjectInputs;
 use moe_kernels::ops::rms_norm::RmsNormInputs;
 use moe_kernels::ops::route::RouteInputs;
+use moe_kernels::ops::router_gemm::RouterGemmInputs;
 use moe_kernels::ops::{
-    capacity, expert_choice, jitter, noise, permute, plan, project, rms_norm, route,
+    capacity, expert_choice, jitter, noise, permute, plan, rms_norm, route, router_gemm,
 };
 use moe_kernels::{
-    CapacityConfig, CapacityLimit, DType, Error, ExpertConfig, GateUp, MoeConfig, MoeInputs,
+    CapacityConfig, CapacityLimit, DType, Error, ExpertConfig, GateUpLayout, MoeConfig, MoeInputs,
     MoeLayer, MoeWeights, NoiseDistribution, Normalization, OnDevice, OnDeviceMut, Owned, Priority,
     RmsNorm, RouterConfig, RouterStep, RoutingPlan, RoutingShape, Scoring, Selection, Typed,
     WeightPosition, Workspace,
@@ -187,13 +187,20 @@ fn noise_and_projection() {
         let (x, u) = (x.as_view(), u.as_view());
         jitter::jitter_fwd_into(&gpu.device, &gpu.stream, 0.1, &x, &u, &mut to.as_view_mut())
     });
-    check("project_fwd", &["logits", "x", "gate", "bias"], |buffers| {
+    check("router_gemm_fwd", &["logits", "x", "gate", "bias"], |buffers| {
         let Buffers { gpu, .. } = buffers;
         let (x, gate) = (buffers.of::<f32>("x", 8), buffers.of::<f32>("gate", 6));
         let (bias, mut to) = (buffers.of("bias", 3), buffers.of::<f32>("logits", 12));
         let (x, gate, bias) = (x.as_view(), gate.as_view(), bias.as_view());
-        let inputs = ProjectInputs { x: &x, gate: &gate, bias: Some(&bias) };
-        project::project_fwd_into(&gpu.device, &gpu.stream, 3, 2, &inputs, &mut to.as_view_mut())
+        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        router_gemm::router_gemm_fwd_into(
+            &gpu.device,
+            &gpu.stream,
+            3,
+            2,
+            &inputs,
+            &mut to.as_view_mut(),
+        )
     });
     check("rms_norm_fwd", &["y", "x", "weight"], |buffers| {
         let Buffers { gpu, .. } = buffers;
@@ -309,7 +316,7 @@ fn rows_of_experts() {
         check("grouped_gemm_gate_up_fwd", &[&names[..], tensors].concat(), |buffers| {
             let Buffers { gpu, .. } = buffers;
             let experts = ExpertConfig {
-                gate_up: if separate { GateUp::Separate } else { GateUp::Concatenated },
+                gate_up: if separate { GateUpLayout::Separate } else { GateUpLayout::Concatenated },
                 gate_up_bias: true,
                 weight_position: WeightPosition::Input,
                 ..ExpertConfig::default()
@@ -447,12 +454,12 @@ fn replace<'v>(
         "experts.down_bias" => weights.experts.down_bias = view(&own.experts.down_bias),
         "experts.output_bias" => weights.experts.output_bias = view(&own.experts.output_bias),
         "experts.post_norm" => weights.experts.post_norm = view(&own.experts.post_norm),
-        "latent.before" | "latent.norm" | "latent.after" => {
+        "latent.proj_in" | "latent.norm" | "latent.proj_out" => {
             let (to, from) = (weights.latent.as_mut().unwrap(), own.latent.as_ref().unwrap());
             match name {
-                "latent.before" => to.before = from.before.slice(..),
+                "latent.proj_in" => to.proj_in = from.proj_in.slice(..),
                 "latent.norm" => to.norm = view(&from.norm),
-                _ => to.after = from.after.slice(..),
+                _ => to.proj_out = from.proj_out.slice(..),
             }
         }
         _ if name.starts_with("shared.") => {

@@ -4,9 +4,11 @@ use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
 use moe_kernels::ops::combine::CombineInputs;
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd};
 use moe_kernels::ops::permute::{self, PermuteBuffers};
-use moe_kernels::ops::project::ProjectInputs;
 use moe_kernels::ops::rms_norm::RmsNormInputs;
-use moe_kernels::ops::{capacity, combine, expert_choice, jitter, plan, project, rms_norm, route};
+use moe_kernels::ops::router_gemm::RouterGemmInputs;
+use moe_kernels::ops::{
+    capacity, combine, expert_choice, jitter, plan, rms_norm, route, router_gemm,
+};
 use moe_kernels::{
     CapacityConfig, CapacityLimit, DType, Device, Error, Priority, RmsNorm, RouterConfig,
     RoutingShape, Workspace, kernel_files, kernel_symbols,
@@ -55,7 +57,7 @@ fn every_kernel_file_is_in_the_binary() {
             "noise",
             "permute",
             "plan",
-            "project",
+            "router_gemm",
             "rms_norm",
             "route",
         ]
@@ -138,14 +140,14 @@ fn every_operation_holds_device_stream_and_plan_together() {
     let one_row = CapacityConfig::new(limit, Priority::Token);
     let norm = RmsNorm { epsilon: 0.0, offset: 0.0, scale_first: false };
     let with_plan = RmsNormInputs { plan: Some(&plan), ..RmsNormInputs::default() };
-    let projected = ProjectInputs { x: &four, gate: &four, bias: None };
+    let projected = RouterGemmInputs { x: &four, gate: &four, bias: None };
     let mut errors = vec![
         route::route_fwd(device, &gpu.stream, shape, &router, &route::RouteInputs::new(&four))
             .err(),
         plan::plan_fwd(device, &gpu.stream, shape, &ids.view()).err(),
         jitter::jitter_fwd(device, &gpu.stream, 0.1, &four, &four).err(),
         expert_choice::expert_choice_fwd(device, &gpu.stream, 2, 2, 1, &four).err(),
-        project::project_fwd::<f32, f32, f32>(device, &gpu.stream, 2, 2, &projected).err(),
+        router_gemm::router_gemm_fwd::<f32, f32, f32>(device, &gpu.stream, 2, 2, &projected).err(),
     ];
     // The device is another's, then the plan is.
     for stream in [&gpu.stream, &stream] {

@@ -184,9 +184,9 @@ pub fn empty_row<D: Element>(op: Op, model: &Model, draw: &Draw) -> Row {
         cache: None,
         bytes: work.bytes as u64,
         flops: work.flops as u64,
-        floor_seconds: None,
+        roofline_seconds: None,
         bound: None,
-        percent_of_floor: None,
+        percent_of_roofline: None,
         dense: None,
         traffic: None,
         relative_error: None,
@@ -195,7 +195,7 @@ pub fn empty_row<D: Element>(op: Op, model: &Model, draw: &Draw) -> Row {
 }
 
 impl Row {
-    /// Takes times over, and compares them with the floor.
+    /// Takes times over, and compares them with the roofline.
     pub fn take(&mut self, samples: &Samples, ceilings: &Ceilings) {
         let median = samples.median();
         self.seconds = Some(Seconds {
@@ -205,10 +205,10 @@ impl Row {
             samples: samples.count(),
         });
         let work = moe_bench::Work { bytes: self.bytes as f64, flops: self.flops as f64 };
-        if let Some(floor) = work.floor(ceilings.bandwidth(), ceilings.dense) {
-            self.floor_seconds = Some(floor.seconds);
-            self.bound = Some(floor.bound.name());
-            self.percent_of_floor = Some(100.0 * floor.seconds / median);
+        if let Some(roofline) = work.roofline(ceilings.bandwidth(), ceilings.dense) {
+            self.roofline_seconds = Some(roofline.seconds);
+            self.bound = Some(roofline.bound.name());
+            self.percent_of_roofline = Some(100.0 * roofline.seconds / median);
         }
     }
 }

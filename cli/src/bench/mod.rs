@@ -1,6 +1,6 @@
-//! `bench`: every operation and the layer at real shapes, beside the floor and beside peers.
+//! `bench`: every operation and the layer at real shapes, beside the roofline and beside peers.
 
-mod beside;
+mod compare_peers;
 mod measure;
 mod peers;
 #[cfg(feature = "plots")]
@@ -47,7 +47,7 @@ pub struct Arguments {
     #[arg(long, default_value = "bf16")]
     dtype: DType,
 
-    /// Operations: project, route, noise, jitter, capacity, expert_choice, plan, permute, gate_up,
+    /// Operations: router_gemm, route, noise, jitter, capacity, expert_choice, plan, permute, gate_up,
     /// down, experts, rms_norm, combine, layer, layer_from_x, or `all`
     #[arg(long, value_delimiter = ',', value_name = "OPS", default_value = "all", value_parser = parse_op)]
     op: Vec<NamedOp>,

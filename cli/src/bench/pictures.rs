@@ -49,7 +49,7 @@ pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for model in distinct(timed.iter().map(|row| row.model.as_str())) {
         let rows: Vec<&Row> = timed.iter().copied().filter(|row| row.model == model).collect();
-        let against = against_floor(&rows, &where_);
+        let against = against_roofline(&rows, &where_);
         files.push(both(folder, &format!("time-{model}"), &Picture::Lines(against))?);
         let operations = operations(&rows, &where_);
         if operations.lines.len() > 1 {
@@ -61,9 +61,9 @@ pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
             files.push(both(folder, &format!("peers-{model}"), &Picture::Bars(peers))?);
         }
     }
-    let floors = percent_of_floor(&timed, &where_);
-    if !floors.groups.is_empty() {
-        files.push(both(folder, "floor", &Picture::Bars(floors))?);
+    let rooflines = percent_of_roofline(&timed, &where_);
+    if !rooflines.groups.is_empty() {
+        files.push(both(folder, "roofline", &Picture::Bars(rooflines))?);
     }
     Ok(files)
 }
@@ -107,8 +107,8 @@ fn label(row: &Row, name: &str) -> String {
     if row.routing == "uniform" { name.into() } else { format!("{name}, {}", row.routing) }
 }
 
-/// Time against T: ours, peers, and the floor.
-fn against_floor(rows: &[&Row], where_: &str) -> Lines {
+/// Time against T: ours, peers, and the roofline.
+fn against_roofline(rows: &[&Row], where_: &str) -> Lines {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
     let mut lines: Vec<Line> = Vec::new();
@@ -116,11 +116,11 @@ fn against_floor(rows: &[&Row], where_: &str) -> Lines {
         Line::extend(&mut lines, &label(row, &row.by), (row.tokens as f64, median(row)));
     }
     for row in rows.iter().filter(|row| row.by == OURS) {
-        if let Some(floor) = row.floor_seconds {
-            Line::extend(&mut lines, &label(row, "floor"), (row.tokens as f64, floor));
+        if let Some(roofline) = row.roofline_seconds {
+            Line::extend(&mut lines, &label(row, "roofline"), (row.tokens as f64, roofline));
         }
     }
-    for line in lines.iter_mut().filter(|line| line.name.starts_with("floor")) {
+    for line in lines.iter_mut().filter(|line| line.name.starts_with("roofline")) {
         line.dashed = true;
     }
     Lines { title: title("time of one call", &rows, where_), lines }
@@ -137,18 +137,18 @@ fn operations(rows: &[&Row], where_: &str) -> Lines {
     Lines { title: format!("{model}, {dtype}: time of each operation ({where_})"), lines }
 }
 
-/// How much of the floor's speed is reached, model by model.
-fn percent_of_floor(rows: &[&Row], where_: &str) -> Bars {
+/// How much of the roofline's speed is reached, model by model.
+fn percent_of_roofline(rows: &[&Row], where_: &str) -> Bars {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows
         .iter()
         .copied()
-        .filter(|row| row.by == OURS && row.op == op && row.percent_of_floor.is_some())
+        .filter(|row| row.by == OURS && row.op == op && row.percent_of_roofline.is_some())
         .collect();
-    let title = format!("Percentage of the floor, {op} ({where_}){}", routing(&rows));
-    let mut bars = Bars::new(title, "% of the floor's speed", 100.0);
+    let title = format!("Percentage of the roofline, {op} ({where_}){}", routing(&rows));
+    let mut bars = Bars::new(title, "% of the roofline's speed", 100.0);
     for row in rows {
-        bars.add(&row.model, &label(row, &format!("T={}", row.tokens)), row.percent_of_floor);
+        bars.add(&row.model, &label(row, &format!("T={}", row.tokens)), row.percent_of_roofline);
     }
     bars
 }

@@ -77,10 +77,10 @@ pub struct Row {
     /// The least that the operation has to move and to compute.
     pub bytes: u64,
     pub flops: u64,
-    pub floor_seconds: Option<f64>,
+    pub roofline_seconds: Option<f64>,
     pub bound: Option<&'static str>,
-    /// How much of the floor's speed was reached.
-    pub percent_of_floor: Option<f64>,
+    /// How much of the roofline's speed was reached.
+    pub percent_of_roofline: Option<f64>,
     /// The same products of equal groups by a dense library.
     pub dense: Option<Dense>,
     /// What the software device counted, kernel by kernel.

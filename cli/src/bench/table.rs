@@ -43,7 +43,7 @@ pub fn ceilings(record: &Record) -> String {
     format!("ceilings of this run: {}\n\n", known.join(", "))
 }
 
-/// All rows: times with their floors, or what the software device counted.
+/// All rows: times with their rooflines, or what the software device counted.
 pub fn rows(record: &Record) -> String {
     let counted = record.rows.iter().any(|row| row.traffic.is_some());
     if counted { counts(&record.rows) } else { times(&record.rows) }
@@ -59,9 +59,9 @@ fn times(rows: &[Row]) -> String {
         "time",
         "p10",
         "p90",
-        "floor",
+        "roofline",
         "bound",
-        "% of floor",
+        "% of roofline",
         "rate",
         "% of cuBLAS",
         "data",
@@ -78,7 +78,7 @@ fn times(rows: &[Row]) -> String {
     }
     let mut text = format!(
         "{table}\nEach op is forward; `layer` is from logits, `layer_from_x` has the gate, `experts` is both products.\n\
-         rate: of the least bytes or operations. data: warm may come from a cache, and then be faster than the floor.\n"
+         rate: of the least bytes or operations. data: warm may come from a cache, and then be faster than the roofline.\n"
     );
     let mut notes: Vec<String> = Vec::new();
     for row in timed.iter().chain(&others) {
@@ -110,9 +110,9 @@ fn timed_cells(row: &Row) -> Vec<String> {
         or_dash(row.seconds.map(|s| seconds(s.median))),
         or_dash(row.seconds.map(|s| seconds(s.p10))),
         or_dash(row.seconds.map(|s| seconds(s.p90))),
-        or_dash(row.floor_seconds.map(seconds)),
+        or_dash(row.roofline_seconds.map(seconds)),
         or_dash(row.bound.map(Into::into)),
-        or_dash(row.percent_of_floor.map(|percent| format!("{percent:.1}"))),
+        or_dash(row.percent_of_roofline.map(|percent| format!("{percent:.1}"))),
         or_dash(speed),
         or_dash(row.dense.as_ref().map(|dense| format!("{:.1}", dense.percent))),
         or_dash(row.cache.clone()),

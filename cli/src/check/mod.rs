@@ -1,8 +1,8 @@
 //! `check`: every operation and the layer, a device against the reference in f64.
 
 mod case;
-mod choice;
 mod ops;
+mod routing;
 mod weighted;
 
 use std::fmt::Write;

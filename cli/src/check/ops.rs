@@ -12,18 +12,18 @@ use moe_kernels::ops::grouped_gemm::{
 };
 use moe_kernels::ops::permute::permute_fwd_into;
 use moe_kernels::ops::plan::{plan_fwd, plan_fwd_into};
-use moe_kernels::ops::project::{ProjectInputs, project_fwd_into};
 use moe_kernels::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
 use moe_kernels::ops::route::{RouteInputs, route_fwd_into};
+use moe_kernels::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::reference::{self, Tile};
 use moe_kernels::{
-    Activation, ActivationFunction, DType, Dtype, ExpertConfig, GateUp, Limit, MoeConfig,
+    Activation, ActivationFunction, DType, Dtype, ExpertConfig, GateUpLayout, Limit, MoeConfig,
     MoeInputs, MoeLayer, MoeWeights, PlanLayout, RmsNorm, RoutingPlan, WeightOrder, Workspace,
 };
 
 use super::case::{Case, ROUTERS};
-use super::{choice, weighted};
+use super::{routing, weighted};
 use crate::backend::Element;
 use crate::device::Gpu;
 use crate::error::Result;
@@ -32,7 +32,7 @@ use crate::error::Result;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Op {
     /// With a gate in the tokens' type and one in f32
-    Project,
+    RouterGemm,
     Route,
     Noise,
     Jitter,
@@ -53,7 +53,7 @@ pub enum Op {
 
 impl Op {
     pub const NAMES: [&'static str; 13] = [
-        "project",
+        "router_gemm",
         "route",
         "noise",
         "jitter",
@@ -71,12 +71,12 @@ impl Op {
     /// One case on the device.
     pub fn run<D: Element>(self, gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         match self {
-            Op::Project => project(gpu, case),
+            Op::RouterGemm => router_gemm(gpu, case),
             Op::Route => route(gpu, case),
-            Op::Noise => choice::noise(gpu, case),
-            Op::Jitter => choice::jitter(gpu, case),
-            Op::Capacity => choice::capacity(gpu, case),
-            Op::ExpertChoice => choice::expert_choice(gpu, case),
+            Op::Noise => routing::noise(gpu, case),
+            Op::Jitter => routing::jitter(gpu, case),
+            Op::Capacity => routing::capacity(gpu, case),
+            Op::ExpertChoice => routing::expert_choice(gpu, case),
             Op::Plan => plan(gpu, case),
             Op::Permute => permute(gpu, case),
             Op::GroupedGemm => grouped_gemm(gpu, case),
@@ -341,7 +341,7 @@ fn experts() -> [ExpertConfig; 5] {
             up_offset: 1.0,
             ..Activation::default()
         },
-        gate_up: GateUp::Interleaved,
+        gate_up: GateUpLayout::Interleaved,
         gate_up_order: WeightOrder::InOut,
         ..swiglu
     };
@@ -351,7 +351,7 @@ fn experts() -> [ExpertConfig; 5] {
     [swiglu, swiglu, gpt_oss, nemotron, gemma]
 }
 
-fn project<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn router_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     // Any rows of H numbers are a gate: these are experts' first rows.
     let (num_experts, hidden) = (case.config.num_experts, case.config.hidden);
     let gate: Vec<D> = case.gate_up.iter().copied().take(num_experts * hidden).collect();
@@ -366,11 +366,11 @@ fn project_by<D: Element, G: Element>(gpu: &Gpu, case: &Case<D>, gate: &[G]) -> 
     let (x, gate_device) = (gpu.upload(&case.x)?, gpu.upload(gate)?);
     let (x, gate_device) = (x.as_view(), gate_device.as_view());
     let mut logits = gpu.poisoned::<f32>(case.shape.logits())?;
-    let inputs = ProjectInputs { x: &x, gate: &gate_device, bias: None };
+    let inputs = RouterGemmInputs { x: &x, gate: &gate_device, bias: None };
     let to = &mut logits.as_view_mut();
-    project_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, to)?;
-    let inputs = reference::ProjectInputs { x: &case.x[..], gate, bias: None };
-    let wanted = bound::project(num_experts, hidden, &inputs, DType::F32)?;
+    router_gemm_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, to)?;
+    let inputs = reference::RouterGemmInputs { x: &case.x[..], gate, bias: None };
+    let wanted = bound::router_gemm(num_experts, hidden, &inputs, DType::F32)?;
     Ok(Worst::of_bounded("logits", &gpu.download(&logits.as_view())?, &wanted))
 }
 

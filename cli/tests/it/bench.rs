@@ -33,8 +33,8 @@ fn the_cpu_gets_a_table_and_a_record() {
     for row in rows(&record) {
         let at = |key: &str| row["seconds"][key].as_f64().unwrap();
         assert!(0.0 < at("p10") && at("p10") <= at("median") && at("median") <= at("p90"), "{row}");
-        let percent = row["percent_of_floor"].as_f64().unwrap();
-        let by_hand = 100.0 * row["floor_seconds"].as_f64().unwrap() / at("median");
+        let percent = row["percent_of_roofline"].as_f64().unwrap();
+        let by_hand = 100.0 * row["roofline_seconds"].as_f64().unwrap() / at("median");
         assert!((percent / by_hand - 1.0).abs() < 1e-9, "{row}");
         assert_eq!(
             (&row["model"], &row["by"]),
@@ -57,7 +57,7 @@ fn pictures_are_drawn() {
     let folder = Folder::new();
     let (done, _) = bench(&folder, &["--device", "cpu", "--tokens", "1,8", "--op", "layer,route"]);
     assert_eq!(done.status, Some(0), "{done:?}");
-    for name in ["time-olmoe-1b-7b-div64", "operations-olmoe-1b-7b-div64", "floor"] {
+    for name in ["time-olmoe-1b-7b-div64", "operations-olmoe-1b-7b-div64", "roofline"] {
         let png = std::fs::read(folder.path(&format!("out/{name}.png"))).unwrap();
         assert!(png.starts_with(b"\x89PNG") && png.len() > 10_000, "{name}: {} bytes", png.len());
         let svg = std::fs::read_to_string(folder.path(&format!("out/{name}.svg"))).unwrap();
@@ -74,7 +74,7 @@ fn the_emulator_counts_instead_of_timing() {
     assert_eq!(done.status, Some(0), "{done:?}");
     assert!(done.stdout.contains("Nothing was timed"), "{}", done.stdout);
     let [permute, layer] = rows(&record) else { panic!("{record}") };
-    assert!(permute["seconds"].is_null() && permute["percent_of_floor"].is_null(), "{permute}");
+    assert!(permute["seconds"].is_null() && permute["percent_of_roofline"].is_null(), "{permute}");
     let kernels = permute["traffic"].as_array().unwrap();
     assert_eq!(kernels.len(), 1, "{permute}");
     assert_eq!(kernels[0]["kernel"], "moe_permute_fwd_f16");
@@ -98,7 +98,7 @@ fn what_cannot_be_measured_is_refused_first() {
     let folder = Folder::new();
     for (arguments, words) in [
         (["--model", "gpt-5"], "known are mixtral-8x7b,"),
-        (["--op", "softmax"], "known are project, route, noise,"),
+        (["--op", "softmax"], "known are router_gemm, route, noise,"),
         (["--tokens", "0"], "0 is not in 1..="),
         (["--routing", "left"], "possible values"),
         (["--dtype", "f64"], "wanted f32, f16 or bf16"),
@@ -157,9 +157,9 @@ fn peers_are_checked_and_timed_between_ours() {
         (ours["by"].as_str(), ours["relative_error"].as_f64()),
         (Some("moe-kernels"), Some(1e-7))
     );
-    // The ceilings were left out, and the floor that follows from them.
+    // The ceilings were left out, and the roofline that follows from them.
     assert!(record["ceilings"]["copy_bytes_per_second"].is_null(), "{record}");
-    assert!(ours["floor_seconds"].is_null() && ours["seconds"]["median"].is_f64(), "{ours}");
+    assert!(ours["roofline_seconds"].is_null() && ours["seconds"]["median"].is_f64(), "{ours}");
     assert_eq!(
         (absent["by"].as_str(), absent["note"].as_str()),
         (Some("absent"), Some("there is none"))

@@ -10,7 +10,7 @@ fn the_emulator_passes() {
     let done = program(&[&["check", "--device", "emulator", "--seeds", "7"], &lists[..]].concat());
     assert_eq!(done.status, Some(0), "{done:?}");
     for op in [
-        "project",
+        "router_gemm",
         "route",
         "noise",
         "jitter",

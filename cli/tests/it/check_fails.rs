@@ -29,7 +29,7 @@ fn reproductions(done: &Done) -> Vec<Vec<&str>> {
 #[test]
 fn every_operation_can_fail() {
     for (op, kernel) in [
-        ("project", "moe_project_fwd_few_f32"),
+        ("router_gemm", "moe_router_gemm_fwd_few_f32"),
         ("route", "moe_route_fwd_plain_narrow_f32"),
         ("noise", "moe_noise_fwd"),
         ("jitter", "moe_jitter_fwd_f32"),

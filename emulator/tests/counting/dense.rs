@@ -7,10 +7,10 @@ use half::bf16;
 use moe_emulator::Traffic;
 use moe_kernels::ops::combine::{CombineInputs, combine_fwd};
 use moe_kernels::ops::plan::plan_fwd;
-use moe_kernels::ops::project::{
-    ProjectBody, ProjectBuffers, ProjectShape, ProjectTypes, project_fwd_with,
-};
 use moe_kernels::ops::rms_norm::{RmsNormInputs, rms_norm_fwd};
+use moe_kernels::ops::router_gemm::{
+    RouterGemmBody, RouterGemmBuffers, RouterGemmShape, RouterGemmTypes, router_gemm_fwd_with,
+};
 use moe_kernels::{Device, Dtype, RmsNorm, RoutingShape};
 
 use crate::measure::Counting;
@@ -33,25 +33,25 @@ impl Case {
         self.stream.alloc_zeros(len).expect("memory")
     }
 
-    fn project<D, G>(&self, body: ProjectBody, shape: ProjectShape) -> Traffic
+    fn router_gemm<D, G>(&self, body: RouterGemmBody, shape: RouterGemmShape) -> Traffic
     where
         D: Dtype + DeviceRepr + ValidAsZeroBits,
         G: Dtype + DeviceRepr + ValidAsZeroBits,
     {
-        let ProjectShape { num_tokens, num_experts, hidden } = shape;
+        let RouterGemmShape { num_tokens, num_experts, hidden } = shape;
         let x = self.zeros::<D>(num_tokens * hidden);
         let gate = self.zeros::<G>(num_experts * hidden);
         let mut logits = self.zeros::<f32>(num_tokens * num_experts);
-        let types = ProjectTypes { x: D::DTYPE, gate: G::DTYPE, logits: f32::DTYPE };
+        let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: f32::DTYPE };
         self.counting.traffic_of_one(|| {
             let (x, _x) = x.device_ptr(&self.stream);
             let (gate, _gate) = gate.device_ptr(&self.stream);
             let (logits, _logits) = logits.device_ptr_mut(&self.stream);
-            let buffers = ProjectBuffers { logits, x, gate, bias: 0 };
+            let buffers = RouterGemmBuffers { logits, x, gate, bias: 0 };
             let stream = self.stream.cu_stream();
             // SAFETY: the buffers have the shape's lengths, and the caller waits for the kernel.
-            unsafe { project_fwd_with(&self.device, stream, body, types, shape, buffers) }
-                .expect("project runs");
+            unsafe { router_gemm_fwd_with(&self.device, stream, body, types, shape, buffers) }
+                .expect("router_gemm runs");
         })
     }
 }
@@ -108,7 +108,7 @@ fn rms_norm_reads_rows_twice_and_writes_them_once() {
 
 /// What a product with `blocks` of `rows` moves, for elements of `sizes`, each for tokens and experts.
 struct Product {
-    shape: ProjectShape,
+    shape: RouterGemmShape,
     blocks: [usize; 2],
     rows: [usize; 2],
     sizes: [usize; 2],
@@ -117,7 +117,7 @@ struct Product {
 impl Product {
     #[track_caller]
     fn check(&self, traffic: &Traffic) {
-        let Self { shape: ProjectShape { num_tokens, num_experts, hidden }, .. } = *self;
+        let Self { shape: RouterGemmShape { num_tokens, num_experts, hidden }, .. } = *self;
         let [x_size, gate_size] = self.sizes;
         let logits = 4 * num_tokens * num_experts;
         let least = hidden * (num_tokens * x_size + num_experts * gate_size) + logits;
@@ -139,18 +139,18 @@ impl Product {
 #[test]
 fn projections_move_what_their_blocks_need() {
     let case = Case::new();
-    let of = |num_tokens, num_experts| ProjectShape { num_tokens, num_experts, hidden: 1024 };
+    let of = |num_tokens, num_experts| RouterGemmShape { num_tokens, num_experts, hidden: 1024 };
     let (one, few, tile) = (of(1, 24), of(16, 24), of(128, 64));
     let product = |shape, blocks, rows| move |sizes| Product { shape, blocks, rows, sizes };
     let product_one = product(one, [1, 24], [1, 1]);
-    product_one([2, 2]).check(&case.project::<bf16, bf16>(ProjectBody::One, one));
-    product_one([2, 4]).check(&case.project::<bf16, f32>(ProjectBody::One, one));
+    product_one([2, 2]).check(&case.router_gemm::<bf16, bf16>(RouterGemmBody::One, one));
+    product_one([2, 4]).check(&case.router_gemm::<bf16, f32>(RouterGemmBody::One, one));
     let product_few = product(few, [2, 6], [8, 4]);
-    product_few([2, 4]).check(&case.project::<bf16, f32>(ProjectBody::Few, few));
+    product_few([2, 4]).check(&case.router_gemm::<bf16, f32>(RouterGemmBody::Few, few));
     for (traffic, sizes) in [
-        (case.project::<f32, f32>(ProjectBody::Tile, tile), [4, 4]),
-        (case.project::<bf16, bf16>(ProjectBody::Tile, tile), [2, 2]),
-        (case.project::<bf16, f32>(ProjectBody::Tile, tile), [2, 4]),
+        (case.router_gemm::<f32, f32>(RouterGemmBody::Tile, tile), [4, 4]),
+        (case.router_gemm::<bf16, bf16>(RouterGemmBody::Tile, tile), [2, 2]),
+        (case.router_gemm::<bf16, f32>(RouterGemmBody::Tile, tile), [2, 4]),
     ] {
         product(tile, [2, 2], [64, 32])(sizes).check(&traffic);
         assert_eq!(traffic.bank_conflicts(), 0, "{}", traffic.symbol);

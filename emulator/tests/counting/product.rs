@@ -11,9 +11,9 @@ use moe_kernels::ops::grouped_gemm::{
 };
 use moe_kernels::ops::{capacity, combine, expert_choice, jitter, noise, permute, plan, route};
 use moe_kernels::{
-    CapacityConfig, CapacityLimit, Device, Dtype, ExpertConfig, GateUp, GroupScore, Groups, Masked,
-    NoiseDistribution, Normalization, Priority, RouterConfig, RoutingPlan, RoutingShape, Scoring,
-    WeightOrder,
+    CapacityConfig, CapacityLimit, Device, Dtype, ExpertConfig, GateUpLayout, GroupScore, Groups,
+    Masked, NoiseDistribution, Normalization, Priority, RouterConfig, RoutingPlan, RoutingShape,
+    Scoring, WeightOrder,
 };
 
 use crate::measure::{Counting, Schedule};
@@ -374,7 +374,7 @@ impl Product {
 
 /// SwiGLU with each order of one tensor.
 fn orders() -> [ExpertConfig; 4] {
-    use GateUp::{Concatenated, Interleaved};
+    use GateUpLayout::{Concatenated, Interleaved};
     use WeightOrder::{InOut, OutIn};
     [(Concatenated, OutIn), (Interleaved, OutIn), (Concatenated, InOut), (Interleaved, InOut)].map(
         |(gate_up, gate_up_order)| ExpertConfig { gate_up, gate_up_order, ..Default::default() },

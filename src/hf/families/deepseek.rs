@@ -86,9 +86,9 @@ const HY_V4: Layout = FUSED.with_shared(shared(
 
 const NEMOTRON: Layout = Layout {
     latent: LatentNames {
-        into: "mixer.fc1_latent_proj.weight",
+        proj_in: "mixer.fc1_latent_proj.weight",
         norm: "",
-        out: "mixer.fc2_latent_proj.weight",
+        proj_out: "mixer.fc2_latent_proj.weight",
     },
     shared: SharedNames {
         gate: "",

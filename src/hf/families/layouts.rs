@@ -1,6 +1,6 @@
 //! The names of tensors that several families share.
 
-use crate::config::{GateUp, WeightOrder};
+use crate::config::{GateUpLayout, WeightOrder};
 use crate::hf::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames, Stored};
 
 /// Decoders without a wrapping.
@@ -23,7 +23,7 @@ const NO_EXPERTS: ExpertNames = ExpertNames {
     down_bias: "",
     output_bias: "",
     post_norm: "",
-    gate_up: GateUp::Concatenated,
+    gate_up: GateUpLayout::Concatenated,
     gate_up_order: WeightOrder::OutIn,
     down_order: WeightOrder::OutIn,
     flat: false,
@@ -49,7 +49,7 @@ pub const EACH: Layout = Layout {
         down: "mlp.experts.{expert}.down_proj.weight",
         ..NO_EXPERTS
     },
-    latent: LatentNames { into: "", norm: "", out: "" },
+    latent: LatentNames { proj_in: "", norm: "", proj_out: "" },
     shared: shared(
         "mlp.shared_experts.gate_proj.weight",
         "mlp.shared_experts.up_proj.weight",

@@ -3,8 +3,8 @@
 use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, TEXT, each, fused, shared};
 use super::softmax::{MIXTRAL_KEYS, OLMOE_KEYS, PLAIN};
 use crate::config::{
-    Activation, ActivationFunction, GateUp, Limit, Normalization, RouterConfig, Scoring, Selection,
-    WeightOrder, WeightPosition,
+    Activation, ActivationFunction, GateUpLayout, Limit, Normalization, RouterConfig, Scoring,
+    Selection, WeightOrder, WeightPosition,
 };
 use crate::error::Result;
 use crate::hf::Block;
@@ -23,7 +23,7 @@ const GPT_OSS: Layout = Layout {
     experts: ExpertNames {
         up_bias: "mlp.experts.gate_up_proj_bias",
         down_bias: "mlp.experts.down_proj_bias",
-        gate_up: GateUp::Interleaved,
+        gate_up: GateUpLayout::Interleaved,
         ..fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     },
     ..EACH
@@ -39,7 +39,7 @@ const GPT_OSS_MXFP4: Layout = GPT_OSS.with_experts(ExpertNames {
 });
 
 const PRIVACY_FILTER: Layout =
-    GPT_OSS.with_experts(ExpertNames { gate_up: GateUp::Concatenated, ..GPT_OSS.experts });
+    GPT_OSS.with_experts(ExpertNames { gate_up: GateUpLayout::Concatenated, ..GPT_OSS.experts });
 
 const LLAMA4: Layout = EACH
     .with_gate("feed_forward.router.weight")

@@ -4,8 +4,8 @@ use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, QWEN_SHARED, TEXT, each, fus
 use super::logit::gpt_oss_activation;
 use super::softmax::{PLAIN, QWEN_KEYS};
 use crate::config::{
-    ActivationFunction, GateUp, LatentConfig, Limit, Normalization, RmsNorm, RouterConfig, Scoring,
-    Selection,
+    ActivationFunction, GateUpLayout, LatentConfig, Limit, Normalization, RmsNorm, RouterConfig,
+    Scoring, Selection,
 };
 use crate::error::Result;
 use crate::hf::Block;
@@ -61,7 +61,7 @@ const INKLING: Layout = Layout {
         ..EACH.router
     },
     experts: ExpertNames {
-        gate_up: GateUp::Interleaved,
+        gate_up: GateUpLayout::Interleaved,
         sinks: ("mlp.shared_experts.shared_w13_weight", "mlp.shared_experts.shared_w2_weight"),
         ..fused("mlp.experts.w13_weight", "mlp.experts.w2_weight")
     },
@@ -74,9 +74,9 @@ const INKLING_PREFIXES: &[&str] =
 const MUSE: Layout = Layout {
     experts: ExpertNames { post_norm: "mlp.experts.post_expert_norm.weight", ..FUSED.experts },
     latent: LatentNames {
-        into: "mlp.pre_expert_proj.weight",
+        proj_in: "mlp.pre_expert_proj.weight",
         norm: "mlp.pre_expert_norm.weight",
-        out: "mlp.post_expert_proj.weight",
+        proj_out: "mlp.post_expert_proj.weight",
     },
     ..FUSED
 };

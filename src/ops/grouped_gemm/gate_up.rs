@@ -8,7 +8,7 @@ use crate::abi::{
     ACTIVATION_SILU, ACTIVATION_SILU_SOFT_CAP, ActivationArgs, GEMM_BLOCK_N, GateUpArgs,
 };
 use crate::config::{
-    Activation, ActivationFunction, ExpertConfig, GateUp, Limit, WeightOrder, WeightPosition,
+    Activation, ActivationFunction, ExpertConfig, GateUpLayout, Limit, WeightOrder, WeightPosition,
 };
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream, optional,
@@ -268,7 +268,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     width(OP, "k", k)?;
     let weighted = experts.weight_position != WeightPosition::Output;
     let gather = rows == Rows::Gathered;
-    must_be("a separate `up`", experts.gate_up == GateUp::Separate, up)?;
+    must_be("a separate `up`", experts.gate_up == GateUpLayout::Separate, up)?;
     must_be("`bias`", experts.gate_up_bias, bias)?;
     // What has an element per token may be nowhere if there are no tokens.
     if shape.num_tokens > 0 {
@@ -278,7 +278,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     }
 
     let parts = Parts::new(experts, intermediate, k);
-    let up = if experts.gate_up == GateUp::Separate { up } else { parts.up(gate_up, dtype) };
+    let up = if experts.gate_up == GateUpLayout::Separate { up } else { parts.up(gate_up, dtype) };
     let up_bias = if bias == 0 { 0 } else { parts.up_bias(bias, dtype) };
     let layout = parts.layout;
     // Up that begins between two boundaries is as good as the pairs of which it is a half.
@@ -352,9 +352,9 @@ impl Parts {
         let input_distance = if order == WeightOrder::OutIn { k } else { 1 };
         let (features, step, features_to_up) = match experts.gate_up {
             _ if !experts.gated => (intermediate, 1, 0),
-            GateUp::Concatenated => (2 * intermediate, 1, intermediate),
-            GateUp::Interleaved => (2 * intermediate, 2, 1),
-            GateUp::Separate => (intermediate, 1, intermediate),
+            GateUpLayout::Concatenated => (2 * intermediate, 1, intermediate),
+            GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
+            GateUpLayout::Separate => (intermediate, 1, intermediate),
         };
         Self {
             layout: Layout { order, features, step },

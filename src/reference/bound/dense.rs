@@ -7,8 +7,8 @@ use crate::error::Result;
 use crate::reference::accum::Element;
 use crate::reference::combine::{CombineInputs, Identity, Shared, combine_fwd, sigmoid};
 use crate::reference::plan::Plan;
-use crate::reference::project::{ProjectInputs, project_fwd};
 use crate::reference::rms_norm::{RmsNormInputs, rms_norm_fwd};
+use crate::reference::router_gemm::{RouterGemmInputs, router_gemm_fwd};
 use crate::shape::RoutingShape;
 
 /// [`combine_fwd`] with its result stored as `out`.
@@ -88,21 +88,21 @@ pub fn rms_norm(
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }
 
-/// [`project_fwd`] with its result stored as `out`.
+/// [`router_gemm_fwd`] with its result stored as `out`.
 ///
 /// # Errors
-/// Those of [`project_fwd`].
-pub fn project(
+/// Those of [`router_gemm_fwd`].
+pub fn router_gemm(
     num_experts: usize,
     hidden: usize,
-    inputs: &ProjectInputs<'_, impl Element<f64>, impl Element<f64>>,
+    inputs: &RouterGemmInputs<'_, impl Element<f64>, impl Element<f64>>,
     out: DType,
 ) -> Result<Bounded> {
-    let value = project_fwd::<f64>(num_experts, hidden, inputs)?;
+    let value = router_gemm_fwd::<f64>(num_experts, hidden, inputs)?;
     let (x, gate) = (magnitudes(inputs.x), magnitudes(inputs.gate));
     let bias = inputs.bias.map(magnitudes);
-    let magnitude = ProjectInputs { x: &x, gate: &gate, bias: bias.as_deref() };
-    let magnitude = project_fwd::<f64>(num_experts, hidden, &magnitude)?;
+    let magnitude = RouterGemmInputs { x: &x, gate: &gate, bias: bias.as_deref() };
+    let magnitude = router_gemm_fwd::<f64>(num_experts, hidden, &magnitude)?;
     let errors = magnitude.iter().map(|s| sum_error(hidden + 1, *s)).collect();
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }

@@ -5,10 +5,10 @@ use super::super::expert_weights::{GateUpWeights, LinearWeights};
 use super::super::layer::{Operations, Parts, RouterReads, experts_of_layer};
 use super::super::moe_layer_route_fwd;
 use super::super::plan::Plan;
-use super::super::project::{ProjectInputs, project_fwd};
 use super::super::rms_norm::RmsNormInputs;
+use super::super::router_gemm::{RouterGemmInputs, router_gemm_fwd};
 use super::grouped_gemm::{gate_up_of, grouped_gemm_magnitude, weighted_of};
-use super::{Bounded, U, combine, grouped_gemm, magnitudes, project, rms_norm, route};
+use super::{Bounded, U, combine, grouped_gemm, magnitudes, rms_norm, route, router_gemm};
 use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_divisor};
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
@@ -133,10 +133,10 @@ fn projected<G: Dtype>(
     bias: Option<&[G]>,
     out: DType,
 ) -> Result<Bounded> {
-    let own = project(experts, hidden, &ProjectInputs { x: &x.value[..], gate, bias }, out)?;
+    let own = router_gemm(experts, hidden, &RouterGemmInputs { x: &x.value[..], gate, bias }, out)?;
     let sizes = magnitudes(gate);
-    let errors = ProjectInputs { x: &x.bound[..], gate: &sizes[..], bias: None };
-    Ok(own.with(&project_fwd::<f64>(experts, hidden, &errors)?))
+    let errors = RouterGemmInputs { x: &x.bound[..], gate: &sizes[..], bias: None };
+    Ok(own.with(&router_gemm_fwd::<f64>(experts, hidden, &errors)?))
 }
 
 /// [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd) with what lies between its operations stored as

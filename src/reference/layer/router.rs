@@ -5,9 +5,9 @@ use crate::config::{MoeConfig, RouterConfig, RouterStep};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::reference::accum::{Accum, Element};
-use crate::reference::project::{ProjectInputs, project_fwd};
 use crate::reference::rms_norm::{RmsNormInputs, rms_norm_fwd};
 use crate::reference::route::{RouteInputs, route_scores_fwd};
+use crate::reference::router_gemm::{RouterGemmInputs, router_gemm_fwd};
 use crate::tensors::{Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_gate, no_noise_gate};
 
 /// The router's logits `[T, E']`, of a layer that has a gate, rounded to the type that the configuration says. They are
@@ -24,7 +24,7 @@ pub fn router_logits<A: Accum, D: Dtype>(
     Ok(typed(config.projection.f32_logits, &logits))
 }
 
-/// What the noise of a layer with a [`noise_gate`](crate::ProjectionConfig::noise_gate) is scaled by, before the
+/// What the noise of a layer with a [`noise_gate`](crate::RouterProjection::noise_gate) is scaled by, before the
 /// `softplus`: `[T, E']`, rounded to the type that the logits of the pass have.
 ///
 /// # Errors
@@ -84,13 +84,13 @@ fn projected<A: Accum, D: Dtype>(
         Some(norm) => {
             let inputs = RmsNormInputs { x, weight: weights.router.norm, plan: None };
             let x: Vec<A> = rms_norm_fwd(norm, config.hidden, &inputs)?;
-            project(config, &x, weights, which)
+            router_gemm(config, &x, weights, which)
         }
-        None => project(config, x, weights, which),
+        None => router_gemm(config, x, weights, which),
     }
 }
 
-fn project<A: Accum, D: Dtype>(
+fn router_gemm<A: Accum, D: Dtype>(
     config: &MoeConfig,
     x: &[impl Element<A>],
     weights: &MoeWeights<Host<'_>, D>,
@@ -105,11 +105,11 @@ fn project<A: Accum, D: Dtype>(
     match gate {
         Typed::Element(gate) => {
             let bias = bias.as_ref().and_then(Typed::element).copied();
-            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
+            router_gemm_fwd(experts, hidden, &RouterGemmInputs { x, gate, bias })
         }
         Typed::F32(gate) => {
             let bias = bias.as_ref().and_then(Typed::f32).copied();
-            project_fwd(experts, hidden, &ProjectInputs { x, gate, bias })
+            router_gemm_fwd(experts, hidden, &RouterGemmInputs { x, gate, bias })
         }
     }
 }

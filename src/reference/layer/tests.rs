@@ -226,7 +226,7 @@ fn a_latent_width() {
     };
     let (before, after) = (times(2.0), times(4.0));
     let mut weights = case.weights();
-    weights.latent = Some(LatentWeights { before: &before, norm: None, after: &after });
+    weights.latent = Some(LatentWeights { proj_in: &before, norm: None, proj_out: &after });
     let got = moe_layer_fwd::<f64, f32>(&case.config, &case.inputs(), &weights).unwrap();
     assert_near(&got, &want);
 }

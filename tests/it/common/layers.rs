@@ -2,8 +2,8 @@
 
 use moe_kernels::{
     Activation, ActivationFunction, CapacityConfig, CapacityLimit, Dtype, ExpertConfig,
-    ExpertWeights, GateUp, GateUpTensors, LatentConfig, LatentWeights, Limit, MoeConfig, MoeInputs,
-    MoeWeights, Normalization, Owned, Priority, ProjectionConfig, RmsNorm, RouterConfig,
+    ExpertWeights, GateUpLayout, GateUpTensors, LatentConfig, LatentWeights, Limit, MoeConfig,
+    MoeInputs, MoeWeights, Normalization, Owned, Priority, RmsNorm, RouterConfig, RouterProjection,
     RouterWeights, Scoring, Selection, SharedConfig, SharedWeights, Typed, WeightOrder,
     WeightPosition, ZeroExperts, ZeroOutput,
 };
@@ -55,7 +55,7 @@ pub fn random_activation(rng: &mut Rng, gated: bool) -> Activation {
 /// Any experts.
 pub fn random_experts(rng: &mut Rng) -> ExpertConfig {
     let gated = !rng.once_in(4);
-    let layouts = [GateUp::Concatenated, GateUp::Interleaved, GateUp::Separate];
+    let layouts = [GateUpLayout::Concatenated, GateUpLayout::Interleaved, GateUpLayout::Separate];
     let orders = [WeightOrder::OutIn, WeightOrder::InOut];
     ExpertConfig {
         activation: random_activation(rng, gated),
@@ -63,7 +63,7 @@ pub fn random_experts(rng: &mut Rng) -> ExpertConfig {
         gate_up_bias: rng.once_in(3),
         down_bias: rng.once_in(3),
         output_bias: rng.once_in(5),
-        gate_up: if gated { rng.one_of(&layouts) } else { GateUp::Concatenated },
+        gate_up: if gated { rng.one_of(&layouts) } else { GateUpLayout::Concatenated },
         gate_up_order: rng.one_of(&orders),
         down_order: rng.one_of(&orders),
         weight_position: rng.one_of(&[
@@ -148,7 +148,7 @@ pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
         };
     }
     let config = MoeConfig {
-        projection: ProjectionConfig {
+        projection: RouterProjection {
             f32_logits: rng.once_in(2),
             bias: rng.once_in(3),
             norm: rng.once_in(5).then(|| random_norm(rng)),
@@ -186,7 +186,7 @@ pub fn random_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> MoeWeights
     let (inner, half) = (config.expert_hidden(), config.down_len());
     let parts = if experts.gated { 2 } else { 1 };
     let gate_up = match experts.gate_up {
-        GateUp::Separate => {
+        GateUpLayout::Separate => {
             GateUpTensors::Separate { gate: draw(rng, half, 0.2), up: draw(rng, half, 0.2) }
         }
         _ => GateUpTensors::Fused(draw(rng, parts * half, 0.2)),
@@ -203,9 +203,9 @@ pub fn random_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> MoeWeights
             post_norm: experts.post_norm.map(|_| draw(rng, inner, 0.5)),
         },
         latent: config.latent.map(|latent| LatentWeights {
-            before: draw(rng, inner * hidden, 0.3),
+            proj_in: draw(rng, inner * hidden, 0.3),
             norm: latent.norm.map(|_| draw(rng, inner, 0.5)),
-            after: draw(rng, hidden * inner, 0.3),
+            proj_out: draw(rng, hidden * inner, 0.3),
         }),
         shared: config.shared.map(|shared| {
             let parts = if shared.gated { 2 } else { 1 };

@@ -7,8 +7,8 @@ use moe_kernels::ops::grouped_gemm::{
 };
 use moe_kernels::ops::plan;
 use moe_kernels::{
-    Activation, ActivationFunction, Dtype, Error, ExpertConfig, GateUp, RoutingShape, WeightOrder,
-    WeightPosition,
+    Activation, ActivationFunction, Dtype, Error, ExpertConfig, GateUpLayout, RoutingShape,
+    WeightOrder, WeightPosition,
 };
 
 use crate::common::{Skew, gpu, routing_ids, values};
@@ -127,7 +127,7 @@ fn gate_and_up_are_those_of_the_configuration() {
     let plain = ExpertConfig::default();
     let biased = ExpertConfig { gate_up_bias: true, ..plain };
     let alone = ExpertConfig { gated: false, gate_up_bias: true, ..plain };
-    let separate = ExpertConfig { gate_up: GateUp::Separate, ..plain };
+    let separate = ExpertConfig { gate_up: GateUpLayout::Separate, ..plain };
     let weighted = ExpertConfig { weight_position: WeightPosition::Inside, ..plain };
     let fused = GateUpTensors::Fused(&all);
     let two = GateUpTensors::Separate { gate: &half, up: &half };

@@ -9,8 +9,8 @@ use moe_kernels::ops::plan;
 use moe_kernels::reference::bound::Bounded;
 use moe_kernels::reference::{self, bound};
 use moe_kernels::{
-    Activation, ActivationFunction, Dtype, ExpertConfig, GateUp, Limit, RoutingShape, WeightOrder,
-    WeightPosition,
+    Activation, ActivationFunction, Dtype, ExpertConfig, GateUpLayout, Limit, RoutingShape,
+    WeightOrder, WeightPosition,
 };
 use proptest::prelude::*;
 
@@ -81,7 +81,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let ExpertConfig { gated, gate_up, gate_up_order, gate_up_bias, .. } = *experts;
         let of = |a: &[D], b: &[D], piece: usize| match gate_up {
             _ if !gated => b.to_vec(),
-            GateUp::Interleaved => in_turn(a, b, piece / i),
+            GateUpLayout::Interleaved => in_turn(a, b, piece / i),
             _ => in_turn(a, b, piece),
         };
         let bias = gate_up_bias.then(|| of(&self.gate_bias, &self.up_bias, *i));
@@ -89,7 +89,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
             WeightOrder::OutIn => w.to_vec(),
             WeightOrder::InOut => transposed(w, features, *k),
         };
-        if gate_up == GateUp::Separate {
+        if gate_up == GateUpLayout::Separate {
             let up = Some(ordered(&self.up, *i));
             return Stored { first: ordered(&self.gate, *i), up, bias };
         }
@@ -191,12 +191,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
     }
 }
 
-fn layouts(gated: bool) -> Vec<(GateUp, WeightOrder)> {
+fn layouts(gated: bool) -> Vec<(GateUpLayout, WeightOrder)> {
     let each = |gate_up| [(gate_up, WeightOrder::OutIn), (gate_up, WeightOrder::InOut)];
     if !gated {
-        return each(GateUp::Concatenated).to_vec();
+        return each(GateUpLayout::Concatenated).to_vec();
     }
-    [GateUp::Concatenated, GateUp::Interleaved, GateUp::Separate]
+    [GateUpLayout::Concatenated, GateUpLayout::Interleaved, GateUpLayout::Separate]
         .into_iter()
         .flat_map(each)
         .collect()
@@ -363,7 +363,7 @@ fn schedules_do_not_change_bits() {
     let gpu = gpu();
     let shape = RoutingShape::new(45, 3, 2).unwrap();
     let interleaved = ExpertConfig {
-        gate_up: GateUp::Interleaved,
+        gate_up: GateUpLayout::Interleaved,
         gate_up_order: WeightOrder::InOut,
         ..everything()
     };

@@ -6,7 +6,7 @@ use moe_kernels::ops::grouped_gemm::{
     GateUpBuffers, GroupedGemmBuffers, Rows, grouped_gemm_fwd_raw, grouped_gemm_gate_up_fwd_raw,
 };
 use moe_kernels::reference::{self, bound};
-use moe_kernels::{DType, ExpertConfig, GateUp, RoutingShape, WeightOrder};
+use moe_kernels::{DType, ExpertConfig, GateUpLayout, RoutingShape, WeightOrder};
 
 use super::{LIMIT, alone, end_of, ending_in, without_blocks};
 use crate::common::{Gpu, assert_within, bits, values};
@@ -19,10 +19,10 @@ const GROUP: usize = 8;
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Product {
     Linear(WeightOrder),
-    GateUp(GateUp, WeightOrder),
+    GateUp(GateUpLayout, WeightOrder),
 }
 
-use GateUp::{Concatenated, Interleaved, Separate};
+use GateUpLayout::{Concatenated, Interleaved, Separate};
 use Product::Linear;
 use WeightOrder::{InOut, OutIn};
 

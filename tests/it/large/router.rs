@@ -2,38 +2,39 @@
 
 use cudarc::driver::{CudaSlice, DevicePtr};
 use half::f16;
-use moe_kernels::ops::project::{
-    ProjectBody, ProjectBuffers, ProjectShape, ProjectTypes, project_fwd_with,
-};
 use moe_kernels::ops::route::{RouteInputs, route_fwd_into, route_scores_fwd_into};
+use moe_kernels::ops::router_gemm::{
+    RouterGemmBody, RouterGemmBuffers, RouterGemmShape, RouterGemmTypes, router_gemm_fwd_with,
+};
 use moe_kernels::{DType, Error, RouterConfig, RouterStep, RoutingShape, Scoring, Selection};
 
 use super::{LIMIT, alone, end_of, ending_in, without_blocks};
 use crate::common::{Gpu, bits, values};
 
-const BODIES: [ProjectBody; 3] = [ProjectBody::One, ProjectBody::Few, ProjectBody::Tile];
+const BODIES: [RouterGemmBody; 3] =
+    [RouterGemmBody::One, RouterGemmBody::Few, RouterGemmBody::Tile];
 
 /// Tokens and experts of a block.
-fn block(body: ProjectBody) -> (usize, usize) {
+fn block(body: RouterGemmBody) -> (usize, usize) {
     match body {
-        ProjectBody::One => (1, 1),
-        ProjectBody::Few => (8, 4),
-        ProjectBody::Tile => (64, 32),
+        RouterGemmBody::One => (1, 1),
+        RouterGemmBody::Few => (8, 4),
+        RouterGemmBody::Tile => (64, 32),
     }
 }
 
-fn project(
+fn router_gemm(
     gpu: &Gpu,
-    body: ProjectBody,
-    shape: ProjectShape,
+    body: RouterGemmBody,
+    shape: RouterGemmShape,
     x: &CudaSlice<f16>,
     gate: &CudaSlice<f16>,
     left_out: usize,
 ) -> Result<CudaSlice<f16>, Error> {
     let stream = &gpu.stream;
     let logits = ending_in::<f16>(gpu, shape.num_tokens * shape.num_experts, &[]);
-    let types = ProjectTypes { x: DType::F16, gate: DType::F16, logits: DType::F16 };
-    let buffers = ProjectBuffers {
+    let types = RouterGemmTypes { x: DType::F16, gate: DType::F16, logits: DType::F16 };
+    let buffers = RouterGemmBuffers {
         logits: logits.device_ptr(stream).0,
         x: x.device_ptr(stream).0,
         gate: gate.device_ptr(stream).0,
@@ -42,24 +43,30 @@ fn project(
     let (device, on) = (&gpu.device, stream.cu_stream());
     // SAFETY: the buffers are as long as the shape says, and live until the kernel has run.
     without_blocks(gpu, left_out, || unsafe {
-        project_fwd_with(device, on, body, types, shape, buffers)
+        router_gemm_fwd_with(device, on, body, types, shape, buffers)
     })?;
     stream.synchronize().unwrap();
     Ok(logits)
 }
 
 /// The last logits of many tokens, against those of a few.
-fn last_tokens(gpu: &Gpu, body: ProjectBody, num_tokens: usize, num_experts: usize, hidden: usize) {
+fn last_tokens(
+    gpu: &Gpu,
+    body: RouterGemmBody,
+    num_tokens: usize,
+    num_experts: usize,
+    hidden: usize,
+) {
     let (block_tokens, block_experts) = block(body);
     let x = values::<f16>(64 * hidden, 1.0, 1);
     let gate = gpu.stream.clone_htod(&values::<f16>(num_experts * hidden, 1.0, 2)).unwrap();
     let near_x = gpu.stream.clone_htod(&x).unwrap();
     let far_x = ending_in(gpu, num_tokens * hidden, &x);
-    let shape = |num_tokens| ProjectShape { num_tokens, num_experts, hidden };
-    let near = project(gpu, body, shape(64), &near_x, &gate, 0).unwrap();
+    let shape = |num_tokens| RouterGemmShape { num_tokens, num_experts, hidden };
+    let near = router_gemm(gpu, body, shape(64), &near_x, &gate, 0).unwrap();
     // The last block of tokens, with every expert.
     let left_out = (num_tokens / block_tokens - 1) * num_experts.div_ceil(block_experts);
-    let far = project(gpu, body, shape(num_tokens), &far_x, &gate, left_out).unwrap();
+    let far = router_gemm(gpu, body, shape(num_tokens), &far_x, &gate, left_out).unwrap();
     let count = block_tokens * num_experts;
     let near = end_of(gpu, &near, count);
     assert!(near.iter().all(|logit| logit.is_finite()));
@@ -84,13 +91,13 @@ fn tokens_past_2_31_elements_are_projected() {
 fn logits_past_2_31_elements_are_stored() {
     let (gpu, _turn) = alone();
     let (num_tokens, num_experts, hidden) = (LIMIT / 4096 + 64, 4096, 8);
-    for body in [ProjectBody::Few, ProjectBody::Tile] {
+    for body in [RouterGemmBody::Few, RouterGemmBody::Tile] {
         last_tokens(&gpu, body, num_tokens, num_experts, hidden);
     }
     // One has a block for each logit, and a grid has no more than 2^31 - 1.
-    let shape = ProjectShape { num_tokens, num_experts, hidden };
+    let shape = RouterGemmShape { num_tokens, num_experts, hidden };
     let small = gpu.stream.clone_htod(&[f16::ONE]).unwrap();
-    let refused = project(&gpu, ProjectBody::One, shape, &small, &small, 0);
+    let refused = router_gemm(&gpu, RouterGemmBody::One, shape, &small, &small, 0);
     assert!(matches!(refused, Err(Error::Unsupported { .. })));
 }
 
@@ -104,10 +111,12 @@ fn gates_past_2_31_elements_are_read() {
     let x = gpu.stream.clone_htod(&x).unwrap();
     let near_gate = gpu.stream.clone_htod(&row).unwrap();
     let far_gate = ending_in(&gpu, experts * hidden, &row);
-    let shape = |num_experts| ProjectShape { num_tokens: 1, num_experts, hidden };
-    for (body, left_out) in [(ProjectBody::One, experts - 1), (ProjectBody::Few, experts / 4 - 1)] {
-        let near = project(&gpu, body, shape(1), &x, &near_gate, 0).unwrap();
-        let far = project(&gpu, body, shape(experts), &x, &far_gate, left_out).unwrap();
+    let shape = |num_experts| RouterGemmShape { num_tokens: 1, num_experts, hidden };
+    for (body, left_out) in
+        [(RouterGemmBody::One, experts - 1), (RouterGemmBody::Few, experts / 4 - 1)]
+    {
+        let near = router_gemm(&gpu, body, shape(1), &x, &near_gate, 0).unwrap();
+        let far = router_gemm(&gpu, body, shape(experts), &x, &far_gate, left_out).unwrap();
         let near = gpu.download(&near.as_view());
         assert!(near[0].is_finite() && near[0].to_f32() != 0.0);
         assert_eq!(bits(&end_of(&gpu, &far, 1)), bits(&near), "{body:?}");

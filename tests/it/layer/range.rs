@@ -57,7 +57,7 @@ impl Case<f16> {
         let (weights, is_latent) = (&mut self.weights, self.config.latent.is_some());
         let down = match &mut weights.latent {
             // What the experts themselves return is small then; it is their sum that is projected.
-            Some(latent) => &mut latent.after,
+            Some(latent) => &mut latent.proj_out,
             None => &mut weights.experts.down,
         };
         down.iter_mut().for_each(|w| *w = f16::from_f64(w.to_f64() * by));

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
 use crate::abi::{
-    PROJECT_FEW_EXPERTS, PROJECT_FEW_TOKENS, PROJECT_LANES, PROJECT_MAX_SLOTS, PROJECT_MIN_SLOTS,
-    PROJECT_SEGMENT, PROJECT_STAGES, PROJECT_STEP, PROJECT_TILE_EXPERTS, PROJECT_TILE_THREADS,
-    PROJECT_TILE_TOKENS, ProjectArgs,
+    ROUTER_GEMM_FEW_EXPERTS, ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_LANES, ROUTER_GEMM_MAX_SLOTS,
+    ROUTER_GEMM_MIN_SLOTS, ROUTER_GEMM_SEGMENT, ROUTER_GEMM_STAGES, ROUTER_GEMM_STEP,
+    ROUTER_GEMM_TILE_EXPERTS, ROUTER_GEMM_TILE_THREADS, ROUTER_GEMM_TILE_TOKENS, RouterGemmArgs,
 };
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -17,11 +17,11 @@ use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
 use crate::shape::MAX_EXPERTS;
 
-const OP: &str = "project_fwd";
+const OP: &str = "router_gemm_fwd";
 
 /// What is multiplied. The gate is of the tokens' type or `f32`; its bias is of the gate's type, as both
 /// are parameters of one linear layer, which a checkpoint stores alike.
-pub struct ProjectInputs<'a, D, G = D> {
+pub struct RouterGemmInputs<'a, D, G = D> {
     /// `[T, H]`
     pub x: &'a CudaView<'a, D>,
     /// `[E, H]`
@@ -30,9 +30,9 @@ pub struct ProjectInputs<'a, D, G = D> {
     pub bias: Option<&'a CudaView<'a, G>>,
 }
 
-/// Device addresses for [`project_fwd_raw`].
+/// Device addresses for [`router_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy, Default)]
-pub struct ProjectBuffers {
+pub struct RouterGemmBuffers {
     /// `[T, E]`, written whole.
     pub logits: CUdeviceptr,
     /// `[T, H]`
@@ -43,9 +43,9 @@ pub struct ProjectBuffers {
     pub bias: CUdeviceptr,
 }
 
-/// The types of [`project_fwd_raw`].
+/// The types of [`router_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ProjectTypes {
+pub struct RouterGemmTypes {
     /// Of the tokens.
     pub x: DType,
     /// Of the gate and its bias: that of the tokens, or f32.
@@ -54,9 +54,9 @@ pub struct ProjectTypes {
     pub logits: DType,
 }
 
-/// The dimensions of [`project_fwd_raw`].
+/// The dimensions of [`router_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ProjectShape {
+pub struct RouterGemmShape {
     /// `T`
     pub num_tokens: usize,
     /// `E`
@@ -70,7 +70,7 @@ pub struct ProjectShape {
 /// For tests and measurements; every other caller leaves the choice to the operation.
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ProjectBody {
+pub enum RouterGemmBody {
     /// A block for each logit.
     One,
     /// A block for 8 tokens and 4 experts.
@@ -79,17 +79,17 @@ pub enum ProjectBody {
     Tile,
 }
 
-impl ProjectBody {
+impl RouterGemmBody {
     /// The one that suits a shape best. It decides nothing but the time.
-    fn of(ProjectShape { num_tokens, num_experts, .. }: ProjectShape) -> Self {
+    fn of(RouterGemmShape { num_tokens, num_experts, .. }: RouterGemmShape) -> Self {
         /// Up to so many tokens weights are read once for each of them, mostly from cache, as more blocks
         /// bring them in sooner.
         const MAX_ONE_TOKENS: usize = 4;
         /// Fewer experts leave most of a tile idle, and fewer tiles most of a GPU.
-        const MIN_TILE_EXPERTS: usize = PROJECT_TILE_EXPERTS as usize / 2 + 1;
+        const MIN_TILE_EXPERTS: usize = ROUTER_GEMM_TILE_EXPERTS as usize / 2 + 1;
         const MIN_TILES: usize = 96;
-        let tiles = num_tokens.div_ceil(PROJECT_TILE_TOKENS as usize)
-            * num_experts.div_ceil(PROJECT_TILE_EXPERTS as usize);
+        let tiles = num_tokens.div_ceil(ROUTER_GEMM_TILE_TOKENS as usize)
+            * num_experts.div_ceil(ROUTER_GEMM_TILE_EXPERTS as usize);
         match () {
             () if num_tokens <= MAX_ONE_TOKENS => Self::One,
             () if num_experts >= MIN_TILE_EXPERTS && tiles >= MIN_TILES => Self::Tile,
@@ -101,19 +101,19 @@ impl ProjectBody {
     fn block(self) -> (usize, usize) {
         match self {
             Self::One => (1, 1),
-            Self::Few => (PROJECT_FEW_TOKENS as usize, PROJECT_FEW_EXPERTS as usize),
-            Self::Tile => (PROJECT_TILE_TOKENS as usize, PROJECT_TILE_EXPERTS as usize),
+            Self::Few => (ROUTER_GEMM_FEW_TOKENS as usize, ROUTER_GEMM_FEW_EXPERTS as usize),
+            Self::Tile => (ROUTER_GEMM_TILE_TOKENS as usize, ROUTER_GEMM_TILE_EXPERTS as usize),
         }
     }
 
     fn kernel(self, wide_gate: bool) -> Kernel {
         match (self, wide_gate) {
-            (Self::One, false) => Kernel::ProjectFwdOne,
-            (Self::Few, false) => Kernel::ProjectFwdFew,
-            (Self::Tile, false) => Kernel::ProjectFwdTile,
-            (Self::One, true) => Kernel::ProjectFwdOneGate32,
-            (Self::Few, true) => Kernel::ProjectFwdFewGate32,
-            (Self::Tile, true) => Kernel::ProjectFwdTileGate32,
+            (Self::One, false) => Kernel::RouterGemmFwdOne,
+            (Self::Few, false) => Kernel::RouterGemmFwdFew,
+            (Self::Tile, false) => Kernel::RouterGemmFwdTile,
+            (Self::One, true) => Kernel::RouterGemmFwdOneGate32,
+            (Self::Few, true) => Kernel::RouterGemmFwdFewGate32,
+            (Self::Tile, true) => Kernel::RouterGemmFwdTileGate32,
         }
     }
 }
@@ -130,18 +130,18 @@ impl ProjectBody {
 /// [`Error::Length`] for a buffer that does not fit, [`Error::Unsupported`] for a dimension out of range or
 /// types that do not go together, [`Error::Context`] for a stream or a buffer of another context, and what a launch
 /// can meet.
-pub fn project_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
+pub fn router_gemm_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     device: &Device,
     stream: &CudaStream,
     num_experts: usize,
     hidden: usize,
-    inputs: &ProjectInputs<'_, D, G>,
+    inputs: &RouterGemmInputs<'_, D, G>,
     logits: &mut CudaViewMut<'_, L>,
 ) -> Result<()> {
-    let ProjectInputs { x, gate, bias } = *inputs;
+    let RouterGemmInputs { x, gate, bias } = *inputs;
     check_stream(OP, device, stream)?;
     width(OP, "hidden", hidden)?;
-    let shape = ProjectShape { num_tokens: x.len() / hidden, num_experts, hidden };
+    let shape = RouterGemmShape { num_tokens: x.len() / hidden, num_experts, hidden };
     check_len(OP, "x", x.len(), shape.num_tokens * hidden)?;
     check_len(OP, "gate", gate.len(), product(OP, "num_experts * hidden", num_experts, hidden)?)?;
     if let Some(bias) = bias {
@@ -149,76 +149,78 @@ pub fn project_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     }
     let len = product(OP, "num_tokens * num_experts", shape.num_tokens, num_experts)?;
     check_len(OP, "logits", logits.len(), len)?;
-    let types = ProjectTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
+    let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
     let (logits, _logits_guard) = writes(OP, "logits", logits, stream)?;
     let (x, _x_guard) = reads(OP, "x", x, stream)?;
     let (gate, _gate_guard) = reads(OP, "gate", gate, stream)?;
     let (bias, _bias_guard) = optional(OP, "bias", bias, stream)?;
-    let buffers = ProjectBuffers { logits, x, gate, bias };
+    let buffers = RouterGemmBuffers { logits, x, gate, bias };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
-    unsafe { project_fwd_raw(device, stream.cu_stream(), types, shape, buffers) }
+    unsafe { router_gemm_fwd_raw(device, stream.cu_stream(), types, shape, buffers) }
 }
 
-/// [`project_fwd_into`] a new buffer.
+/// [`router_gemm_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`project_fwd_into`], and [`Error::Driver`] if the allocation fails.
-pub fn project_fwd<D: Dtype, G: Dtype, L: Dtype + DeviceRepr>(
+/// Those of [`router_gemm_fwd_into`], and [`Error::Driver`] if the allocation fails.
+pub fn router_gemm_fwd<D: Dtype, G: Dtype, L: Dtype + DeviceRepr>(
     device: &Device,
     stream: &Arc<CudaStream>,
     num_experts: usize,
     hidden: usize,
-    inputs: &ProjectInputs<'_, D, G>,
+    inputs: &RouterGemmInputs<'_, D, G>,
 ) -> Result<CudaSlice<L>> {
     width(OP, "hidden", hidden)?;
     let num_tokens = inputs.x.len() / hidden;
     let len = product(OP, "num_tokens * num_experts", num_tokens, num_experts)?;
     // SAFETY: the operation writes every element.
     let mut logits = unsafe { alloc::<L>(OP, stream, len) }?;
-    project_fwd_into(device, stream, num_experts, hidden, inputs, &mut logits.as_view_mut())?;
+    router_gemm_fwd_into(device, stream, num_experts, hidden, inputs, &mut logits.as_view_mut())?;
     Ok(logits)
 }
 
-/// [`project_fwd_into`] on addresses.
+/// [`router_gemm_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer that is not 0 has the elements that [`ProjectBuffers`] and `shape` give it, of the type in
+/// Each buffer that is not 0 has the elements that [`RouterGemmBuffers`] and `shape` give it, of the type in
 /// `types`, in memory of `device`'s context that stays valid until the kernel has run; `logits` overlaps none
 /// of the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a dimension out of range or types that do not go together,
 /// [`Error::Alignment`], and what a launch can meet.
-pub unsafe fn project_fwd_raw(
+pub unsafe fn router_gemm_fwd_raw(
     device: &Device,
     stream: CUstream,
-    types: ProjectTypes,
-    shape: ProjectShape,
-    buffers: ProjectBuffers,
+    types: RouterGemmTypes,
+    shape: RouterGemmShape,
+    buffers: RouterGemmBuffers,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { project_fwd_with(device, stream, ProjectBody::of(shape), types, shape, buffers) }
+    unsafe {
+        router_gemm_fwd_with(device, stream, RouterGemmBody::of(shape), types, shape, buffers)
+    }
 }
 
-/// [`project_fwd_raw`] by a certain body.
+/// [`router_gemm_fwd_raw`] by a certain body.
 ///
 /// # Safety
-/// That of [`project_fwd_raw`].
+/// That of [`router_gemm_fwd_raw`].
 ///
 /// # Errors
-/// Those of [`project_fwd_raw`].
+/// Those of [`router_gemm_fwd_raw`].
 #[doc(hidden)]
-pub unsafe fn project_fwd_with(
+pub unsafe fn router_gemm_fwd_with(
     device: &Device,
     stream: CUstream,
-    body: ProjectBody,
-    types: ProjectTypes,
-    shape: ProjectShape,
-    buffers: ProjectBuffers,
+    body: RouterGemmBody,
+    types: RouterGemmTypes,
+    shape: RouterGemmShape,
+    buffers: RouterGemmBuffers,
 ) -> Result<()> {
-    let ProjectShape { num_tokens, num_experts, hidden } = shape;
-    let ProjectBuffers { logits, x, gate, bias } = buffers;
+    let RouterGemmShape { num_tokens, num_experts, hidden } = shape;
+    let RouterGemmBuffers { logits, x, gate, bias } = buffers;
     let unsupported = |argument, wanted: String, got: String| {
         Err(Error::Unsupported { op: OP, argument, wanted, got })
     };
@@ -236,7 +238,7 @@ pub unsafe fn project_fwd_with(
     check_aligned(OP, "gate", gate, types.gate.size())?;
     check_aligned(OP, "bias", bias, types.gate.size())?;
     let rows_of = |dtype: DType, address| vector_rows(hidden * dtype.size(), &[address]);
-    let args = ProjectArgs {
+    let args = RouterGemmArgs {
         num_tokens: int(OP, "num_tokens", num_tokens)?,
         num_experts: int(OP, "num_experts", num_experts)?,
         hidden: width(OP, "hidden", hidden)?,
@@ -250,16 +252,16 @@ pub unsafe fn project_fwd_with(
         return Ok(());
     }
     let launch = match body {
-        ProjectBody::Tile => Launch {
+        RouterGemmBody::Tile => Launch {
             grid: [grid, 1, 1],
-            threads: PROJECT_TILE_THREADS as u32,
+            threads: ROUTER_GEMM_TILE_THREADS as u32,
             shared_bytes: tile_bytes(types),
         },
-        ProjectBody::One | ProjectBody::Few => {
-            let segments = hidden.div_ceil(PROJECT_SEGMENT as usize) as u32;
+        RouterGemmBody::One | RouterGemmBody::Few => {
+            let segments = hidden.div_ceil(ROUTER_GEMM_SEGMENT as usize) as u32;
             let slots = segments.next_power_of_two();
-            let slots = slots.clamp(PROJECT_MIN_SLOTS as u32, PROJECT_MAX_SLOTS as u32);
-            let threads = slots * PROJECT_LANES as u32;
+            let slots = slots.clamp(ROUTER_GEMM_MIN_SLOTS as u32, ROUTER_GEMM_MAX_SLOTS as u32);
+            let threads = slots * ROUTER_GEMM_LANES as u32;
             Launch { grid: [grid, 1, 1], threads, shared_bytes: 0 }
         }
     };
@@ -271,15 +273,15 @@ pub unsafe fn project_fwd_with(
         Argument::of(&args),
     ];
     let kernel = body.kernel(types.gate != types.x);
-    // SAFETY: the arguments follow moe_project_fwd in kernels/project.cu; the caller vouches for the
+    // SAFETY: the arguments follow moe_router_gemm_fwd in kernels/router_gemm.cu; the caller vouches for the
     // buffers; the entry is that of the types, which were checked above.
     unsafe { device.launch(stream, kernel, types.x, launch, &arguments) }
 }
 
 /// Bytes of the stages of a tile.
-fn tile_bytes(types: ProjectTypes) -> u32 {
-    let row = |dtype: DType| PROJECT_STEP as usize * dtype.size();
-    let stage = PROJECT_TILE_TOKENS as usize * row(types.x)
-        + PROJECT_TILE_EXPERTS as usize * row(types.gate);
-    (PROJECT_STAGES as usize * stage) as u32
+fn tile_bytes(types: RouterGemmTypes) -> u32 {
+    let row = |dtype: DType| ROUTER_GEMM_STEP as usize * dtype.size();
+    let stage = ROUTER_GEMM_TILE_TOKENS as usize * row(types.x)
+        + ROUTER_GEMM_TILE_EXPERTS as usize * row(types.gate);
+    (ROUTER_GEMM_STAGES as usize * stage) as u32
 }

@@ -1,4 +1,4 @@
-// project: the router's product, tokens times the rows of a gate.
+// router_gemm: the router's product, tokens times the rows of a gate.
 //   logits[t, e] = sum over h of x[t, h] * gate[e, h]  (+ bias[e])
 //   x is Elem, gate and bias are Elem or f32 (Gate), the sum is f32 by FFMA, never TF32. Logits are
 //   stored as f32, or rounded to Elem once.
@@ -13,21 +13,21 @@
 //         few   the same for 8 tokens times 4 experts, where tile would leave most SMs idle.
 //               Both read runs straight from memory; one of f32 is two loads of the same sectors.
 //         tile  a block per 64 tokens and 32 experts: eight lanes have 8 by 8 of them, steps of 64
-//               columns pass through shared memory, PROJECT_STAGES of them under way.
+//               columns pass through shared memory, ROUTER_GEMM_STAGES of them under way.
 // Launch  a grid of blocks_of(experts) * blocks_of(tokens), experts fastest, as x is the larger
-//         operand; one, few: PROJECT_LANES threads for each of 4 to 32 segments at a time (slots);
-//         tile: PROJECT_TILE_THREADS and dynamic shared memory for the stages.
+//         operand; one, few: ROUTER_GEMM_LANES threads for each of 4 to 32 segments at a time (slots);
+//         tile: ROUTER_GEMM_TILE_THREADS and dynamic shared memory for the stages.
 // Floor   bytes T*H*s + E*H*g + T*E*4 and 2*T*E*H FLOPs: at T1 H7168 E256 with f32 gates 7.3 MB, at
 //         T16384 bf16 and f32 259 MB and 60 GFLOP.
 // Writers one per logit, and the order above: the result is deterministic.
 #include "kernel.cuh"
 
-constexpr int RUN = PROJECT_RUN;
-constexpr int LANES = PROJECT_LANES;
-constexpr int STEP = PROJECT_STEP;
-constexpr int SEGMENT_STEPS = PROJECT_SEGMENT / STEP;
+constexpr int RUN = ROUTER_GEMM_RUN;
+constexpr int LANES = ROUTER_GEMM_LANES;
+constexpr int STEP = ROUTER_GEMM_STEP;
+constexpr int SEGMENT_STEPS = ROUTER_GEMM_SEGMENT / STEP;
 static_assert(LANES == 8 && WARP_SIZE % LANES == 0, "what lanes_sum adds up");
-static_assert(PROJECT_SEGMENT % STEP == 0, "segments are whole steps");
+static_assert(ROUTER_GEMM_SEGMENT % STEP == 0, "segments are whole steps");
 
 // ---- Runs of columns ----------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ __device__ __forceinline__ void lanes_sum(float (&sum)[N]) {
 
 template <typename Elem, typename Gate>
 __device__ __forceinline__ void store_logit(void* logits, const Gate* bias, float sum, int token,
-                                            int expert, const ProjectArgs& args) {
+                                            int expert, const RouterGemmArgs& args) {
   if (token >= args.num_tokens || expert >= args.num_experts) return;
   if (bias != nullptr) sum = __fadd_rn(sum, to_f32(bias[expert]));
   const int64_t at = (int64_t)token * args.num_experts + expert;
@@ -118,17 +118,17 @@ __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, 
                                               const Elem* x,     // [T, H]
                                               const Gate* gate,  // [E, H]
                                               const Gate* bias,  // [E] or null
-                                              const ProjectArgs& args) {
+                                              const RouterGemmArgs& args) {
   constexpr int N = TOKENS * EXPERTS;
   constexpr int SHARE = N == 1 ? 1 : N / LANES;
-  static_assert(N <= PROJECT_MIN_SLOTS * LANES, "a thread for each logit");
-  SHARED_ARRAY(float, segment_sums, PROJECT_MAX_SLOTS * N);
+  static_assert(N <= ROUTER_GEMM_MIN_SLOTS * LANES, "a thread for each logit");
+  SHARED_ARRAY(float, segment_sums, ROUTER_GEMM_MAX_SLOTS * N);
   const int slot = threadIdx.x / LANES, num_slots = blockDim.x / LANES;
   const int lane = threadIdx.x % LANES;
   const int expert_blocks = (args.num_experts + EXPERTS - 1) / EXPERTS;
   const int first_token = blockIdx.x / expert_blocks * TOKENS;
   const int first_expert = blockIdx.x % expert_blocks * EXPERTS;
-  const int segments = (args.hidden + PROJECT_SEGMENT - 1) / PROJECT_SEGMENT;
+  const int segments = (args.hidden + ROUTER_GEMM_SEGMENT - 1) / ROUTER_GEMM_SEGMENT;
 
   // Past the last token and expert, the last one is multiplied again, and not stored.
   const Elem* x_rows[TOKENS];
@@ -146,7 +146,7 @@ __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, 
   for (int begin = 0; begin < segments; begin += num_slots) {
     float sum[N] = {};
     // Lanes whose segment is past H go along, with zeros: a warp has several segments.
-    const int first_column = (begin + slot) * PROJECT_SEGMENT + lane * RUN;
+    const int first_column = (begin + slot) * ROUTER_GEMM_SEGMENT + lane * RUN;
 #pragma unroll 1
     for (int step = 0; step < SEGMENT_STEPS; step += AHEAD) {
       Run x_run[AHEAD][TOKENS], gate_run[AHEAD][EXPERTS];
@@ -191,8 +191,8 @@ __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, 
 
 constexpr int TILE_RUNS = 8;  // Rows of either operand that eight lanes have.
 constexpr int TILE_N = TILE_RUNS * TILE_RUNS;
-constexpr int TILE_EXPERT_GROUPS = PROJECT_TILE_EXPERTS / TILE_RUNS;
-static_assert(PROJECT_TILE_TOKENS * PROJECT_TILE_EXPERTS / TILE_N * LANES == PROJECT_TILE_THREADS,
+constexpr int TILE_EXPERT_GROUPS = ROUTER_GEMM_TILE_EXPERTS / TILE_RUNS;
+static_assert(ROUTER_GEMM_TILE_TOKENS * ROUTER_GEMM_TILE_EXPERTS / TILE_N * LANES == ROUTER_GEMM_TILE_THREADS,
               "eight lanes for each 8 by 8");
 
 // A step's columns of ROWS rows. A run is one or two 16-byte vectors; the first ones of all runs come
@@ -202,8 +202,8 @@ template <typename T, int ROWS>
 struct StepRows {
   static constexpr int LEN = Vec<T>::LEN;
   static constexpr int ROW_VECTORS = STEP / LEN;
-  static constexpr int LOADS = ROWS * ROW_VECTORS / PROJECT_TILE_THREADS;
-  static_assert(ROWS * ROW_VECTORS % PROJECT_TILE_THREADS == 0, "as many for each thread");
+  static constexpr int LOADS = ROWS * ROW_VECTORS / ROUTER_GEMM_TILE_THREADS;
+  static_assert(ROWS * ROW_VECTORS % ROUTER_GEMM_TILE_THREADS == 0, "as many for each thread");
   T at[ROWS * STEP];
 
   __device__ __forceinline__ static int place(int row, int run, int i) {
@@ -216,7 +216,7 @@ struct StepRows {
   __device__ __forceinline__ void fill(const T* rows, int first, int num_rows, int h, int hidden) {
 #pragma unroll
     for (int load = 0; load < LOADS; load++) {
-      const int index = load * PROJECT_TILE_THREADS + threadIdx.x;
+      const int index = load * ROUTER_GEMM_TILE_THREADS + threadIdx.x;
       const int row = index / ROW_VECTORS, column = index % ROW_VECTORS * LEN;
       const T* source = rows + (int64_t)min(first + row, num_rows - 1) * hidden;
       T* target = at + place(row, column / RUN, column % RUN);
@@ -248,12 +248,12 @@ struct StepRows {
 };
 
 template <typename Elem, typename Gate>
-struct alignas(16) ProjectStage {
-  StepRows<Elem, PROJECT_TILE_TOKENS> x;
-  StepRows<Gate, PROJECT_TILE_EXPERTS> gate;
+struct alignas(16) RouterGemmStage {
+  StepRows<Elem, ROUTER_GEMM_TILE_TOKENS> x;
+  StepRows<Gate, ROUTER_GEMM_TILE_EXPERTS> gate;
 };
-static_assert(sizeof(ProjectStage<bf16, float>) ==
-                  STEP * (PROJECT_TILE_TOKENS * 2 + PROJECT_TILE_EXPERTS * 4),
+static_assert(sizeof(RouterGemmStage<bf16, float>) ==
+                  STEP * (ROUTER_GEMM_TILE_TOKENS * 2 + ROUTER_GEMM_TILE_EXPERTS * 4),
               "what the launch asks for");
 
 template <bool VECTOR, typename Elem, typename Gate>
@@ -261,12 +261,12 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
                                           const Elem* x,     // [T, H]
                                           const Gate* gate,  // [E, H]
                                           const Gate* bias,  // [E] or null
-                                          const ProjectArgs& args) {
+                                          const RouterGemmArgs& args) {
   SHARED_DYNAMIC(shared);
-  auto* stages = reinterpret_cast<ProjectStage<Elem, Gate>*>(shared);
-  const int expert_blocks = (args.num_experts + PROJECT_TILE_EXPERTS - 1) / PROJECT_TILE_EXPERTS;
-  const int first_token = blockIdx.x / expert_blocks * PROJECT_TILE_TOKENS;
-  const int first_expert = blockIdx.x % expert_blocks * PROJECT_TILE_EXPERTS;
+  auto* stages = reinterpret_cast<RouterGemmStage<Elem, Gate>*>(shared);
+  const int expert_blocks = (args.num_experts + ROUTER_GEMM_TILE_EXPERTS - 1) / ROUTER_GEMM_TILE_EXPERTS;
+  const int first_token = blockIdx.x / expert_blocks * ROUTER_GEMM_TILE_TOKENS;
+  const int first_expert = blockIdx.x % expert_blocks * ROUTER_GEMM_TILE_EXPERTS;
   const int group = threadIdx.x / LANES, lane = threadIdx.x % LANES;
   const int token_row = group / TILE_EXPERT_GROUPS * TILE_RUNS;
   const int expert_row = group % TILE_EXPERT_GROUPS * TILE_RUNS;
@@ -275,7 +275,7 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
   // Every step closes a group of copies, even one without any, so that a wait can count them.
   auto fill = [&](int step) {
     if (step < steps) {
-      auto& stage = stages[step % PROJECT_STAGES];
+      auto& stage = stages[step % ROUTER_GEMM_STAGES];
       stage.x.template fill<VECTOR>(x, first_token, args.num_tokens, step * STEP, args.hidden);
       stage.gate.template fill<VECTOR>(gate, first_expert, args.num_experts, step * STEP,
                                        args.hidden);
@@ -283,17 +283,17 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
     ptx::cp_async_commit();
   };
 #pragma unroll
-  for (int step = 0; step < PROJECT_STAGES - 1; step++) fill(step);
+  for (int step = 0; step < ROUTER_GEMM_STAGES - 1; step++) fill(step);
 
   float total[TILE_RUNS] = {};
   float sum[TILE_N] = {};
   for (int step = 0; step < steps; step++) {
-    ptx::cp_async_wait<PROJECT_STAGES - 2>();
+    ptx::cp_async_wait<ROUTER_GEMM_STAGES - 2>();
     // The step has come for everybody, and everybody is done with the stage that is filled next.
     __syncthreads();
-    fill(step + PROJECT_STAGES - 1);
+    fill(step + ROUTER_GEMM_STAGES - 1);
 
-    const auto& stage = stages[step % PROJECT_STAGES];
+    const auto& stage = stages[step % ROUTER_GEMM_STAGES];
     Run x_run[TILE_RUNS], gate_run[TILE_RUNS];
 #pragma unroll
     for (int i = 0; i < TILE_RUNS; i++) {
@@ -320,8 +320,8 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
 // ---- The entries: for each body, a gate of the tokens' type and one of f32 ----------------------
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void project_one(void* logits, const Elem* x, const Gate* gate,
-                                            const Gate* bias, const ProjectArgs& args) {
+__device__ __forceinline__ void router_gemm_one(void* logits, const Elem* x, const Gate* gate,
+                                            const Gate* bias, const RouterGemmArgs& args) {
   if (args.vector) {
     segments_body<1, 1, SEGMENT_STEPS, true>(logits, x, gate, bias, args);
   } else {
@@ -330,18 +330,18 @@ __device__ __forceinline__ void project_one(void* logits, const Elem* x, const G
 }
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void project_few(void* logits, const Elem* x, const Gate* gate,
-                                            const Gate* bias, const ProjectArgs& args) {
+__device__ __forceinline__ void router_gemm_few(void* logits, const Elem* x, const Gate* gate,
+                                            const Gate* bias, const RouterGemmArgs& args) {
   if (args.vector) {
-    segments_body<PROJECT_FEW_TOKENS, PROJECT_FEW_EXPERTS, 1, true>(logits, x, gate, bias, args);
+    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, true>(logits, x, gate, bias, args);
   } else {
-    segments_body<PROJECT_FEW_TOKENS, PROJECT_FEW_EXPERTS, 1, false>(logits, x, gate, bias, args);
+    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, false>(logits, x, gate, bias, args);
   }
 }
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void project_tile(void* logits, const Elem* x, const Gate* gate,
-                                             const Gate* bias, const ProjectArgs& args) {
+__device__ __forceinline__ void router_gemm_tile(void* logits, const Elem* x, const Gate* gate,
+                                             const Gate* bias, const RouterGemmArgs& args) {
   if (args.vector) {
     tile_body<true>(logits, x, gate, bias, args);
   } else {
@@ -349,107 +349,107 @@ __device__ __forceinline__ void project_tile(void* logits, const Elem* x, const 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
-moe_project_fwd_one_f32(void* logits, const float* x, const float* gate, const float* bias,
-                        const ProjectArgs args) {
-  project_one(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
+moe_router_gemm_fwd_one_f32(void* logits, const float* x, const float* gate, const float* bias,
+                        const RouterGemmArgs args) {
+  router_gemm_one(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_one_f32, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_one_f32, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
-moe_project_fwd_one_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
-                        const ProjectArgs args) {
-  project_one(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
+moe_router_gemm_fwd_one_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+                        const RouterGemmArgs args) {
+  router_gemm_one(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_one_f16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_one_f16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
-moe_project_fwd_one_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
-                         const ProjectArgs args) {
-  project_one(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
+moe_router_gemm_fwd_one_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+                         const RouterGemmArgs args) {
+  router_gemm_one(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_one_bf16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_one_bf16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
-moe_project_fwd_one_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
-                               const ProjectArgs args) {
-  project_one(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
+moe_router_gemm_fwd_one_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+                               const RouterGemmArgs args) {
+  router_gemm_one(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_one_gate32_f16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_one_gate32_f16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS, ONE_BLOCKS)
-moe_project_fwd_one_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
-                                const ProjectArgs args) {
-  project_one(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
+moe_router_gemm_fwd_one_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+                                const RouterGemmArgs args) {
+  router_gemm_one(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_one_gate32_bf16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_one_gate32_bf16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
-moe_project_fwd_few_f32(void* logits, const float* x, const float* gate, const float* bias,
-                        const ProjectArgs args) {
-  project_few(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
+moe_router_gemm_fwd_few_f32(void* logits, const float* x, const float* gate, const float* bias,
+                        const RouterGemmArgs args) {
+  router_gemm_few(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_few_f32, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_few_f32, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
-moe_project_fwd_few_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
-                        const ProjectArgs args) {
-  project_few(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
+moe_router_gemm_fwd_few_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+                        const RouterGemmArgs args) {
+  router_gemm_few(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_few_f16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_few_f16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
-moe_project_fwd_few_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
-                         const ProjectArgs args) {
-  project_few(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
+moe_router_gemm_fwd_few_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+                         const RouterGemmArgs args) {
+  router_gemm_few(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_few_bf16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_few_bf16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
-moe_project_fwd_few_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
-                               const ProjectArgs args) {
-  project_few(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
+moe_router_gemm_fwd_few_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+                               const RouterGemmArgs args) {
+  router_gemm_few(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_few_gate32_f16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_few_gate32_f16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_MAX_THREADS)
-moe_project_fwd_few_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
-                                const ProjectArgs args) {
-  project_few(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
+moe_router_gemm_fwd_few_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+                                const RouterGemmArgs args) {
+  router_gemm_few(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_few_gate32_bf16, PROJECT_MAX_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_few_gate32_bf16, ROUTER_GEMM_MAX_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
-moe_project_fwd_tile_f32(void* logits, const float* x, const float* gate, const float* bias,
-                         const ProjectArgs args) {
-  project_tile(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
+moe_router_gemm_fwd_tile_f32(void* logits, const float* x, const float* gate, const float* bias,
+                         const RouterGemmArgs args) {
+  router_gemm_tile(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_tile_f32, PROJECT_TILE_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_tile_f32, ROUTER_GEMM_TILE_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
-moe_project_fwd_tile_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
-                         const ProjectArgs args) {
-  project_tile(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
+moe_router_gemm_fwd_tile_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+                         const RouterGemmArgs args) {
+  router_gemm_tile(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_tile_f16, PROJECT_TILE_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_tile_f16, ROUTER_GEMM_TILE_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
-moe_project_fwd_tile_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
-                          const ProjectArgs args) {
-  project_tile(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
+moe_router_gemm_fwd_tile_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+                          const RouterGemmArgs args) {
+  router_gemm_tile(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_tile_bf16, PROJECT_TILE_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_tile_bf16, ROUTER_GEMM_TILE_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
-moe_project_fwd_tile_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
-                                const ProjectArgs args) {
-  project_tile(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
+moe_router_gemm_fwd_tile_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+                                const RouterGemmArgs args) {
+  router_gemm_tile(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_tile_gate32_f16, PROJECT_TILE_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_f16, ROUTER_GEMM_TILE_THREADS)
 
-extern "C" __global__ void __launch_bounds__(PROJECT_TILE_THREADS)
-moe_project_fwd_tile_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
-                                 const ProjectArgs args) {
-  project_tile(logits, x, gate, bias, args);
+extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
+moe_router_gemm_fwd_tile_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+                                 const RouterGemmArgs args) {
+  router_gemm_tile(logits, x, gate, bias, args);
 }
-EXPORT_KERNEL(moe_project_fwd_tile_gate32_bf16, PROJECT_TILE_THREADS)
+EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_bf16, ROUTER_GEMM_TILE_THREADS)

@@ -26,9 +26,9 @@ void check(uint64_t seed) {
   const Buffer<Elem> x_device(x);
   const Buffer<Gate> gate_device(gate), bias_device(bias);
   const bool vector = hidden * sizeof(Elem) % 16 == 0 && hidden * sizeof(Gate) % 16 == 0;
-  const ProjectArgs args = {tokens, experts, hidden, 1, vector};
-  int slots = PROJECT_MIN_SLOTS;
-  while (slots * PROJECT_SEGMENT < hidden) slots *= 2;
+  const RouterGemmArgs args = {tokens, experts, hidden, 1, vector};
+  int slots = ROUTER_GEMM_MIN_SLOTS;
+  while (slots * ROUTER_GEMM_SEGMENT < hidden) slots *= 2;
   auto blocks = [&](int block_tokens, int block_experts) {
     return (tokens + block_tokens - 1) / block_tokens *
            ((experts + block_experts - 1) / block_experts);
@@ -39,17 +39,17 @@ void check(uint64_t seed) {
     unsigned shared_bytes;
   };
   const unsigned stage =
-      PROJECT_STEP * (PROJECT_TILE_TOKENS * sizeof(Elem) + PROJECT_TILE_EXPERTS * sizeof(Gate));
+      ROUTER_GEMM_STEP * (ROUTER_GEMM_TILE_TOKENS * sizeof(Elem) + ROUTER_GEMM_TILE_EXPERTS * sizeof(Gate));
   const Body bodies[] = {
-      {"one", blocks(1, 1), slots * PROJECT_LANES, 0},
-      {"few", blocks(PROJECT_FEW_TOKENS, PROJECT_FEW_EXPERTS), slots * PROJECT_LANES, 0},
-      {"tile", blocks(PROJECT_TILE_TOKENS, PROJECT_TILE_EXPERTS), PROJECT_TILE_THREADS,
-       PROJECT_STAGES * stage},
+      {"one", blocks(1, 1), slots * ROUTER_GEMM_LANES, 0},
+      {"few", blocks(ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS), slots * ROUTER_GEMM_LANES, 0},
+      {"tile", blocks(ROUTER_GEMM_TILE_TOKENS, ROUTER_GEMM_TILE_EXPERTS), ROUTER_GEMM_TILE_THREADS,
+       ROUTER_GEMM_STAGES * stage},
   };
   const char* wide = std::is_same_v<Elem, Gate> ? "" : "_gate32";
   for (const Body& body : bodies) {
     const Buffer<float> logits(static_cast<size_t>(tokens) * experts);
-    testing::run_ok(std::string("moe_project_fwd_") + body.name + wide + suffix<Elem>(),
+    testing::run_ok(std::string("moe_router_gemm_fwd_") + body.name + wide + suffix<Elem>(),
                     {dim3(body.blocks), dim3(body.threads), body.shared_bytes, seed}, logits.get(),
                     x_device.get(), gate_device.get(), bias_device.get(), args);
     for (int i = 0; i < tokens * experts; i++) {
@@ -65,7 +65,7 @@ void check(uint64_t seed) {
   }
 }
 
-TEST(product_project) {
+TEST(product_router_gemm) {
   for (uint64_t seed = 0; seed < testing::seeds(12); seed++) {
     check<float, float>(seed);
     check<f16, f16>(seed);

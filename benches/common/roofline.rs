@@ -1,8 +1,8 @@
-//! The physical floor: what no kernel can be faster than.
+//! The physical roofline: what no kernel can be faster than.
 //!
 //! An operation has to read each of its inputs once, write each of its outputs once, and do its
 //! arithmetic. The first two take `bytes / bandwidth`, the last `flops / rate`, and they can overlap:
-//! the floor is the longer of the two. Bandwidth and rate are measured, in the same run, by
+//! the roofline is the longer of the two. Bandwidth and rate are measured, in the same run, by
 //! [`crate::ceiling`].
 //!
 //! What is between two products is free: a perfect layer keeps it on the chip. Weights of experts
@@ -42,7 +42,7 @@ impl Bound {
 
 /// The shortest time there can be.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Floor {
+pub struct Roofline {
     /// Seconds of one call.
     pub seconds: f64,
     /// What takes that long.
@@ -52,7 +52,7 @@ pub struct Floor {
 /// The least work of `op` on `tokens` tokens, with elements of `size` bytes.
 ///
 /// `distinct` experts have a row; its expectation under uniform routing is [`expected_distinct`].
-/// Logits and the gate have the element type (but for the f32 logits of `project`), ids and maps 4 bytes, weights of the
+/// Logits and the gate have the element type (but for the f32 logits of `router_gemm`), ids and maps 4 bytes, weights of the
 /// choice 4.
 pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f64) -> Work {
     let [t, h, i, e, k] =
@@ -68,7 +68,7 @@ pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f6
     let matrix = distinct * h * i * size;
     let product = 2.0 * rows * h * i;
     let (bytes, flops) = match op {
-        Op::Project => (x + e * h * size + 4.0 * t * e, 2.0 * t * h * e),
+        Op::RouterGemm => (x + e * h * size + 4.0 * t * e, 2.0 * t * h * e),
         Op::Route => (t * e * size + 2.0 * list, 0.0),
         Op::Noise => (4.0 * t * e, 0.0),
         Op::Jitter => (x + 4.0 * t * h + x, 0.0),
@@ -89,15 +89,15 @@ pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f6
 }
 
 impl Work {
-    /// The floor at a bandwidth in bytes per second and a rate in operations per second. `None` where
+    /// The roofline at a bandwidth in bytes per second and a rate in operations per second. `None` where
     /// a ceiling that counts was not measured.
-    pub fn floor(&self, bandwidth: Option<f64>, rate: Option<f64>) -> Option<Floor> {
-        let memory = Floor { seconds: self.bytes / bandwidth?, bound: Bound::Memory };
+    pub fn roofline(&self, bandwidth: Option<f64>, rate: Option<f64>) -> Option<Roofline> {
+        let memory = Roofline { seconds: self.bytes / bandwidth?, bound: Bound::Memory };
         // What a copy does beside its bytes is nothing that a matrix product's rate says anything about.
         if self.flops < self.bytes {
             return Some(memory);
         }
-        let compute = Floor { seconds: self.flops / rate?, bound: Bound::Compute };
+        let compute = Roofline { seconds: self.flops / rate?, bound: Bound::Compute };
         Some(if compute.seconds > memory.seconds { compute } else { memory })
     }
 }
@@ -123,8 +123,8 @@ mod tests {
         work(Op::LayerFromX, &config, tokens, 2, expected_distinct(&config, tokens))
     }
 
-    /// Floors of whole layers in bf16, in microseconds; M is bound by memory, C by arithmetic.
-    const FLOORS: [(&str, [&str; 6]); 12] = [
+    /// Rooflines of whole layers in bf16, in microseconds; M is bound by memory, C by arithmetic.
+    const ROOFLINES: [(&str, [&str; 6]); 12] = [
         ("mixtral-8x7b", ["164 M", "590 M", "656 M", "657 M", "3654 C", "14615 C"]),
         ("mixtral-8x22b", ["281 M", "1011 M", "1124 M", "1127 M", "6264 C", "25054 C"]),
         ("qwen3-30b-a3b", ["17.7 M", "113 M", "277 M", "282 M", "394 C", "1577 C"]),
@@ -140,12 +140,12 @@ mod tests {
     ];
 
     #[test]
-    fn floors_of_whole_layers() {
-        for (name, cells) in FLOORS {
+    fn rooflines_of_whole_layers() {
+        for (name, cells) in ROOFLINES {
             for (tokens, cell) in TOKENS.into_iter().zip(cells) {
-                let floor = layer(name, tokens).floor(Some(BANDWIDTH), Some(RATE)).unwrap();
-                let micros = floor.seconds * 1e6;
-                let bound = if floor.bound == Bound::Memory { "M" } else { "C" };
+                let roofline = layer(name, tokens).roofline(Some(BANDWIDTH), Some(RATE)).unwrap();
+                let micros = roofline.seconds * 1e6;
+                let bound = if roofline.bound == Bound::Memory { "M" } else { "C" };
                 let got = if micros < 100.0 {
                     format!("{micros:.1} {bound}")
                 } else {
@@ -191,15 +191,15 @@ mod tests {
     }
 
     #[test]
-    fn a_floor_needs_the_ceilings_that_count() {
+    fn a_roofline_needs_measured_ceilings() {
         let work = Work { bytes: 100.0, flops: 1000.0 };
-        assert_eq!(work.floor(None, Some(1.0)), None);
-        assert_eq!(work.floor(Some(1.0), None), None);
-        let floor = work.floor(Some(1.0), Some(100.0)).unwrap();
-        assert_eq!((floor.seconds, floor.bound), (100.0, Bound::Memory));
-        let floor = work.floor(Some(100.0), Some(1.0)).unwrap();
-        assert_eq!((floor.seconds, floor.bound), (1000.0, Bound::Compute));
+        assert_eq!(work.roofline(None, Some(1.0)), None);
+        assert_eq!(work.roofline(Some(1.0), None), None);
+        let roofline = work.roofline(Some(1.0), Some(100.0)).unwrap();
+        assert_eq!((roofline.seconds, roofline.bound), (100.0, Bound::Memory));
+        let roofline = work.roofline(Some(100.0), Some(1.0)).unwrap();
+        assert_eq!((roofline.seconds, roofline.bound), (1000.0, Bound::Compute));
         // No arithmetic to speak of: the rate does not matter.
-        assert!(Work { bytes: 100.0, flops: 0.0 }.floor(Some(1.0), None).is_some());
+        assert!(Work { bytes: 100.0, flops: 0.0 }.roofline(Some(1.0), None).is_some());
     }
 }

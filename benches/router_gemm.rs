@@ -1,7 +1,7 @@
-//! project: the router's product, with a gate of the tokens' type and logits in f32.
+//! router_gemm: the router's product, with a gate of the tokens' type and logits in f32.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::ops::project::{ProjectInputs, project_fwd_into};
+use moe_kernels::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use moe_kernels::reference;
 
 use crate::common::error::Result;
@@ -20,9 +20,9 @@ pub(crate) fn on_gpu<'a, D: Element>(
     let mut logits = gpu.zeros::<f32>(draw.shape.logits())?;
     Ok(Workload::new(move |set| {
         let (x, gate) = (x.as_view(), weights[set].gate.as_view());
-        let inputs = ProjectInputs { x: &x, gate: &gate, bias: None };
+        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: None };
         let logits = &mut logits.as_view_mut();
-        project_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, logits)?;
+        router_gemm_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, logits)?;
         Ok(())
     }))
 }
@@ -35,8 +35,8 @@ pub(crate) fn on_cpu<'a, D: Element>(
     let (num_experts, hidden) = (model.config.num_experts, model.config.hidden);
     let x = x::<D>(model, draw.shape.num_tokens);
     Ok(Workload::new(move |_| {
-        let inputs = reference::ProjectInputs { x: &x, gate: &weights.gate, bias: None };
-        std::hint::black_box(reference::project_fwd::<f32>(num_experts, hidden, &inputs)?);
+        let inputs = reference::RouterGemmInputs { x: &x, gate: &weights.gate, bias: None };
+        std::hint::black_box(reference::router_gemm_fwd::<f32>(num_experts, hidden, &inputs)?);
         Ok(())
     }))
 }

@@ -1,16 +1,17 @@
-//! project: all bodies give the same bits, those of the stated order, near the reference in f64.
+//! router_gemm: all bodies give the same bits, those of the stated order, near the reference in f64.
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use half::{bf16, f16};
-use moe_kernels::ops::project::{
-    self, ProjectBody, ProjectBuffers, ProjectInputs, ProjectShape, ProjectTypes,
+use moe_kernels::ops::router_gemm::{
+    self, RouterGemmBody, RouterGemmBuffers, RouterGemmInputs, RouterGemmShape, RouterGemmTypes,
 };
 use moe_kernels::{DType, Dtype, Error, reference};
 use proptest::prelude::*;
 
 use crate::common::{Gpu, assert_within, config, gpu, values};
 
-const BODIES: [ProjectBody; 3] = [ProjectBody::One, ProjectBody::Few, ProjectBody::Tile];
+const BODIES: [RouterGemmBody; 3] =
+    [RouterGemmBody::One, RouterGemmBody::Few, RouterGemmBody::Tile];
 
 /// The bits of values, where all NaNs are one.
 fn bits<L: Dtype>(values: &[L]) -> Vec<u32> {
@@ -47,9 +48,9 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         let bias = gpu.upload(self.bias.as_deref().unwrap_or_default());
         let (x, gate, bias) = (x.view(), gate.view(), bias.view());
         let inputs =
-            ProjectInputs { x: &x, gate: &gate, bias: self.bias.is_some().then_some(&bias) };
+            RouterGemmInputs { x: &x, gate: &gate, bias: self.bias.is_some().then_some(&bias) };
         let mut logits = gpu.poisoned::<L>(self.num_tokens() * self.num_experts);
-        project::project_fwd_into(
+        router_gemm::router_gemm_fwd_into(
             &gpu.device,
             &gpu.stream,
             self.num_experts,
@@ -65,7 +66,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
     fn run_with<L: Dtype + DeviceRepr>(
         &self,
         gpu: &Gpu,
-        body: ProjectBody,
+        body: RouterGemmBody,
         offsets: [usize; 2],
     ) -> Vec<L> {
         let mut x = vec![D::from_f32(f32::NAN); offsets[0]];
@@ -86,9 +87,9 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
             let (x, _x) = x.device_ptr(stream);
             let (gate, _gate) = gate.device_ptr(stream);
             let buffers =
-                ProjectBuffers { logits, x, gate, bias: bias.as_ref().map_or(0, |(at, _)| *at) };
-            let types = ProjectTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
-            let shape = ProjectShape {
+                RouterGemmBuffers { logits, x, gate, bias: bias.as_ref().map_or(0, |(at, _)| *at) };
+            let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
+            let shape = RouterGemmShape {
                 num_tokens: self.num_tokens(),
                 num_experts: self.num_experts,
                 hidden: self.hidden,
@@ -96,7 +97,8 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
             // SAFETY: the buffers have the shape's lengths and live on.
             unsafe {
                 let (device, stream) = (&gpu.device, stream.cu_stream());
-                project::project_fwd_with(device, stream, body, types, shape, buffers).unwrap();
+                router_gemm::router_gemm_fwd_with(device, stream, body, types, shape, buffers)
+                    .unwrap();
             }
         }
         gpu.download(&logits.view())
@@ -133,13 +135,13 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
             G::DTYPE,
             L::DTYPE
         );
-        let inputs = reference::ProjectInputs {
+        let inputs = reference::RouterGemmInputs {
             x: &self.x[..],
             gate: &self.gate[..],
             bias: self.bias.as_deref(),
         };
-        let want =
-            reference::bound::project(self.num_experts, self.hidden, &inputs, L::DTYPE).unwrap();
+        let want = reference::bound::router_gemm(self.num_experts, self.hidden, &inputs, L::DTYPE)
+            .unwrap();
         let exact: Vec<L> = self.exact().into_iter().map(L::from_f32).collect();
         let chosen = self.run::<L>(gpu);
         assert_within(&chosen, &want, &what);
@@ -272,9 +274,10 @@ fn the_allocating_form_agrees() {
     let case = Case::<bf16, f32>::new(6, 5, 48, 3);
     let (x, gate) = (gpu.upload(&case.x), gpu.upload(&case.gate));
     let (x, gate) = (x.view(), gate.view());
-    let inputs = ProjectInputs { x: &x, gate: &gate, bias: None };
+    let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: None };
     let logits =
-        project::project_fwd::<_, _, bf16>(&gpu.device, &gpu.stream, 5, 48, &inputs).unwrap();
+        router_gemm::router_gemm_fwd::<_, _, bf16>(&gpu.device, &gpu.stream, 5, 48, &inputs)
+            .unwrap();
     assert_eq!(bits(&gpu.download(&logits.as_view())), bits(&case.run::<bf16>(&gpu)));
 }
 
@@ -286,13 +289,20 @@ fn errors_come_before_any_launch() {
     let mut call = |num_experts: usize, hidden: usize, lens: [usize; 4]| {
         let values = values.view();
         let [x, gate, bias] = [0, 1, 2].map(|at| values.slice(..lens[at]));
-        let inputs = ProjectInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
         let view = &mut logits.view_mut();
         let logits = &mut view.slice_mut(..lens[3]);
-        project::project_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, logits)
+        router_gemm::router_gemm_fwd_into(
+            &gpu.device,
+            &gpu.stream,
+            num_experts,
+            hidden,
+            &inputs,
+            logits,
+        )
     };
     let length =
-        |argument, wanted, got| Err(Error::Length { op: "project_fwd", argument, wanted, got });
+        |argument, wanted, got| Err(Error::Length { op: "router_gemm_fwd", argument, wanted, got });
     assert_eq!(call(3, 8, [31, 24, 3, 12]), length("x", 24, 31));
     assert_eq!(call(3, 8, [32, 23, 3, 12]), length("gate", 24, 23));
     assert_eq!(call(3, 8, [32, 24, 2, 12]), length("bias", 3, 2));
@@ -311,30 +321,30 @@ fn errors_come_before_any_launch() {
     let gate = gpu.upload(&[bf16::ONE; 8]);
     let (tokens, gate) = (tokens.view(), gate.view());
     let (device, stream) = (&gpu.device, &gpu.stream);
-    let inputs = ProjectInputs { x: &tokens, gate: &gate, bias: None };
-    let mixed = project::project_fwd::<_, _, f32>(device, stream, 1, 8, &inputs);
+    let inputs = RouterGemmInputs { x: &tokens, gate: &gate, bias: None };
+    let mixed = router_gemm::router_gemm_fwd::<_, _, f32>(device, stream, 1, 8, &inputs);
     assert!(matches!(mixed, Err(Error::Unsupported { argument: "gate", .. })), "{mixed:?}");
-    let inputs = ProjectInputs { x: &tokens, gate: &tokens, bias: None };
-    let mixed = project::project_fwd::<_, _, bf16>(device, stream, 1, 8, &inputs);
+    let inputs = RouterGemmInputs { x: &tokens, gate: &tokens, bias: None };
+    let mixed = router_gemm::router_gemm_fwd::<_, _, bf16>(device, stream, 1, 8, &inputs);
     assert!(matches!(mixed, Err(Error::Unsupported { argument: "logits", .. })), "{mixed:?}");
 }
 
 #[test]
 fn raw_arguments_are_checked() {
     let gpu = gpu();
-    let good = ProjectBuffers { logits: 256, x: 256, gate: 256, bias: 256 };
-    let call = |num_tokens: usize, buffers: ProjectBuffers| {
-        let types = ProjectTypes { x: DType::F16, gate: DType::F32, logits: DType::F32 };
-        let shape = ProjectShape { num_tokens, num_experts: 4, hidden: 8 };
+    let good = RouterGemmBuffers { logits: 256, x: 256, gate: 256, bias: 256 };
+    let call = |num_tokens: usize, buffers: RouterGemmBuffers| {
+        let types = RouterGemmTypes { x: DType::F16, gate: DType::F32, logits: DType::F32 };
+        let shape = RouterGemmShape { num_tokens, num_experts: 4, hidden: 8 };
         let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
         // SAFETY: every call here fails before it launches anything.
-        unsafe { project::project_fwd_raw(device, stream, types, shape, buffers) }
+        unsafe { router_gemm::router_gemm_fwd_raw(device, stream, types, shape, buffers) }
     };
     for (argument, buffers) in [
-        ("logits", ProjectBuffers { logits: 258, ..good }),
-        ("x", ProjectBuffers { x: 257, ..good }),
-        ("gate", ProjectBuffers { gate: 258, ..good }),
-        ("bias", ProjectBuffers { bias: 258, ..good }),
+        ("logits", RouterGemmBuffers { logits: 258, ..good }),
+        ("x", RouterGemmBuffers { x: 257, ..good }),
+        ("gate", RouterGemmBuffers { gate: 258, ..good }),
+        ("bias", RouterGemmBuffers { bias: 258, ..good }),
     ] {
         let result = call(4, buffers);
         assert!(

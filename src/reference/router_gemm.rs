@@ -6,9 +6,9 @@ use crate::error::{Error, Result, check_len, product, width};
 use crate::matmul::matmul_transposed;
 use crate::shape::MAX_EXPERTS;
 
-/// What [`project_fwd`] multiplies: the gate and its bias have a type of their own.
+/// What [`router_gemm_fwd`] multiplies: the gate and its bias have a type of their own.
 #[derive(Debug, Clone)]
-pub struct ProjectInputs<'a, X, G = X> {
+pub struct RouterGemmInputs<'a, X, G = X> {
     /// `[T, H]`
     pub x: &'a [X],
     /// `[E, H]`
@@ -24,13 +24,13 @@ const BLOCK_ROWS: usize = 64;
 ///
 /// # Errors
 /// `E` or `H` out of range, or a length that is not the shape's.
-pub fn project_fwd<A: Accum>(
+pub fn router_gemm_fwd<A: Accum>(
     num_experts: usize,
     hidden: usize,
-    inputs: &ProjectInputs<'_, impl Element<A>, impl Element<A>>,
+    inputs: &RouterGemmInputs<'_, impl Element<A>, impl Element<A>>,
 ) -> Result<Vec<A>> {
-    const OP: &str = "project_fwd";
-    let ProjectInputs { x, gate, bias } = *inputs;
+    const OP: &str = "router_gemm_fwd";
+    let RouterGemmInputs { x, gate, bias } = *inputs;
     if !(1..=MAX_EXPERTS).contains(&num_experts) {
         let (wanted, got) = (format!("1 to {MAX_EXPERTS}"), num_experts.to_string());
         return Err(Error::Unsupported { op: OP, argument: "num_experts", wanted, got });
@@ -73,8 +73,8 @@ mod tests {
         let x: Vec<bf16> = sampler.elements(num_tokens * hidden);
         let gate: Vec<f32> = sampler.elements(num_experts * hidden);
         let bias: Vec<f32> = sampler.elements(num_experts);
-        let inputs = ProjectInputs { x: &x, gate: &gate, bias: Some(&bias) };
-        let logits = project_fwd::<f64>(num_experts, hidden, &inputs).unwrap();
+        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        let logits = router_gemm_fwd::<f64>(num_experts, hidden, &inputs).unwrap();
         assert_eq!(logits.len(), num_tokens * num_experts);
         for (i, logit) in logits.iter().enumerate() {
             let x = &x[i / num_experts * hidden..][..hidden];
@@ -82,16 +82,16 @@ mod tests {
             let sum: f64 = x.iter().zip(gate).map(|(x, g)| x.to_f64() * f64::from(*g)).sum();
             assert!((logit - sum - f64::from(bias[i % num_experts])).abs() < 1e-14);
         }
-        let none = ProjectInputs { x: &[] as &[bf16], bias: None, ..inputs };
-        assert!(project_fwd::<f64>(num_experts, hidden, &none).unwrap().is_empty());
+        let none = RouterGemmInputs { x: &[] as &[bf16], bias: None, ..inputs };
+        assert!(router_gemm_fwd::<f64>(num_experts, hidden, &none).unwrap().is_empty());
     }
 
     #[test]
     fn wrong_lengths() {
         let run = |num_experts, hidden, lens: [usize; 3]| {
             let [x, gate, bias] = lens.map(|len| vec![0f32; len]);
-            let inputs = ProjectInputs { x: &x, gate: &gate, bias: Some(&bias) };
-            project_fwd::<f32>(num_experts, hidden, &inputs).is_ok()
+            let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+            router_gemm_fwd::<f32>(num_experts, hidden, &inputs).is_ok()
         };
         assert!(run(3, 2, [4, 6, 3]));
         assert!(!run(3, 2, [5, 6, 3]) && !run(3, 2, [4, 5, 3]) && !run(3, 2, [4, 6, 2]));
