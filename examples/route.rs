@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let plan = plan::plan_fwd(&device, &stream, shape, &routing.expert_ids.as_view())?;
 
     let expert_ids = stream.clone_dtoh(&routing.expert_ids)?;
-    let weights = stream.clone_dtoh(&routing.weights)?;
+    let weights = stream.clone_dtoh(&routing.routing_weights)?;
     for (token, (ids, weights)) in expert_ids.chunks(2).zip(weights.chunks(2)).enumerate() {
         println!("token {token}: experts {ids:?}, weights {weights:?}");
     }

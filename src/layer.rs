@@ -106,7 +106,7 @@ impl MoeLayer {
             arena.take(pass.sections.routing_weights)?,
         );
         pass.route(inputs, dense.as_ref(), &mut arena, &mut outputs)?;
-        let routing = (&outputs.expert_ids.as_view(), &outputs.weights.as_view());
+        let routing = (&outputs.expert_ids.as_view(), &outputs.routing_weights.as_view());
         pass.experts(&inputs.x, routing, dense.as_ref(), &mut arena, y)
     }
 

@@ -105,7 +105,7 @@ impl Draw {
             routing,
             logits,
             expert_ids: chosen.expert_ids,
-            weights: chosen.weights,
+            weights: chosen.routing_weights,
             distinct: used.into_iter().filter(|&used| used).count(),
         })
     }

@@ -65,7 +65,7 @@ impl<'s> Contexts<'s> {
     }
 
     pub(super) fn outputs(self, outputs: &RoutingOutputs<'_>) -> Result<()> {
-        let RoutingOutputs { expert_ids, weights, kept, dropped } = outputs;
+        let RoutingOutputs { expert_ids, routing_weights: weights, kept, dropped } = outputs;
         self.written("expert_ids", expert_ids)?;
         self.written("routing_weights", weights)?;
         kept.as_ref().map_or(Ok(()), |kept| self.written("kept", kept))?;

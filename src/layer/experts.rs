@@ -84,11 +84,11 @@ impl<D: Dtype> Pass<'_, '_, D> {
             experts: config.num_experts as u32..(config.num_experts + zero.count) as u32,
             expert_ids: routing.0,
             x,
-            weights: config.experts.weighs_rows(D::DTYPE).then_some(routing.1),
+            routing_weights: config.experts.weighs_rows(D::DTYPE).then_some(routing.1),
         });
         let inputs = CombineInputs {
             yp: &yp.as_view(),
-            weights: self.output_weights(routing),
+            routing_weights: self.output_weights(routing),
             identity,
             output_bias: self.weights.experts.output_bias.as_ref(),
             shared,
@@ -123,7 +123,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let mut latent_y = arena.take::<D>(self.sections.latent_y)?;
         let inputs = CombineInputs {
             yp: &yp.as_view(),
-            weights: self.output_weights(routing),
+            routing_weights: self.output_weights(routing),
             identity: None,
             output_bias: None,
             shared: None,
@@ -143,7 +143,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         )?;
         let inputs = CombineInputs {
             yp: &out.as_view(),
-            weights: None,
+            routing_weights: None,
             identity: None,
             output_bias: None,
             shared,

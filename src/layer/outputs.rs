@@ -14,7 +14,7 @@ pub struct RoutingOutputs<'o> {
     /// `[T, K]`: the experts of each token; `u32::MAX` for a slot that was dropped, or whose token is not active.
     pub expert_ids: CudaViewMut<'o, u32>,
     /// `[T, K]`: their weights.
-    pub weights: CudaViewMut<'o, f32>,
+    pub routing_weights: CudaViewMut<'o, f32>,
     /// `[N, E]`, of a layer with capacity: slots of each sequence that each expert keeps.
     pub kept: Option<CudaViewMut<'o, u32>>,
     /// `[N, E]`, of a layer with capacity: requests that each expert had no room for; without overflow, slots that are
@@ -24,8 +24,11 @@ pub struct RoutingOutputs<'o> {
 
 impl<'o> RoutingOutputs<'o> {
     /// Ids and weights `[T, K]` alone.
-    pub const fn new(expert_ids: CudaViewMut<'o, u32>, weights: CudaViewMut<'o, f32>) -> Self {
-        Self { expert_ids, weights, kept: None, dropped: None }
+    pub const fn new(
+        expert_ids: CudaViewMut<'o, u32>,
+        routing_weights: CudaViewMut<'o, f32>,
+    ) -> Self {
+        Self { expert_ids, routing_weights, kept: None, dropped: None }
     }
 
     /// Holds every output against the shape, and against what the configuration can give.
@@ -37,7 +40,7 @@ impl<'o> RoutingOutputs<'o> {
         sequence_tokens: Option<usize>,
     ) -> Result<()> {
         check_len(op, "expert_ids", self.expert_ids.len(), shape.slots())?;
-        check_len(op, "routing_weights", self.weights.len(), shape.slots())?;
+        check_len(op, "routing_weights", self.routing_weights.len(), shape.slots())?;
         let sequences = shape.sequences(sequence_tokens);
         let cells = product(op, "sequences * num_experts", sequences, shape.num_experts)?;
         for (name, counts) in [("kept", &self.kept), ("dropped", &self.dropped)] {

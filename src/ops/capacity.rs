@@ -60,7 +60,7 @@ pub struct CapacityBuffers {
     /// `[N, E]` `u32`, as `kept`.
     pub dropped: CUdeviceptr,
     /// `[T, K]` `f32`
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
     /// `[E + 1]` `i32`
     pub expert_offsets: CUdeviceptr,
     /// `[T * K]` `i32`: rows, or -1.
@@ -76,7 +76,7 @@ pub struct CapacityBuffers {
 /// be of some of the experts. A sequence has `sequence_tokens` tokens, the last one perhaps fewer; without a
 /// length the batch is one sequence. `expert_ids` `[T, K]` receives a slot's expert where the slot is kept, else
 /// `u32::MAX`: inactive slots stay inactive and never count. `kept` and `dropped` are `[N, E]`, for `N`
-/// sequences and the plan's `E` experts. `weights` `[T, K]` are read where the priority asks for them: for
+/// sequences and the plan's `E` experts. `routing_weights` `[T, K]` are read where the priority asks for them: for
 /// [`Priority::ChoiceByTopWeight`] those of first choices, before any normalisation. This is the first
 /// round: overflow is up to the caller, as this module's description says. Asynchronous, ordered on
 /// `stream`; exact.
@@ -93,13 +93,13 @@ pub fn capacity_fwd_into(
     shape: RoutingShape,
     config: &CapacityConfig,
     sequence_tokens: Option<usize>,
-    weights: &CudaView<'_, f32>,
+    routing_weights: &CudaView<'_, f32>,
     expert_ids: &mut CudaViewMut<'_, u32>,
     kept: &mut CudaViewMut<'_, u32>,
     dropped: &mut CudaViewMut<'_, u32>,
 ) -> Result<()> {
     let round = Round { shape, config, sequence_tokens, later: false };
-    round.enqueue(device, stream, plan, weights, expert_ids, kept, dropped)
+    round.enqueue(device, stream, plan, routing_weights, expert_ids, kept, dropped)
 }
 
 /// A later round of overflow: experts hold what `kept` says and take what `plan` asks while there is room.
@@ -107,7 +107,7 @@ pub fn capacity_fwd_into(
 /// `plan` is the plan by slot of the requests that [`capacity_ask_fwd_into`] made. Slots that find room receive
 /// their expert in `expert_ids`, all others stay as they are; `kept` and `dropped` are added to, so that
 /// `dropped` counts every request that found no room; an expert whose number in `kept` is at or above its limit, any
-/// bits, has none. `weights` are those of the requests, but the first
+/// bits, has none. `routing_weights` are those of the requests, but the first
 /// round's for [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd_into`].
 ///
 /// # Errors
@@ -120,13 +120,13 @@ pub fn capacity_later_fwd_into(
     shape: RoutingShape,
     config: &CapacityConfig,
     sequence_tokens: Option<usize>,
-    weights: &CudaView<'_, f32>,
+    routing_weights: &CudaView<'_, f32>,
     expert_ids: &mut CudaViewMut<'_, u32>,
     kept: &mut CudaViewMut<'_, u32>,
     dropped: &mut CudaViewMut<'_, u32>,
 ) -> Result<()> {
     let round = Round { shape, config, sequence_tokens, later: true };
-    round.enqueue(device, stream, plan, weights, expert_ids, kept, dropped)
+    round.enqueue(device, stream, plan, routing_weights, expert_ids, kept, dropped)
 }
 
 /// [`capacity_fwd_into`] new buffers.
@@ -140,7 +140,7 @@ pub fn capacity_fwd(
     shape: RoutingShape,
     config: &CapacityConfig,
     sequence_tokens: Option<usize>,
-    weights: &CudaView<'_, f32>,
+    routing_weights: &CudaView<'_, f32>,
 ) -> Result<Capacity> {
     shape.check(OP)?;
     let sequences = shape.sequences(sequence_tokens);
@@ -153,7 +153,15 @@ pub fn capacity_fwd(
     let mut dropped = unsafe { alloc::<u32>(OP, stream, cells) }?;
     let round = Round { shape, config, sequence_tokens, later: false };
     let (ids, kept_view) = (&mut expert_ids.as_view_mut(), &mut kept.as_view_mut());
-    round.enqueue(device, stream, plan, weights, ids, kept_view, &mut dropped.as_view_mut())?;
+    round.enqueue(
+        device,
+        stream,
+        plan,
+        routing_weights,
+        ids,
+        kept_view,
+        &mut dropped.as_view_mut(),
+    )?;
     Ok(Capacity { expert_ids, kept, dropped })
 }
 
@@ -173,7 +181,7 @@ impl Round<'_> {
         device: &Device,
         stream: &CudaStream,
         plan: &RoutingPlan<'_>,
-        weights: &CudaView<'_, f32>,
+        routing_weights: &CudaView<'_, f32>,
         expert_ids: &mut CudaViewMut<'_, u32>,
         kept: &mut CudaViewMut<'_, u32>,
         dropped: &mut CudaViewMut<'_, u32>,
@@ -192,7 +200,7 @@ impl Round<'_> {
         }
         let sequences = shape.sequences(sequence_tokens);
         let cells = product(OP, "sequences * num_experts", sequences, experts.len())?;
-        check_len(OP, "weights", weights.len(), shape.slots())?;
+        check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
         check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
         check_len(OP, "kept", kept.len(), cells)?;
         check_len(OP, "dropped", dropped.len(), cells)?;
@@ -201,7 +209,8 @@ impl Round<'_> {
         let (expert_ids, _ids_guard) = writes(OP, "expert_ids", expert_ids, stream)?;
         let (kept, _kept_guard) = writes(OP, "kept", kept, stream)?;
         let (dropped, _dropped_guard) = writes(OP, "dropped", dropped, stream)?;
-        let (weights, _weights_guard) = reads(OP, "weights", weights, stream)?;
+        let (routing_weights, _weights_guard) =
+            reads(OP, "routing_weights", routing_weights, stream)?;
         let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
         let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
         let (slot_of_row, _slots_guard) = slot_of_row.device_ptr(stream);
@@ -209,7 +218,7 @@ impl Round<'_> {
             expert_ids,
             kept,
             dropped,
-            weights,
+            routing_weights,
             expert_offsets,
             row_of_slot,
             slot_of_row,
@@ -263,7 +272,7 @@ pub unsafe fn capacity_fwd_raw(
         expert_ids,
         kept,
         dropped,
-        weights,
+        routing_weights,
         expert_offsets,
         row_of_slot,
         slot_of_row,
@@ -272,7 +281,7 @@ pub unsafe fn capacity_fwd_raw(
         ("expert_ids", expert_ids),
         ("kept", kept),
         ("dropped", dropped),
-        ("weights", weights),
+        ("routing_weights", routing_weights),
         ("expert_offsets", expert_offsets),
         ("row_of_slot", row_of_slot),
         ("slot_of_row", slot_of_row),
@@ -318,7 +327,7 @@ pub unsafe fn capacity_fwd_raw(
         Argument::of(&expert_ids),
         Argument::of(&kept),
         Argument::of(&dropped),
-        Argument::of(&weights),
+        Argument::of(&routing_weights),
         Argument::of(&expert_offsets),
         Argument::of(&row_of_slot),
         Argument::of(&slot_of_row),

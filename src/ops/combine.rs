@@ -1,4 +1,4 @@
-//! Adds up what each token gets: its experts' rows `yp` `[R, H]` with `weights` `[T, K]`, and what the
+//! Adds up what each token gets: its experts' rows `yp` `[R, H]` with `routing_weights` `[T, K]`, and what the
 //! layer has beside them, to `y` `[T, H]`.
 
 use std::ops::Range;
@@ -29,7 +29,7 @@ pub struct CombineInputs<'a, D> {
     /// `[R, H]`, the experts' outputs.
     pub yp: &'a CudaView<'a, D>,
     /// `[T, K]`; each is 1 where there are none, as for weights that the experts' inputs were multiplied by.
-    pub weights: Option<&'a CudaView<'a, f32>>,
+    pub routing_weights: Option<&'a CudaView<'a, f32>>,
     /// Experts that return the token itself.
     pub identity: Option<Identity<'a, D>>,
     /// `[H]`, which no weight multiplies.
@@ -48,7 +48,7 @@ pub struct Identity<'a, D> {
     pub x: &'a CudaView<'a, D>,
     /// `[T, K]`: their weights, where [`CombineInputs::weights`] are none because the rows have been multiplied by
     /// theirs. For f16 alone.
-    pub weights: Option<&'a CudaView<'a, f32>>,
+    pub routing_weights: Option<&'a CudaView<'a, f32>>,
 }
 
 /// A shared expert's part.
@@ -64,8 +64,14 @@ pub struct Shared<'a, D> {
 
 impl<'a, D> CombineInputs<'a, D> {
     /// Rows and weights alone.
-    pub fn new(yp: &'a CudaView<'a, D>, weights: &'a CudaView<'a, f32>) -> Self {
-        Self { yp, weights: Some(weights), identity: None, output_bias: None, shared: None }
+    pub fn new(yp: &'a CudaView<'a, D>, routing_weights: &'a CudaView<'a, f32>) -> Self {
+        Self {
+            yp,
+            routing_weights: Some(routing_weights),
+            identity: None,
+            output_bias: None,
+            shared: None,
+        }
     }
 }
 
@@ -79,7 +85,7 @@ pub struct CombineBuffers {
     /// `[T * K]` `i32`: rows below `T * K`, or -1.
     pub row_of_slot: CUdeviceptr,
     /// `[T, K]` `f32`, or 0.
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
     /// `[T, K]` `u32`, or 0 without identity experts.
     pub expert_ids: CUdeviceptr,
     /// `[T, H]`, or 0 without identity experts.
@@ -99,7 +105,7 @@ pub struct CombineOptions {
     pub identity: Range<u32>,
     /// The result is halved: the mean of the routed and the shared part.
     pub average: bool,
-    /// `weights` are those of identity experts alone: the rows have theirs in them. For f16 alone.
+    /// `routing_weights` are those of identity experts alone: the rows have theirs in them. For f16 alone.
     pub rows_weighted: bool,
 }
 
@@ -129,18 +135,18 @@ pub fn combine_fwd_into<D: Dtype>(
     plan.check_stream(OP, stream)?;
     let slots = shape.slots();
     let tokens = product(OP, "num_tokens * hidden", shape.num_tokens, hidden)?;
-    let CombineInputs { yp, weights, identity, output_bias, shared } = inputs;
+    let CombineInputs { yp, routing_weights, identity, output_bias, shared } = inputs;
     check_len(OP, "yp", yp.len(), product(OP, "rows * hidden", slots, hidden)?)?;
     let check = |argument, got: Option<usize>, wanted| {
         got.map_or(Ok(()), |got| check_len(OP, argument, got, wanted))
     };
-    check("weights", weights.map(CudaView::len), slots)?;
+    check("routing_weights", routing_weights.map(CudaView::len), slots)?;
     check("expert_ids", identity.as_ref().map(|identity| identity.expert_ids.len()), slots)?;
     check("x", identity.as_ref().map(|identity| identity.x.len()), tokens)?;
-    let of_identities = identity.as_ref().and_then(|identity| identity.weights);
-    check("identity.weights", of_identities.map(CudaView::len), slots)?;
-    if weights.is_some() && of_identities.is_some() {
-        let why = "there are `weights` of all experts, and `identity.weights` beside them".into();
+    let of_identities = identity.as_ref().and_then(|identity| identity.routing_weights);
+    check("identity.routing_weights", of_identities.map(CudaView::len), slots)?;
+    if routing_weights.is_some() && of_identities.is_some() {
+        let why = "there are `routing_weights` of all experts, and `identity.routing_weights` beside them".into();
         return Err(Error::Mismatch { op: OP, why });
     }
     check("output_bias", output_bias.map(CudaView::len), hidden)?;
@@ -153,8 +159,9 @@ pub fn combine_fwd_into<D: Dtype>(
     let (y, _y_guard) = writes(OP, "y", y, stream)?;
     let (yp, _yp_guard) = reads(OP, "yp", yp, stream)?;
     let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
-    let name = if of_identities.is_some() { "identity.weights" } else { "weights" };
-    let (weights, _weights_guard) = optional(OP, name, weights.or(of_identities), stream)?;
+    let name = if of_identities.is_some() { "identity.routing_weights" } else { "routing_weights" };
+    let (routing_weights, _weights_guard) =
+        optional(OP, name, routing_weights.or(of_identities), stream)?;
     let (ids, x) = identity.as_ref().map(|identity| (identity.expert_ids, identity.x)).unzip();
     let (expert_ids, _ids_guard) = optional(OP, "expert_ids", ids, stream)?;
     let (x, _x_guard) = optional(OP, "x", x, stream)?;
@@ -166,7 +173,7 @@ pub fn combine_fwd_into<D: Dtype>(
         y,
         yp,
         row_of_slot,
-        weights,
+        routing_weights,
         expert_ids,
         x,
         output_bias,
@@ -228,7 +235,7 @@ pub unsafe fn combine_fwd_raw(
         y,
         yp,
         row_of_slot,
-        weights,
+        routing_weights,
         expert_ids,
         x,
         output_bias,
@@ -242,7 +249,7 @@ pub unsafe fn combine_fwd_raw(
     }
     let words = [
         ("row_of_slot", row_of_slot),
-        ("weights", weights),
+        ("routing_weights", routing_weights),
         ("expert_ids", expert_ids),
         ("shared_gate", shared_gate),
     ];
@@ -260,7 +267,7 @@ pub unsafe fn combine_fwd_raw(
     if options.rows_weighted && dtype != DType::F16 {
         return Err(Error::Unsupported {
             op: OP,
-            argument: "identity.weights",
+            argument: "identity.routing_weights",
             wanted: "none but for f16".into(),
             got: dtype.to_string(),
         });
@@ -299,7 +306,7 @@ pub unsafe fn combine_fwd_raw(
     let arguments = [
         Argument::of(&y),
         Argument::of(&yp),
-        Argument::of(&weights),
+        Argument::of(&routing_weights),
         Argument::of(&x),
         Argument::of(&output_bias),
         Argument::of(&shared),

@@ -1,4 +1,4 @@
-//! Experts choose tokens: `scores` `[T, E]` to `expert_ids` `[T, E]` and `weights` `[T, E]`.
+//! Experts choose tokens: `scores` `[T, E]` to `expert_ids` `[T, E]` and `routing_weights` `[T, E]`.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ pub struct ExpertChoiceBuffers {
     /// `[T, E]` `u32`, written whole.
     pub expert_ids: CUdeviceptr,
     /// `[T, E]` `f32`, written whole.
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
     /// `[T, E]`
     pub scores: CUdeviceptr,
 }
@@ -32,14 +32,14 @@ pub struct ExpertChoice {
     /// `[T, E]`: `e` at `(t, e)` where expert `e` has chosen token `t`, else `u32::MAX`.
     pub expert_ids: CudaSlice<u32>,
     /// `[T, E]`: the score where the expert has chosen the token, else 0.
-    pub weights: CudaSlice<f32>,
+    pub routing_weights: CudaSlice<f32>,
 }
 
 /// Expert `e` chooses the `capacity` tokens whose `scores[t, e]` are largest, ties to the lower token.
 ///
 /// -0 is 0 and NaN is minus infinity there; a `capacity` of more than `T` is all tokens. Slot `(t, e)` of the
 /// outputs is token `t`'s place with expert `e`: `expert_ids` has `e` where it was chosen, else `u32::MAX`,
-/// and `weights` the score, else 0. So what follows is a [`plan`](crate::ops::plan) with `K = E`, of which
+/// and `routing_weights` the score, else 0. So what follows is a [`plan`](crate::ops::plan) with `K = E`, of which
 /// at most `E * capacity` slots have rows, and `combine` with these weights. `T * E` is at most what slots
 /// can be, 2^31 - 4097. Asynchronous, ordered on `stream`; exact.
 ///
@@ -56,18 +56,18 @@ pub fn expert_choice_fwd_into<D: Dtype>(
     capacity: usize,
     scores: &CudaView<'_, D>,
     expert_ids: &mut CudaViewMut<'_, u32>,
-    weights: &mut CudaViewMut<'_, f32>,
+    routing_weights: &mut CudaViewMut<'_, f32>,
 ) -> Result<()> {
     let shape = RoutingShape { num_tokens, num_experts, top_k: num_experts };
     shape.check(OP)?;
     check_stream(OP, device, stream)?;
     check_len(OP, "scores", scores.len(), shape.slots())?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
-    check_len(OP, "weights", weights.len(), shape.slots())?;
+    check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
     let (expert_ids, _ids_guard) = writes(OP, "expert_ids", expert_ids, stream)?;
-    let (weights, _weights_guard) = writes(OP, "weights", weights, stream)?;
+    let (routing_weights, _weights_guard) = writes(OP, "routing_weights", routing_weights, stream)?;
     let (scores, _scores_guard) = reads(OP, "scores", scores, stream)?;
-    let buffers = ExpertChoiceBuffers { expert_ids, weights, scores };
+    let buffers = ExpertChoiceBuffers { expert_ids, routing_weights, scores };
     let stream = stream.cu_stream();
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
@@ -93,10 +93,10 @@ pub fn expert_choice_fwd<D: Dtype>(
     // SAFETY: the operation writes every element.
     let mut expert_ids = unsafe { alloc::<u32>(OP, stream, shape.slots()) }?;
     // SAFETY: as above.
-    let mut weights = unsafe { alloc::<f32>(OP, stream, shape.slots()) }?;
-    let (ids, of_ids) = (&mut expert_ids.as_view_mut(), &mut weights.as_view_mut());
+    let mut routing_weights = unsafe { alloc::<f32>(OP, stream, shape.slots()) }?;
+    let (ids, of_ids) = (&mut expert_ids.as_view_mut(), &mut routing_weights.as_view_mut());
     expert_choice_fwd_into(device, stream, num_tokens, num_experts, capacity, scores, ids, of_ids)?;
-    Ok(ExpertChoice { expert_ids, weights })
+    Ok(ExpertChoice { expert_ids, routing_weights })
 }
 
 /// [`expert_choice_fwd_into`] on addresses.
@@ -118,9 +118,9 @@ pub unsafe fn expert_choice_fwd_raw(
     buffers: ExpertChoiceBuffers,
 ) -> Result<()> {
     RoutingShape { num_tokens, num_experts, top_k: num_experts }.check(OP)?;
-    let ExpertChoiceBuffers { expert_ids, weights, scores } = buffers;
+    let ExpertChoiceBuffers { expert_ids, routing_weights, scores } = buffers;
     check_aligned(OP, "expert_ids", expert_ids, 4)?;
-    check_aligned(OP, "weights", weights, 4)?;
+    check_aligned(OP, "routing_weights", routing_weights, 4)?;
     check_aligned(OP, "scores", scores, dtype.size())?;
     let last_token = num_tokens.saturating_sub(1);
     let args = ExpertChoiceArgs {
@@ -140,7 +140,7 @@ pub unsafe fn expert_choice_fwd_raw(
     };
     let arguments = [
         Argument::of(&expert_ids),
-        Argument::of(&weights),
+        Argument::of(&routing_weights),
         Argument::of(&scores),
         Argument::of(&args),
     ];

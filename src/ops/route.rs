@@ -1,4 +1,4 @@
-//! Chooses each token's experts and weighs them: `logits` `[T, E]` to `expert_ids` and `weights` `[T, K]`.
+//! Chooses each token's experts and weighs them: `logits` `[T, E]` to `expert_ids` and `routing_weights` `[T, K]`.
 
 mod scores;
 
@@ -98,7 +98,7 @@ pub struct RouteBuffers {
     /// `[T, K]` `u32`, written whole.
     pub expert_ids: CUdeviceptr,
     /// `[T, K]` `f32`, written whole.
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
     /// `[T, E]`
     pub logits: CUdeviceptr,
     /// `[E - num_sinks]` `f32`
@@ -129,7 +129,7 @@ pub struct Routing {
     /// `[T, K]`, the experts of each token, strongest first; `u32::MAX` for a slot without one.
     pub expert_ids: CudaSlice<u32>,
     /// `[T, K]`, their weights.
-    pub weights: CudaSlice<f32>,
+    pub routing_weights: CudaSlice<f32>,
 }
 
 /// The `K` experts of each token and their weights in f32, as `router` says; by default those of largest logit,
@@ -151,14 +151,14 @@ pub fn route_fwd_into<D: Dtype>(
     router: &RouterConfig,
     inputs: &RouteInputs<'_, D>,
     expert_ids: &mut CudaViewMut<'_, u32>,
-    weights: &mut CudaViewMut<'_, f32>,
+    routing_weights: &mut CudaViewMut<'_, f32>,
 ) -> Result<()> {
     inputs.lengths().check(OP, &shape, router)?;
     check_stream(OP, device, stream)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
-    check_len(OP, "weights", weights.len(), shape.slots())?;
+    check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
     let (expert_ids, _ids_guard) = writes(OP, "expert_ids", expert_ids, stream)?;
-    let (weights, _weights_guard) = writes(OP, "weights", weights, stream)?;
+    let (routing_weights, _weights_guard) = writes(OP, "routing_weights", routing_weights, stream)?;
     let (logits, _logits_guard) = reads(OP, "logits", inputs.logits, stream)?;
     let (selection_bias, _selection_bias) =
         optional(OP, "selection_bias", inputs.selection_bias, stream)?;
@@ -174,7 +174,7 @@ pub fn route_fwd_into<D: Dtype>(
     let (active, _active) = optional(OP, "active", inputs.active, stream)?;
     let buffers = RouteBuffers {
         expert_ids,
-        weights,
+        routing_weights,
         logits,
         selection_bias,
         expert_scale,
@@ -207,10 +207,11 @@ pub fn route_fwd<D: Dtype>(
     // SAFETY: the operation writes every element.
     let mut expert_ids = unsafe { alloc::<u32>(OP, stream, shape.slots()) }?;
     // SAFETY: as above.
-    let mut weights = unsafe { alloc::<f32>(OP, stream, shape.slots()) }?;
-    let (ids_view, weights_view) = (&mut expert_ids.as_view_mut(), &mut weights.as_view_mut());
+    let mut routing_weights = unsafe { alloc::<f32>(OP, stream, shape.slots()) }?;
+    let (ids_view, weights_view) =
+        (&mut expert_ids.as_view_mut(), &mut routing_weights.as_view_mut());
     route_fwd_into(device, stream, shape, router, inputs, ids_view, weights_view)?;
-    Ok(Routing { expert_ids, weights })
+    Ok(Routing { expert_ids, routing_weights })
 }
 
 /// [`route_fwd_into`] on addresses.
@@ -236,14 +237,14 @@ pub unsafe fn route_fwd_raw(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let RouteBuffers { expert_ids, weights, logits, .. } = buffers;
+    let RouteBuffers { expert_ids, routing_weights, logits, .. } = buffers;
     let args = arguments(dtype, &shape, router, &buffers)?;
     let addresses = buffers.addresses();
     let (kernel, launch) = body(router, &buffers, &args);
     let plain = matches!(kernel, Kernel::RouteFwdPlainNarrow | Kernel::RouteFwdPlainWide);
     let inputs = if plain { Argument::of(&logits) } else { Argument::of(&addresses) };
     let arguments =
-        [Argument::of(&expert_ids), Argument::of(&weights), inputs, Argument::of(&args)];
+        [Argument::of(&expert_ids), Argument::of(&routing_weights), inputs, Argument::of(&args)];
     // SAFETY: the arguments follow the entries of kernels/route.cu, whose limits on E and K chose the
     // kernel above; the caller vouches for the buffers.
     unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
@@ -272,7 +273,7 @@ impl RouteBuffers {
         lengths.check(OP, shape, router)?;
         for (argument, address, bytes) in [
             ("expert_ids", self.expert_ids, 4),
-            ("weights", self.weights, 4),
+            ("routing_weights", self.routing_weights, 4),
             ("logits", self.logits, dtype.size()),
             ("selection_bias", self.selection_bias, 4),
             ("expert_scale", self.expert_scale, 4),

@@ -116,10 +116,10 @@ pub fn route<D: Dtype>(
     router: &RouterConfig,
     inputs: &RouteInputs<'_, D>,
 ) -> Result<(Routing<f64>, Vec<f64>)> {
-    let Routing { expert_ids, weights } = route_in::<Interval, D>(shape, router, inputs)?;
+    let Routing { expert_ids, routing_weights: weights } = route_in::<Interval, D>(shape, router, inputs)?;
     let bound = weights.iter().map(Interval::bound).collect();
     let weights = weights.iter().map(|weight| weight.mid).collect();
-    Ok((Routing { expert_ids, weights }, bound))
+    Ok((Routing { expert_ids, routing_weights: weights }, bound))
 }
 
 /// The error of a sum of `k` products with magnitude `s`. A product below the normal numbers of f32
@@ -254,9 +254,9 @@ mod tests {
                 let (right, bound) = route(&shape, &router, &RouteInputs::new(&logits)).unwrap();
                 let got =
                     route_in::<f32, f32>(&shape, &router, &RouteInputs::new(&logits)).unwrap();
-                let bounded = Bounded { value: right.weights, bound };
-                assert!(worst(&bounded, &got.weights) <= 1.0);
-                let off: Vec<f32> = got.weights.iter().map(|weight| weight * 1.0001).collect();
+                let bounded = Bounded { value: right.routing_weights, bound };
+                assert!(worst(&bounded, &got.routing_weights) <= 1.0);
+                let off: Vec<f32> = got.routing_weights.iter().map(|weight| weight * 1.0001).collect();
                 assert!(worst(&bounded, &off) > 1.0);
             }
         }
@@ -301,9 +301,9 @@ mod tests {
         let yp: Vec<D> =
             round(&grouped_gemm_fwd::<f32, D>(&plan, h, i, &act, down, false).unwrap());
         if drop_slot {
-            routing.weights[0] = 0.0;
+            routing.routing_weights[0] = 0.0;
         }
-        let inputs = CombineInputs::new(&yp, &routing.weights);
+        let inputs = CombineInputs::new(&yp, &routing.routing_weights);
         round(&combine_fwd::<f32>(&shape, &plan, h, &inputs).unwrap())
     }
 

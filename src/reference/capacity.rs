@@ -32,7 +32,7 @@ pub(super) fn order(a: f32, b: f32) -> Ordering {
 ///
 /// `shape` is that of the routing, and `plan` the plan of its ids by slot ([`RoutingShape::by_slot`]), which may be of
 /// some of the experts. A sequence has `sequence_tokens` tokens, the last one perhaps fewer; without a length the
-/// batch is one sequence. Inactive slots stay inactive and never count. `weights` `[T, K]` decide where the priority
+/// batch is one sequence. Inactive slots stay inactive and never count. `routing_weights` `[T, K]` decide where the priority
 /// asks for them; for [`Priority::ChoiceByTopWeight`] they are those of first choices, before any normalisation. This
 /// is the first round: overflow is [`capacity_ask_fwd`] and [`capacity_later_fwd`], as often as slots may ask.
 ///
@@ -43,7 +43,7 @@ pub fn capacity_fwd(
     shape: &RoutingShape,
     config: &CapacityConfig,
     sequence_tokens: Option<usize>,
-    weights: &[f32],
+    routing_weights: &[f32],
 ) -> Result<Capacity> {
     shape.check(OP)?;
     let cells = cells(plan, shape, sequence_tokens)?;
@@ -52,7 +52,7 @@ pub fn capacity_fwd(
         kept: vec![0; cells],
         dropped: vec![0; cells],
     };
-    capacity_later_fwd(plan, shape, config, sequence_tokens, weights, &mut capacity)?;
+    capacity_later_fwd(plan, shape, config, sequence_tokens, routing_weights, &mut capacity)?;
     Ok(capacity)
 }
 
@@ -60,7 +60,7 @@ pub fn capacity_fwd(
 ///
 /// `plan` is the plan by slot of the requests that [`capacity_ask_fwd`] made. Slots that find room receive their expert
 /// in `expert_ids`, all others stay as they are; `kept` and `dropped` are added to, so that `dropped` counts every
-/// request that found no room. `weights` are those of the requests, but the first round's for
+/// request that found no room. `routing_weights` are those of the requests, but the first round's for
 /// [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd`].
 ///
 /// # Errors
@@ -70,7 +70,7 @@ pub fn capacity_later_fwd(
     shape: &RoutingShape,
     config: &CapacityConfig,
     sequence_tokens: Option<usize>,
-    weights: &[f32],
+    routing_weights: &[f32],
     capacity: &mut Capacity,
 ) -> Result<()> {
     shape.check(OP)?;
@@ -80,7 +80,7 @@ pub fn capacity_later_fwd(
     }
     check_by_slot(plan, shape)?;
     let cells = cells(plan, shape, sequence_tokens)?;
-    check_len(OP, "weights", weights.len(), shape.slots())?;
+    check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
     check_len(OP, "expert_ids", capacity.expert_ids.len(), shape.slots())?;
     check_len(OP, "kept", capacity.kept.len(), cells)?;
     check_len(OP, "dropped", capacity.dropped.len(), cells)?;
@@ -94,7 +94,7 @@ pub fn capacity_later_fwd(
         let mut asking = vec![Vec::new(); shape.sequences(sequence_tokens)];
         slots.for_each(|slot| asking[slot / shape.top_k / tokens.max(1)].push(slot));
         for (sequence, mut slots) in asking.into_iter().enumerate() {
-            slots.sort_by(|&a, &b| first_slot(config.priority, shape.top_k, weights, a, b));
+            slots.sort_by(|&a, &b| first_slot(config.priority, shape.top_k, routing_weights, a, b));
             let cell = sequence * plan.num_experts() + expert;
             let room = rows.saturating_sub(capacity.kept[cell] as usize).min(slots.len());
             capacity.kept[cell] += room as u32;
@@ -129,13 +129,19 @@ fn check_by_slot(plan: &Plan, shape: &RoutingShape) -> Result<()> {
 }
 
 /// Which of two slots of an expert comes first.
-fn first_slot(priority: Priority, top_k: usize, weights: &[f32], a: usize, b: usize) -> Ordering {
+fn first_slot(
+    priority: Priority,
+    top_k: usize,
+    routing_weights: &[f32],
+    a: usize,
+    b: usize,
+) -> Ordering {
     let choice = (a % top_k).cmp(&(b % top_k));
-    let top = |slot: usize| weights[slot / top_k * top_k];
+    let top = |slot: usize| routing_weights[slot / top_k * top_k];
     let before = match priority {
         Priority::Token => Ordering::Equal,
         Priority::Choice => choice,
-        Priority::Weight => order(weights[b], weights[a]),
+        Priority::Weight => order(routing_weights[b], routing_weights[a]),
         Priority::ChoiceByTopWeight => choice.then(order(top(b), top(a))),
     };
     before.then(a.cmp(&b))
@@ -147,7 +153,7 @@ fn first_slot(priority: Priority, top_k: usize, weights: &[f32], a: usize, b: us
 /// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights: what `route` gives with a
 /// larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` what the rounds so far have made of them. A slot
 /// without room asks the next candidate that is an expert and none of its token's own `expert_ids`, the slots of a
-/// token in order, and every candidate is asked once. `weights` `[T, K]` takes the candidate's weight.
+/// token in order, and every candidate is asked once. `routing_weights` `[T, K]` takes the candidate's weight.
 /// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too.
 ///
 /// # Errors
@@ -162,7 +168,7 @@ pub fn capacity_ask_fwd(
     candidates: &[u32],
     candidate_weights: &[f32],
     next_candidate: &mut [u32],
-    weights: &mut [f32],
+    routing_weights: &mut [f32],
 ) -> Result<Vec<u32>> {
     const OP: &str = "capacity_ask_fwd";
     shape.check(OP)?;
@@ -173,7 +179,7 @@ pub fn capacity_ask_fwd(
         ("candidates", candidates.len(), listed),
         ("candidate_weights", candidate_weights.len(), listed),
         ("next_candidate", next_candidate.len(), shape.num_tokens),
-        ("weights", weights.len(), shape.slots()),
+        ("routing_weights", routing_weights.len(), shape.slots()),
     ] {
         check_len(OP, name, len, wanted)?;
     }
@@ -195,7 +201,7 @@ pub fn capacity_ask_fwd(
                 let candidate = candidates[place];
                 if is_expert(candidate) && !own.contains(&candidate) {
                     requests[slot] = candidate;
-                    weights[slot] = candidate_weights[place];
+                    routing_weights[slot] = candidate_weights[place];
                     break;
                 }
             }
@@ -217,12 +223,12 @@ pub fn capacity_normalize_fwd<A: Accum>(
     scale: f32,
     expert_scale: Option<&[f32]>,
     expert_ids: &[u32],
-    weights: &[A],
+    routing_weights: &[A],
 ) -> Result<Vec<A>> {
     const OP: &str = "capacity_normalize_fwd";
     shape.check(OP)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
-    check_len(OP, "weights", weights.len(), shape.slots())?;
+    check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
     if let Some(expert_scale) = expert_scale {
         check_len(OP, "expert_scale", expert_scale.len(), shape.num_experts)?;
     }
@@ -232,14 +238,15 @@ pub fn capacity_normalize_fwd<A: Accum>(
     let mut normalized = vec![A::ZERO; shape.slots()];
     for token in 0..shape.num_tokens {
         let slots = token * shape.top_k..(token + 1) * shape.top_k;
-        let sum = slots.clone().filter(is_kept).fold(A::ZERO, |sum, slot| sum + weights[slot]);
+        let sum =
+            slots.clone().filter(is_kept).fold(A::ZERO, |sum, slot| sum + routing_weights[slot]);
         let divisor = match divide {
             false => A::ONE,
             true if sum + epsilon < min => min,
             true => sum + epsilon,
         };
         for slot in slots.filter(is_kept) {
-            let scaled = weights[slot] / divisor * A::from_dtype(scale);
+            let scaled = routing_weights[slot] / divisor * A::from_dtype(scale);
             let own = expert_scale.map(|scale| A::from_dtype(scale[expert_ids[slot] as usize]));
             normalized[slot] = Number::or_zero(own.map_or(scaled, |own| scaled * own));
         }
@@ -266,11 +273,11 @@ mod tests {
         shape: &RoutingShape,
         config: &CapacityConfig,
         ids: &[u32],
-        weights: &[f32],
+        routing_weights: &[f32],
         candidates: (&[u32], &[f32]),
     ) -> (Capacity, Vec<f32>) {
-        let mut capacity = kept(shape, config, None, ids, weights).unwrap();
-        let (mut asked, mut next) = (weights.to_vec(), vec![u32::MAX; shape.num_tokens]);
+        let mut capacity = kept(shape, config, None, ids, routing_weights).unwrap();
+        let (mut asked, mut next) = (routing_weights.to_vec(), vec![u32::MAX; shape.num_tokens]);
         let listed = candidates.0.len() / shape.num_tokens;
         for round in 0..config.overflow {
             let (kept_ids, first) = (&capacity.expert_ids, round == 0);
@@ -289,19 +296,19 @@ mod tests {
         config: &CapacityConfig,
         sequence_tokens: Option<usize>,
         ids: &[u32],
-        weights: &[f32],
+        routing_weights: &[f32],
     ) -> Result<Capacity> {
         let plan = plan_fwd(&shape.by_slot(), ids)?;
-        capacity_fwd(&plan, shape, config, sequence_tokens, weights)
+        capacity_fwd(&plan, shape, config, sequence_tokens, routing_weights)
     }
 
     #[test]
     fn by_hand() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 2, top_k: 2 };
         let ids = [0, 1, 1, 0, 0, 1];
-        let weights = [0.6, 0.4, 0.7, 0.3, 0.9, 0.1];
+        let routing_weights = [0.6, 0.4, 0.7, 0.3, 0.9, 0.1];
         let kept = |priority, rows| {
-            kept(&shape, &config(rows, priority, 0), None, &ids, &weights).unwrap()
+            kept(&shape, &config(rows, priority, 0), None, &ids, &routing_weights).unwrap()
         };
         let token = kept(Priority::Token, 2);
         assert_eq!(token.expert_ids, [0, 1, 1, 0, NONE, NONE]);
@@ -327,8 +334,8 @@ mod tests {
         let (one, _) = run(1, 1);
         assert_eq!(one.expert_ids, [0, 1, NONE]);
         assert_eq!((one.kept, one.dropped), (vec![1, 1, 0], vec![2, 1, 0]));
-        let (two, weights) = run(1, 2);
-        assert_eq!((two.expert_ids, weights), (vec![0, 1, 2], vec![0.6, 0.2, 0.05]));
+        let (two, routing_weights) = run(1, 2);
+        assert_eq!((two.expert_ids, routing_weights), (vec![0, 1, 2], vec![0.6, 0.2, 0.05]));
         assert_eq!(run(1, 9).0.expert_ids, [0, 1, 2]);
     }
 
@@ -336,10 +343,10 @@ mod tests {
     #[test]
     fn some_of_the_experts() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 3, top_k: 2 };
-        let (ids, weights) = ([0, 1, 1, 2, 2, 1], [0.0; 6]);
+        let (ids, routing_weights) = ([0, 1, 1, 2, 2, 1], [0.0; 6]);
         let plan = plan_range_fwd(&shape.by_slot(), 1..3, &ids).unwrap();
         let one = config(1, Priority::Token, 0);
-        let got = capacity_fwd(&plan, &shape, &one, None, &weights).unwrap();
+        let got = capacity_fwd(&plan, &shape, &one, None, &routing_weights).unwrap();
         assert_eq!(got.expert_ids, [NONE, 1, NONE, 2, NONE, NONE]);
         assert_eq!((got.kept, got.dropped), (vec![1, 1], vec![2, 1]));
     }
@@ -370,11 +377,13 @@ mod tests {
         capacity: usize,
         by_probability: bool,
         ids: &[u32],
-        weights: &[f32],
+        routing_weights: &[f32],
     ) -> Vec<bool> {
         let mut tokens: Vec<usize> = (0..shape.num_tokens).collect();
         if by_probability {
-            tokens.sort_by(|&a, &b| weights[2 * b].partial_cmp(&weights[2 * a]).unwrap());
+            tokens.sort_by(|&a, &b| {
+                routing_weights[2 * b].partial_cmp(&routing_weights[2 * a]).unwrap()
+            });
         }
         let mut position = vec![0; shape.num_experts];
         let mut keeps = vec![false; ids.len()];
@@ -394,21 +403,23 @@ mod tests {
         for _ in 0..200 {
             let num_experts = 2 + sampler.below(6);
             let (num_tokens, capacity) = (sampler.below(40), sampler.below(9));
-            let kept = |shape, priority, tokens, ids: &[u32], weights: &[f32]| -> Vec<bool> {
-                let config = config(capacity, priority, 0);
-                let all = super::tests::kept(&shape, &config, tokens, ids, weights).unwrap();
-                for (slot, &id) in all.expert_ids.iter().enumerate() {
-                    assert!(id == NONE || id == ids[slot]);
-                }
-                all.expert_ids.iter().map(|&id| id != NONE).collect()
-            };
+            let kept =
+                |shape, priority, tokens, ids: &[u32], routing_weights: &[f32]| -> Vec<bool> {
+                    let config = config(capacity, priority, 0);
+                    let all =
+                        super::tests::kept(&shape, &config, tokens, ids, routing_weights).unwrap();
+                    for (slot, &id) in all.expert_ids.iter().enumerate() {
+                        assert!(id == NONE || id == ids[slot]);
+                    }
+                    all.expert_ids.iter().map(|&id| id != NONE).collect()
+                };
             let shape = RoutingShape { num_tokens, num_experts, top_k: 1 };
             let ids: Vec<u32> =
                 (0..num_tokens).map(|_| sampler.below(num_experts) as u32).collect();
             let tokens = 1 + sampler.below(12);
-            let weights = vec![0.0; num_tokens];
+            let routing_weights = vec![0.0; num_tokens];
             assert_eq!(
-                kept(shape, Priority::Token, Some(tokens), &ids, &weights),
+                kept(shape, Priority::Token, Some(tokens), &ids, &routing_weights),
                 switch_keeps(&shape, tokens, capacity, &ids)
             );
 
@@ -421,13 +432,14 @@ mod tests {
                 })
                 .collect();
             // Few values, so that some are equal.
-            let weights: Vec<f32> = ids.iter().map(|_| sampler.below(5) as f32 / 4.0).collect();
+            let routing_weights: Vec<f32> =
+                ids.iter().map(|_| sampler.below(5) as f32 / 4.0).collect();
             for (priority, by_probability) in
                 [(Priority::Choice, false), (Priority::ChoiceByTopWeight, true)]
             {
                 assert_eq!(
-                    kept(shape, priority, None, &ids, &weights),
-                    nllb_keeps(&shape, capacity, by_probability, &ids, &weights)
+                    kept(shape, priority, None, &ids, &routing_weights),
+                    nllb_keeps(&shape, capacity, by_probability, &ids, &routing_weights)
                 );
             }
         }
@@ -437,9 +449,9 @@ mod tests {
     fn what_is_kept_is_normalised() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
         let ids = [0, 1, NONE, 2, NONE, NONE];
-        let weights = [0.5, 0.25, f32::NAN, 0.125, 0.5, 0.5];
+        let routing_weights = [0.5, 0.25, f32::NAN, 0.125, 0.5, 0.5];
         let run = |normalization, scale| {
-            capacity_normalize_fwd(&shape, normalization, scale, None, &ids, &weights)
+            capacity_normalize_fwd(&shape, normalization, scale, None, &ids, &routing_weights)
         };
         let third = 0.5f32 / 0.75;
         let sum = run(Normalization::Sum { epsilon: 0.0 }, 1.0).unwrap();
@@ -453,8 +465,9 @@ mod tests {
         assert_eq!(halved, [-0.25, -0.125, 0.0, -0.0625, 0.0, 0.0]);
         assert!(run(Normalization::PNorm { p: 2.0 }, 1.0).is_err());
         let by = Normalization::Sum { epsilon: 0.0 };
-        let expert_scale =
-            |scale: &[f32]| capacity_normalize_fwd(&shape, by, 2.0, Some(scale), &ids, &weights);
+        let expert_scale = |scale: &[f32]| {
+            capacity_normalize_fwd(&shape, by, 2.0, Some(scale), &ids, &routing_weights)
+        };
         let own = expert_scale(&[3.0, -1.0, 0.5, 9.0]).unwrap();
         assert_eq!(own, [third * 2.0 * 3.0, 0.25 / 0.75 * -2.0, 0.0, 1.0, 0.0, 0.0]);
         assert!(expert_scale(&[1.0; 3]).is_err());
@@ -467,8 +480,9 @@ mod tests {
     fn wrong_arguments() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let config = config(1, Priority::Token, 0);
-        let run =
-            |tokens, ids: &[u32], weights: &[f32]| kept(&shape, &config, tokens, ids, weights);
+        let run = |tokens, ids: &[u32], routing_weights: &[f32]| {
+            kept(&shape, &config, tokens, ids, routing_weights)
+        };
         assert!(run(None, &[0, 7], &[0.0; 2]).is_ok());
         assert!(run(Some(0), &[0, 1], &[0.0; 2]).is_err());
         assert!(run(None, &[0, 1], &[0.0]).is_err());
@@ -498,9 +512,19 @@ mod tests {
         assert!(later(|capacity| capacity.dropped.push(0)).is_err());
         assert!(later(|capacity| capacity.expert_ids.truncate(1)).is_err());
         let ask = |next: &mut [u32], candidates: &[u32]| {
-            let mut weights = [0.0; 2];
+            let mut routing_weights = [0.0; 2];
             let (of, by) = (candidates, &[0.0; 2]);
-            capacity_ask_fwd(&shape, 1, false, &[0, 1], &[0, NONE], of, by, next, &mut weights)
+            capacity_ask_fwd(
+                &shape,
+                1,
+                false,
+                &[0, 1],
+                &[0, NONE],
+                of,
+                by,
+                next,
+                &mut routing_weights,
+            )
         };
         assert_eq!(ask(&mut [0, 0], &[1, 0]).unwrap(), [NONE, 0]);
         // Any bits mean that a token has no candidates left.

@@ -19,7 +19,7 @@ pub struct CombineInputs<'a, Y, W = f32, D = Y> {
     /// `[R, H]`, the experts' outputs.
     pub yp: &'a [Y],
     /// `[T, K]`; each is 1 where there are none.
-    pub weights: Option<&'a [W]>,
+    pub routing_weights: Option<&'a [W]>,
     /// Experts that return the token itself.
     pub identity: Option<Identity<'a, D, W>>,
     /// `[H]`, which no weight multiplies.
@@ -38,14 +38,14 @@ pub struct Identity<'a, D, W = f32> {
     /// `[T, H]`
     pub x: &'a [D],
     /// `[T, K]`: their weights, where the rows have been multiplied by theirs and the inputs have none.
-    pub weights: Option<&'a [W]>,
+    pub routing_weights: Option<&'a [W]>,
 }
 
 impl<'a, D, W> Identity<'a, D, W> {
     /// The same with weights of their own, or with none.
-    pub(super) fn with_weights<V>(&self, weights: Option<&'a [V]>) -> Identity<'a, D, V> {
+    pub(super) fn with_weights<V>(&self, routing_weights: Option<&'a [V]>) -> Identity<'a, D, V> {
         let Self { experts, expert_ids, x, .. } = self;
-        Identity { experts: experts.clone(), expert_ids, x, weights }
+        Identity { experts: experts.clone(), expert_ids, x, routing_weights }
     }
 }
 
@@ -62,8 +62,14 @@ pub struct Shared<'a, Y, W = f32> {
 
 impl<'a, Y, W> CombineInputs<'a, Y, W> {
     /// Rows and weights alone.
-    pub fn new(yp: &'a [Y], weights: &'a [W]) -> Self {
-        Self { yp, weights: Some(weights), identity: None, output_bias: None, shared: None }
+    pub fn new(yp: &'a [Y], routing_weights: &'a [W]) -> Self {
+        Self {
+            yp,
+            routing_weights: Some(routing_weights),
+            identity: None,
+            output_bias: None,
+            shared: None,
+        }
     }
 }
 
@@ -82,13 +88,17 @@ pub fn combine_fwd<A: Accum>(
     for (token, y) in y.chunks_exact_mut(hidden.max(1)).enumerate() {
         let columns = |row: usize| row * hidden..(row + 1) * hidden;
         for slot in token * shape.top_k..(token + 1) * shape.top_k {
-            let weight = inputs.weights.map_or(A::ONE, |weights| weights[slot].widen());
+            let weight = inputs
+                .routing_weights
+                .map_or(A::ONE, |routing_weights| routing_weights[slot].widen());
             if let Ok(row) = usize::try_from(plan.row_of_slot[slot]) {
                 add(y, weight, &inputs.yp[columns(row)]);
-            } else if let Some(Identity { experts, expert_ids, x, weights }) = &inputs.identity
+            } else if let Some(Identity { experts, expert_ids, x, routing_weights }) =
+                &inputs.identity
                 && experts.contains(&expert_ids[slot])
             {
-                let weight = weights.map_or(weight, |weights| weights[slot].widen());
+                let weight =
+                    routing_weights.map_or(weight, |routing_weights| routing_weights[slot].widen());
                 add(y, weight, &x[columns(token)]);
             }
         }
@@ -134,16 +144,16 @@ fn check<Y, W, D>(
     let rows = product(OP, "num_tokens * top_k * hidden", slots, hidden)?;
     let tokens = shape.num_tokens * hidden;
     check_len(OP, "yp", inputs.yp.len(), rows)?;
-    if let Some(weights) = inputs.weights {
-        check_len(OP, "weights", weights.len(), slots)?;
+    if let Some(routing_weights) = inputs.routing_weights {
+        check_len(OP, "routing_weights", routing_weights.len(), slots)?;
     }
     if let Some(identity) = &inputs.identity {
         check_len(OP, "expert_ids", identity.expert_ids.len(), slots)?;
         check_len(OP, "x", identity.x.len(), tokens)?;
-        if let Some(weights) = identity.weights {
-            check_len(OP, "identity.weights", weights.len(), slots)?;
-            if inputs.weights.is_some() {
-                let why = "there are `weights` of all experts, and `identity.weights` beside them";
+        if let Some(routing_weights) = identity.routing_weights {
+            check_len(OP, "identity.routing_weights", routing_weights.len(), slots)?;
+            if inputs.routing_weights.is_some() {
+                let why = "there are `routing_weights` of all experts, and `identity.routing_weights` beside them";
                 return Err(Error::Mismatch { op: OP, why: why.into() });
             }
         }
@@ -174,8 +184,8 @@ mod tests {
         let plan = plan_fwd(&shape, &[2, 0, 1, 7]).unwrap();
         let inf = f32::INFINITY;
         let yp = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, inf, inf].map(bf16::from_f32);
-        let run = |hidden, weights: &[f32]| {
-            combine_fwd::<f64>(&shape, &plan, hidden, &CombineInputs::new(&yp, weights))
+        let run = |hidden, routing_weights: &[f32]| {
+            combine_fwd::<f64>(&shape, &plan, hidden, &CombineInputs::new(&yp, routing_weights))
         };
         let y = run(2, &[0.5, 0.25, 2.0, 0.0]).unwrap();
         assert_eq!(y, [0.5 * 5.0 + 0.25, 0.5 * 6.0 + 0.25 * 2.0, 6.0, 8.0]);
@@ -191,12 +201,12 @@ mod tests {
         let plan = plan_fwd(&shape, &ids).unwrap();
         let inputs = CombineInputs {
             yp: &[1.0f64, 2.0, f64::NAN, f64::NAN],
-            weights: Some(&[3.0f64, 0.5, -1.0, f64::NAN]),
+            routing_weights: Some(&[3.0f64, 0.5, -1.0, f64::NAN]),
             identity: Some(Identity {
                 experts: 3..5,
                 expert_ids: &ids,
                 x: &[8.0f64, 16.0],
-                weights: None,
+                routing_weights: None,
             }),
             output_bias: Some(&[100.0f64]),
             shared: Some(Shared { y: &[40.0, 20.0], gate: Some(&[0.0, 0.0]), average: true }),
@@ -204,17 +214,17 @@ mod tests {
         let inputs = CombineInputs { yp: &inputs.yp[..4], ..inputs };
         let y = combine_fwd::<f64>(&shape, &plan, 1, &inputs).unwrap();
         assert_eq!(y, [(2.0 * 3.0 + 4.0 + 100.0 + 20.0) / 2.0, (-1.0 + 100.0 + 10.0) / 2.0]);
-        let unweighted = CombineInputs { weights: None, shared: None, ..inputs };
+        let unweighted = CombineInputs { routing_weights: None, shared: None, ..inputs };
         let y = combine_fwd::<f64>(&shape, &plan, 1, &unweighted).unwrap();
         assert_eq!(y, [2.0 + 8.0 + 100.0, 1.0 + 100.0]);
         // Rows that have been multiplied, beside identities that have not.
         let mut apart = unweighted.clone();
         if let Some(identity) = &mut apart.identity {
-            identity.weights = Some(&[f64::NAN, 0.5, f64::NAN, f64::NAN]);
+            identity.routing_weights = Some(&[f64::NAN, 0.5, f64::NAN, f64::NAN]);
         }
         let y = combine_fwd::<f64>(&shape, &plan, 1, &apart).unwrap();
         assert_eq!(y, [2.0 + 4.0 + 100.0, 1.0 + 100.0]);
-        let twice = CombineInputs { weights: Some(&[1.0; 4]), ..apart };
+        let twice = CombineInputs { routing_weights: Some(&[1.0; 4]), ..apart };
         assert!(combine_fwd::<f64>(&shape, &plan, 1, &twice).is_err());
     }
 

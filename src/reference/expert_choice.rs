@@ -23,7 +23,7 @@ pub fn expert_choice_fwd<D: Dtype>(
     shape.check(OP)?;
     check_len(OP, "scores", scores.len(), shape.slots())?;
     let mut expert_ids = vec![u32::MAX; shape.slots()];
-    let mut weights = vec![0.0; shape.slots()];
+    let mut routing_weights = vec![0.0; shape.slots()];
     for expert in 0..num_experts {
         let score = |token: usize| scores[token * num_experts + expert].to_f32();
         let mut tokens: Vec<usize> = (0..num_tokens).collect();
@@ -31,10 +31,10 @@ pub fn expert_choice_fwd<D: Dtype>(
         tokens.sort_by(|&a, &b| super::capacity::order(score(b), score(a)));
         for token in tokens.into_iter().take(capacity) {
             expert_ids[token * num_experts + expert] = expert as u32;
-            weights[token * num_experts + expert] = score(token);
+            routing_weights[token * num_experts + expert] = score(token);
         }
     }
-    Ok((expert_ids, weights))
+    Ok((expert_ids, routing_weights))
 }
 
 #[cfg(test)]
@@ -52,17 +52,19 @@ mod tests {
             0.5,    -1.0, -5.0,
             0.75,    0.0, f32::NAN,
         ];
-        let (ids, weights) = expert_choice_fwd(4, 3, 2, &scores).unwrap();
+        let (ids, routing_weights) = expert_choice_fwd(4, 3, 2, &scores).unwrap();
         // Expert 0 takes tokens 3 and 0, not 2, which ties with 0. Zeros tie. NaN comes last.
         assert_eq!(ids, [0, 1, 2, NONE, 1, NONE, NONE, NONE, 2, 0, NONE, NONE]);
-        assert_eq!(weights[..2], [0.5, -0.0]);
-        assert!(weights[2].is_nan());
-        assert_eq!(weights[3..], [0.0, 0.0, 0.0, 0.0, 0.0, -5.0, 0.75, 0.0, 0.0]);
+        assert_eq!(routing_weights[..2], [0.5, -0.0]);
+        assert!(routing_weights[2].is_nan());
+        assert_eq!(routing_weights[3..], [0.0, 0.0, 0.0, 0.0, 0.0, -5.0, 0.75, 0.0, 0.0]);
 
         let (ids, _) = expert_choice_fwd(4, 3, 9, &scores).unwrap();
         assert_eq!(ids, [0, 1, 2].repeat(4));
-        let (ids, weights) = expert_choice_fwd(4, 3, 0, &scores).unwrap();
-        assert!(ids.iter().all(|&id| id == NONE) && weights.iter().all(|&weight| weight == 0.0));
+        let (ids, routing_weights) = expert_choice_fwd(4, 3, 0, &scores).unwrap();
+        assert!(
+            ids.iter().all(|&id| id == NONE) && routing_weights.iter().all(|&weight| weight == 0.0)
+        );
         assert_eq!(expert_choice_fwd::<f32>(0, 3, 1, &[]).unwrap(), (vec![], vec![]));
         assert!(expert_choice_fwd(4, 3, 2, &scores[1..]).is_err());
         assert!(expert_choice_fwd(4, 0, 2, &scores[..0]).is_err());

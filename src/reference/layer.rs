@@ -75,16 +75,16 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     let routing = route_fwd::<A, f32>(&shape, &router, &reads.of(&router, inputs, weights))?;
     let Some(capacity) = &config.capacity else {
         let (kept, dropped) = (Vec::new(), Vec::new());
-        let (expert_ids, weights) = (routing.expert_ids, routing.weights);
+        let (expert_ids, weights) = (routing.expert_ids, routing.routing_weights);
         return Ok(LayerRouting { expert_ids, weights, kept, dropped });
     };
     // Priorities are those of f32, on every device.
     let in_f32 = |router: &RouterConfig, shape: &RoutingShape| {
         route_fwd::<f32, f32>(shape, router, &reads.of(router, inputs, weights))
     };
-    let mut asked = in_f32(&router, &shape)?.weights;
+    let mut asked = in_f32(&router, &shape)?.routing_weights;
     let top = match capacity.priority {
-        Priority::ChoiceByTopWeight => Some(in_f32(&config.router.of_scores(), &shape)?.weights),
+        Priority::ChoiceByTopWeight => Some(in_f32(&config.router.of_scores(), &shape)?.routing_weights),
         _ => None,
     };
     let tokens = inputs.sequence_tokens;
@@ -101,10 +101,10 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     let mut so_far = select(chosen, &asked, None)?;
     let listed = config.candidates();
     let all: Vec<A> = if listed == 0 {
-        routing.weights
+        routing.routing_weights
     } else {
         let candidates = in_f32(&router, &RoutingShape { top_k: listed, ..shape })?;
-        let (of, by) = (&candidates.expert_ids, &candidates.weights);
+        let (of, by) = (&candidates.expert_ids, &candidates.routing_weights);
         let mut next = vec![0; shape.num_tokens];
         // Every candidate is asked once.
         for round in 0..capacity.overflow.min(listed) {
@@ -252,7 +252,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
         experts: config.num_experts as u32..(config.num_experts + zero.count) as u32,
         expert_ids,
         x,
-        weights: None,
+        routing_weights: None,
     });
     let output = config.experts.weight_position == WeightPosition::Output;
     let rows_weighted = config.experts.weighs_rows(D::DTYPE);
@@ -426,7 +426,7 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
         });
         let inputs = CombineInputs {
             yp: &parts.yp[..],
-            weights: parts.weights.map(Vec::as_slice),
+            routing_weights: parts.weights.map(Vec::as_slice),
             identity: parts
                 .identity
                 .as_ref()

@@ -23,7 +23,7 @@ pub struct Routing<A> {
     /// `[T, K]`, the experts of each token, strongest first; `u32::MAX` for a slot without one.
     pub expert_ids: Vec<u32>,
     /// `[T, K]`, their weights.
-    pub weights: Vec<A>,
+    pub routing_weights: Vec<A>,
 }
 
 /// What the router reads: the logits, and what its configuration or the caller adds to them.
@@ -147,12 +147,12 @@ pub(super) fn route_in<N: Number, D: Dtype>(
     inputs.lengths().check("route_fwd", shape, router)?;
     let mut routing = Routing {
         expert_ids: Vec::with_capacity(shape.slots()),
-        weights: Vec::with_capacity(shape.slots()),
+        routing_weights: Vec::with_capacity(shape.slots()),
     };
     for t in 0..shape.num_tokens {
-        let (ids, weights) = Token::new(shape, inputs, t).route(shape, router);
+        let (ids, routing_weights) = Token::new(shape, inputs, t).route(shape, router);
         routing.expert_ids.extend(ids);
-        routing.weights.extend::<Vec<N>>(weights);
+        routing.routing_weights.extend::<Vec<N>>(routing_weights);
     }
     Ok(routing)
 }
@@ -226,8 +226,8 @@ impl<'a> Token<'a> {
             }
             _ => self.choose(shape, router),
         };
-        let weights = self.weigh(router, &ids);
-        (ids, weights)
+        let routing_weights = self.weigh(router, &ids);
+        (ids, routing_weights)
     }
 
     /// The given ids, where they are those of experts.
@@ -271,10 +271,10 @@ impl<'a> Token<'a> {
         // Slots without an expert count as 0 in every sum.
         let has_expert = ids.iter().map(|&id| id != NO_EXPERT);
         let score = |has: bool| if has { of_experts.next() } else { None };
-        let mut weights: Vec<N> =
+        let mut routing_weights: Vec<N> =
             has_expert.map(score).map(|score| score.unwrap_or(N::of(0.0))).collect();
-        weigh::normalize(router.divisor(), &mut weights);
-        for (weight, &id) in weights.iter_mut().zip(ids) {
+        weigh::normalize(router.divisor(), &mut routing_weights);
+        for (weight, &id) in routing_weights.iter_mut().zip(ids) {
             let scaled = *weight * N::of(router.scale);
             *weight = match (id, self.expert_scale) {
                 (NO_EXPERT, _) => N::of(0.0),
@@ -282,6 +282,6 @@ impl<'a> Token<'a> {
                 (_, None) => scaled.or_zero(),
             };
         }
-        weights
+        routing_weights
     }
 }

@@ -182,7 +182,7 @@ proptest! {
             ..route::RouteInputs::new(&logits.view())
         }).unwrap();
         prop_assert_eq!(gpu.download(&got.expert_ids.as_view()), want.expert_ids);
-        prop_assert_eq!(bits(&gpu.download(&got.weights.as_view())), bits(&want.weights));
+        prop_assert_eq!(bits(&gpu.download(&got.routing_weights.as_view())), bits(&want.routing_weights));
     }
 
     /// Ids of slots without a row, which may be identity experts'.
@@ -211,9 +211,9 @@ proptest! {
         let (x, yp) = (gpu.upload(&x), gpu.upload(&yp));
         let (x, yp, ids) = (x.view(), yp.view(), uploaded.view());
         let identity = experts..experts + identity;
-        let identity = Identity { experts: identity, expert_ids: &ids, x: &x, weights: None };
+        let identity = Identity { experts: identity, expert_ids: &ids, x: &x, routing_weights: None };
         let inputs = CombineInputs {
-            yp: &yp, weights: None, identity: Some(identity), output_bias: None, shared: None,
+            yp: &yp, routing_weights: None, identity: Some(identity), output_bias: None, shared: None,
         };
         let y = combine::combine_fwd(&gpu.device, &gpu.stream, &plan, 1, &inputs).unwrap();
         prop_assert_eq!(bits(&gpu.download(&y.as_view())), bits(&want));

@@ -387,7 +387,7 @@ fn errors_come_before_any_launch() {
         expert_ids: 256,
         kept: 256,
         dropped: 254,
-        weights: 256,
+        routing_weights: 256,
         expert_offsets: 256,
         row_of_slot: 256,
         slot_of_row: 256,

@@ -142,12 +142,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let experts = self.shape.num_experts as u32;
         let inputs = CombineInputs {
             yp: &yp,
-            weights: options.of_all().then_some(&weights),
+            routing_weights: options.of_all().then_some(&weights),
             identity: options.identity.then_some(Identity {
                 experts: experts..experts + 2,
                 expert_ids: &ids,
                 x: &x,
-                weights: options.of_identities().then_some(&weights),
+                routing_weights: options.of_identities().then_some(&weights),
             }),
             output_bias: options.output_bias.then_some(&output_bias),
             shared: options.shared.then_some(Shared {
@@ -214,12 +214,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let experts = self.shape.num_experts as u32;
         let inputs = reference::CombineInputs {
             yp: &self.yp[..],
-            weights: options.of_all().then_some(&weights[..]),
+            routing_weights: options.of_all().then_some(&weights[..]),
             identity: options.identity.then_some(reference::Identity {
                 experts: experts..experts + 2,
                 expert_ids: &self.ids,
                 x: &self.x[..],
-                weights: options.of_identities().then_some(&weights[..]),
+                routing_weights: options.of_identities().then_some(&weights[..]),
             }),
             output_bias: options.output_bias.then_some(&self.output_bias[..]),
             shared: options.shared.then_some(reference::Shared {
@@ -412,8 +412,8 @@ fn errors_come_before_any_launch() {
         let ids = ids.slice(..lens[3]);
         let inputs = CombineInputs {
             yp: &yp,
-            weights: Some(&weights),
-            identity: Some(Identity { experts: 4..6, expert_ids: &ids, x: &x, weights: None }),
+            routing_weights: Some(&weights),
+            identity: Some(Identity { experts: 4..6, expert_ids: &ids, x: &x, routing_weights: None }),
             output_bias: Some(&output_bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: true }),
         };
@@ -459,7 +459,7 @@ fn raw_arguments_are_checked() {
         ("output_bias", CombineBuffers { output_bias: 257, ..good }),
         ("shared", CombineBuffers { shared: 257, ..good }),
         ("row_of_slot", CombineBuffers { row_of_slot: 258, ..good }),
-        ("weights", CombineBuffers { weights: 258, ..good }),
+        ("weights", CombineBuffers { routing_weights: 258, ..good }),
         ("expert_ids", CombineBuffers { expert_ids: 258, ..good }),
         ("shared_gate", CombineBuffers { shared: 256, shared_gate: 258, ..good }),
     ] {

@@ -357,8 +357,8 @@ fn rows_of_experts() {
         let (bias, shared, gate) = (bias.as_view(), shared.as_view(), gate.as_view());
         let inputs = CombineInputs {
             yp: &yp,
-            weights: Some(&weights),
-            identity: Some(Identity { experts: 3..4, expert_ids: &ids, x: &x, weights: None }),
+            routing_weights: Some(&weights),
+            identity: Some(Identity { experts: 3..4, expert_ids: &ids, x: &x, routing_weights: None }),
             output_bias: Some(&bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: false }),
         };

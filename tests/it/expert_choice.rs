@@ -152,7 +152,7 @@ fn a_layer_of_chosen_tokens() {
         LinearWeights::new(&down_view),
     )
     .unwrap();
-    let (yp, weights) = (yp.as_view(), choice.weights.as_view());
+    let (yp, weights) = (yp.as_view(), choice.routing_weights.as_view());
     let inputs = CombineInputs::new(&yp, &weights);
     let y = combine::combine_fwd(device, stream, &plan, hidden, &inputs).unwrap();
     let y = gpu.download(&y.as_view());
@@ -192,7 +192,7 @@ fn errors_come_before_any_launch() {
     for (t, e) in [(4, 0), (4, 4097), (1 << 20, 4096), (usize::MAX, 2)] {
         assert!(matches!(call(t, e, 12), Err(Error::Unsupported { .. })), "T{t} E{e}");
     }
-    let buffers = ExpertChoiceBuffers { expert_ids: 256, weights: 256, scores: 255 };
+    let buffers = ExpertChoiceBuffers { expert_ids: 256, routing_weights: 256, scores: 255 };
     // SAFETY: the call fails before it launches anything.
     let result = unsafe {
         let stream = gpu.stream.cu_stream();

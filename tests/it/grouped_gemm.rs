@@ -284,7 +284,7 @@ fn the_order_of_tiles_does_not_change_bits() {
                     gate_up: w,
                     up: 0,
                     bias: 0,
-                    weights: 0,
+                    routing_weights: 0,
                     row_of_slot: 0,
                     token_of_row,
                     expert_offsets,

@@ -159,7 +159,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) 
     let (ids, weights) = run(gpu, case, offset);
     let want = reference::route_fwd::<f32, D>(shape, router, &case.inputs()).unwrap();
     assert_eq!(ids, want.expert_ids, "{what}");
-    for (slot, (got, want)) in weights.iter().zip(&want.weights).enumerate() {
+    for (slot, (got, want)) in weights.iter().zip(&want.routing_weights).enumerate() {
         assert_eq!(got.to_bits(), want.to_bits(), "{what}: slot {slot} is {got:e}, not {want:e}");
         assert!(!got.is_nan(), "{what}: slot {slot} is no number");
     }
@@ -172,7 +172,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) 
     }
     let bounded = (0..ids.len()).filter(|&slot| bound[slot].is_finite());
     let (slots, bounded): (Vec<_>, Vec<_>) =
-        bounded.map(|slot| (weights[slot], (truth.weights[slot], bound[slot]))).unzip();
+        bounded.map(|slot| (weights[slot], (truth.routing_weights[slot], bound[slot]))).unzip();
     let (value, bound) = bounded.into_iter().unzip();
     assert_within(&slots, &Bounded { value, bound }, &what);
     let active = |token: usize| case.active.as_ref().is_none_or(|active| active[token] != 0);
@@ -400,6 +400,6 @@ fn the_allocating_form_agrees() {
         let inputs = RouteInputs::new(&logits);
         let routing = route::route_fwd(&gpu.device, &gpu.stream, shape, &router, &inputs).unwrap();
         assert_eq!(gpu.download(&routing.expert_ids.as_view()), ids);
-        assert_eq!(gpu.download(&routing.weights.as_view()), weights);
+        assert_eq!(gpu.download(&routing.routing_weights.as_view()), weights);
     }
 }

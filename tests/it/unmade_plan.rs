@@ -85,7 +85,7 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
     let ids = gpu.upload(&vec![experts as u32; slots]);
     let ids = ids.view();
     let identity = 0..experts as u32 + 1;
-    let identity = Identity { experts: identity, expert_ids: &ids, x: &x, weights: None };
+    let identity = Identity { experts: identity, expert_ids: &ids, x: &x, routing_weights: None };
     for identity in [None, Some(identity)] {
         let inputs = CombineInputs { identity, ..CombineInputs::new(&rows, &weights) };
         combine::combine_fwd(device, stream, plan, width, &inputs).unwrap();

@@ -171,7 +171,7 @@ impl<D: Dtype> Case<D> {
             }
         }
         let plan = reference::plan_fwd(&shape, &expert_ids)?;
-        let weights = routing.weights.into_iter().map(|weight| weight as f32).collect();
+        let weights = routing.routing_weights.into_iter().map(|weight| weight as f32).collect();
         Ok(Self { config, shape, x, logits, gate_up, down, expert_ids, weights, plan, act, yp })
     }
 }

@@ -175,7 +175,7 @@ fn route<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         )?;
         let (wanted, bound) =
             bound::route(&case.shape, &router, &reference::RouteInputs::new(&case.logits))?;
-        let wanted_weights = Bounded { value: wanted.weights, bound };
+        let wanted_weights = Bounded { value: wanted.routing_weights, bound };
         let ids = Worst::of_bits("expert_ids", &gpu.download(&ids.as_view())?, &wanted.expert_ids);
         let weights =
             Worst::of_bounded("weights", &gpu.download(&weights.as_view())?, &wanted_weights);
@@ -416,12 +416,12 @@ fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         let mut y = gpu.poisoned::<D>(tokens * hidden)?;
         let inputs = CombineInputs {
             yp: &yp,
-            weights: Some(&weights),
+            routing_weights: Some(&weights),
             identity: all.then_some(Identity {
                 experts: experts.clone(),
                 expert_ids: &ids,
                 x: &x,
-                weights: None,
+                routing_weights: None,
             }),
             output_bias: all.then_some(&bias),
             shared: all.then_some(Shared { y: &x, gate: Some(&gate_device), average: true }),
@@ -430,12 +430,12 @@ fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         combine_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &inputs, to)?;
         let inputs = reference::CombineInputs {
             yp: &case.yp[..],
-            weights: Some(&case.weights[..]),
+            routing_weights: Some(&case.weights[..]),
             identity: all.then_some(reference::Identity {
                 experts: experts.clone(),
                 expert_ids: &case.expert_ids,
                 x: &case.x[..],
-                weights: None,
+                routing_weights: None,
             }),
             output_bias: all.then_some(&case.x[..hidden]),
             shared: all.then_some(reference::Shared {

@@ -21,7 +21,7 @@ pub struct CapacityAskBuffers {
     /// `[T, K]` `u32`, written whole.
     pub requests: CUdeviceptr,
     /// `[T, K]` `f32`, written where a slot asks.
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
     /// `[T]` `u32`, written whole; from the second time on it holds what the time before has left.
     pub next_candidate: CUdeviceptr,
     /// `[T, K]` `u32`
@@ -40,7 +40,7 @@ pub struct CapacityAskBuffers {
 /// with a larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` what the rounds so far have made of
 /// them. A slot without room asks the next candidate that is an expert and none of its token's own
 /// `expert_ids`, the slots of a token in order, and every candidate is asked once. `requests` `[T, K]` has
-/// that expert, `u32::MAX` where nothing is asked; `weights` `[T, K]` takes the candidate's weight.
+/// that expert, `u32::MAX` where nothing is asked; `routing_weights` `[T, K]` takes the candidate's weight.
 /// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too; a token whose
 /// number is `C` or more, any bits, asks for nothing.
 /// Asynchronous, ordered on `stream`; exact.
@@ -62,7 +62,7 @@ pub fn capacity_ask_fwd_into(
     candidate_weights: &CudaView<'_, f32>,
     next_candidate: &mut CudaViewMut<'_, u32>,
     requests: &mut CudaViewMut<'_, u32>,
-    weights: &mut CudaViewMut<'_, f32>,
+    routing_weights: &mut CudaViewMut<'_, f32>,
 ) -> Result<()> {
     shape.check(ASK)?;
     check_stream(ASK, device, stream)?;
@@ -74,12 +74,13 @@ pub fn capacity_ask_fwd_into(
         ("candidate_weights", candidate_weights.len(), listed),
         ("next_candidate", next_candidate.len(), shape.num_tokens),
         ("requests", requests.len(), shape.slots()),
-        ("weights", weights.len(), shape.slots()),
+        ("routing_weights", routing_weights.len(), shape.slots()),
     ] {
         check_len(ASK, name, len, wanted)?;
     }
     let (requests, _requests_guard) = writes(ASK, "requests", requests, stream)?;
-    let (weights, _weights_guard) = writes(ASK, "weights", weights, stream)?;
+    let (routing_weights, _weights_guard) =
+        writes(ASK, "routing_weights", routing_weights, stream)?;
     let (next_candidate, _next_guard) = writes(ASK, "next_candidate", next_candidate, stream)?;
     let (expert_ids, _ids_guard) = reads(ASK, "expert_ids", expert_ids, stream)?;
     let (kept_ids, _kept_guard) = reads(ASK, "kept_ids", kept_ids, stream)?;
@@ -88,7 +89,7 @@ pub fn capacity_ask_fwd_into(
         reads(ASK, "candidate_weights", candidate_weights, stream)?;
     let buffers = CapacityAskBuffers {
         requests,
-        weights,
+        routing_weights,
         next_candidate,
         expert_ids,
         kept_ids,
@@ -122,7 +123,7 @@ pub unsafe fn capacity_ask_fwd_raw(
     shape.check(ASK)?;
     let CapacityAskBuffers {
         requests,
-        weights,
+        routing_weights,
         next_candidate,
         expert_ids,
         kept_ids,
@@ -131,7 +132,7 @@ pub unsafe fn capacity_ask_fwd_raw(
     } = buffers;
     for (name, address) in [
         ("requests", requests),
-        ("weights", weights),
+        ("routing_weights", routing_weights),
         ("next_candidate", next_candidate),
         ("expert_ids", expert_ids),
         ("kept_ids", kept_ids),
@@ -152,7 +153,7 @@ pub unsafe fn capacity_ask_fwd_raw(
     }
     let arguments = [
         Argument::of(&requests),
-        Argument::of(&weights),
+        Argument::of(&routing_weights),
         Argument::of(&next_candidate),
         Argument::of(&expert_ids),
         Argument::of(&kept_ids),
@@ -186,13 +187,13 @@ pub fn capacity_normalize_fwd_into(
     scale: f32,
     expert_scale: Option<&CudaView<'_, f32>>,
     expert_ids: &CudaView<'_, u32>,
-    weights: &CudaView<'_, f32>,
+    routing_weights: &CudaView<'_, f32>,
     normalized: &mut CudaViewMut<'_, f32>,
 ) -> Result<()> {
     shape.check(NORMALIZE)?;
     check_stream(NORMALIZE, device, stream)?;
     check_len(NORMALIZE, "expert_ids", expert_ids.len(), shape.slots())?;
-    check_len(NORMALIZE, "weights", weights.len(), shape.slots())?;
+    check_len(NORMALIZE, "routing_weights", routing_weights.len(), shape.slots())?;
     check_len(NORMALIZE, "normalized", normalized.len(), shape.slots())?;
     if let Some(expert_scale) = expert_scale {
         check_len(NORMALIZE, "expert_scale", expert_scale.len(), shape.num_experts)?;
@@ -200,8 +201,10 @@ pub fn capacity_normalize_fwd_into(
     let (normalized, _normalized_guard) = writes(NORMALIZE, "normalized", normalized, stream)?;
     let (expert_scale, _scale_guard) = optional(NORMALIZE, "expert_scale", expert_scale, stream)?;
     let (expert_ids, _ids_guard) = reads(NORMALIZE, "expert_ids", expert_ids, stream)?;
-    let (weights, _weights_guard) = reads(NORMALIZE, "weights", weights, stream)?;
-    let buffers = CapacityNormalizeBuffers { normalized, expert_scale, expert_ids, weights };
+    let (routing_weights, _weights_guard) =
+        reads(NORMALIZE, "routing_weights", routing_weights, stream)?;
+    let buffers =
+        CapacityNormalizeBuffers { normalized, expert_scale, expert_ids, routing_weights };
     let stream = stream.cu_stream();
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
@@ -218,7 +221,7 @@ pub struct CapacityNormalizeBuffers {
     /// `[T, K]` `u32`
     pub expert_ids: CUdeviceptr,
     /// `[T, K]` `f32`
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
 }
 
 /// [`capacity_normalize_fwd_into`] on addresses.
@@ -239,11 +242,12 @@ pub unsafe fn capacity_normalize_fwd_raw(
     buffers: CapacityNormalizeBuffers,
 ) -> Result<()> {
     shape.check(NORMALIZE)?;
-    let CapacityNormalizeBuffers { normalized, expert_scale, expert_ids, weights } = buffers;
+    let CapacityNormalizeBuffers { normalized, expert_scale, expert_ids, routing_weights } =
+        buffers;
     check_aligned(NORMALIZE, "normalized", normalized, 4)?;
     check_aligned(NORMALIZE, "expert_scale", expert_scale, 4)?;
     check_aligned(NORMALIZE, "expert_ids", expert_ids, 4)?;
-    check_aligned(NORMALIZE, "weights", weights, 4)?;
+    check_aligned(NORMALIZE, "routing_weights", routing_weights, 4)?;
     let (divide, epsilon, min) = kept_divisor(NORMALIZE, "normalization", normalization)?;
     let args = CapacityNormalizeArgs {
         num_tokens: int(NORMALIZE, "num_tokens", shape.num_tokens)?,
@@ -261,7 +265,7 @@ pub unsafe fn capacity_normalize_fwd_raw(
         Argument::of(&normalized),
         Argument::of(&expert_scale),
         Argument::of(&expert_ids),
-        Argument::of(&weights),
+        Argument::of(&routing_weights),
         Argument::of(&args),
     ];
     let launch = thread_per_token(shape);

@@ -67,7 +67,7 @@ pub struct GateUpBuffers {
     /// `[E, 2I]` or `[E, I]` if there are biases, else 0 (null).
     pub bias: CUdeviceptr,
     /// `[T, K]` `f32` if the routing weights multiply the input or inside, else 0 (null).
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
     /// `[T * K]` `i32` where there are weights, else 0 (null).
     pub row_of_slot: CUdeviceptr,
     /// `[R]` `i32`, tokens below `T` for the rows in use; 0 (null) if nothing is gathered and there are no weights.
@@ -83,7 +83,7 @@ pub struct GateUpBuffers {
 /// `act[r, i] = activation(gate, up)`, or `activation(up)` without a gate, where gate and up are feature `i` of
 /// the row's expert times the row of `x`, plus their biases. Everything up to `act` is f32.
 ///
-/// Of `experts`, this reads the activation, and all that is said of gate and up. `weights` are the
+/// Of `experts`, this reads the activation, and all that is said of gate and up. `routing_weights` are the
 /// routing's, `[T, K]`, if and only if they multiply the input (the sums, which is the same but for
 /// rounding) or `act`. `act` is `[T * K, I]`; any `I` and `K` from 1. Rows that no slot owns become
 /// zero. See [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into) for the rest.
@@ -103,7 +103,7 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     rows: Rows,
     x: &CudaView<'_, D>,
     gate_up: GateUpWeights<'_, D>,
-    weights: Option<&CudaView<'_, f32>>,
+    routing_weights: Option<&CudaView<'_, f32>>,
     act: &mut CudaViewMut<'_, D>,
 ) -> Result<()> {
     let shape = plan.shape();
@@ -129,8 +129,8 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
         let wanted = product(OP, "parts * num_experts * intermediate", parts, features)?;
         check_len(OP, "bias", bias.len(), wanted)?;
     }
-    if let Some(weights) = weights {
-        check_len(OP, "weights", weights.len(), shape.slots())?;
+    if let Some(routing_weights) = routing_weights {
+        check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
     }
     check_len(
         OP,
@@ -147,7 +147,8 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     let (first, _first_guard) = reads(OP, first_name, first, stream)?;
     let (up, _up_guard) = optional(OP, "up", up, stream)?;
     let (bias, _bias_guard) = optional(OP, "bias", gate_up.bias, stream)?;
-    let (weights, _weights_guard) = optional(OP, "weights", weights, stream)?;
+    let (routing_weights, _weights_guard) =
+        optional(OP, "routing_weights", routing_weights, stream)?;
     let (row_of_slot, _slots_guard) = row_of_slot.device_ptr(stream);
     let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
@@ -159,8 +160,8 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
         gate_up: first,
         up,
         bias,
-        weights,
-        row_of_slot: if weights == 0 { 0 } else { row_of_slot },
+        routing_weights,
+        row_of_slot: if routing_weights == 0 { 0 } else { row_of_slot },
         token_of_row,
         expert_offsets,
         tiles,
@@ -199,7 +200,7 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
     rows: Rows,
     x: &CudaView<'_, D>,
     gate_up: GateUpWeights<'_, D>,
-    weights: Option<&CudaView<'_, f32>>,
+    routing_weights: Option<&CudaView<'_, f32>>,
 ) -> Result<CudaSlice<D>> {
     let len = product(OP, "rows * intermediate", plan.shape().slots(), intermediate)?;
     // SAFETY: the operation writes every element.
@@ -215,7 +216,7 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
         rows,
         x,
         gate_up,
-        weights,
+        routing_weights,
         view,
     )?;
     Ok(act)
@@ -246,8 +247,9 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
 ) -> Result<()> {
     shape.check_rows(OP)?;
     experts.check(OP)?;
-    let GateUpBuffers { act, x, gate_up, up, bias, weights, row_of_slot, token_of_row, .. } =
-        buffers;
+    let GateUpBuffers {
+        act, x, gate_up, up, bias, routing_weights, row_of_slot, token_of_row, ..
+    } = buffers;
     let GateUpBuffers { expert_offsets, tiles, num_tiles, .. } = buffers;
     for (name, address, bytes) in [
         ("act", act, dtype.size()),
@@ -255,7 +257,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
         ("gate_up", gate_up, dtype.size()),
         ("up", up, dtype.size()),
         ("bias", bias, dtype.size()),
-        ("weights", weights, 4),
+        ("routing_weights", routing_weights, 4),
         ("row_of_slot", row_of_slot, 4),
         ("token_of_row", token_of_row, 4),
         ("expert_offsets", expert_offsets, 4),
@@ -272,7 +274,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     must_be("`bias`", experts.gate_up_bias, bias)?;
     // What has an element per token may be nowhere if there are no tokens.
     if shape.num_tokens > 0 {
-        must_be("`weights`", weighted, weights)?;
+        must_be("`routing_weights`", weighted, routing_weights)?;
         must_be("`row_of_slot`", weighted, row_of_slot)?;
         must_be("`token_of_row`", gather || weighted || token_of_row != 0, token_of_row)?;
     }
@@ -307,7 +309,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
         Argument::of(&up),
         Argument::of(&bias),
         Argument::of(&up_bias),
-        Argument::of(&weights),
+        Argument::of(&routing_weights),
         Argument::of(&row_of_slot),
         Argument::of(&token_of_row),
         Argument::of(&expert_offsets),

@@ -25,7 +25,7 @@ pub struct WeightedGemmBuffers {
     /// Those of the product; `token_of_row` is never null here.
     pub gemm: GroupedGemmBuffers,
     /// `[T, K]` `f32`
-    pub weights: CUdeviceptr,
+    pub routing_weights: CUdeviceptr,
     /// `[T * K]` `i32`: rows below `T * K`, or -1.
     pub row_of_slot: CUdeviceptr,
 }
@@ -74,14 +74,14 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     let (x, _x_guard) = reads(OP, "x", x, stream)?;
     let (w, _w_guard) = reads(OP, "w", w, stream)?;
     let (bias, _bias_guard) = optional(OP, "bias", bias, stream)?;
-    let (weights, _weights_guard) = reads(OP, "routing_weights", routing_weights, stream)?;
+    let (routing_weights, _weights_guard) = reads(OP, "routing_weights", routing_weights, stream)?;
     let (row_of_slot, _slots_guard) = row_of_slot.device_ptr(stream);
     let (token_of_row, _tokens_guard) = token_of_row.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
     let (tiles, _tiles_guard) = tiles.device_ptr(stream);
     let (num_tiles, _num_tiles_guard) = num_tiles.device_ptr(stream);
     let gemm = GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles };
-    let buffers = WeightedGemmBuffers { gemm, weights, row_of_slot };
+    let buffers = WeightedGemmBuffers { gemm, routing_weights, row_of_slot };
     let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
     // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
     // guards order the launch after earlier uses of the buffers and outlive it.
@@ -150,10 +150,10 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
 ) -> Result<()> {
     check_dtype(dtype)?;
     shape.check_rows(OP)?;
-    let WeightedGemmBuffers { gemm, weights, row_of_slot } = buffers;
+    let WeightedGemmBuffers { gemm, routing_weights, row_of_slot } = buffers;
     let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } = gemm;
     gemm.check_aligned(OP, dtype)?;
-    check_aligned(OP, "routing_weights", weights, 4)?;
+    check_aligned(OP, "routing_weights", routing_weights, 4)?;
     check_aligned(OP, "row_of_slot", row_of_slot, 4)?;
     width(OP, "n", n)?;
     width(OP, "k", k)?;
@@ -168,7 +168,7 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    if [weights, row_of_slot, token_of_row].contains(&0) {
+    if [routing_weights, row_of_slot, token_of_row].contains(&0) {
         let why = "the routing weights, or the maps that find a row's, are null".into();
         return Err(Error::Mismatch { op: OP, why });
     }
@@ -178,7 +178,7 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
         Argument::of(&x),
         Argument::of(&w),
         Argument::of(&bias),
-        Argument::of(&weights),
+        Argument::of(&routing_weights),
         Argument::of(&row_of_slot),
         Argument::of(&token_of_row),
         Argument::of(&expert_offsets),

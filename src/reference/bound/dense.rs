@@ -24,21 +24,21 @@ pub fn combine(
 ) -> Result<Bounded> {
     let value = combine_fwd::<f64>(shape, plan, hidden, inputs)?;
     let yp = magnitudes(inputs.yp);
-    let weights = inputs.weights.map(magnitudes);
+    let weights = inputs.routing_weights.map(magnitudes);
     let x = inputs.identity.as_ref().map(|identity| magnitudes(identity.x));
-    let of_identities = inputs.identity.as_ref().and_then(|i| i.weights).map(magnitudes);
+    let of_identities = inputs.identity.as_ref().and_then(|i| i.routing_weights).map(magnitudes);
     let output_bias = inputs.output_bias.map(magnitudes);
     let shared = inputs.shared.as_ref().map(|shared| magnitudes(shared.y));
     // Gates stay as they are: a sigmoid is positive.
     let gate: Option<Vec<f64>> = inputs.shared.as_ref().and_then(|shared| shared.gate).map(widen);
     let magnitude = CombineInputs {
         yp: &yp,
-        weights: weights.as_deref(),
+        routing_weights: weights.as_deref(),
         identity: inputs.identity.as_ref().zip(x.as_deref()).map(|(identity, x)| Identity {
             experts: identity.experts.clone(),
             expert_ids: identity.expert_ids,
             x,
-            weights: of_identities.as_deref(),
+            routing_weights: of_identities.as_deref(),
         }),
         output_bias: output_bias.as_deref(),
         shared: inputs.shared.as_ref().zip(shared.as_deref()).map(|(inputs, y)| Shared {

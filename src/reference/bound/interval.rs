@@ -248,7 +248,7 @@ mod tests {
         {
             let router = RouterConfig { scoring, ..RouterConfig::softmax_top_k(true) };
             let routing = route_in::<Interval, f32>(&shape, &router, &RouteInputs::new(&logits));
-            for weight in routing.unwrap().weights {
+            for weight in routing.unwrap().routing_weights {
                 let units = weight.bound() / (U * weight.mid);
                 assert!(units <= most, "{scoring:?}: {units} units, wanted {most}");
             }

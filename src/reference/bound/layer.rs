@@ -50,7 +50,7 @@ pub fn moe_layer<D: Dtype>(
             config.router.scale,
             weights.router.expert_scale,
             &routing.expert_ids,
-            &before.weights,
+            &before.routing_weights,
             &errors,
         )?;
     }
@@ -287,7 +287,7 @@ impl<D: Dtype> Operations<D> for WithBounds {
         let gate = shared.and_then(|shared| shared.gate.as_ref());
         let values = CombineInputs {
             yp: &yp.value[..],
-            weights: weights.map(|weights| &weights.value[..]),
+            routing_weights: weights.map(|weights| &weights.value[..]),
             identity: identity.as_ref().map(|identity| {
                 identity.with_weights(identity_weights.map(|weights| &weights.value[..]))
             }),
@@ -307,7 +307,7 @@ impl<D: Dtype> Operations<D> for WithBounds {
         let sizes = weights.map(most);
         let from_rows = CombineInputs::<f64, f64, D> {
             yp: &yp.bound,
-            weights: sizes.as_deref(),
+            routing_weights: sizes.as_deref(),
             identity: None,
             output_bias: None,
             shared: shared.map(|shared| Shared {
@@ -326,12 +326,12 @@ impl<D: Dtype> Operations<D> for WithBounds {
             let x = identity.as_ref().map(|identity| magnitudes(identity.x));
             let from_weights = CombineInputs::<f64, f64, f64> {
                 yp: &rows,
-                weights: Some(&weights.bound),
+                routing_weights: Some(&weights.bound),
                 identity: identity.as_ref().zip(x.as_deref()).map(|(identity, x)| Identity {
                     experts: identity.experts.clone(),
                     expert_ids: identity.expert_ids,
                     x,
-                    weights: None,
+                    routing_weights: None,
                 }),
                 output_bias: None,
                 shared: None,

@@ -41,7 +41,7 @@ fn token_by_token(
         let shape = config.routing(1);
         let routing =
             route_fwd::<f64, f32>(&shape, &config.router, &RouteInputs::new(logits)).unwrap();
-        for (id, weight) in routing.expert_ids.into_iter().zip(routing.weights) {
+        for (id, weight) in routing.expert_ids.into_iter().zip(routing.routing_weights) {
             let gate_up = &gate_up[id as usize * 2 * i * h..][..2 * i * h];
             let down = &down[id as usize * h * i..][..h * i];
             let yp = swiglu(&x, gate_up, down);

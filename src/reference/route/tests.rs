@@ -26,11 +26,11 @@ fn route_with(
     let single = route_fwd::<f32, f32>(&shape, &router, inputs).unwrap();
     let double = route_fwd::<f64, f32>(&shape, &router, inputs).unwrap();
     assert_eq!(single.expert_ids, double.expert_ids);
-    for (single, double) in single.weights.iter().zip(&double.weights) {
+    for (single, double) in single.routing_weights.iter().zip(&double.routing_weights) {
         let close = (f64::from(*single) - double).abs() <= 1e-5 * double.abs() + 1e-44;
         assert!(close || f64::from(*single) == *double, "{single} in f32, {double} in f64");
     }
-    (double.expert_ids, double.weights)
+    (double.expert_ids, double.routing_weights)
 }
 
 fn assert_close(got: &[f64], want: &[f64]) {
@@ -130,7 +130,7 @@ fn any_bits_of<D: Dtype>(from_bits: fn(u16) -> D) {
             let single = route_fwd::<f32, D>(&shape, &router, &inputs).unwrap();
             let double = route_fwd::<f64, D>(&shape, &router, &inputs).unwrap();
             assert_eq!(single.expert_ids, double.expert_ids);
-            assert!(double.weights.iter().all(|weight| (0.0..=1.0).contains(weight)));
+            assert!(double.routing_weights.iter().all(|weight| (0.0..=1.0).contains(weight)));
             for ids in single.expert_ids.chunks(top_k) {
                 let mut distinct = ids.to_vec();
                 distinct.sort_unstable();
@@ -342,7 +342,7 @@ fn sparsemixer_in_training() {
             ..RouteInputs::new(&logits)
         };
         let routing = route_fwd::<f64, f32>(&shape, &router, &inputs).unwrap();
-        (routing.expert_ids, routing.weights)
+        (routing.expert_ids, routing.routing_weights)
     };
     let share = |d: f64| 1.0 / (1.0 + d.exp());
     let third = f64::from(0.3333f32);
@@ -412,14 +412,14 @@ fn given_ids_are_weighed() {
     let run = |inputs| route_fwd::<f64, f32>(&shape, &router, &inputs).unwrap();
     let routing = run(inputs);
     assert_eq!(routing.expert_ids, [2, 0, u32::MAX, 1]);
-    assert_close(&routing.weights, &[sigmoid(2.0), sigmoid(-2.0), 0.0, 1.0]);
+    assert_close(&routing.routing_weights, &[sigmoid(2.0), sigmoid(-2.0), 0.0, 1.0]);
     // Both tokens have the second row, then one that is not there.
     let routing = run(RouteInputs { token_ids: Some(&[1, 9]), ..inputs });
     assert_eq!(routing.expert_ids, [u32::MAX, 1, u32::MAX, u32::MAX]);
-    assert_eq!(routing.weights, [0.0, 1.0, 0.0, 0.0]);
+    assert_eq!(routing.routing_weights, [0.0, 1.0, 0.0, 0.0]);
     let routing = run(RouteInputs { active: Some(&[0, 2]), ..inputs });
     assert_eq!(routing.expert_ids, [u32::MAX, u32::MAX, u32::MAX, 1]);
-    assert_eq!(routing.weights, [0.0, 0.0, 0.0, 1.0]);
+    assert_eq!(routing.routing_weights, [0.0, 0.0, 0.0, 1.0]);
 }
 
 /// A buffer is there if the router asks for it, and of the length that the shape gives it.

@@ -168,7 +168,7 @@ fn gate_and_up_are_those_of_the_configuration() {
         gate_up: 0,
         up: 0,
         bias: 0,
-        weights: 0,
+        routing_weights: 0,
         row_of_slot: 0,
         token_of_row: 0,
         expert_offsets: 0,
@@ -193,7 +193,7 @@ fn gate_and_up_are_those_of_the_configuration() {
         }
     };
     mismatch(raw(&plain, n, Rows::Gathered, null), "`token_of_row`, which is not given");
-    let weights = GateUpBuffers { weights: 4, ..null };
+    let weights = GateUpBuffers { routing_weights: 4, ..null };
     mismatch(raw(&weighted, n, Rows::Grouped, weights), "`row_of_slot`, which is not given");
     let weights = GateUpBuffers { row_of_slot: 4, ..weights };
     mismatch(raw(&weighted, n, Rows::Grouped, weights), "`token_of_row`, which is not given");

@@ -211,7 +211,7 @@ fn errors_come_before_any_launch() {
         tiles: 256,
         num_tiles: 256,
     };
-    let good = WeightedGemmBuffers { gemm, weights: 256, row_of_slot: 256 };
+    let good = WeightedGemmBuffers { gemm, routing_weights: 256, row_of_slot: 256 };
     let raw = |dtype, n, buffers| {
         let (stream, order) = (stream.cu_stream(), WeightOrder::OutIn);
         // SAFETY: every call is refused before the launch.
@@ -220,13 +220,13 @@ fn errors_come_before_any_launch() {
         }
     };
     for null in [
-        WeightedGemmBuffers { weights: 0, ..good },
+        WeightedGemmBuffers { routing_weights: 0, ..good },
         WeightedGemmBuffers { row_of_slot: 0, ..good },
         WeightedGemmBuffers { gemm: GroupedGemmBuffers { token_of_row: 0, ..gemm }, ..good },
     ] {
         assert!(matches!(raw(DType::F16, 6, null), Err(Error::Mismatch { .. })));
     }
-    let odd = WeightedGemmBuffers { weights: 258, ..good };
+    let odd = WeightedGemmBuffers { routing_weights: 258, ..good };
     assert!(matches!(
         raw(DType::F16, 6, odd),
         Err(Error::Alignment { argument: "routing_weights", .. })

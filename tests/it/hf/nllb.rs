@@ -180,7 +180,7 @@ proptest! {
         let sorted =
             reference::route_fwd::<f32, f32>(&shape, &softmax, &RouteInputs::new(&logits)).unwrap();
         let mut probabilities = vec![vec![0.0; experts]; tokens];
-        for (slot, (&id, &p)) in sorted.expert_ids.iter().zip(&sorted.weights).enumerate() {
+        for (slot, (&id, &p)) in sorted.expert_ids.iter().zip(&sorted.routing_weights).enumerate() {
             probabilities[slot / experts][id as usize] = p;
         }
         let capacity = (f64::from(hundredths as u32) / 100.0 * tokens as f64).ceil() as usize;

@@ -106,7 +106,7 @@ impl Call<'_> {
                     gate_up: w[0],
                     up: w.get(1).copied().unwrap_or(0),
                     bias: 0,
-                    weights: 0,
+                    routing_weights: 0,
                     row_of_slot: 0,
                     token_of_row: 0,
                     expert_offsets,

@@ -107,7 +107,7 @@ fn rows_past_2_31_elements() {
         let stream = &gpu.stream;
         let read = CombineBuffers {
             yp: xp.device_ptr(stream).0,
-            weights: weights.device_ptr(stream).0,
+            routing_weights: weights.device_ptr(stream).0,
             row_of_slot: maps.row_of_slot.device_ptr(stream).0,
             ..CombineBuffers::default()
         };
@@ -144,7 +144,7 @@ fn tokens_past_2_31_elements() {
         // One buffer serves for both: apart they are more than the software device has.
         let read = CombineBuffers {
             yp: xp.device_ptr(stream).0,
-            weights: weights.device_ptr(stream).0,
+            routing_weights: weights.device_ptr(stream).0,
             row_of_slot: maps.row_of_slot.device_ptr(stream).0,
             expert_ids: expert_ids.device_ptr(stream).0,
             x: x_at,

@@ -81,9 +81,9 @@ fn composed<D: Dtype + DeviceRepr>(case: &Case<D>) -> Decided {
     };
     let scores = route(scores, shape);
     assert_eq!(scores.expert_ids, chosen.expert_ids);
-    let mut weights = chosen.weights;
+    let mut weights = chosen.routing_weights;
     let order = |weights: &[f32]| match capacity.priority {
-        Priority::ChoiceByTopWeight => scores.weights.clone(),
+        Priority::ChoiceByTopWeight => scores.routing_weights.clone(),
         _ => weights.to_vec(),
     };
 
@@ -94,7 +94,7 @@ fn composed<D: Dtype + DeviceRepr>(case: &Case<D>) -> Decided {
     if capacity.overflow > 0 {
         let listed = shape.num_experts;
         let candidates = route(weighs, RoutingShape { top_k: listed, ..shape });
-        let (of, of_weights) = (&candidates.expert_ids, &candidates.weights);
+        let (of, of_weights) = (&candidates.expert_ids, &candidates.routing_weights);
         let mut next = vec![0; shape.num_tokens];
         for round in 0..capacity.overflow {
             let kept_ids = &kept.expert_ids;

@@ -159,7 +159,7 @@ fn experts_choose_by_the_scores_of_the_layer() {
         let uploaded = gpu.upload(&scores);
         let choice = expert_choice_fwd(device, stream, 50, 5, 13, &uploaded.view()).unwrap();
         let ids = gpu.download(&choice.expert_ids.as_view());
-        let weights = gpu.download(&choice.weights.as_view());
+        let weights = gpu.download(&choice.routing_weights.as_view());
         assert!((0..5).all(|expert| ids.iter().filter(|&&id| id == expert).count() == 13));
         // The scores of the gate's logits, and the 13 largest of each expert.
         let (inputs, host) = (case.inputs.as_host(), case.weights.as_host());

@@ -99,13 +99,13 @@ fn raw_addresses_must_be_aligned() {
     let router = RouterConfig::top_k_softmax();
     let shape = RoutingShape::new(1, 8, 2).unwrap();
     let good =
-        RouteBuffers { expert_ids: 256, weights: 256, logits: 256, ..RouteBuffers::default() };
+        RouteBuffers { expert_ids: 256, routing_weights: 256, logits: 256, ..RouteBuffers::default() };
     let drawn = RouteBuffers { selection_noise: 256, midpoint_draws: 256, ..good };
     let scoring = Scoring::Sparsemixer { jitter: 0.01, training: true };
     let sparsemixer = RouterConfig { scoring, ..RouterConfig::default() };
     for (argument, buffers) in [
         ("expert_ids", RouteBuffers { expert_ids: 257, ..good }),
-        ("weights", RouteBuffers { weights: 258, ..good }),
+        ("weights", RouteBuffers { routing_weights: 258, ..good }),
         ("logits", RouteBuffers { logits: 257, ..good }),
         ("noise", RouteBuffers { noise: 258, ..good }),
         ("noise_logits", RouteBuffers { noise: 256, noise_logits: 257, ..good }),
