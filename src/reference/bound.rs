@@ -116,7 +116,8 @@ pub fn route<D: Dtype>(
     router: &RouterConfig,
     inputs: &RouteInputs<'_, D>,
 ) -> Result<(Routing<f64>, Vec<f64>)> {
-    let Routing { expert_ids, routing_weights: weights } = route_in::<Interval, D>(shape, router, inputs)?;
+    let Routing { expert_ids, routing_weights: weights } =
+        route_in::<Interval, D>(shape, router, inputs)?;
     let bound = weights.iter().map(Interval::bound).collect();
     let weights = weights.iter().map(|weight| weight.mid).collect();
     Ok((Routing { expert_ids, routing_weights: weights }, bound))
@@ -256,7 +257,8 @@ mod tests {
                     route_in::<f32, f32>(&shape, &router, &RouteInputs::new(&logits)).unwrap();
                 let bounded = Bounded { value: right.routing_weights, bound };
                 assert!(worst(&bounded, &got.routing_weights) <= 1.0);
-                let off: Vec<f32> = got.routing_weights.iter().map(|weight| weight * 1.0001).collect();
+                let off: Vec<f32> =
+                    got.routing_weights.iter().map(|weight| weight * 1.0001).collect();
                 assert!(worst(&bounded, &off) > 1.0);
             }
         }

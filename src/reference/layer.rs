@@ -84,7 +84,9 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     };
     let mut asked = in_f32(&router, &shape)?.routing_weights;
     let top = match capacity.priority {
-        Priority::ChoiceByTopWeight => Some(in_f32(&config.router.of_scores(), &shape)?.routing_weights),
+        Priority::ChoiceByTopWeight => {
+            Some(in_f32(&config.router.of_scores(), &shape)?.routing_weights)
+        }
         _ => None,
     };
     let tokens = inputs.sequence_tokens;

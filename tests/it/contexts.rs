@@ -358,7 +358,12 @@ fn rows_of_experts() {
         let inputs = CombineInputs {
             yp: &yp,
             routing_weights: Some(&weights),
-            identity: Some(Identity { experts: 3..4, expert_ids: &ids, x: &x, routing_weights: None }),
+            identity: Some(Identity {
+                experts: 3..4,
+                expert_ids: &ids,
+                x: &x,
+                routing_weights: None,
+            }),
             output_bias: Some(&bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: false }),
         };

@@ -28,8 +28,24 @@ const NOT_OURS: &[&str] =
     &["target", ".git", ".cuda", "bench-results", "tests/it/tidy/language.rs", "Cargo.lock"];
 
 const TEXT: &[&str] = &[
-    ".rs", ".cu", ".cuh", ".h", ".cpp", ".py", ".md", ".toml", ".txt", ".sh", "run", "bundle",
-    "record", "sanitize", "cuda-toolchain", "static-evidence", "emulator-kernels", "test-run",
+    ".rs",
+    ".cu",
+    ".cuh",
+    ".h",
+    ".cpp",
+    ".py",
+    ".md",
+    ".toml",
+    ".txt",
+    ".sh",
+    "run",
+    "bundle",
+    "record",
+    "sanitize",
+    "cuda-toolchain",
+    "static-evidence",
+    "emulator-kernels",
+    "test-run",
 ];
 
 /// The text files of the repository.
@@ -97,7 +113,8 @@ fn second_k(text: &str) -> Option<String> {
     let shape_of_product = |shape: &str| {
         let letters: Vec<&str> =
             shape.split(|c: char| !c.is_alphanumeric()).filter(|part| !part.is_empty()).collect();
-        letters.contains(&"N") || letters.contains(&"K") && ["R", "H", "I"].iter().any(|l| letters.contains(l))
+        letters.contains(&"N")
+            || letters.contains(&"K") && ["R", "H", "I"].iter().any(|l| letters.contains(l))
     };
     text.lines().enumerate().find_map(|(number, line)| {
         let parameter = ["(k: usize", " k: usize", "(n: usize", " n: usize"]
@@ -116,7 +133,11 @@ fn k_is_experts_per_token() {
     for folder in ["src/ops", "src/reference", "src/layer", "src/tensors", "src/config"] {
         for (name, text) in files(folder, &[".rs"]) {
             let library = text.split("#[cfg(test)]").next().unwrap();
-            assert_eq!(second_k(library), None, "{name}: a product has in_features and out_features");
+            assert_eq!(
+                second_k(library),
+                None,
+                "{name}: a product has in_features and out_features"
+            );
         }
     }
     let abi = fs::read_to_string(root().join(Path::new("kernels/abi.h"))).unwrap();
@@ -125,7 +146,9 @@ fn k_is_experts_per_token() {
 
 #[test]
 fn a_second_k_is_seen() {
-    for text in ["/// `[E, N, K]`", "fn f(k: usize)", "    n: usize,", "// [R, K]", "int k;  // [K, H]"] {
+    for text in
+        ["/// `[E, N, K]`", "fn f(k: usize)", "    n: usize,", "// [R, K]", "int k;  // [K, H]"]
+    {
         assert!(second_k(text).is_some(), "{text}");
     }
     for text in ["/// `[T, K]`", "// [T, K, E]", "fn f(top_k: usize, in_features: usize)", "x[i]"] {
