@@ -1,6 +1,6 @@
-// The requests of a warp. Its lanes run one after another, so a request is put together from what
-// each of them did: the n-th execution of an instruction by one lane belongs to the n-th execution
-// of it by the others. Where all lanes meet, counting starts anew.
+// The requests of a warp. Its lanes run one after another, so a request is assembled from the
+// accesses of each lane: the n-th execution of an instruction by one lane belongs to the n-th
+// execution of it by the others. Where all lanes rendezvous, counting restarts.
 #pragma once
 #include <unordered_map>
 #include <vector>
@@ -9,27 +9,27 @@
 
 namespace simt {
 
-// An instruction of a kernel: a return address, or a file and a line of it; and which part, if it
-// is split into several accesses.
+// An instruction of a kernel: a return address, or a file and a line; and the part, if it is split
+// into several accesses.
 struct Spot {
-  Deed deed;
+  WarpEvent event;
   const void* where;
   int part;
   bool operator==(const Spot& other) const {
-    return deed == other.deed && where == other.where && part == other.part;
+    return event == other.event && where == other.where && part == other.part;
   }
 };
 
 struct SpotHash {
   size_t operator()(const Spot& spot) const {
     const size_t address = reinterpret_cast<size_t>(spot.where);
-    return (address * 16 + static_cast<size_t>(spot.deed)) * 0x9e3779b97f4a7c15ull +
+    return (address * 16 + static_cast<size_t>(spot.event)) * 0x9e3779b97f4a7c15ull +
            static_cast<size_t>(spot.part);
   }
 };
 
 struct Request {
-  uint32_t lanes = 0;  // that move something
+  uint32_t lanes = 0;  // that move bytes
   uintptr_t at[32];
   uint32_t bytes[32];
 };
@@ -40,11 +40,12 @@ struct WarpTraffic {
   void begin(uint32_t lanes);
   void add(const Spot& spot, uint32_t lane, uintptr_t at, uint32_t bytes);
   bool is_whole_warp(uint32_t lanes) const { return (lanes & all_) == all_; }
-  // All lanes are at one place: what they have done so far is complete.
+  // All lanes are at one place: their requests so far are complete.
   void lanes_meet(const LaunchTraffic& launch);
 
-  // One request of a unit that does not act by lanes.
-  void count_bulk(const LaunchTraffic& launch, Deed deed, const std::vector<Run>& runs);
+  // One request of a unit that does not act per lane.
+  void count_bulk(const LaunchTraffic& launch, WarpEvent event,
+                  const std::vector<ByteRange>& ranges);
   void count_operand(const std::vector<const unsigned char*>& chunks);
 
  private:
@@ -54,11 +55,11 @@ struct WarpTraffic {
   };
   using Entry = std::pair<const Spot, Executions>;
 
-  void complete(const LaunchTraffic& launch, Deed deed, const Request& request);
+  void complete(const LaunchTraffic& launch, WarpEvent event, const Request& request);
 
   std::unordered_map<Spot, Executions, SpotHash> spots_;
   std::vector<Entry*> active_;  // those with requests
-  uint32_t all_ = 0;            // the lanes that the warp began with
+  uint32_t all_ = 0;            // the lanes at the start of the warp
 };
 
 }  // namespace simt

@@ -1,4 +1,5 @@
-// What the environment asks of kernels that have run: a log of their names, and a fault in the results of one.
+// Observation of kernels that the environment requests: a log of kernel names, and a planted fault
+// in one kernel's results.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -18,8 +19,8 @@ const char* environment(const char* name) {
   return text && *text ? text : nullptr;
 }
 
-// MOE_EMULATOR_LAUNCHES=FILE: appends a kernel's name when it has run for the first time in this process. Processes may
-// share the file: a line is one write.
+// MOE_EMULATOR_LAUNCHES=FILE: appends a kernel's name after its first run in this process.
+// Processes may share the file: each line is a single write.
 Outcome note(const simt::Kernel& kernel) {
   static const char* const path = environment("MOE_EMULATOR_LAUNCHES");
   if (!path) return {};
@@ -35,8 +36,9 @@ Outcome note(const simt::Kernel& kernel) {
   return written ? Outcome() : failure("MOE_EMULATOR_LAUNCHES: " + std::string(path) + " cannot be written");
 }
 
-// MOE_EMULATOR_FAULT=flip:KERNEL: bit 14 of what the kernel's first parameter points to, its first output, is inverted
-// after each run. In an f32 that is 2^-9 of the value, in a 16-bit number an exponent's highest bit.
+// MOE_EMULATOR_FAULT=flip:KERNEL: after each run, bit 14 of the memory at the kernel's first
+// pointer, its first output, is inverted. In an f32 this changes the value by 2^-9 of it; in a
+// 16-bit float it is the highest bit of the exponent.
 Outcome flip(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   CUdeviceptr output = 0;
   if (!arguments.empty() && kernel.parameters[0].size == sizeof output) {
@@ -45,13 +47,13 @@ Outcome flip(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   Lock lock(state().mutex);
   if (!find_allocation(output, sizeof(uint16_t))) {
     return failure("MOE_EMULATOR_FAULT: the first parameter of '" + std::string(kernel.symbol) +
-                   "' points to no memory of the device");
+                   "' does not point to device memory");
   }
   bytes_at(output)[1] ^= 0x40;
   return {};
 }
 
-// The same with fail:KERNEL: the launch fails.
+// MOE_EMULATOR_FAULT=fail:KERNEL: the launch fails.
 Outcome plant(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   static const char* const fault = environment("MOE_EMULATOR_FAULT");
   if (!fault) return {};
@@ -64,7 +66,7 @@ Outcome plant(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   }
   if (std::strcmp(kernel.symbol, colon + 1) != 0) return {};
   if (kind == "flip") return flip(kernel, arguments);
-  return failure("kernel '" + std::string(kernel.symbol) + "' fails because MOE_EMULATOR_FAULT says so");
+  return failure("kernel '" + std::string(kernel.symbol) + "' fails as requested by MOE_EMULATOR_FAULT");
 }
 
 }  // namespace

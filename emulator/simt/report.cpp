@@ -1,4 +1,4 @@
-// Reports: what stopped a kernel, who and where, and in a deadlock who waits for what.
+// Reports: the fault, the thread and the place, and for a deadlock the state of every thread.
 #include "state.h"
 
 #include <cstdarg>
@@ -35,7 +35,7 @@ void fail(const char* format, ...) {
   fail_with(text);
 }
 
-// What a waiting thread is short of.
+// Describes the condition that a waiting thread lacks.
 static std::string wanted(const Fiber* fiber) {
   char text[256] = "";
   switch (fiber->state) {

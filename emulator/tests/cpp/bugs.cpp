@@ -104,7 +104,7 @@ TEST(bug_mixed_operations) {
               {"divergent warp operation", "__shfl_sync", "__ballot_sync", "bugs.cu:"});
 }
 TEST(bug_mask_without_caller) {
-  must_report("emu_bug_mask_without_caller", ONE_BLOCK, {"does not name the calling lane"});
+  must_report("emu_bug_mask_without_caller", ONE_BLOCK, {"does not contain the calling lane"});
 }
 TEST(bug_spin) {
   Buffer<int> out(1);
