@@ -6,7 +6,7 @@
 namespace driver {
 
 // Locks the driver and finds the calling thread's context. Exported functions begin with `Call
-// call; if (call.error) return call.error;`. Functions on an object that knows its context work
+// call; if (call.error) return call.error;`. Functions on an object that stores its context work
 // without a current one.
 struct Call {
   enum Needs { CURRENT_CONTEXT, ANY_CONTEXT };

@@ -86,9 +86,9 @@ const char* driver::error_name(CUresult code) {
 
 CUresult driver::not_supported(const char* what) {
   static std::mutex mutex;
-  static std::set<std::string>* said = new std::set<std::string>;
+  static std::set<std::string>* printed = new std::set<std::string>;
   std::lock_guard<std::mutex> lock(mutex);
-  if (said->insert(what).second) {
+  if (printed->insert(what).second) {
     std::fprintf(stderr, "software CUDA device: not supported: %s\n", what);
   }
   return CUDA_ERROR_NOT_SUPPORTED;

@@ -157,7 +157,7 @@ struct HostThread {
   uint64_t launches = 0;
   unsigned os_threads;
   uint64_t left_out = 0;    // blocks of each launch
-  std::string report;       // of the last failure among what this thread submitted
+  std::string report;       // of the last failure of this thread's work
   CUresult report_error = CUDA_SUCCESS;  // and its code
   std::string report_copy;  // the text that last_error() returned
   ErrorDomainPtr default_domain = std::make_shared<ErrorDomain>();

@@ -1,4 +1,4 @@
-// Tensor maps. The runtime that reads them also encodes them and knows the format's rules; the
+// Tensor maps. The runtime that reads them also encodes them and checks the format's rules; the
 // checks here depend on the device and on the pointers.
 #include "api.h"
 #include "device.h"

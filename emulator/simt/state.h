@@ -165,7 +165,7 @@ struct Block : BlockVars {
   std::deque<Mbarrier> mbarriers;
   std::vector<StaticArray> statics;
   std::vector<RedZone> red_zones;
-  uint32_t static_end;    // the end of what is in use of the arena
+  uint32_t static_end;    // the end of the used part of the arena
   uint32_t static_bytes;  // static shared memory, without red zones
 };
 

@@ -137,7 +137,7 @@ inline T __shfl_sync(uint32_t mask, T value, int source, int width = 32, SIMT_SI
   const int first = static_cast<int>(simt::thread_vars->lane) & ~(width - 1);
   return simt::shuffle(mask, value, first | (source & (width - 1)), width, "__shfl_sync", site);
 }
-// The source of shfl_up and shfl_xor may lie in a lower segment, but not in a higher one.
+// The source of shfl_xor may lie in a lower segment, but not in a higher one.
 template <class T>
 inline T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32, SIMT_SITE) {
   const int lane = static_cast<int>(simt::thread_vars->lane), source = lane ^ lane_mask;
