@@ -65,7 +65,7 @@ fn main() {
         .include(&simt)
         .cargo_warnings(true);
     if env::var("PROFILE").is_ok_and(|profile| profile == "debug") {
-        build.flag("-g1"); // Four times the size: debug builds only, since release builds are distributed.
+        build.flag("-g1"); // Four times the size: in debug builds only.
     }
     let mut sources = build.clone();
     sources.file(joined(&simt, &out)).file(joined(&driver, &out));

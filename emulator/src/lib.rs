@@ -34,11 +34,11 @@
 //! | variable | values | meaning |
 //! |---|---|---|
 //! | `MOE_EMULATOR_CC` | `8.0`, `9.0` (default), `12.0` | compute capability and its limits |
-//! | `MOE_EMULATOR_DRIVER` | `12040`, ... (default 13000) | an older driver; it refuses newer images |
+//! | `MOE_EMULATOR_DRIVER` | `12040` (default 13000) | an older driver, which refuses newer PTX |
 //! | `MOE_EMULATOR_SEED` | a number (default 0) | the seed that threads start with |
 //! | `MOE_EMULATOR_THREADS` | a number (default 1) | OS threads for the blocks of one launch |
 //! | `MOE_EMULATOR_LAUNCHES` | a file | kernels append their names after their first run |
-//! | `MOE_EMULATOR_FAULT` | `flip:KERNEL`, `fail:KERNEL` | a wrong bit in its results, or a failed launch |
+//! | `MOE_EMULATOR_FAULT` | `flip:KERNEL`, `fail:KERNEL` | a wrong result bit, or a failed launch |
 //!
 //! # Differences from a GPU's driver
 //!

@@ -100,7 +100,9 @@ TEST(golden_matches_gpu_records) {
         std::filesystem::current_path().c_str());
   size_t records = 0;
   for (const Case& c : all_cases()) emulated[c.symbol + c.name] = hash_of(emulate(c, 0));
-  if (!std::filesystem::is_directory(folder)) return testing::note("no record of a GPU to compare with");
+  if (!std::filesystem::is_directory(folder)) {
+    return testing::note("no record of a GPU to compare with");
+  }
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     if (entry.path().extension() != ".txt") continue;
     records++;
@@ -121,7 +123,7 @@ TEST(golden_matches_gpu_records) {
     CHECK(lines > 0, "%s is empty", entry.path().c_str());
   }
   testing::note(records > 0 ? std::to_string(records) + " records compared"
-                           : "no record of a GPU to compare with");
+                            : "no record of a GPU to compare with");
 }
 
 // ---- Files ----

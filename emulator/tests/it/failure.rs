@@ -16,8 +16,8 @@ fn write_at(stream: &Stream, to: u64, index: i64) -> CUresult {
     launch(function("emu_bug_write_at"), stream.0, ONE_THREAD, &mut parameters)
 }
 
-/// A stream on which a write out of bounds is queued, and another stream. The members are dropped in
-/// this order.
+/// A stream with a queued write out of bounds, and another stream. The members are dropped in this
+/// order.
 struct FailingStream {
     stream: Stream,
     other: Stream,

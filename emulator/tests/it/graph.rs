@@ -30,7 +30,8 @@ impl Graph {
 
     fn node_types(&self) -> Vec<NodeType> {
         let mut count = 0;
-        // SAFETY: the graph is valid, and the second call has room for the number of nodes that the first one returned.
+        // SAFETY: the graph is valid, and the second call has room for the number of nodes that
+        // the first one returned.
         unsafe {
             let counted = sys::cuGraphGetNodes(self.graph, ptr::null_mut(), &mut count);
             assert_eq!(counted, CUresult::CUDA_SUCCESS);

@@ -176,7 +176,8 @@ fn concurrent_release_and_retain_keep_the_context() {
 #[ignore = "run by concurrent_release_and_retain_keep_the_context"]
 fn child_with_short_lived_threads() {
     install();
-    // SAFETY: the driver is initialised; each address is of a live variable or of memory that is long enough.
+    // SAFETY: the driver is initialised; each address is of a live variable or of memory that is
+    // long enough.
     let retain_and_release = || unsafe {
         let (mut context, mut memory) = (ptr::null_mut(), 0);
         sys::cuDevicePrimaryCtxRetain(&mut context, 0).result().expect("a context");
