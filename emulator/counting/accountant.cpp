@@ -53,7 +53,7 @@ class Accountant final : public Counter {
     LaunchTraffic& launch = *cluster->traffic;
     Traffic sum{};
     for (Warp* warp : cluster->warps) {
-      warp->traffic->lanes_meet(launch);
+      warp->traffic->complete_requests(launch);
       sum += warp->traffic->total;
     }
     const std::lock_guard<std::mutex> lock(launch.mutex);
@@ -80,12 +80,12 @@ class Accountant final : public Counter {
 
   void warp_operation(Warp* warp, const char* kind, uint32_t mask) override {
     count_operation(warp->traffic->total.operations, kind);
-    if (warp->traffic->is_whole_warp(mask)) warp->traffic->lanes_meet(*cluster->traffic);
+    if (warp->traffic->is_whole_warp(mask)) warp->traffic->complete_requests(*cluster->traffic);
   }
 
   void warp_waits(Warp* warp, uint32_t lanes, bool with_exited) override {
     if (with_exited || warp->traffic->is_whole_warp(lanes)) {
-      warp->traffic->lanes_meet(*cluster->traffic);
+      warp->traffic->complete_requests(*cluster->traffic);
     }
   }
 

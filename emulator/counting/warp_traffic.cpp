@@ -11,8 +11,9 @@ void WarpTraffic::begin(uint32_t lanes) {
   all_ = lanes;
 }
 
-void WarpTraffic::add(const Spot& spot, uint32_t lane, uintptr_t at, uint32_t bytes) {
-  Entry& entry = *spots_.try_emplace(spot).first;
+void WarpTraffic::add(const InstructionPart& instruction, uint32_t lane, uintptr_t at,
+                      uint32_t bytes) {
+  Entry& entry = *executions_.try_emplace(instruction).first;
   Executions& executions = entry.second;
   if (executions.requests.empty()) {
     std::fill(std::begin(executions.count), std::end(executions.count), 0);
@@ -27,7 +28,7 @@ void WarpTraffic::add(const Spot& spot, uint32_t lane, uintptr_t at, uint32_t by
   request.bytes[lane] = bytes;
 }
 
-void WarpTraffic::lanes_meet(const LaunchTraffic& launch) {
+void WarpTraffic::complete_requests(const LaunchTraffic& launch) {
   for (Entry* entry : active_) {
     for (const Request& request : entry->second.requests) {
       complete(launch, entry->first.event, request);

@@ -50,7 +50,7 @@ CUresult synchronize(Call&, const StreamPtr&);
 OperationPtr enqueue(const std::shared_ptr<HostThread>&, const ContextPtr&, const ErrorDomainPtr&,
                      Submission, const std::vector<std::pair<OperationPtr, bool>>& after);
 // Called after a submission: bounds the queue, and sometimes executes an operation early.
-void pace(Lock&, HostThread&, Context&);
+void limit_queue(Lock&, HostThread&, Context&);
 
 // Releases the resources of a context after its work has finished.
 void release_context(Lock&, Context&);

@@ -87,7 +87,7 @@ DRIVER_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
   OperationPtr end = enqueue(call.thread, stream->context, domain, std::move(exit), all);
   stream->last = end;
   exec->last_launch = end;
-  pace(call.lock, *call.thread, *stream->context);
+  limit_queue(call.lock, *call.thread, *stream->context);
   return CUDA_SUCCESS;
 }
 

@@ -27,7 +27,7 @@ CUresult allocate(Call& call, CUdeviceptr* out, size_t bytes) {
   return CUDA_SUCCESS;
 }
 
-CUresult free_later(Call& call, CUdeviceptr address, CUstream handle) {
+CUresult free_in_stream_order(Call& call, CUdeviceptr address, CUstream handle) {
   StreamPtr stream = find_stream(call, handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   if (stream->capture) {
@@ -177,7 +177,7 @@ DRIVER_API CUresult cuMemFree_v2(CUdeviceptr address) {
 DRIVER_API CUresult cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
   Call call;
   if (call.error) return call.error;
-  return free_later(call, address, handle);
+  return free_in_stream_order(call, address, handle);
 }
 
 DRIVER_API CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {

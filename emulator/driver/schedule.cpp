@@ -172,7 +172,7 @@ OperationPtr enqueue(const std::shared_ptr<HostThread>& thread, const ContextPtr
   return operation;
 }
 
-void pace(Lock& lock, HostThread& thread, Context& context) {
+void limit_queue(Lock& lock, HostThread& thread, Context& context) {
   while (context.unfinished.size() > QUEUE_LIMIT) {
     complete(lock, thread, {context.unfinished.begin()->second});
   }

@@ -105,7 +105,7 @@ CUresult submit(Call& call, const StreamPtr& stream, Submission submission,
       enqueue(call.thread, stream->context, domain, std::move(submission), after);
   stream->last = operation;
   if (submitted) *submitted = operation;
-  pace(call.lock, *call.thread, context);
+  limit_queue(call.lock, *call.thread, context);
   return error;
 }
 

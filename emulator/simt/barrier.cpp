@@ -8,7 +8,7 @@ static int expected_threads(const Block* block, const Barrier& barrier) {
 }
 
 // The last thread to arrive does not wait, but it counts.
-static void tell_counter(Block* block, int id) {
+static void count_barrier(Block* block, int id) {
   const Fiber* const last = current_fiber();
   for (Warp* warp : block->warps) {
     const uint32_t lanes = warp->at_barrier[id] | (warp == last->warp ? 1u << last->lane : 0);
@@ -18,7 +18,7 @@ static void tell_counter(Block* block, int id) {
 
 static void release(Block* block, int id) {
   Barrier& barrier = block->barrier[id];
-  if (counter != nullptr) tell_counter(block, id);
+  if (counter != nullptr) count_barrier(block, id);
   barrier.arrived = 0;
   barrier.expected = 0;
   barrier.phase++;

@@ -121,7 +121,7 @@ static std::string find_damage(unsigned char* start, const Allocation& a) {
   return std::string("device memory overrun: ") + text + " was written";
 }
 
-static void bury(Heap& h, uintptr_t start, const Allocation& a) {
+static void quarantine(Heap& h, uintptr_t start, const Allocation& a) {
   mmap(a.map, a.map_bytes, PROT_NONE, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE, -1,
        0);
   h.freed[start] = a;
@@ -145,7 +145,7 @@ void device_free(void* p) {
   }
   const std::string damage = find_damage(static_cast<unsigned char*>(p), found->second);
   if (!damage.empty()) h.damage = damage;
-  bury(h, start, found->second);
+  quarantine(h, start, found->second);
   h.live.erase(found);
 }
 

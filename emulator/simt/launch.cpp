@@ -240,7 +240,7 @@ static bool run_cluster(Worker& worker, const Kernel& kernel, const LaunchConfig
 // ---- The grid ----
 
 // The reason why a launch is refused, or an empty string.
-static std::string refuse(const Kernel& kernel, const LaunchConfig& config) {
+static std::string refusal_reason(const Kernel& kernel, const LaunchConfig& config) {
   const uint64_t threads = count(config.block), blocks = count(config.cluster);
   if (threads == 0 || threads > 1024) {
     return "a block of " + std::to_string(threads) + " threads, 1 to 1024 are allowed";
@@ -304,7 +304,7 @@ class Tickets {
 int launch(const Kernel& kernel, const LaunchConfig& given, Entry entry, void* arguments) {
   LaunchConfig config = given;
   for (unsigned* d : {&config.cluster.x, &config.cluster.y, &config.cluster.z}) *d += *d == 0;
-  const std::string refusal = refuse(kernel, config);
+  const std::string refusal = refusal_reason(kernel, config);
   if (!refusal.empty()) {
     t_error = "kernel '" + std::string(kernel.symbol) + "' was not launched: " + refusal;
     return -1;

@@ -121,7 +121,7 @@ void mbar_bytes_arrived(Block* block, uint32_t address, uint32_t bytes) {
 }
 
 // The mbarrier at `bar` of the caller's block; only threads of that block may wait for it.
-static Mbarrier& to_wait_for(uint32_t bar, Site site) {
+static Mbarrier& waitable_mbarrier(uint32_t bar, Site site) {
   uint32_t offset = bar;
   Block* const block = block_of(offset, "mbarrier.try_wait", site);
   if (block != current_block()) {
@@ -137,7 +137,7 @@ static bool completed(Mbarrier& m, uint32_t parity) {
 }
 
 bool mbar_test(uint32_t bar, uint32_t parity, Site site) {
-  Mbarrier& m = to_wait_for(bar, site);
+  Mbarrier& m = waitable_mbarrier(bar, site);
   if (completed(m, parity)) return true;
   current_fiber()->kind = "mbarrier.try_wait";
   current_fiber()->site = site;
@@ -146,7 +146,7 @@ bool mbar_test(uint32_t bar, uint32_t parity, Site site) {
 }
 
 void mbar_wait(uint32_t bar, uint32_t parity, Site site) {
-  Mbarrier& m = to_wait_for(bar, site);
+  Mbarrier& m = waitable_mbarrier(bar, site);
   if (completed(m, parity)) {
     maybe_preempt();
     return;

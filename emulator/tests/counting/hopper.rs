@@ -1,4 +1,4 @@
-//! TMA, wgmma and stmatrix, with the kernels of emulator/tests/cpp/hopper.cpp and golden.cpp.
+//! TMA, wgmma and stmatrix, with the kernels of hopper_sm90.cu and golden_sm90.cu.
 
 use cudarc::driver::sys::{
     self, CUresult, CUtensorMapDataType as DataType, CUtensorMapSwizzle as Swizzle,

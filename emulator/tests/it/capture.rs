@@ -70,8 +70,7 @@ fn waiting_during_a_capture_invalidates_it() {
     context.synchronize().expect("nothing failed");
 }
 
-/// The first look-up of a kernel may load its module. A kernel that is known may be looked up at
-/// any time.
+/// The first look-up of a kernel may load it. A known kernel may be looked up at any time.
 #[test]
 fn first_function_look_up_is_refused_while_capturing() {
     let context = own_context();
