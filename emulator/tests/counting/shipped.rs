@@ -1,5 +1,6 @@
-//! The kernels of moe-kernels: what they move against what their shapes ask for. A kernel that
-//! begins to read twice, to scatter or to meet bank conflicts fails here, whatever its results.
+//! The shipped kernels of moe-kernels: their traffic against the traffic that their shapes need. A
+//! kernel that starts to read twice, to scatter or to have bank conflicts fails here, whatever its
+//! results.
 
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ use moe_kernels::{
 
 use crate::measure::{Counting, Schedule};
 
-/// Where the operations run, and a plan for them.
+/// The device, the stream, and a plan for the operations.
 struct Case {
     device: Device,
     stream: Arc<CudaStream>,
@@ -34,8 +35,8 @@ impl Case {
         let stream = counting.stream.clone();
         let device = Device::new(stream.context()).expect("a device");
         let shape = RoutingShape::new(num_tokens, num_experts, top_k).expect("a shape");
-        // The experts of a token are distinct, for no number of experts here is a multiple of 3,
-        // and all experts have as many rows.
+        // The experts of a token are distinct, since no number of experts here is a multiple of 3,
+        // and all experts have the same number of rows.
         let ids: Vec<u32> = (0..num_tokens)
             .flat_map(|token| (0..top_k).map(move |k| ((5 * token + 3 * k) % num_experts) as u32))
             .collect();
@@ -95,7 +96,7 @@ impl Case {
 
     fn expert_choice<D: Dtype + DeviceRepr>(&self, capacity: usize) -> Traffic {
         let RoutingShape { num_tokens, num_experts, .. } = self.shape;
-        // Distinct within an expert, in no order: 7 and the number of tokens have no common divisor.
+        // Distinct within an expert, in no order: 7 and the number of tokens are coprime.
         let scores: Vec<D> = (0..self.shape.logits())
             .map(|i| D::from_f64((i / num_experts * 7 % num_tokens) as f64 - 100.0))
             .collect();
@@ -131,7 +132,7 @@ impl Case {
         })
     }
 
-    /// By token, with room for all or for half.
+    /// By token, with capacity for all slots or for half.
     fn capacity(&self, factor: f64, priority: Priority) -> Traffic {
         let by_slot = self.shape.by_slot();
         let (device, stream) = (&self.device, &self.stream);
@@ -165,7 +166,7 @@ impl Case {
             let (x, w, rows) = (x.as_view(), w.as_view(), Rows::Gathered);
             let (device, stream, w) = (&self.device, &self.stream, GateUpWeights::fused(&w));
             grouped_gemm_gate_up_fwd(device, stream, &self.plan, &experts, n, k, rows, &x, w, None)
-                .expect("the product runs");
+                .expect("gate_up runs");
         })
     }
 
@@ -182,12 +183,12 @@ impl Case {
             let (device, stream) = (&self.device, &self.stream);
             let w = LinearWeights { order, ..LinearWeights::new(&w) };
             grouped_gemm_fwd(device, stream, &self.plan, n, k, Rows::Grouped, &x, w)
-                .expect("the product runs");
+                .expect("down runs");
         })
     }
 }
 
-/// `got` is at least `ideal`, and at most `times` as much.
+/// Checks that `got` is at least `ideal`, and at most `times` as much.
 #[track_caller]
 fn assert_near(what: &str, got: u64, ideal: usize, times: f64) {
     let ratio = got as f64 / ideal as f64;
@@ -205,14 +206,14 @@ fn permute_and_combine_move_the_ideal_bytes() {
         let permute = case.permute(hidden);
         let ideal = tokens + 4 * slots + rows;
         assert_near("permute, DRAM", permute.dram_bytes(), ideal, 1.05);
-        // Each warp of a block reads the block's part of the map for itself.
+        // Each warp of a block reads the block's part of the map itself.
         assert_near("permute, L2", permute.sector_bytes(), ideal, 1.07);
         assert_eq!(permute.global_write.sectors_per_request(), 16.0);
 
         let combine = case.combine(hidden);
         let ideal = rows + 8 * slots + tokens;
         assert_near("combine, DRAM", combine.dram_bytes(), ideal, 1.05);
-        // As above, the weights too.
+        // As above, and the weights too.
         assert_near("combine, L2", combine.sector_bytes(), ideal, 1.12);
         assert_eq!(combine.global_write.sectors_per_request(), 16.0);
     }
@@ -228,7 +229,7 @@ fn route_reads_the_logits_once_in_wide_requests() {
         assert_eq!(traffic.global_read.sectors, sectors);
         assert_eq!(traffic.global_read.unique_sectors, sectors);
         assert_eq!(traffic.global_read.sectors_per_request(), sectors_per_request);
-        // Ids and weights, a token's at a time.
+        // Ids and weights, one token at a time.
         assert_eq!(traffic.global_write.bytes, 8 * case.shape.slots() as u64);
         assert_eq!(traffic.global_write.requests, 2 * 64);
         // Two maxima of the warp for each choice and one before them; a sum in two parts.
@@ -239,7 +240,7 @@ fn route_reads_the_logits_once_in_wide_requests() {
 
 /// DeepSeek-V3's router: eight choices of the four best of eight groups, by sigmoids with a bias.
 #[test]
-fn route_with_options_reads_the_logits_once_and_meets_no_bank_conflict() {
+fn route_with_options_reads_the_logits_once_without_bank_conflicts() {
     let case = Case::new(64, 256, 8);
     let router = RouterConfig {
         scoring: Scoring::Sigmoid,
@@ -260,21 +261,22 @@ fn route_with_options_reads_the_logits_once_and_meets_no_bank_conflict() {
     ] {
         let logits = (case.shape.logits() * size / 32) as u64;
         let bias = 256 * 4 / 32;
-        // Each warp has the bias from the cache, in words.
+        // Each warp reads the bias from the cache, in words.
         assert_eq!(traffic.global_read.unique_sectors, logits + bias);
         assert_eq!(traffic.global_read.sectors, logits + 64 * bias);
         let requests = logits as f64 / sectors_per_request + 64.0 * 8.0;
         assert_eq!(traffic.global_read.requests as f64, requests);
         assert_eq!(traffic.global_write.bytes, 8 * case.shape.slots() as u64);
         assert_eq!(traffic.bank_conflicts(), 0);
-        // Two maxima for each choice; of a group two steps with two keys each, and the keys of eight; a sum.
+        // Two maxima for each choice; per group two steps with two keys each, and the keys of
+        // eight; a sum.
         assert_eq!(traffic.operations.reductions, 64 * 2 * 8);
         assert_eq!(traffic.operations.shuffles, 64 * (2 * 2 + 8 + 5));
         assert_eq!(traffic.operations.votes, 64);
     }
 }
 
-/// A sector holds all of a block's columns of a row: nothing that is read or written is half of one.
+/// A sector contains all of a block's columns of a row, so no half sectors are read or written.
 #[test]
 fn expert_choice_reads_whole_sectors() {
     let case = Case::new(512, 64, 8);
@@ -283,7 +285,7 @@ fn expert_choice_reads_whole_sectors() {
     {
         let read = (case.shape.logits() * size / 32) as u64;
         assert_eq!(traffic.global_read.unique_sectors, read);
-        // The last pass, and one for each digit that is looked at: of a score and, with ties, of a token.
+        // The last pass, and one for each digit examined: of a score and, with ties, of a token.
         let passes = traffic.global_read.sectors / read;
         assert_eq!(traffic.global_read.sectors, passes * read);
         assert!((3..=5).contains(&passes), "{passes} passes");
@@ -304,9 +306,9 @@ fn noise_and_jitter_move_the_ideal_bytes() {
     assert_eq!(jitter.global_write.sectors_per_request(), 16.0);
 }
 
-/// With room for all, or by token, a slot's row is read once and its id written once.
+/// With capacity for all slots, or by token, a slot's row is read once and its id written once.
 #[test]
-fn capacity_looks_at_slots_once_where_their_order_is_known() {
+fn capacity_reads_slots_once_if_their_order_is_known() {
     let case = Case::new(600, 32, 8);
     let (slots, cells) = (case.shape.slots(), 32);
     for (factor, priority) in [(1.0, Priority::Weight), (0.5, Priority::Token)] {
@@ -340,13 +342,13 @@ fn plan_counts_and_places_without_conflicts() {
     assert_eq!(counted, [steps; 3]);
 }
 
-/// Rows of `k` elements and weights for a grouped product; a tile's rows are read once for each
-/// column of blocks, and its expert's weights once.
+/// Rows of `in_features` elements and weights of a grouped product; a tile's rows are read once for
+/// each column of blocks, and its expert's weights once.
 struct Product {
     rows_in: usize,
     weight_rows: usize,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     columns: usize,
     tile_rows: usize,
 }
@@ -354,20 +356,21 @@ struct Product {
 impl Product {
     #[track_caller]
     fn check(&self, case: &Case, traffic: &Traffic, size: usize) {
-        let weights = case.shape.num_experts * self.weight_rows * self.k * size;
-        let rows = self.rows_in * self.k * size;
-        let outputs = case.shape.slots() * self.n * size;
+        let weights = case.shape.num_experts * self.weight_rows * self.in_features * size;
+        let rows = self.rows_in * self.in_features * size;
+        let outputs = case.shape.slots() * self.out_features * size;
         let symbol = &traffic.symbol;
         assert_near(symbol, traffic.dram_bytes(), weights + rows + outputs, 1.02);
-        let gathered = case.shape.slots() * self.k * size * self.n.div_ceil(self.columns);
+        let gathered =
+            case.shape.slots() * self.in_features * size * self.out_features.div_ceil(self.columns);
         assert_near(symbol, traffic.sector_bytes(), weights + gathered + outputs, 1.02);
         assert_eq!(traffic.global_write.sector_use(), 1.0, "{symbol}");
         assert_eq!(traffic.bank_conflicts(), 0, "{symbol}");
         if size == 2 {
             // m16n8k16 on the tiles' rows, which are padded to 32, 64 or 128.
-            let products = case.shape.num_experts * self.tile_rows / 16;
-            let products = products * (self.weight_rows / 8) * (self.k / 16);
-            assert_eq!(traffic.operations.matrix_multiplications, products as u64, "{symbol}");
+            let mmas = case.shape.num_experts * self.tile_rows / 16;
+            let mmas = mmas * (self.weight_rows / 8) * (self.in_features / 16);
+            assert_eq!(traffic.operations.matrix_multiplications, mmas as u64, "{symbol}");
         }
     }
 }
@@ -382,16 +385,16 @@ fn orders() -> [ExpertConfig; 4] {
 }
 
 #[test]
-fn products_read_weights_once_and_meet_no_bank_conflict() {
+fn products_read_weights_once_without_bank_conflicts() {
     let (hidden, intermediate) = (512, 256);
-    // Rows of each expert, and what they are padded to.
+    // Rows of each expert, and the padded number.
     for (num_tokens, tile_rows) in [(32, 32), (160, 64), (480, 128)] {
         let case = Case::new(num_tokens, 8, 2);
         let gate_up = Product {
             rows_in: num_tokens,
             weight_rows: 2 * intermediate,
-            n: intermediate,
-            k: hidden,
+            out_features: intermediate,
+            in_features: hidden,
             columns: 64,
             tile_rows,
         };
@@ -404,8 +407,8 @@ fn products_read_weights_once_and_meet_no_bank_conflict() {
         let down = Product {
             rows_in: case.shape.slots(),
             weight_rows: hidden,
-            n: hidden,
-            k: intermediate,
+            out_features: hidden,
+            in_features: intermediate,
             columns: 128,
             tile_rows,
         };
