@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         (0..len).map(|i| scale * ((i * 37 % 101) as f32 / 50.0 - 1.0)).collect()
     };
     let (gate_up, down) = (ramp(config.gate_up_len(), 0.1), ramp(config.down_len(), 0.1));
-    let mut weights = MoeWeights::<Owned, f32>::plain(gate_up, down).with_gate(ramp(16 * 64, 0.3));
+    let mut weights = MoeWeights::<Owned, f32>::plain(gate_up, down).with_router_gate(ramp(16 * 64, 0.3));
     weights.router.selection_bias = Some(ramp(16, 0.1));
     let (gate_up, down) = (ramp(2 * 32 * 64, 0.1), ramp(64 * 32, 0.1));
     weights.shared = Some(SharedWeights::new(gate_up, down));

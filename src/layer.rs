@@ -20,7 +20,7 @@ use crate::error::{Error, Result, check_len};
 use crate::ops::plan::plan_fwd_into;
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
-use crate::tensors::{MoeInputs, MoeWeights, Typed, no_gate, shape_of};
+use crate::tensors::{MoeInputs, MoeWeights, Typed, no_router_gate, shape_of};
 use crate::workspace::{Arena, Section, Workspace};
 use contexts::Contexts;
 use sections::{Sections, one_expert};
@@ -126,7 +126,7 @@ impl MoeLayer {
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
-        let gate = weights.router.gate.as_ref().ok_or_else(|| no_gate(OP))?;
+        let gate = weights.router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?;
         if logits.is_f32() != self.config.projection.f32_logits {
             let why = "`logits` are not of the type that `projection.f32_logits` says".into();
             return Err(Error::Mismatch { op: OP, why });

@@ -104,7 +104,7 @@ impl CapacityConfig {
         let at = Checked { op };
         let positive = |argument, value: f64| {
             let good = value.is_finite() && value > 0.0;
-            at.say(argument, good, "a finite number above 0", value)
+            at.require(argument, good, "a finite number above 0", value)
         };
         match self.limit {
             CapacityLimit::Factor { factor } => positive("capacity.limit.factor", factor),

@@ -184,9 +184,9 @@ impl ExpertConfig {
         let at = Checked { op };
         if !self.gated {
             let good = self.gate_up == GateUpLayout::Concatenated;
-            at.say("experts.gate_up", good, "concatenated for experts without a gate", "another")?;
+            at.require("experts.gate_up", good, "concatenated for experts without a gate", "another")?;
             let offset = self.activation.up_offset;
-            at.hold(
+            at.require_number(
                 "experts.activation.up_offset",
                 offset,
                 |offset| offset == 0.0,
@@ -202,14 +202,14 @@ impl Activation {
         let at = Checked { op };
         let silu = self.function == ActivationFunction::Silu;
         let good = |alpha: f32| finite(alpha) && (silu || alpha == 1.0);
-        at.hold("activation.alpha", self.alpha, good, "a finite number, and 1 but for SiLU")?;
-        at.hold("activation.up_offset", self.up_offset, finite, "a finite number")?;
-        let bound = |value| at.hold("activation.limit", value, positive, "a finite number above 0");
+        at.require_number("activation.alpha", self.alpha, good, "a finite number, and 1 but for SiLU")?;
+        at.require_number("activation.up_offset", self.up_offset, finite, "a finite number")?;
+        let bound = |value| at.require_number("activation.limit", value, positive, "a finite number above 0");
         match self.limit {
             Limit::None => Ok(()),
             Limit::Before { limit } | Limit::After { limit } => bound(limit),
             Limit::SoftCap { gate, up } => {
-                at.say(
+                at.require(
                     "activation.limit",
                     silu,
                     "soft-caps beside SiLU alone",
@@ -226,8 +226,8 @@ impl RmsNorm {
     pub(crate) fn check(&self, op: &'static str, argument: &'static str) -> Result<()> {
         let at = Checked { op };
         let good = |value: f32| finite(value) && value >= 0.0;
-        at.hold(argument, self.epsilon, good, "an epsilon that is a finite number from 0 on")?;
-        at.hold(argument, self.offset, finite, "an offset that is a finite number")
+        at.require_number(argument, self.epsilon, good, "an epsilon that is a finite number from 0 on")?;
+        at.require_number(argument, self.offset, finite, "an offset that is a finite number")
     }
 }
 

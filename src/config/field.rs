@@ -11,7 +11,7 @@ pub(super) struct Checked {
 
 impl Checked {
     /// An error that names the field unless `good`.
-    pub fn say(
+    pub fn require(
         &self,
         argument: &'static str,
         good: bool,
@@ -30,14 +30,14 @@ impl Checked {
     }
 
     /// The same for a number.
-    pub fn hold(
+    pub fn require_number(
         &self,
         argument: &'static str,
         value: f32,
         good: impl Fn(f32) -> bool,
         wanted: &str,
     ) -> Result<()> {
-        self.say(argument, good(value), wanted, value)
+        self.require(argument, good(value), wanted, value)
     }
 }
 

@@ -212,13 +212,13 @@ impl MoeConfig {
         let at = Checked { op: OP };
         if let Some(zero) = self.zero_experts {
             let good = (1..=MAX_EXPERTS).contains(&zero.count);
-            at.say("zero_experts.count", good, &format!("1 to {MAX_EXPERTS}"), zero.count)?;
+            at.require("zero_experts.count", good, &format!("1 to {MAX_EXPERTS}"), zero.count)?;
             let good = self.router.num_sinks == 0;
-            at.say("zero_experts", good, "no zero experts beside sinks", zero.count)?;
+            at.require("zero_experts", good, "no zero experts beside sinks", zero.count)?;
             let widths = zero.output == ZeroOutput::Zero || self.latent.is_none();
-            at.say("zero_experts.output", widths, "zero beside a latent width", "identity")?;
+            at.require("zero_experts.output", widths, "zero beside a latent width", "identity")?;
             let limit = self.capacity.is_some();
-            at.say("capacity", !limit, "none beside zero experts, which have no rows", "a limit")?;
+            at.require("capacity", !limit, "none beside zero experts, which have no rows", "a limit")?;
         }
         self.routing(0).check(OP)?;
         self.router.check(OP, self.router_experts(), self.top_k)?;
@@ -239,13 +239,13 @@ impl MoeConfig {
         let at = Checked { op };
         let of_all = !matches!(scoring, Scoring::SoftmaxSelected | Scoring::Sparsemixer { .. });
         let wanted = "scores that do not depend on the choice, beside overflow";
-        at.say("router.scoring", of_all, wanted, format!("{scoring:?}"))?;
+        at.require("router.scoring", of_all, wanted, format!("{scoring:?}"))?;
         let wanted = "a choice by value, beside overflow";
-        at.say("router.selection", selection != Selection::Given, wanted, "given")?;
+        at.require("router.selection", selection != Selection::Given, wanted, "given")?;
         let wanted = "none beside overflow; `capacity.normalization` is of what is kept";
         let none = normalization == Normalization::None;
-        at.say("router.normalization", none, wanted, format!("{normalization:?}"))?;
-        at.say("router.num_sinks", num_sinks == 0, "0 beside overflow", num_sinks)
+        at.require("router.normalization", none, wanted, format!("{normalization:?}"))?;
+        at.require("router.num_sinks", num_sinks == 0, "0 beside overflow", num_sinks)
     }
 
     /// The experts of a token that its slots may ask, its own choices among them, in the order of their values; 0

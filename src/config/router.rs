@@ -251,22 +251,22 @@ impl RouterConfig {
     pub(crate) fn check(&self, op: &'static str, num_experts: usize, top_k: usize) -> Result<()> {
         let at = Checked { op };
         let wanted = "a finite number above 0";
-        at.hold("router.noise_deviation", self.noise_deviation, positive, wanted)?;
-        at.hold(
+        at.require_number("router.noise_deviation", self.noise_deviation, positive, wanted)?;
+        at.require_number(
             "router.logit_multiplier",
             self.logit_multiplier,
             positive,
             "a finite number above 0",
         )?;
         if let Some(cap) = self.logit_softcap {
-            at.hold("router.logit_softcap", cap, positive, "a finite number above 0")?;
+            at.require_number("router.logit_softcap", cap, positive, "a finite number above 0")?;
         }
-        at.hold("router.scale", self.scale, finite, "a finite number")?;
+        at.require_number("router.scale", self.scale, finite, "a finite number")?;
         match self.normalization {
             Normalization::None => {}
             Normalization::Sum { epsilon } => {
                 let good = |value: f32| finite(value) && value >= 0.0;
-                at.hold(
+                at.require_number(
                     "router.normalization.epsilon",
                     epsilon,
                     good,
@@ -274,31 +274,31 @@ impl RouterConfig {
                 )?;
             }
             Normalization::SumAtLeast { min } => {
-                at.hold("router.normalization.min", min, positive, "a finite number above 0")?;
+                at.require_number("router.normalization.min", min, positive, "a finite number above 0")?;
             }
             Normalization::PNorm { p } => {
                 let good = |value: f32| finite(value) && value >= 1.0;
-                at.hold("router.normalization.p", p, good, "a finite number from 1 on")?;
+                at.require_number("router.normalization.p", p, good, "a finite number from 1 on")?;
             }
         }
         if let Scoring::Sparsemixer { jitter, .. } = self.scoring {
             let good = |value: f32| finite(value) && value >= 0.0;
-            at.hold("router.scoring.jitter", jitter, good, "a finite number from 0 on")?;
+            at.require_number("router.scoring.jitter", jitter, good, "a finite number from 0 on")?;
             let plain = self.selection != Selection::Given
                 && !self.selection_bias
                 && self.groups.is_none()
                 && self.num_sinks == 0
                 && self.normalization == Normalization::None;
             let wanted = "a router without bias, groups, sinks, given ids and normalisation";
-            at.say("router.scoring", plain, wanted, "sparsemixer beside one of them")?;
+            at.require("router.scoring", plain, wanted, "sparsemixer beside one of them")?;
         }
         let wanted = "scores that are known before the selection, where there is a bias";
         let known = self.scoring != Scoring::SoftmaxSelected
             || self.selection != Selection::Score
             || self.selects_by_logit();
-        at.say("router.scoring", known, wanted, "softmax_selected, selected by score")?;
+        at.require("router.scoring", known, wanted, "softmax_selected, selected by score")?;
         let wanted = format!("less than top_k, which is {top_k}");
-        at.say(
+        at.require(
             "router.num_sinks",
             self.num_sinks == 0 || self.num_sinks < top_k,
             &wanted,
@@ -310,12 +310,12 @@ impl RouterConfig {
             let wanted = format!("1 to {MAX_GROUPS}, and a divisor of the {experts} experts");
             let divides =
                 (1..=MAX_GROUPS).contains(&num_groups) && experts.is_multiple_of(num_groups);
-            at.say("router.groups.num_groups", divides, &wanted, num_groups)?;
+            at.require("router.groups.num_groups", divides, &wanted, num_groups)?;
             let wanted = format!("1 to num_groups, which is {num_groups}");
             let good = (1..=num_groups).contains(&top_groups);
-            at.say("router.groups.top_groups", good, &wanted, top_groups)?;
+            at.require("router.groups.top_groups", good, &wanted, top_groups)?;
             let wanted = "no groups where the ids are given";
-            at.say("router.groups", self.selection != Selection::Given, wanted, "groups")?;
+            at.require("router.groups", self.selection != Selection::Given, wanted, "groups")?;
         }
         Ok(())
     }

@@ -25,16 +25,16 @@ impl<'s> Contexts<'s> {
         Ok(Self(stream))
     }
 
-    fn hold(self, argument: &'static str, stream: &Arc<CudaStream>) -> Result<()> {
+    fn check(self, argument: &'static str, stream: &Arc<CudaStream>) -> Result<()> {
         check_context(OP, argument, stream, self.0.context())
     }
 
     pub(super) fn read<T>(self, argument: &'static str, view: &CudaView<'_, T>) -> Result<()> {
-        self.hold(argument, view.stream())
+        self.check(argument, view.stream())
     }
 
     pub(super) fn written<T>(self, name: &'static str, view: &CudaViewMut<'_, T>) -> Result<()> {
-        self.hold(name, view.stream())
+        self.check(name, view.stream())
     }
 
     fn optional<T>(self, name: &'static str, view: &Option<CudaView<'_, T>>) -> Result<()> {
@@ -73,7 +73,7 @@ impl<'s> Contexts<'s> {
     }
 
     pub(super) fn workspace(self, workspace: &Workspace<'_>) -> Result<()> {
-        self.hold("workspace", workspace.stream())
+        self.check("workspace", workspace.stream())
     }
 
     pub(super) fn inputs<D: Dtype>(self, inputs: &MoeInputs<OnDevice<'_>, D>) -> Result<()> {
@@ -104,9 +104,9 @@ impl<'s> Contexts<'s> {
 
     pub(super) fn weights<D: Dtype>(self, weights: &MoeWeights<OnDevice<'_>, D>) -> Result<()> {
         let MoeWeights { router, experts, latent, shared, output_norm } = weights;
-        let RouterWeights { gate, bias, norm, noise_gate, selection_bias, .. } = router;
+        let RouterWeights { router_gate, bias, norm, noise_gate, selection_bias, .. } = router;
         let RouterWeights { expert_scale, table, .. } = router;
-        self.typed("router.gate", gate)?;
+        self.typed("router.router_gate", router_gate)?;
         self.typed("router.bias", bias)?;
         self.optional("router.norm", norm)?;
         self.typed("router.noise_gate", noise_gate)?;

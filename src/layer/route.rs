@@ -16,7 +16,7 @@ use crate::ops::route::{RouteInputs, route_fwd_into, route_scores_fwd_into};
 use crate::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
-use crate::tensors::{MoeInputs, Typed, no_gate};
+use crate::tensors::{MoeInputs, Typed, no_router_gate};
 use crate::workspace::Arena;
 
 impl<D: Dtype> Pass<'_, '_, D> {
@@ -26,7 +26,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let MoeInputs { logits, noise, noise_logits, .. } = inputs;
         let f32_logits = logits.as_ref().map(Typed::is_f32);
         let narrow = !f32_logits.unwrap_or(self.config.projection.f32_logits);
-        let logits = logits.is_none() && Self::by_gemm(router.gate.as_ref(), narrow);
+        let logits = logits.is_none() && Self::by_gemm(router.router_gate.as_ref(), narrow);
         let gated = noise.is_some() && noise_logits.is_none();
         logits || gated && Self::by_gemm(router.noise_gate.as_ref(), narrow)
     }
@@ -56,7 +56,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 let noise = noise.f32.as_ref();
                 self.choose(inputs, logits, noise, arena, outputs)
             }
-            (None, None) => Err(no_gate(OP)),
+            (None, None) => Err(no_router_gate(OP)),
         }
     }
 
@@ -83,7 +83,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 let read = self.reads(inputs, logits, noise.f32.as_ref());
                 route_scores_fwd_into(device, stream, shape, router, step, &read, scores)
             }
-            (None, None) => Err(no_gate(OP)),
+            (None, None) => Err(no_router_gate(OP)),
         }
     }
 
@@ -95,7 +95,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         arena: &mut Arena<'a>,
     ) -> Result<Made<'a, D>> {
         let MoeInputs { logits: given, noise, noise_logits: given_noise, .. } = inputs;
-        let gate = if given.is_none() { self.weights.router.gate.as_ref() } else { None };
+        let gate = if given.is_none() { self.weights.router.router_gate.as_ref() } else { None };
         let gated = noise.is_some() && given_noise.is_none();
         let noise_gate = self.weights.router.noise_gate.as_ref().filter(|_| gated);
         let f32_logits = given.as_ref().map_or(self.config.projection.f32_logits, Typed::is_f32);

@@ -42,17 +42,17 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
 
     fn check_router(&self, at: &Held, config: &MoeConfig) -> Result<()> {
         let (hidden, experts, router) = (config.hidden, config.router_experts(), &self.router);
-        if let Some(gate) = &router.gate {
-            check_len(at.op, "router.gate", gate.len(), at.product(experts, hidden)?)?;
+        if let Some(gate) = &router.router_gate {
+            check_len(at.op, "router.router_gate", gate.len(), at.product(experts, hidden)?)?;
         }
         at.there("router.bias", router.bias.is_some(), config.projection.bias)?;
         if let Some(bias) = &router.bias {
             check_len(at.op, "router.bias", bias.len(), experts)?;
         }
-        if let (Some(gate), Some(bias)) = (&router.gate, &router.bias)
+        if let (Some(gate), Some(bias)) = (&router.router_gate, &router.bias)
             && gate.is_f32() != bias.is_f32()
         {
-            return at.mismatch("`router.bias` is not of the type of `router.gate`");
+            return at.mismatch("`router.bias` is not of the type of `router.router_gate`");
         }
         let norm = config.projection.norm.is_some();
         at.optional::<M, _>("router.norm", &router.norm, norm, hidden)?;
@@ -144,8 +144,8 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
         weights: &MoeWeights<W, D>,
     ) -> Result<()> {
         let (shape, router) = (shape_of(op, config, M::len(&self.x))?, &weights.router);
-        if self.logits.is_none() && router.gate.is_none() {
-            return Err(no_gate(op));
+        if self.logits.is_none() && router.router_gate.is_none() {
+            return Err(no_router_gate(op));
         }
         let given_ids = self.given_ids.as_ref().map(|ids| M::len(ids));
         let lengths = RouteLengths {
@@ -179,10 +179,10 @@ pub(crate) fn shape_of(op: &'static str, config: &MoeConfig, x_len: usize) -> Re
 }
 
 /// What there is to say of a pass without logits.
-pub(crate) fn no_gate(op: &'static str) -> Error {
+pub(crate) fn no_router_gate(op: &'static str) -> Error {
     Error::Mismatch {
         op,
-        why: "there are neither `logits` nor a `router.gate` to make them".into(),
+        why: "there are neither `logits` nor a `router.router_gate` to make them".into(),
     }
 }
 

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use crate::dtype::Dtype;
 
-pub(crate) use check::{no_gate, no_noise_gate, shape_of};
+pub(crate) use check::{no_noise_gate, no_router_gate, shape_of};
 pub(crate) use transfer::Transfer;
 
 /// A kind of memory, and what holds elements in it: [`Host`], [`Owned`],
@@ -55,16 +55,16 @@ impl Memory for Owned {
 /// The weights of a layer, as its [`MoeConfig`](crate::MoeConfig) asks for them: what it says nothing of is
 /// none. `D` is the element type of the layer.
 ///
-/// [`MoeWeights::plain`] has the experts of a plain layer, and [`with_gate`](Self::with_gate) adds its router. For others
+/// [`MoeWeights::plain`] has the experts of a plain layer, and [`with_router_gate`](Self::with_router_gate) adds its router. For others
 /// [`MoeWeights::new`] and the constructors of the parts take what every layer has; struct update syntax adds the rest:
 ///
 /// ```
 /// # use moe_kernels::{ExpertWeights, GateUpTensors, MoeWeights, Owned, RouterWeights, SharedWeights, Typed};
-/// # let [gate, selection_bias, gate_up, down, down_bias, shared_gate_up, shared_down] = [(); 7].map(|()| vec![0f32]);
+/// # let [router_gate, selection_bias, gate_up, down, down_bias, shared_gate_up, shared_down] = [(); 7].map(|()| vec![0f32]);
 /// let experts = ExpertWeights::new(GateUpTensors::Fused(gate_up), down);
 /// let weights = MoeWeights::<Owned, f32> {
 ///     router: RouterWeights {
-///         gate: Some(Typed::F32(gate)),
+///         router_gate: Some(Typed::F32(router_gate)),
 ///         selection_bias: Some(selection_bias),
 ///         ..RouterWeights::default()
 ///     },
@@ -88,7 +88,7 @@ pub struct MoeWeights<M: Memory, D: Dtype> {
 /// The router's weights, for `E'` experts: those with weights and those without.
 pub struct RouterWeights<M: Memory, D: Dtype> {
     /// `[E', H]`; without it every pass is given its logits.
-    pub gate: Option<Typed<M, D>>,
+    pub router_gate: Option<Typed<M, D>>,
     /// `[E']`, of the gate's type; there with [`RouterProjection::bias`](crate::RouterProjection::bias).
     pub bias: Option<Typed<M, D>>,
     /// `[H]`; there with [`RouterProjection::norm`](crate::RouterProjection::norm).
@@ -171,7 +171,7 @@ impl<M: Memory, D: Dtype> Default for RouterWeights<M, D> {
     /// No tensor at all.
     fn default() -> Self {
         Self {
-            gate: None,
+            router_gate: None,
             bias: None,
             norm: None,
             noise_gate: None,
@@ -283,8 +283,8 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
     }
 
     /// Adds the router's projection `[E', H]`, in the layer's element type.
-    pub fn with_gate(mut self, gate: M::Of<D>) -> Self {
-        self.router.gate = Some(Typed::Element(gate));
+    pub fn with_router_gate(mut self, router_gate: M::Of<D>) -> Self {
+        self.router.router_gate = Some(Typed::Element(router_gate));
         self
     }
 }

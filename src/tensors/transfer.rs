@@ -57,7 +57,7 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         let Self { router, experts, latent, shared, output_norm } = self;
         Ok(MoeWeights {
             router: RouterWeights {
-                gate: optional(&router.gate, |gate| gate.transfer(by))?,
+                router_gate: optional(&router.router_gate, |gate| gate.transfer(by))?,
                 bias: optional(&router.bias, |bias| bias.transfer(by))?,
                 norm: optional(&router.norm, |norm| by.elements(norm))?,
                 noise_gate: optional(&router.noise_gate, |gate| gate.transfer(by))?,
@@ -230,7 +230,7 @@ mod tests {
         };
         let weights = MoeWeights::<Owned, f32> {
             router: RouterWeights {
-                gate: Some(Typed::F32(numbers.clone())),
+                router_gate: Some(Typed::F32(numbers.clone())),
                 noise_gate: Some(Typed::Element(numbers.clone())),
                 selection_bias: Some(numbers.clone()),
                 ..RouterWeights::default()
@@ -248,7 +248,7 @@ mod tests {
             Some(want.clone())
         );
         assert_eq!(narrow.router.selection_bias, Some(numbers.clone()));
-        assert!(matches!(&narrow.router.gate, Some(Typed::F32(gate)) if *gate == numbers));
+        assert!(matches!(&narrow.router.router_gate, Some(Typed::F32(gate)) if *gate == numbers));
         assert!(
             matches!(&narrow.router.noise_gate, Some(Typed::Element(gate)) if bits(gate) == want)
         );

@@ -428,7 +428,7 @@ fn replace<'v>(
     let view = |tensor: &Option<CudaView<'v, f32>>| tensor.as_ref().map(|view| view.slice(..));
     let ids = |tensor: &Option<CudaView<'v, u32>>| tensor.as_ref().map(|view| view.slice(..));
     match name {
-        "router.gate" => weights.router.gate = typed(&own.router.gate),
+        "router.router_gate" => weights.router.router_gate = typed(&own.router.router_gate),
         "router.bias" => weights.router.bias = typed(&own.router.bias),
         "router.norm" => weights.router.norm = view(&own.router.norm),
         "router.noise_gate" => weights.router.noise_gate = typed(&own.router.noise_gate),
@@ -501,7 +501,7 @@ fn outputs_of_a_layer() {
                 (buffers.of::<f32>("weights", 24), buffers.of::<f32>("weights", 12));
             let (gate, x) = (buffers.of::<f32>("weights", 6), buffers.of::<f32>("x", 8));
             let weights =
-                MoeWeights::plain(gate_up.as_view(), down.as_view()).with_gate(gate.as_view());
+                MoeWeights::plain(gate_up.as_view(), down.as_view()).with_router_gate(gate.as_view());
             let inputs = MoeInputs::new(x.as_view());
             let mut memory = buffers.of("workspace", bytes);
             let mut workspace = Workspace::borrow(memory.as_view_mut());

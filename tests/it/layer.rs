@@ -38,7 +38,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let MoeConfig { hidden, num_experts, .. } = config;
         let gate_up = values(config.gate_up_len(), 0.2, seed ^ 3);
         let weights = MoeWeights::plain(gate_up, values(config.down_len(), 0.2, seed ^ 4))
-            .with_gate(values(num_experts * hidden, 0.5, seed ^ 2));
+            .with_router_gate(values(num_experts * hidden, 0.5, seed ^ 2));
         let logits = values(num_tokens * num_experts, 3.0, seed ^ 1);
         let inputs = MoeInputs::with_logits(values(num_tokens * hidden, 1.0, seed), logits);
         Self { config, weights, inputs }
@@ -438,7 +438,7 @@ fn errors_come_before_any_launch() {
         ("x", |case| case.inputs.x.truncate(47)),
         ("logits", |case| case.inputs.logits = Some(Typed::Element(vec![0.0; 11]))),
         ("router_x", |case| case.inputs.router_x = Some(vec![0.0; 47])),
-        ("router.gate", |case| case.weights.router.gate = Some(Typed::F32(vec![0.0; 63]))),
+        ("router.router_gate", |case| case.weights.router.router_gate = Some(Typed::F32(vec![0.0; 63]))),
         ("experts.down", |case| case.weights.experts.down.truncate(511)),
         ("active", |case| case.inputs.active = Some(vec![1; 2])),
     ];
@@ -454,8 +454,8 @@ fn errors_come_before_any_launch() {
         assert!(matches!(error, Error::Length { argument: got, .. } if got == argument), "{error}");
     }
     let breaks: [(&str, Break); 5] = [
-        ("`router.gate`", |case| {
-            case.weights.router.gate = None;
+        ("`router.router_gate`", |case| {
+            case.weights.router.router_gate = None;
             case.inputs.logits = None;
         }),
         ("`router.bias`", |case| case.weights.router.bias = Some(Typed::F32(vec![0.0; 4]))),

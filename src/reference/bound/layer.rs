@@ -13,7 +13,7 @@ use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_diviso
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
-use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_gate, no_noise_gate};
+use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_router_gate, no_noise_gate};
 
 /// Errors are multiplied by each other as well, and rounded; 1 % is ample for those second orders.
 const SECOND_ORDER: f64 = 1.01;
@@ -70,8 +70,8 @@ pub fn router_logits<D: Dtype>(
 ) -> Result<Bounded> {
     const OP: &str = "router_logits";
     let x = router_x(OP, config, inputs, weights)?;
-    let (gate, bias) = (weights.router.gate.as_ref(), weights.router.bias.as_ref());
-    let gate = gate.ok_or_else(|| no_gate(OP))?;
+    let (gate, bias) = (weights.router.router_gate.as_ref(), weights.router.bias.as_ref());
+    let gate = gate.ok_or_else(|| no_router_gate(OP))?;
     router_product(config, &x, gate, bias, config.projection.f32_logits)
 }
 

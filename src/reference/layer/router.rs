@@ -8,7 +8,7 @@ use crate::reference::accum::{Accum, Element};
 use crate::reference::rms_norm::{RmsNormInputs, rms_norm_fwd};
 use crate::reference::route::{RouteInputs, route_scores_fwd};
 use crate::reference::router_gemm::{RouterGemmInputs, router_gemm_fwd};
-use crate::tensors::{Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_gate, no_noise_gate};
+use crate::tensors::{Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_router_gate, no_noise_gate};
 
 /// The router's logits `[T, E']`, of a layer that has a gate, rounded to the type that the configuration says. They are
 /// those of the product, before noise, multiplier and soft-cap; [`router_scores`] has what follows.
@@ -98,7 +98,7 @@ fn router_gemm<A: Accum, D: Dtype>(
 ) -> Result<Vec<A>> {
     let (experts, hidden, router) = (config.router_experts(), config.hidden, &weights.router);
     let (gate, bias) = match which {
-        RouterGate::Logits => (router.gate.as_ref().ok_or_else(|| no_gate(OP))?, &router.bias),
+        RouterGate::Logits => (router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?, &router.bias),
         RouterGate::Noise => (router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?, &None),
     };
     // Gate and bias are of one type, as was checked.

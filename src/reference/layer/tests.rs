@@ -112,7 +112,7 @@ fn gate_gives_the_logits_in_their_type() {
     let gate_up: Vec<bf16> = sampler.elements(config.gate_up_len());
     let down: Vec<bf16> = sampler.elements(config.down_len());
     let inputs = MoeInputs::<Host<'_>, bf16>::new(&x);
-    let weights = || MoeWeights::<Host<'_>, bf16>::plain(&gate_up, &down).with_gate(&gate);
+    let weights = || MoeWeights::<Host<'_>, bf16>::plain(&gate_up, &down).with_router_gate(&gate);
     let want = |at: usize| -> f64 {
         let (token, expert) = (at / config.num_experts, at % config.num_experts);
         let x = &x[token * config.hidden..][..config.hidden];
@@ -266,10 +266,10 @@ fn wrong_tensors() {
     assert!(told(run(&case.inputs(), &short)).contains("`experts.gate_up`"));
     let short = MoeWeights::plain(&case.gate_up[..], &case.down[1..]);
     assert!(told(run(&case.inputs(), &short)).contains("`experts.down`"));
-    let short = case.weights().with_gate(&case.x[..8]);
-    assert!(told(run(&case.inputs(), &short)).contains("`router.gate`"));
+    let short = case.weights().with_router_gate(&case.x[..8]);
+    assert!(told(run(&case.inputs(), &short)).contains("`router.router_gate`"));
     let without = MoeInputs::new(&case.x[..]);
-    assert!(told(run(&without, &case.weights())).contains("`router.gate`"));
+    assert!(told(run(&without, &case.weights())).contains("`router.router_gate`"));
     let mut more = case.weights();
     more.output_norm = Some(&case.x[..7]);
     assert!(told(run(&case.inputs(), &more)).contains("`output_norm`"));

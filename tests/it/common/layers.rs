@@ -230,7 +230,7 @@ fn random_router_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> RouterW
     let given = router.selection == Selection::Given;
     let bias = router.selection_bias && !given;
     RouterWeights {
-        gate: Some(typed(rng, f32_gate, experts * hidden, 3.0 / (hidden as f64).sqrt())),
+        router_gate: Some(typed(rng, f32_gate, experts * hidden, 3.0 / (hidden as f64).sqrt())),
         bias: projection.bias.then(|| typed(rng, f32_gate, experts, 0.5)),
         norm: projection.norm.map(|_| draw(rng, hidden, 0.5)),
         noise_gate: projection
