@@ -18,7 +18,7 @@ use crate::images::{IMAGES, Image};
 use crate::kernels::{Entry, KERNELS};
 
 pub(crate) use crate::buffer::{
-    alloc, check_aligned, check_context, optional, reads, upload, vector_rows, writes,
+    alloc, check_aligned, check_context, optional, reads, vector_rows, writes,
 };
 pub(crate) use crate::driver::{CUdeviceptr, CUstream};
 pub(crate) use crate::kernels::Kernel;
@@ -235,7 +235,6 @@ impl Device {
             .map_err(|error| load_error(image, self.inner.capability, error))?;
         Ok(cell.get_or_init(|| Module(module)).0)
     }
-
 }
 
 impl std::fmt::Debug for Device {

@@ -78,6 +78,18 @@ pub enum Error {
         why: String,
     },
 
+    /// An optional argument is given but not enabled in the configuration, or is missing but required by
+    /// it.
+    #[error("{op}: `{argument}` {}", presence(*given))]
+    Presence {
+        /// The operation.
+        op: &'static str,
+        /// The argument of the operation.
+        argument: &'static str,
+        /// Whether the argument is given.
+        given: bool,
+    },
+
     /// The crate was built without nvcc, so it has no kernels for a real GPU.
     #[error(
         "kernel {kernel} is not in this binary: moe-kernels was built without nvcc; install the CUDA \
@@ -162,19 +174,22 @@ pub(crate) fn check_len(
 /// Checks that an optional argument is given exactly if the configuration enables it.
 ///
 /// # Errors
-/// [`Error::Mismatch`], which names the argument.
+/// [`Error::Presence`]
 pub(crate) fn check_presence(
     op: &'static str,
-    argument: &str,
+    argument: &'static str,
     given: bool,
     enabled: bool,
 ) -> Result<()> {
-    let why = match (given, enabled) {
-        (true, false) => format!("`{argument}` is given but not enabled in the configuration"),
-        (false, true) => format!("`{argument}` is missing: the configuration requires it"),
-        _ => return Ok(()),
-    };
-    Err(Error::Mismatch { op, why })
+    if given == enabled { Ok(()) } else { Err(Error::Presence { op, argument, given }) }
+}
+
+/// The second half of the message of [`Error::Presence`].
+fn presence(given: bool) -> &'static str {
+    match given {
+        true => "is given but not enabled in the configuration",
+        false => "is missing but required by the configuration",
+    }
 }
 
 /// Converts a dimension to the `int` that kernels take.

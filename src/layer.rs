@@ -1,4 +1,4 @@
-//! A whole layer: the operations in order.
+//! The layer: its operations in order.
 
 mod contexts;
 mod experts;
@@ -23,20 +23,21 @@ use crate::shape::RoutingShape;
 use crate::tensors::{MoeInputs, MoeWeights, Typed, no_router_gate, shape_of};
 use crate::workspace::{Arena, Section, Workspace};
 use contexts::Contexts;
+use experts::Routing;
 use sections::{Sections, one_expert};
 
 const OP: &str = "MoeLayer";
 
-/// A Mixture-of-Experts layer on a device. It holds no weights and no memory: those are the caller's.
+/// A Mixture-of-Experts layer on a device. The caller owns its weights and its workspace.
 ///
-/// One forward pass enqueues what the configuration asks for, in this order: the router's norm and
-/// projection, `route`, `capacity`, `plan`, the products of the shared expert, those of the routed ones, and
-/// `combine`. Nothing is allocated, nothing is read back, and the launches depend on the number of tokens
-/// alone, so a captured graph replays with any routing.
+/// One forward pass enqueues the operations that the configuration enables, in this order: the norm and
+/// projection of the router, `route`, `capacity`, `plan`, the products of the shared expert, those of the
+/// routed experts, and `combine`. It allocates nothing and reads nothing back, and its launches depend on
+/// the number of tokens only, so a captured graph replays with any routing.
 ///
 /// To capture a pass on a stream of `CudaContext::new_stream`, call
 /// `CudaContext::disable_event_tracking` before the buffers are allocated: otherwise cudarc waits for
-/// events from before the capture, which CUDA refuses. [`Device::warm_up`] comes before as well.
+/// events from before the capture, which CUDA rejects. Call [`Device::warm_up`] before the capture as well.
 #[derive(Debug, Clone)]
 pub struct MoeLayer {
     device: Device,
@@ -44,7 +45,7 @@ pub struct MoeLayer {
 }
 
 impl MoeLayer {
-    /// A layer of this configuration.
+    /// Creates a layer of this configuration.
     ///
     /// # Errors
     /// [`Error::Unsupported`], which names the field.
@@ -53,13 +54,13 @@ impl MoeLayer {
         Ok(Self { device: device.clone(), config })
     }
 
-    /// What it computes.
+    /// The configuration.
     pub fn config(&self) -> &MoeConfig {
         &self.config
     }
 
-    /// Bytes of workspace that a pass over at most `num_tokens` tokens needs, or any part of one: a pure
-    /// function, known before there is a device.
+    /// The size of the workspace in bytes for a pass over at most `num_tokens` tokens, or any part of a
+    /// pass. It needs no device.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a configuration or a shape out of range.
@@ -68,22 +69,24 @@ impl MoeLayer {
         Section::total(OP, &Sections::new(config, dtype, num_tokens)?.of_forward())
     }
 
-    /// A whole pass: `inputs` of `T` tokens to `y` `[T, H]`.
+    /// Enqueues a whole pass: `inputs` of `T` tokens to `y` `[T, H]`.
     ///
-    /// `T` is what the length of `inputs.x` says. Asynchronous, ordered on `stream`. Products accumulate in
-    /// f32; what lies between two operations is rounded to `D` once, and so is `y`. Logits that are not given
-    /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
+    /// `T` follows from the length of `inputs.x`. The call is asynchronous, ordered on `stream`. Products
+    /// accumulate in f32; each intermediate tensor and `y` is rounded to `D` once. Logits that are not given
+    /// are the product of the tokens with the router gate, in f32 or rounded to `D`, by
+    /// [`f32_logits`](crate::RouterProjection::f32_logits).
     ///
-    /// In f16 each expert's output is multiplied by its weight before it is rounded, so that it may leave the range
-    /// of f16 (65504) on the way. All else that is stored is in that range, or becomes infinite: logits that are not
-    /// computed in f32, by which other experts may then be chosen, activations, such products, the shared expert's
-    /// output, and the experts' where their norm ([`post_norm`](crate::ExpertConfig::post_norm)) is next or their
-    /// weight came before ([`weight_position`](crate::ExpertConfig::weight_position)).
+    /// In f16, each expert's output is multiplied by its routing weight before it is rounded, so the output
+    /// itself may exceed the range of f16 (65504). All other stored values overflow to infinity beyond that
+    /// range: logits that are not f32 (which may then select other experts), activations, the weighted
+    /// outputs, the output of the shared expert, and the outputs of the experts if they have a norm
+    /// ([`post_norm`](crate::ExpertConfig::post_norm)) or apply the weight earlier
+    /// ([`weight_position`](crate::ExpertConfig::weight_position)).
     ///
     /// # Errors
-    /// [`Error::Length`] for a buffer or a workspace that does not fit,
-    /// [`Error::Mismatch`] for weights or inputs that are not as the configuration says, [`Error::Context`]
-    /// for a stream or a buffer of another `CudaContext`, and what a launch can meet.
+    /// [`Error::Length`] for a buffer or a workspace of another length, [`Error::Presence`] and
+    /// [`Error::Mismatch`] for weights or inputs that contradict the configuration, [`Error::Context`] for a
+    /// stream or a buffer of another `CudaContext`, and any launch error.
     pub fn forward<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -106,17 +109,21 @@ impl MoeLayer {
             arena.take(pass.sections.routing_weights)?,
         );
         pass.route(inputs, dense.as_ref(), &mut arena, &mut outputs)?;
-        let routing = (&outputs.expert_ids.as_view(), &outputs.routing_weights.as_view());
+        let routing = Routing {
+            expert_ids: &outputs.expert_ids.as_view(),
+            routing_weights: &outputs.routing_weights.as_view(),
+        };
         pass.experts(&inputs.x, routing, dense.as_ref(), &mut arena, y)
     }
 
-    /// The first part of [`forward`](Self::forward): the router's logits `[T, E']`, of the type that
-    /// [`f32_logits`](crate::RouterProjection::f32_logits) says; the auxiliary losses read them. They
-    /// are those of the product, before noise, multiplier and soft-cap; [`router_scores`](Self::router_scores) has
-    /// what follows.
+    /// The first part of [`forward`](Self::forward): the logits of the router `[T, E']`, in f32 or `D`, by
+    /// [`f32_logits`](crate::RouterProjection::f32_logits), for auxiliary losses for example. They are those
+    /// of the product, before noise, multiplier and soft-cap; [`router_scores`](Self::router_scores) has the
+    /// later steps.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a gate.
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a router
+    /// gate or logits of the wrong type.
     pub fn router_logits<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -126,9 +133,9 @@ impl MoeLayer {
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
         let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
-        let gate = weights.router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?;
+        let router_gate = weights.router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?;
         if logits.is_f32() != self.config.projection.f32_logits {
-            let why = "`logits` are not of the type that `projection.f32_logits` says".into();
+            let why = "the type of `logits` contradicts `projection.f32_logits`".into();
             return Err(Error::Mismatch { op: OP, why });
         }
         check_len(OP, "logits", logits.len(), pass.shape.logits())?;
@@ -139,7 +146,7 @@ impl MoeLayer {
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
         pass.router_gemm(
             inputs,
-            gate,
+            router_gate,
             weights.router.bias.as_ref(),
             dense.as_ref(),
             &mut arena,
@@ -148,8 +155,8 @@ impl MoeLayer {
     }
 
     /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and
-    /// `routing_weights` `[T, K]`. Slots that capacity dropped and those of inactive tokens have the id
-    /// `u32::MAX`. [`route_into`](Self::route_into) has further outputs.
+    /// `routing_weights` `[T, K]`. Dropped slots and slots of inactive tokens have the id `u32::MAX`.
+    /// [`route_into`](Self::route_into) has further outputs.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
@@ -162,16 +169,16 @@ impl MoeLayer {
         expert_ids: &mut CudaViewMut<'_, u32>,
         routing_weights: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let (ids, of_slots) = (expert_ids.slice_mut(..), routing_weights.slice_mut(..));
-        let outputs = &mut RoutingOutputs::new(ids, of_slots);
+        let outputs =
+            &mut RoutingOutputs::new(expert_ids.slice_mut(..), routing_weights.slice_mut(..));
         self.route_into(stream, inputs, weights, workspace, outputs)
     }
 
-    /// [`route`](Self::route) with every output that the caller has a view for: the counts of a layer with capacity, for
-    /// one. Capturable as the whole pass is.
+    /// [`route`](Self::route) with optional outputs, such as the counts of a layer with capacity. It can be
+    /// captured like a whole pass.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for counts of a layer without capacity.
+    /// Those of [`forward`](Self::forward), and [`Error::Presence`] for counts of a layer without capacity.
     pub fn route_into<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -191,12 +198,12 @@ impl MoeLayer {
         pass.route(inputs, dense.as_ref(), &mut arena, outputs)
     }
 
-    /// The second half of [`forward`](Self::forward), for experts that were chosen elsewhere or before:
-    /// `expert_ids` and `routing_weights` `[T, K]`. Slots whose id is no expert's take no part.
+    /// The second half of [`forward`](Self::forward), for a given routing: `expert_ids` and `routing_weights`
+    /// `[T, K]`. Slots whose id is not below the number of experts are ignored.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
-    #[allow(clippy::too_many_arguments, reason = "each is a part of a layer")]
+    #[allow(clippy::too_many_arguments, reason = "the parts of a layer")]
     pub fn forward_routed<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -218,11 +225,11 @@ impl MoeLayer {
         pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_experts())?;
         let dense = pass.dense(&mut arena, pass.has_dense_experts())?;
-        pass.experts(x, (expert_ids, routing_weights), dense.as_ref(), &mut arena, y)
+        pass.experts(x, Routing { expert_ids, routing_weights }, dense.as_ref(), &mut arena, y)
     }
 }
 
-/// One pass on its way: every buffer has been held against the configuration.
+/// A pass whose weights were checked against the configuration.
 struct Pass<'p, 'w, D: Dtype> {
     device: &'p Device,
     stream: &'p CudaStream,
@@ -248,10 +255,11 @@ impl<'p, 'w, D: Dtype> Pass<'p, 'w, D> {
         Ok(Self { device, stream, config, weights, shape, sections, contexts })
     }
 
-    /// The plan of dense products, which are grouped ones with a single expert that every token goes to.
-    fn dense<'a>(&self, arena: &mut Arena<'a>, wanted: bool) -> Result<Option<RoutingPlan<'a>>> {
+    /// The plan of dense products: grouped products with one expert, to which every token is sent. `None`
+    /// unless `needed`.
+    fn dense<'a>(&self, arena: &mut Arena<'a>, needed: bool) -> Result<Option<RoutingPlan<'a>>> {
         let memory = arena.take::<u8>(self.sections.dense)?;
-        if !wanted {
+        if !needed {
             return Ok(None);
         }
         let shape = one_expert(self.shape.num_tokens);

@@ -103,7 +103,7 @@ impl Section {
     }
 }
 
-/// Hands out the sections of a workspace in order.
+/// Hands out the sections of a workspace, one after another.
 pub(crate) struct Arena<'a> {
     op: &'static str,
     memory: CudaViewMut<'a, u8>,
@@ -111,7 +111,7 @@ pub(crate) struct Arena<'a> {
 }
 
 impl<'a> Arena<'a> {
-    /// Checks that `workspace` has room for `sections`, and starts at its beginning.
+    /// Checks that `workspace` has room for `sections`, of which none has been taken yet.
     pub(crate) fn new(
         op: &'static str,
         workspace: &'a mut Workspace<'_>,

@@ -1,16 +1,16 @@
-//! Holding one field of a configuration against its limits.
+//! Checks of single fields of a configuration.
 
 use std::fmt::Display;
 
 use crate::error::{Error, Result};
 
-/// Whose fields they are: the name that errors begin with.
+/// The checks of one operation, which their errors name.
 pub(super) struct Checked {
     pub op: &'static str,
 }
 
 impl Checked {
-    /// An error that names the field unless `good`.
+    /// Returns an error that names the field unless `good`.
     pub fn require(
         &self,
         argument: &'static str,
@@ -29,7 +29,7 @@ impl Checked {
         })
     }
 
-    /// The same for a number.
+    /// Returns an error that names the field unless `good(value)`.
     pub fn require_number(
         &self,
         argument: &'static str,

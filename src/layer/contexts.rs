@@ -1,11 +1,12 @@
-//! Holding every buffer of a pass against the context of its stream, before anything is launched.
+//! Checks that every buffer of a pass belongs to the context of its stream, before any launch.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceSlice};
 
 use super::{OP, OnDevice, OnDeviceMut, RoutingOutputs};
-use crate::device::{Device, check_context, check_stream};
+use crate::buffer::check_context;
+use crate::device::{Device, check_stream};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::tensors::{
@@ -14,12 +15,12 @@ use crate::tensors::{
 };
 use crate::workspace::Workspace;
 
-/// The stream of a pass, which its buffers go with.
+/// The stream of a pass, whose context its buffers must belong to.
 #[derive(Clone, Copy)]
 pub(super) struct Contexts<'s>(&'s CudaStream);
 
 impl<'s> Contexts<'s> {
-    /// Those of a stream of the device's own context.
+    /// Checks that the stream belongs to the device's context.
     pub(super) fn new(device: &Device, stream: &'s CudaStream) -> Result<Self> {
         check_stream(OP, device, stream)?;
         Ok(Self(stream))

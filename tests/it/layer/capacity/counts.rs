@@ -1,9 +1,9 @@
-//! The counts of slots that experts keep and drop: of each sequence, checked before a launch, and in a captured graph.
+//! The counts of kept and dropped slots: per sequence, checked before any launch, and in a captured graph.
 
 use super::*;
 
 #[test]
-fn counts_are_of_each_sequence() {
+fn slots_are_counted_per_sequence() {
     let gpu = gpu();
     let rows: Vec<&[f32]> = vec![&[1.0, 0.0]; 5];
     let router = RouterConfig::softmax_top_k(false);
@@ -15,7 +15,7 @@ fn counts_are_of_each_sequence() {
         assert_eq!(got.kept, [1, 0, 1, 0, 1, 0]);
         assert_eq!(got.dropped, [1, 0, 0, 0, 0, 0]);
     }
-    // With overflow each request without room counts.
+    // With overflow, every request beyond the limit is counted.
     case.config.capacity.as_mut().unwrap().overflow = 1;
     case.inputs.sequence_tokens = None;
     for got in [on_host(&case), on_device(&gpu, &case)] {
@@ -29,7 +29,7 @@ fn counts_are_of_each_sequence() {
 }
 
 #[test]
-fn wrong_counts_are_refused_before_any_launch() {
+fn invalid_counts_are_errors_before_any_launch() {
     let gpu = gpu();
     let rows: [&[f32]; 3] = [&[1.0, 0.0], &[0.0, 1.0], &[1.0, 2.0]];
     let router = RouterConfig::softmax_top_k(false);
@@ -63,15 +63,15 @@ fn wrong_counts_are_refused_before_any_launch() {
     assert_eq!(call(&case, [Some(4), Some(5)], 3), short("dropped", 4, 5));
     assert_eq!(call(&case, [None, None], 2), short("expert_ids", 3, 2));
     case.config.capacity = None;
-    for (lengths, name) in [([Some(4), None], "`kept`"), ([None, Some(4)], "`dropped`")] {
-        let error = call(&case, lengths, 3).unwrap_err();
-        assert!(matches!(&error, Error::Mismatch { why, .. } if why.contains(name)), "{error}");
+    for (lengths, argument) in [([Some(4), None], "kept"), ([None, Some(4)], "dropped")] {
+        let error = Error::Presence { op: "MoeLayer", argument, given: true };
+        assert_eq!(call(&case, lengths, 3), Err(error));
     }
 }
 
 #[test]
 fn captured_counts_replay_with_new_routing() {
-    // A context of its own: while it captures, cudarc must not wait for events of other tests.
+    // A separate context: during a capture, cudarc must not wait for events of other tests.
     let gpu = gpu();
     let context = CudaContext::new(0).unwrap();
     // SAFETY: everything of this context runs on one stream.
