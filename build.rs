@@ -1,7 +1,8 @@
-//! Compiles each kernels/*.cu with nvcc into a fat binary and writes the table that embeds these images.
+//! Compiles each kernels/*.cu with nvcc into a fat binary and writes the table that embeds these
+//! images.
 //!
-//! Without nvcc, on docs.rs, or with MOE_KERNELS_SKIP set, every image is a placeholder: a valid PTX
-//! module without kernels. The library then builds and works except for launches on a real GPU.
+//! Without nvcc, on docs.rs, or with MOE_KERNELS_SKIP set, every image is a placeholder: a valid
+//! PTX module without kernels. The library then builds and works except for launches on a real GPU.
 
 use std::collections::VecDeque;
 use std::env;
@@ -35,7 +36,8 @@ fn main() {
     ] {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    // Watching the folder covers added and removed files and every header; a change rebuilds every image.
+    // Watching the folder covers added and removed files and every header; a change rebuilds every
+    // image.
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=build.rs");
 
@@ -95,9 +97,9 @@ fn kernel_files() -> Vec<PathBuf> {
     files
 }
 
-/// The targets of a file. `<stem>_sm90.cu` is compiled for compute capability 9.0 only; other files are
-/// portable. CUDA_COMPUTE_CAP restricts the targets: `90`, `9.0`, `90a`, or a list of these separated by
-/// `,`, `;` or spaces.
+/// The targets of a file. `<stem>_sm90.cu` is compiled for compute capability 9.0 only; other files
+/// are portable. CUDA_COMPUTE_CAP restricts the targets: `90`, `9.0`, `90a`, or a list of these
+/// separated by `,`, `;` or spaces.
 fn targets(stem: &str) -> Vec<String> {
     let wanted = env::var("CUDA_COMPUTE_CAP").unwrap_or_default();
     let wanted: Vec<String> = wanted
@@ -128,8 +130,8 @@ fn targets(stem: &str) -> Vec<String> {
     all
 }
 
-/// Searches for nvcc: NVCC, then CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, and `.cuda/` in this package,
-/// where scripts/cuda-toolchain installs it. Panics if NVCC is set and does not exist.
+/// Searches for nvcc: NVCC, then CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, and `.cuda/` in this
+/// package, where scripts/cuda-toolchain installs it. Panics if NVCC is set and does not exist.
 fn find_nvcc() -> Result<PathBuf, String> {
     if env::var_os("DOCS_RS").is_some() {
         return Err("DOCS_RS is set".into());
@@ -186,16 +188,17 @@ fn release_of(nvcc: &Path) -> (u32, u32) {
     (major, minor)
 }
 
-/// Runs nvcc for all images, with as many processes at a time as cargo allows jobs. Panics with the output of
-/// nvcc if one fails.
+/// Runs nvcc for all images, with as many processes at a time as cargo allows jobs. Panics with the
+/// output of nvcc if one fails.
 fn compile(nvcc: &Path, release: (u32, u32), images: &[Image]) {
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
-    // The longest file first, since it takes the most time. nvcc compiles its architectures in parallel.
+    // The longest file first, since it takes the most time. nvcc compiles its architectures in
+    // parallel.
     let mut longest_first: Vec<&Image> = images.iter().collect();
     longest_first
         .sort_by_key(|image| fs::metadata(&image.source).map_or(0, |file| u64::MAX - file.len()));
-    // nvcc has --compress-mode from 12.8 on, but with CUDA 12 its images need a newer driver than uncompressed
-    // ones. Every driver for CUDA 13 reads them, and they have a third of the size.
+    // nvcc has --compress-mode from 12.8 on, but with CUDA 12 its images need a newer driver than
+    // uncompressed ones. Every driver for CUDA 13 reads them, and they have a third of the size.
     let compress = release.0 >= 13;
     let queue: Mutex<VecDeque<&Image>> = Mutex::new(longest_first.into());
     let failures = Mutex::new(Vec::new());
@@ -240,7 +243,8 @@ fn compile_one(nvcc: &Path, image: &Image, threads: usize, compress: bool) -> Re
         .map_err(|why| why.to_string())
 }
 
-/// The host compiler: NVCC_CCBIN, or the C++ compiler that `cc` finds. On Windows nvcc finds its own.
+/// The host compiler: NVCC_CCBIN, or the C++ compiler that `cc` finds. On Windows nvcc finds its
+/// own.
 fn host_compiler() -> Option<OsString> {
     if let Some(compiler) = env::var_os("NVCC_CCBIN") {
         return Some(compiler);
@@ -274,7 +278,8 @@ fn write_table(images: &[Image], toolkit: Option<(u32, u32)>, out_dir: &Path) {
     fs::write(out_dir.join("images.rs"), table).expect("OUT_DIR is writable");
 }
 
-/// Generates `abi.rs` from kernels/abi.h. src/abi.rs is the committed copy; tests/it/abi.rs compares the two.
+/// Generates `abi.rs` from kernels/abi.h. src/abi.rs is the committed copy; tests/it/abi.rs
+/// compares the two.
 #[cfg(feature = "bindgen")]
 fn generate_abi(out_dir: &Path) {
     #[derive(Debug)]

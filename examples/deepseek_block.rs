@@ -1,4 +1,4 @@
-//! A small block of DeepSeek-V3, with router gate and shared expert: `cargo run --example deepseek_block`.
+//! A small block of DeepSeek-V3 with its router gate: `cargo run --example deepseek_block`.
 
 use cudarc::driver::CudaContext;
 use moe_kernels::{

@@ -19,7 +19,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let layer = MoeLayer::new(&device, config)?;
     let num_tokens = 3;
 
-    // The output of expert e is proportional to e + 1, so the output shows which expert was selected.
+    // The output of expert e is proportional to e + 1, so the output shows which expert was
+    // selected.
     let gate_up = vec![0.2f32; config.gate_up_len()];
     let per_expert = config.hidden * config.intermediate;
     let down: Vec<f32> =

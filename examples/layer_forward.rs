@@ -7,7 +7,8 @@ use moe_kernels::{
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // Selects the GPU if there is one, else the software device. An application for GPUs omits this line.
+    // Selects the GPU if there is one, else the software device. An application for GPUs omits this
+    // line.
     println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
     let context = CudaContext::new(0)?;
     let stream = context.new_stream()?;

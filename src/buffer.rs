@@ -24,14 +24,15 @@ pub(crate) fn check_aligned(
     }
 }
 
-/// Returns whether rows of `row_bytes` can be moved with 16-byte accesses in all of these buffers. A null
-/// address is ignored.
+/// Returns whether rows of `row_bytes` can be moved with 16-byte accesses in all of these buffers.
+/// A null address is ignored.
 pub(crate) fn vector_rows(row_bytes: usize, addresses: &[CUdeviceptr]) -> bool {
     row_bytes.is_multiple_of(16) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// Checks that a stream, or the stream of a buffer, belongs to the context of the call. cudarc orders
-/// work within one `CudaContext` only, so two contexts of the same GPU must not be mixed either.
+/// Checks that a stream, or the stream of a buffer, belongs to the context of the call. cudarc
+/// orders work within one `CudaContext` only, so two contexts of the same GPU must not be mixed
+/// either.
 pub(crate) fn check_context(
     op: &'static str,
     argument: &'static str,
@@ -45,8 +46,8 @@ pub(crate) fn check_context(
     }
 }
 
-/// The address of a view that an operation reads. Launches before the guard is dropped are ordered after
-/// earlier writes of the buffer, and later writes after those launches.
+/// The address of a view that an operation reads. Launches before the guard is dropped are ordered
+/// after earlier writes of the buffer, and later writes after those launches.
 pub(crate) fn reads<'a, T>(
     op: &'static str,
     argument: &'static str,
@@ -100,8 +101,8 @@ pub(crate) unsafe fn alloc<T: DeviceRepr>(
     Ok(unsafe { stream.upgrade_device_ptr(slice.leak(), 0) })
 }
 
-/// Copies a host slice to newly allocated device memory. The slice may be empty, which the driver itself
-/// rejects.
+/// Copies a host slice to newly allocated device memory. The slice may be empty, which the driver
+/// itself rejects.
 pub(crate) fn upload<T: DeviceRepr>(
     op: &'static str,
     stream: &Arc<CudaStream>,

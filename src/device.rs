@@ -81,9 +81,9 @@ struct Inner {
 ///
 /// It is created from the caller's context and cheap to clone. Images load on the first use of an
 /// operation, once per `Device` and kernel file, and stay loaded until the context is destroyed, so
-/// captured graphs stay valid after the `Device` is dropped. Create one `Device` per context and keep
-/// it. The streams and buffers of a call must belong to the same `CudaContext`: cudarc orders work
-/// within one context only.
+/// captured graphs stay valid after the `Device` is dropped. Create one `Device` per context and
+/// keep it. The streams and buffers of a call must belong to the same `CudaContext`: cudarc orders
+/// work within one context only.
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
@@ -127,8 +127,9 @@ impl Device {
     }
 
     /// Loads every kernel that a layer with elements of `dtype` may launch, including those for f32
-    /// logits, so that later calls load nothing. Call it before a stream capture, during which loading
-    /// is not allowed. Kernels for other compute capabilities than the device's are skipped.
+    /// logits, so that later calls load nothing. Call it before a stream capture, during which
+    /// loading is not allowed. Kernels for other compute capabilities than the device's are
+    /// skipped.
     ///
     /// # Errors
     /// [`Error::KernelsNotBuilt`], [`Error::UnsupportedDevice`], [`Error::DriverTooOld`] or
@@ -149,8 +150,8 @@ impl Device {
     ///
     /// # Safety
     /// `arguments` are the kernel's parameters in order, each of the type in its signature in
-    /// kernels/. The device memory that they point to is valid for the kernel's reads and writes until
-    /// the kernel has finished. `stream` belongs to this device's context.
+    /// kernels/. The device memory that they point to is valid for the kernel's reads and writes
+    /// until the kernel has finished. `stream` belongs to this device's context.
     pub(crate) unsafe fn launch(
         &self,
         stream: CUstream,
@@ -160,8 +161,8 @@ impl Device {
         arguments: &[Argument],
     ) -> Result<()> {
         let symbol = || kernel.entry().symbol(dtype);
-        // The calling thread may have any context current. This also returns an error that cudarc has
-        // recorded for this context, such as a failed wait.
+        // The calling thread may have any context current. This also returns an error that cudarc
+        // has recorded for this context, such as a failed wait.
         self.inner.context.bind_to_thread().map_err(|error| driver_error(&symbol())(error))?;
         let function = self.function(kernel, dtype)?;
         check_arguments(&symbol, function.parameters.as_deref(), arguments)?;

@@ -37,11 +37,12 @@ pub(crate) fn load_error(image: &Image, capability: (u32, u32), error: DriverErr
         .unwrap_or_else(|| driver_error(image.name)(error))
 }
 
-/// The specific error for an image that the driver rejected with `code`, or `None` if there is none.
+/// The specific error for an image that the driver rejected with `code`, or `None` if there is
+/// none.
 ///
-/// A placeholder contains no kernels, whatever the code. A driver loads machine code of toolkits up to
-/// its own major version, and PTX of toolkits up to its own version; it reports a newer one with any
-/// of several codes.
+/// A placeholder contains no kernels, whatever the code. A driver loads machine code of toolkits up
+/// to its own major version, and PTX of toolkits up to its own version; it reports a newer one with
+/// any of several codes.
 fn classify(
     image: &Image,
     toolkit: Option<(u32, u32)>,
@@ -103,8 +104,8 @@ pub(crate) fn parameter_sizes(function: sys::CUfunction) -> Option<Vec<usize>> {
     let mut sizes = Vec::new();
     loop {
         let (mut offset, mut size) = (0, 0);
-        // SAFETY: the handle is of a module that stays loaded; past the last parameter it returns an
-        // error.
+        // SAFETY: the handle is of a module that stays loaded; past the last parameter it returns
+        // an error.
         if unsafe { get(function, sizes.len(), &mut offset, &mut size) }
             != sys::CUresult::CUDA_SUCCESS
         {
@@ -114,9 +115,9 @@ pub(crate) fn parameter_sizes(function: sys::CUfunction) -> Option<Vec<usize>> {
     }
 }
 
-/// Allows a kernel all the dynamic shared memory that the device offers beside the static shared memory
-/// of the kernel. More than 48 KiB needs this opt-in; setting it at load time keeps it out of launches,
-/// as a capture requires.
+/// Allows a kernel all the dynamic shared memory that the device offers beside the static shared
+/// memory of the kernel. More than 48 KiB needs this opt-in; setting it at load time keeps it out
+/// of launches, as a capture requires.
 pub(crate) fn allow_shared_memory(
     function: sys::CUfunction,
     max_shared_bytes: u32,
@@ -144,7 +145,8 @@ pub(crate) fn allow_shared_memory(
     .result()
 }
 
-/// Requests the largest shared memory carveout of the multiprocessor. The driver treats it as a hint.
+/// Requests the largest shared memory carveout of the multiprocessor. The driver treats it as a
+/// hint.
 pub(crate) fn prefer_shared_memory(function: sys::CUfunction) -> Result<(), DriverError> {
     // SAFETY: the handle is of a module that stays loaded.
     unsafe {

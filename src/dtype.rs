@@ -29,7 +29,8 @@ impl DType {
         }
     }
 
-    /// The name, `f32`, `f16` or `bf16`: the suffix of kernel symbols, and the word on a command line.
+    /// The name, `f32`, `f16` or `bf16`: the suffix of kernel symbols, and the word on a command
+    /// line.
     pub const fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
@@ -38,8 +39,8 @@ impl DType {
         }
     }
 
-    /// The unit roundoff, half the distance between 1 and the next larger number: the largest relative
-    /// error of rounding to nearest.
+    /// The unit roundoff, half the distance between 1 and the next larger number: the largest
+    /// relative error of rounding to nearest.
     pub const fn unit_roundoff(self) -> f64 {
         match self {
             DType::F32 => 1.0 / (1u64 << 24) as f64,
@@ -96,8 +97,8 @@ impl Plain for u8 {}
 
 /// An element type, known at compile time: `f32`, [`half::f16`] or [`half::bf16`].
 ///
-/// It implies cudarc's `DeviceRepr` and `ValidAsZeroBits`, so generic code can upload slices and allocate
-/// zeroed memory of any such type without further bounds.
+/// It implies cudarc's `DeviceRepr` and `ValidAsZeroBits`, so generic code can upload slices and
+/// allocate zeroed memory of any such type without further bounds.
 pub trait Dtype:
     Pod + DeviceRepr + ValidAsZeroBits + Send + Sync + PartialOrd + std::fmt::Debug + private::Sealed
 {
@@ -167,8 +168,9 @@ impl Dtype for bf16 {
     }
 }
 
-/// Rounds an f64 to odd: if it is not exactly an f32, the result is the neighbour whose last bit is 1.
-/// Rounding the result to a narrower type then gives the same number as rounding the f64 directly.
+/// Rounds an f64 to odd: if it is not exactly an f32, the result is the neighbour whose last bit is
+/// 1. Rounding the result to a narrower type then gives the same number as rounding the f64
+/// directly.
 fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     if f64::from(nearest) == value || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {
@@ -185,7 +187,8 @@ mod tests {
 
     #[test]
     fn f64_rounds_once() {
-        // 1 + 2^-11 is halfway between two f16. 2^-40 more must round up, though f32 does not hold it.
+        // 1 + 2^-11 is halfway between two f16. 2^-40 more must round up, though f32 does not hold
+        // it.
         let above = 1.0 + 2f64.powi(-11) + 2f64.powi(-40);
         let (to_f16, to_bf16) = (<f16 as Dtype>::from_f64, <bf16 as Dtype>::from_f64);
         assert_eq!(to_f16(above).to_f64(), 1.0 + 2f64.powi(-10));

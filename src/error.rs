@@ -69,7 +69,8 @@ pub enum Error {
         argument: &'static str,
     },
 
-    /// Two arguments of one call contradict each other, or an argument contradicts the configuration.
+    /// Two arguments of one call contradict each other, or an argument contradicts the
+    /// configuration.
     #[error("{op}: {why}")]
     Mismatch {
         /// The operation.
@@ -78,8 +79,8 @@ pub enum Error {
         why: String,
     },
 
-    /// An optional argument is given but not enabled in the configuration, or is missing but required by
-    /// it.
+    /// An optional argument is given but not enabled in the configuration, or is missing but
+    /// required by it.
     #[error("{op}: `{argument}` {}", presence(*given))]
     Presence {
         /// The operation.

@@ -36,8 +36,8 @@ pub fn kernel_files() -> impl Iterator<Item = KernelFile> {
     })
 }
 
-/// The version of the CUDA toolkit that compiled the kernels of this binary, major and minor, such as
-/// (13, 0); `None` without kernels. A driver of at least that major version loads them.
+/// The version of the CUDA toolkit that compiled the kernels of this binary, major and minor, such
+/// as (13, 0); `None` without kernels. A driver of at least that major version loads them.
 pub fn kernel_toolkit() -> Option<(u32, u32)> {
     TOOLKIT
 }
@@ -52,8 +52,8 @@ mod tests {
         assert!(total <= 10 << 20, "{total} bytes of images, wanted 10 MiB at most");
     }
 
-    /// Checks the report of ptxas for each image: no kernel spills registers, and no wgmma is serialised
-    /// (C75xx).
+    /// Checks the report of ptxas for each image: no kernel spills registers, and no wgmma is
+    /// serialised (C75xx).
     #[test]
     fn no_kernel_spills() {
         for image in IMAGES.iter().filter(|image| !image.architectures.is_empty()) {

@@ -30,14 +30,15 @@ const OP: &str = "MoeLayer";
 
 /// A Mixture-of-Experts layer on a device. The caller owns its weights and its workspace.
 ///
-/// One forward pass enqueues the operations that the configuration enables, in this order: the norm and
-/// projection of the router, `route`, `capacity`, `plan`, the products of the shared expert, those of the
-/// routed experts, and `combine`. It allocates nothing and reads nothing back, and its launches depend on
-/// the number of tokens only, so a captured graph replays with any routing.
+/// One forward pass enqueues the operations that the configuration enables, in this order: the norm
+/// and projection of the router, `route`, `capacity`, `plan`, the products of the shared expert,
+/// those of the routed experts, and `combine`. It allocates nothing and reads nothing back, and its
+/// launches depend on the number of tokens only, so a captured graph replays with any routing.
 ///
 /// To capture a pass on a stream of `CudaContext::new_stream`, call
-/// `CudaContext::disable_event_tracking` before the buffers are allocated: otherwise cudarc waits for
-/// events from before the capture, which CUDA rejects. Call [`Device::warm_up`] before the capture as well.
+/// `CudaContext::disable_event_tracking` before the buffers are allocated: otherwise cudarc waits
+/// for events from before the capture, which CUDA rejects. Call [`Device::warm_up`] before the
+/// capture as well.
 #[derive(Debug, Clone)]
 pub struct MoeLayer {
     device: Device,
@@ -59,8 +60,8 @@ impl MoeLayer {
         &self.config
     }
 
-    /// The size of the workspace in bytes for a pass over at most `num_tokens` tokens, or any part of a
-    /// pass. It needs no device.
+    /// The size of the workspace in bytes for a pass over at most `num_tokens` tokens, or any part
+    /// of a pass. It needs no device.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a configuration or a shape out of range.
@@ -71,22 +72,22 @@ impl MoeLayer {
 
     /// Enqueues a whole pass: `inputs` of `T` tokens to `y` `[T, H]`.
     ///
-    /// `T` follows from the length of `inputs.x`. The call is asynchronous, ordered on `stream`. Products
-    /// accumulate in f32; each intermediate tensor and `y` is rounded to `D` once. Logits that are not given
-    /// are the product of the tokens with the router gate, in f32 or rounded to `D`, by
-    /// [`f32_logits`](crate::RouterProjection::f32_logits).
+    /// `T` follows from the length of `inputs.x`. The call is asynchronous, ordered on `stream`.
+    /// Products accumulate in f32; each intermediate tensor and `y` is rounded to `D` once. Logits
+    /// that are not given are the product of the tokens with the router gate, in f32 or rounded to
+    /// `D`, by [`f32_logits`](crate::RouterProjection::f32_logits).
     ///
-    /// In f16, each expert's output is multiplied by its routing weight before it is rounded, so the output
-    /// itself may exceed the range of f16 (65504). All other stored values overflow to infinity beyond that
-    /// range: logits that are not f32 (which may then select other experts), activations, the weighted
-    /// outputs, the output of the shared expert, and the outputs of the experts if they have a norm
-    /// ([`post_norm`](crate::ExpertConfig::post_norm)) or apply the weight earlier
-    /// ([`weight_position`](crate::ExpertConfig::weight_position)).
+    /// In f16, each expert's output is multiplied by its routing weight before it is rounded, so
+    /// the output itself may exceed the range of f16 (65504). All other stored values overflow to
+    /// infinity beyond that range: logits that are not f32 (which may then select other experts),
+    /// activations, the weighted outputs, the output of the shared expert, and the outputs of the
+    /// experts if they have a norm ([`post_norm`](crate::ExpertConfig::post_norm)) or apply the
+    /// weight earlier ([`weight_position`](crate::ExpertConfig::weight_position)).
     ///
     /// # Errors
     /// [`Error::Length`] for a buffer or a workspace of another length, [`Error::Presence`] and
-    /// [`Error::Mismatch`] for weights or inputs that contradict the configuration, [`Error::Context`] for a
-    /// stream or a buffer of another `CudaContext`, and any launch error.
+    /// [`Error::Mismatch`] for weights or inputs that contradict the configuration,
+    /// [`Error::Context`] for a stream or a buffer of another `CudaContext`, and any launch error.
     pub fn forward<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -116,10 +117,10 @@ impl MoeLayer {
         pass.experts(&inputs.x, routing, dense.as_ref(), &mut arena, y)
     }
 
-    /// The first part of [`forward`](Self::forward): the logits of the router `[T, E']`, in f32 or `D`, by
-    /// [`f32_logits`](crate::RouterProjection::f32_logits), for auxiliary losses for example. They are those
-    /// of the product, before noise, multiplier and soft-cap; [`router_scores`](Self::router_scores) has the
-    /// later steps.
+    /// The first part of [`forward`](Self::forward): the logits of the router `[T, E']`, in f32 or
+    /// `D`, by [`f32_logits`](crate::RouterProjection::f32_logits), for auxiliary losses for
+    /// example. They are those of the product, before noise, multiplier and soft-cap;
+    /// [`router_scores`](Self::router_scores) has the later steps.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a router
@@ -155,8 +156,8 @@ impl MoeLayer {
     }
 
     /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and
-    /// `routing_weights` `[T, K]`. Dropped slots and slots of inactive tokens have the id `u32::MAX`.
-    /// [`route_into`](Self::route_into) has further outputs.
+    /// `routing_weights` `[T, K]`. Dropped slots and slots of inactive tokens have the id
+    /// `u32::MAX`. [`route_into`](Self::route_into) has further outputs.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
@@ -174,11 +175,12 @@ impl MoeLayer {
         self.route_into(stream, inputs, weights, workspace, outputs)
     }
 
-    /// [`route`](Self::route) with optional outputs, such as the counts of a layer with capacity. It can be
-    /// captured like a whole pass.
+    /// [`route`](Self::route) with optional outputs, such as the counts of a layer with capacity.
+    /// It can be captured like a whole pass.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Presence`] for counts of a layer without capacity.
+    /// Those of [`forward`](Self::forward), and [`Error::Presence`] for counts of a layer without
+    /// capacity.
     pub fn route_into<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -198,8 +200,8 @@ impl MoeLayer {
         pass.route(inputs, dense.as_ref(), &mut arena, outputs)
     }
 
-    /// The second half of [`forward`](Self::forward), for a given routing: `expert_ids` and `routing_weights`
-    /// `[T, K]`. Slots whose id is not below the number of experts are ignored.
+    /// The second half of [`forward`](Self::forward), for a given routing: `expert_ids` and
+    /// `routing_weights` `[T, K]`. Slots whose id is not below the number of experts are ignored.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
@@ -255,8 +257,8 @@ impl<'p, 'w, D: Dtype> Pass<'p, 'w, D> {
         Ok(Self { device, stream, config, weights, shape, sections, contexts })
     }
 
-    /// The plan of dense products: grouped products with one expert, to which every token is sent. `None`
-    /// unless `needed`.
+    /// The plan of dense products: grouped products with one expert, to which every token is sent.
+    /// `None` unless `needed`.
     fn dense<'a>(&self, arena: &mut Arena<'a>, needed: bool) -> Result<Option<RoutingPlan<'a>>> {
         let memory = arena.take::<u8>(self.sections.dense)?;
         if !needed {

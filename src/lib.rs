@@ -1,8 +1,8 @@
 //! CUDA kernels for Mixture-of-Experts layers, with a safe API over `cudarc`.
 //!
 //! A layer routes each of `T` tokens to `K` of `E` experts and sums their outputs, each times its
-//! routing weight. `H` is the width of a token, `I` that of an expert, and `R = T * K` the number of
-//! rows, of which each is one token at one expert:
+//! routing weight. `H` is the width of a token, `I` that of an expert, and `R = T * K` the number
+//! of rows, of which each is one token at one expert:
 //!
 //! ```text
 //! logits [T, E] -route-> expert_ids [T, K], routing_weights [T, K] -plan-> RoutingPlan
@@ -14,13 +14,15 @@
 //! - [`ops`] has each operation on its own.
 //! - [`mod@reference`] computes the same on the CPU and is the specification of the kernels.
 //!
-//! The choice of experts is exact, with ties to the lower expert. Results are the same bits on every
-//! execution: each output element has one writer and a fixed order of summation.
+//! The choice of experts is exact, with ties to the lower expert. Results are the same bits on
+//! every execution: each output element has one writer and a fixed order of summation.
 //!
 //! ```no_run
 //! use cudarc::driver::CudaContext;
 //! use half::bf16;
-//! use moe_kernels::{DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, RouterStep, Workspace};
+//! use moe_kernels::{
+//!     DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, Workspace,
+//! };
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let context = CudaContext::new(0)?;
@@ -50,16 +52,17 @@
 //! - `serde`: `Serialize` and `Deserialize` for the configuration types.
 //! - `hf`: [`MoeConfig::from_hf`] and the names of the tensors, for every family of Hugging Face's
 //!   transformers whose block is a routed FFN.
-//! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, forwarded to cudarc. Without
-//!   one, cudarc uses that of the `nvcc` on `PATH`, or else its newest. CUDA 12.0 is the oldest.
+//! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, forwarded to cudarc.
+//!   Without one, cudarc uses that of the `nvcc` on `PATH`, or else its newest. CUDA 12.0 is the
+//!   oldest.
 //! - `bindgen`: generates the argument structs in the build instead of using the committed copy.
 //!
 //! # Streams and capture
 //!
-//! Every call enqueues work on the given stream and returns. No call synchronises or reads device memory
-//! from the host, and only the forms that return new buffers allocate. Kernel images load on first use.
-//! [`Device::warm_up`] loads all images that a layer of an element type needs; call it before a stream
-//! capture.
+//! Every call enqueues work on the given stream and returns. No call synchronises or reads device
+//! memory from the host, and only the forms that return new buffers allocate. Kernel images load on
+//! first use. [`Device::warm_up`] loads all images that a layer of an element type needs; call it
+//! before a stream capture.
 
 #[cfg(not(feature = "bindgen"))]
 #[allow(dead_code, reason = "only kernels use some of the constants")]

@@ -44,14 +44,14 @@ impl RoutingShape {
         self.num_tokens.saturating_mul(self.num_experts)
     }
 
-    /// The shape in which each slot counts as one token with one expert, `[T * K, E]`. A plan of this
-    /// shape lists slots in place of tokens.
+    /// The shape in which each slot counts as one token with one expert, `[T * K, E]`. A plan of
+    /// this shape lists slots in place of tokens.
     pub fn by_slot(&self) -> Self {
         Self { num_tokens: self.slots(), num_experts: self.num_experts, top_k: 1 }
     }
 
-    /// The number of sequences of `sequence_tokens` tokens, of which the last may be shorter. `None`
-    /// makes the batch one sequence.
+    /// The number of sequences of `sequence_tokens` tokens, of which the last may be shorter.
+    /// `None` makes the batch one sequence.
     pub fn sequences(&self, sequence_tokens: Option<usize>) -> usize {
         self.num_tokens.div_ceil(sequence_tokens.unwrap_or(self.num_tokens).max(1))
     }

@@ -38,7 +38,8 @@ impl Workspace<'static> {
 }
 
 impl<'a> Workspace<'a> {
-    /// Uses memory of the caller. Its address must be a multiple of 256 bytes, which each call checks.
+    /// Uses memory of the caller. Its address must be a multiple of 256 bytes, which each call
+    /// checks.
     pub fn borrow(memory: CudaViewMut<'a, u8>) -> Self {
         Self { memory: Memory::Borrowed(memory) }
     }

@@ -5,8 +5,8 @@ use super::router::Normalization;
 use crate::error::{Error, Result};
 use crate::shape::RoutingShape;
 
-/// A limit on the rows of each expert. Slots beyond the limit are dropped, which makes them inactive, or
-/// they are reassigned to other experts of their token's choice (overflow).
+/// A limit on the rows of each expert. Slots beyond the limit are dropped, which makes them
+/// inactive, or they are reassigned to other experts of their token's choice (overflow).
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -15,15 +15,15 @@ pub struct CapacityConfig {
     pub limit: CapacityLimit,
     /// The order in which the slots of an expert are kept.
     pub priority: Priority,
-    /// The number of rounds in which slots beyond the limit are reassigned to the next-best expert of their
-    /// token; 0 drops them at once. In a layer with overflow the router must not normalise weights;
-    /// [`normalization`](Self::normalization) normalises those of the kept slots.
+    /// The number of rounds in which slots beyond the limit are reassigned to the next-best expert
+    /// of their token; 0 drops them at once. In a layer with overflow the router must not normalise
+    /// weights; [`normalization`](Self::normalization) normalises those of the kept slots.
     #[cfg_attr(feature = "serde", serde(default))]
     pub overflow: usize,
-    /// The normalisation of the weights of a token's kept slots, after the others are dropped (NLLB): none,
-    /// or a division by their sum. With a division, a layer applies the router's
-    /// [`scale`](crate::RouterConfig::scale) and expert scales to the quotients instead of the router's
-    /// weights.
+    /// The normalisation of the weights of a token's kept slots, after the others are dropped
+    /// (NLLB): none, or a division by their sum. With a division, a layer applies the router's
+    /// [`scale`](crate::RouterConfig::scale) and expert scales to the quotients instead of the
+    /// router's weights.
     #[cfg_attr(feature = "serde", serde(default = "undivided"))]
     pub normalization: Normalization,
 }
@@ -39,8 +39,8 @@ fn undivided() -> Normalization {
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
 #[non_exhaustive]
 pub enum CapacityLimit {
-    /// `ceil(tokens * K / E * factor)` rows, at least 1, for the tokens of a sequence. Computed in f64 from
-    /// left to right, as in Python.
+    /// `ceil(tokens * K / E * factor)` rows, at least 1, for the tokens of a sequence. Computed in
+    /// f64 from left to right, as in Python.
     Factor {
         /// A finite number above 0.
         factor: f64,
@@ -58,8 +58,8 @@ pub enum CapacityLimit {
     },
 }
 
-/// The order in which the slots of an expert are kept; ties go to the lower slot. Weights are compared as
-/// numbers, where -0 equals 0 and NaN counts as minus infinity.
+/// The order in which the slots of an expert are kept; ties go to the lower slot. Weights are
+/// compared as numbers, where -0 equals 0 and NaN counts as minus infinity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -71,24 +71,25 @@ pub enum Priority {
     Choice,
     /// By weight, the largest first. A layer uses the weights of the router.
     Weight,
-    /// All first choices before all second ones, each by the score of the token's first choice, the largest
-    /// first (batch-prioritised routing). A layer uses the router's score before normalisation and scale.
+    /// All first choices before all second ones, each by the score of the token's first choice, the
+    /// largest first (batch-prioritised routing). A layer uses the router's score before
+    /// normalisation and scale.
     ChoiceByTopWeight,
 }
 
 impl CapacityConfig {
-    /// A limit without overflow or normalisation: slots beyond it are dropped, and the weights of the
-    /// others are unchanged.
+    /// A limit without overflow or normalisation: slots beyond it are dropped, and the weights of
+    /// the others are unchanged.
     pub const fn new(limit: CapacityLimit, priority: Priority) -> Self {
         Self { limit, priority, overflow: 0, normalization: Normalization::None }
     }
 
-    /// The limit in rows of an expert for a sequence of `sequence_tokens` tokens; `shape` has the numbers of
-    /// experts and of experts per token.
+    /// The limit in rows of an expert for a sequence of `sequence_tokens` tokens; `shape` has the
+    /// numbers of experts and of experts per token.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) for a factor or a fraction that is not a finite
-    /// number above 0, or a shape out of range.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for a factor or a fraction that is not a
+    /// finite number above 0, or a shape out of range.
     pub fn rows(&self, shape: &RoutingShape, sequence_tokens: usize) -> Result<usize> {
         const OP: &str = "capacity";
         self.check(OP)?;
@@ -123,8 +124,8 @@ impl CapacityConfig {
     }
 }
 
-/// The divisor of the weights of a token's kept slots: whether there is one, the epsilon added to the sum,
-/// and the smallest divisor.
+/// The divisor of the weights of a token's kept slots: whether there is one, the epsilon added to
+/// the sum, and the smallest divisor.
 pub(crate) fn kept_divisor(
     op: &'static str,
     argument: &'static str,

@@ -16,8 +16,8 @@ pub struct ExpertConfig {
     pub activation: Activation,
     /// The experts have a gate projection in addition to the up projection.
     pub gated: bool,
-    /// The gate and up projections have biases: `[E, 2I]`, or `[E, I]` without a gate, in the order of the
-    /// features of `gate_up`.
+    /// The gate and up projections have biases: `[E, 2I]`, or `[E, I]` without a gate, in the order
+    /// of the features of `gate_up`.
     pub gate_up_bias: bool,
     /// The down projection has a bias `[E, H]`, which the routing weight multiplies as well.
     pub down_bias: bool,
@@ -35,14 +35,16 @@ pub struct ExpertConfig {
     pub post_norm: Option<RmsNorm>,
 }
 
-/// The activation `h = f(gate) * (up + up_offset)`, or `h = f(up)` for experts without a gate, in f32.
+/// The activation `h = f(gate) * (up + up_offset)`, or `h = f(up)` for experts without a gate, in
+/// f32.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Activation {
     /// The function `f`.
     pub function: ActivationFunction,
-    /// The factor inside the sigmoid of SiLU, `g * sigmoid(alpha * g)`; must be 1 for other functions.
+    /// The factor inside the sigmoid of SiLU, `g * sigmoid(alpha * g)`; must be 1 for other
+    /// functions.
     pub alpha: f32,
     /// The bound on gate and up.
     pub limit: Limit,
@@ -68,8 +70,8 @@ pub enum ActivationFunction {
     ReluSquared,
 }
 
-/// A bound on gate `g` and up `u` of an activation with function `f`. For experts without a gate, the
-/// bound of the gate applies to up.
+/// A bound on gate `g` and up `u` of an activation with function `f`. For experts without a gate,
+/// the bound of the gate applies to up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
@@ -133,8 +135,8 @@ pub enum WeightPosition {
     Inside,
 }
 
-/// An RMS norm, `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`. With `scale_first` it normalises
-/// `x * (offset + weight)` instead.
+/// An RMS norm, `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`. With `scale_first` it
+/// normalises `x * (offset + weight)` instead.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -174,9 +176,9 @@ impl Default for Activation {
 }
 
 impl ExpertConfig {
-    /// Returns whether the down product multiplies rows of type `dtype` by their routing weights before it
-    /// rounds them: an output in f16 may exceed the range of f16 before its weight is applied. With a norm
-    /// of outputs the weights are applied later.
+    /// Returns whether the down product multiplies rows of type `dtype` by their routing weights
+    /// before it rounds them: an output in f16 may exceed the range of f16 before its weight is
+    /// applied. With a norm of outputs the weights are applied later.
     pub(crate) fn weighs_rows(&self, dtype: DType) -> bool {
         dtype == DType::F16
             && self.weight_position == WeightPosition::Output

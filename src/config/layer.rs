@@ -7,10 +7,11 @@ use super::router::{Normalization, RouterConfig, Scoring, Selection};
 use crate::error::{Error, Result};
 use crate::shape::{MAX_EXPERTS, RoutingShape};
 
-/// The configuration of a layer: the router, `E` routed experts, and the optional parts around them.
+/// The configuration of a layer: the router, `E` routed experts, and the optional parts around
+/// them.
 ///
-/// [`MoeConfig::new`] is the plain layer (softmax, top-k, SwiGLU experts); struct update syntax changes
-/// other fields.
+/// [`MoeConfig::new`] is the plain layer (softmax, top-k, SwiGLU experts); struct update syntax
+/// changes other fields.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -60,8 +61,8 @@ pub struct RouterProjection {
     pub bias: bool,
     /// An RMS norm of the tokens that the router reads.
     pub norm: Option<RmsNorm>,
-    /// A matrix `[E, H]` scales the noise: the noise is multiplied by `softplus` of the product of the
-    /// router's input with the matrix (noisy top-k). A pass without noise ignores it.
+    /// A matrix `[E, H]` scales the noise: the noise is multiplied by `softplus` of the product of
+    /// the router's input with the matrix (noisy top-k). A pass without noise ignores it.
     pub noise_gate: bool,
 }
 
@@ -87,8 +88,9 @@ pub enum ZeroOutput {
     Zero,
 }
 
-/// Routed experts of another width than `H`: tokens are projected to that width before the experts, and the
-/// sum of the experts is projected back. The router and the shared expert read the tokens themselves.
+/// Routed experts of another width than `H`: tokens are projected to that width before the experts,
+/// and the sum of the experts is projected back. The router and the shared expert read the tokens
+/// themselves.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -148,8 +150,8 @@ impl SharedConfig {
 }
 
 impl MoeConfig {
-    /// The plain layer: the softmax of all logits, whose `K` largest values are the routing weights, and
-    /// SwiGLU experts with weights `[E, 2I, H]` and `[E, H, I]`.
+    /// The plain layer: the softmax of all logits, whose `K` largest values are the routing
+    /// weights, and SwiGLU experts with weights `[E, 2I, H]` and `[E, H, I]`.
     pub fn new(hidden: usize, intermediate: usize, num_experts: usize, top_k: usize) -> Self {
         Self {
             hidden,
@@ -234,8 +236,8 @@ impl MoeConfig {
         at.require("router.num_sinks", num_sinks == 0, "0 with overflow", num_sinks)
     }
 
-    /// The number of candidates of a token: the experts of the largest values, including its own choices, to
-    /// which overflow may assign its slots; 0 without overflow.
+    /// The number of candidates of a token: the experts of the largest values, including its own
+    /// choices, to which overflow may assign its slots; 0 without overflow.
     pub(crate) fn candidates(&self) -> usize {
         match self.capacity.map_or(0, |capacity| capacity.overflow) {
             0 => 0,
@@ -243,8 +245,8 @@ impl MoeConfig {
         }
     }
 
-    /// The router whose weights capacity reads: without scales if the kept weights are normalised, since
-    /// scales apply after the normalisation.
+    /// The router whose weights capacity reads: without scales if the kept weights are normalised,
+    /// since scales apply after the normalisation.
     pub(crate) fn router_before_capacity(&self) -> RouterConfig {
         match self.capacity.map(|capacity| capacity.normalization) {
             None | Some(Normalization::None) => self.router,
@@ -267,8 +269,8 @@ impl MoeConfig {
         self.latent.map_or(self.hidden, |latent| latent.hidden)
     }
 
-    /// The number of elements of `gate_up` `[E, 2I, H]`, or `[E, I, H]` without a gate; of both tensors if
-    /// gate and up are separate.
+    /// The number of elements of `gate_up` `[E, 2I, H]`, or `[E, I, H]` without a gate; of both
+    /// tensors if gate and up are separate.
     pub fn gate_up_len(&self) -> usize {
         let parts = if self.experts.gated { 2usize } else { 1 };
         parts.saturating_mul(self.down_len())

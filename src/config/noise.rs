@@ -10,8 +10,8 @@ pub enum NoiseDistribution {
     Uniform,
     /// Standard normal, of magnitude at most 6.8.
     Normal,
-    /// Standard Gumbel, `-ln(-ln(u))`. The index of the largest logit plus such noise is a sample of the
-    /// softmax of the logits.
+    /// Standard Gumbel, `-ln(-ln(u))`. The index of the largest logit plus such noise is a sample
+    /// of the softmax of the logits.
     Gumbel,
 }
 

@@ -5,17 +5,17 @@ use crate::error::Result;
 
 /// The router: selects the experts of each token and computes their weights.
 ///
-/// For the logits `l` of one token, [`reference::route_fwd`](crate::reference::route_fwd) computes these
-/// steps in f32:
+/// For the logits `l` of one token, [`reference::route_fwd`](crate::reference::route_fwd) computes
+/// these steps in f32:
 ///
 /// 1. `z = (l + noise) * logit_multiplier`; with a soft-cap `c`, then `c * tanh(z / c)`.
 /// 2. The scores `s` of all experts, by [`scoring`](Self::scoring).
-/// 3. The selection value of each expert: its score or its `z`, by [`selection`](Self::selection), plus its
-///    selection bias if enabled.
+/// 3. The selection value of each expert: its score or its `z`, by [`selection`](Self::selection),
+///    plus its selection bias if enabled.
 /// 4. With [`groups`](Self::groups), experts outside the best groups are masked.
 /// 5. The `K` experts of the largest values are selected, ties to the lower id.
-/// 6. Their weights: the scores without the bias, normalised, times `scale`, times the scale of the expert
-///    if enabled.
+/// 6. Their weights: the scores without the bias, normalised, times `scale`, times the scale of the
+///    expert if enabled.
 ///
 /// If a model family multiplies the routed output by a factor instead of the weights, use
 /// [`scale`](Self::scale) for it.
@@ -23,18 +23,20 @@ use crate::error::Result;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RouterConfig {
-    /// The factor of the noise before it is added to the logits, such as `1 / E`; a finite number above 0.
-    /// It is the standard deviation of the scaled noise if that of the given noise is 1.
+    /// The factor of the noise before it is added to the logits, such as `1 / E`; a finite number
+    /// above 0. It is the standard deviation of the scaled noise if that of the given noise is 1.
     pub noise_deviation: f32,
     /// The factor of every logit, after noise; a finite number above 0.
     pub logit_multiplier: f32,
-    /// The soft-cap `c` of `c * tanh(z / c)`, which bounds logits to `-c..c`; a finite number above 0.
+    /// The soft-cap `c` of `c * tanh(z / c)`, which bounds logits to `-c..c`; a finite number above
+    /// 0.
     pub logit_softcap: Option<f32>,
     /// The function from logits to scores.
     pub scoring: Scoring,
     /// The value by which experts are selected.
     pub selection: Selection,
-    /// A vector `[E - num_sinks]` is added to the values for the selection only ("correction bias").
+    /// A vector `[E - num_sinks]` is added to the values for the selection only ("correction
+    /// bias").
     pub selection_bias: bool,
     /// Restricts the selection to the experts of the best groups.
     pub groups: Option<Groups>,
@@ -44,9 +46,9 @@ pub struct RouterConfig {
     pub scale: f32,
     /// A vector `[E]` multiplies the weights, by expert.
     pub expert_scale: bool,
-    /// The number of sinks: the last `num_sinks` experts are selected for every token ("shared sinks").
-    /// They count in `E` and `K`, have logits like other experts, and their scores are part of the
-    /// normalisation. Either 0 or less than `K`.
+    /// The number of sinks: the last `num_sinks` experts are selected for every token ("shared
+    /// sinks"). They count in `E` and `K`, have logits like other experts, and their scores are
+    /// part of the normalisation. Either 0 or less than `K`.
     pub num_sinks: usize,
 }
 
@@ -66,19 +68,20 @@ pub enum Scoring {
     SqrtSoftplus,
     /// `z` itself.
     Logit,
-    /// Phi-MoE's sparsemixer. In evaluation the weight of each choice is its softmax over the experts that
-    /// were not chosen before and whose logits are near the largest, `m`:
-    /// `(m - z) / max(|z|, m) <= 2 * jitter`.
+    /// Phi-MoE's sparsemixer. In evaluation the weight of each choice is its softmax over the
+    /// experts that were not chosen before and whose logits are near the largest, `m`: `(m - z) /
+    /// max(|z|, m) <= 2 * jitter`.
     ///
-    /// In training ([arXiv:2409.12136](https://arxiv.org/abs/2409.12136)) each choice is sampled from that
-    /// softmax instead of taking the largest logit: the near expert of largest `z + g` is chosen, with
-    /// separate Gumbel noise `g` for each choice. Its weight is its softmax value, times 0.3333 if it does
-    /// not have the largest remaining logit, unless a uniform draw of the choice is above 0.75 (Heun's
-    /// third-order method). Both draws are inputs, `selection_noise` `[T, K, E]` and `midpoint_draws`
-    /// `[T, K]`; [`noise_fwd`](crate::reference::noise_fwd) generates such numbers.
+    /// In training ([arXiv:2409.12136](https://arxiv.org/abs/2409.12136)) each choice is sampled
+    /// from that softmax instead of taking the largest logit: the near expert of largest `z + g` is
+    /// chosen, with separate Gumbel noise `g` for each choice. Its weight is its softmax value,
+    /// times 0.3333 if it does not have the largest remaining logit, unless a uniform draw of the
+    /// choice is above 0.75 (Heun's third-order method). Both draws are inputs, `selection_noise`
+    /// `[T, K, E]` and `midpoint_draws` `[T, K]`; [`noise_fwd`](crate::reference::noise_fwd)
+    /// generates such numbers.
     Sparsemixer {
-        /// Half the relative distance to the largest logit up to which experts are near it; a finite number,
-        /// at least 0.
+        /// Half the relative distance to the largest logit up to which experts are near it; a
+        /// finite number, at least 0.
         jitter: f32,
         /// Uses the training form, which requires both draws as inputs of every pass.
         #[cfg_attr(feature = "serde", serde(default))]
@@ -96,8 +99,8 @@ pub enum RouterStep {
     NoisyLogits,
     /// `z`: the logits after noise, multiplier and soft-cap.
     Logits,
-    /// The scores of `z` by [`RouterConfig::scoring`], for a scoring that does not depend on the selection.
-    /// They are without bias, mask, normalisation and scale.
+    /// The scores of `z` by [`RouterConfig::scoring`], for a scoring that does not depend on the
+    /// selection. They are without bias, mask, normalisation and scale.
     Scores,
 }
 
@@ -111,13 +114,13 @@ impl RouterStep {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Selection {
-    /// The score. If the scores order the experts as the logits do (softmax without bias, groups by their
-    /// largest score), the logits are compared instead, which avoids ties by rounding.
+    /// The score. If the scores order the experts as the logits do (softmax without bias, groups by
+    /// their largest score), the logits are compared instead, which avoids ties by rounding.
     Score,
     /// The logit `z`.
     Logit,
-    /// None: all `K` ids are given, including those of sinks, by a table of token ids or by an earlier
-    /// pass. A selection bias is ignored.
+    /// None: all `K` ids are given, including those of sinks, by a table of token ids or by an
+    /// earlier pass. A selection bias is ignored.
     Given,
 }
 
@@ -126,10 +129,11 @@ pub enum Selection {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Groups {
-    /// The number of groups, 1 to 32 and a divisor of the number of experts (without sinks). Expert `e` is
-    /// in group `e / (E / num_groups)`.
+    /// The number of groups, 1 to 32 and a divisor of the number of experts (without sinks). Expert
+    /// `e` is in group `e / (E / num_groups)`.
     pub num_groups: usize,
-    /// The number of groups that remain: those of the largest group scores, ties to the lower group.
+    /// The number of groups that remain: those of the largest group scores, ties to the lower
+    /// group.
     pub top_groups: usize,
     /// The score of a group.
     pub score: GroupScore,
@@ -159,8 +163,8 @@ pub enum Masked {
     Zero,
 }
 
-/// The divisor of the weights of the selected experts. Sums are over the selected experts, including
-/// sinks.
+/// The divisor of the weights of the selected experts. Sums are over the selected experts,
+/// including sinks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
@@ -224,8 +228,8 @@ impl RouterConfig {
         }
     }
 
-    /// The router of DeepSeek-V3, which Kimi-K2 and GLM-4.5 use as well. With the selection bias `b` and the
-    /// selected experts `S`:
+    /// The router of DeepSeek-V3, which Kimi-K2 and GLM-4.5 use as well. With the selection bias
+    /// `b` and the selected experts `S`:
     ///
     /// ```text
     /// s[e] = sigmoid(l[e])
@@ -251,8 +255,8 @@ impl RouterConfig {
         }
     }
 
-    /// Returns whether experts are selected by `z`: if the configuration says so, or if the scores are a
-    /// monotonic function of `z`, whose rounding could only add ties.
+    /// Returns whether experts are selected by `z`: if the configuration says so, or if the scores
+    /// are a monotonic function of `z`, whose rounding could only add ties.
     pub fn selects_by_logit(&self) -> bool {
         let softmax = matches!(self.scoring, Scoring::Softmax | Scoring::SoftmaxSelected);
         let by_value = self.selection_bias
@@ -274,7 +278,8 @@ impl RouterConfig {
         matches!(self.scoring, Scoring::Sparsemixer { training: true, .. })
     }
 
-    /// The router of the same selection whose weights are the scores, neither normalised nor scaled.
+    /// The router of the same selection whose weights are the scores, neither normalised nor
+    /// scaled.
     pub(crate) fn of_scores(&self) -> Self {
         Self { normalization: Normalization::None, ..self.unscaled() }
     }

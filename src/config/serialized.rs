@@ -1,5 +1,5 @@
-//! Tests of configurations as text: every type and every variant is read back as it was written, and
-//! unknown fields are errors.
+//! Tests of configurations as text: every type and every variant is read back as it was written,
+//! and unknown fields are errors.
 
 use std::fmt::Debug;
 

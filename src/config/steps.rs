@@ -1,5 +1,5 @@
-//! The steps of a router that the kernel and the reference share, derived from its options, and the checks
-//! of the buffers that they read.
+//! The steps of a router that the kernel and the reference share, derived from its options, and the
+//! checks of the buffers that they read.
 
 use super::router::{Normalization, RouterConfig, RouterStep, Scoring, Selection};
 use crate::error::{Error, Result, check_len, check_presence};
@@ -39,9 +39,9 @@ impl RouterConfig {
         }
     }
 
-    /// The score that weights are computed from. If scores are divided by their own sum or norm, the
-    /// denominator of the softmax cancels; a softmax over the selected experts then gives the same weights,
-    /// with larger values.
+    /// The score that weights are computed from. If scores are divided by their own sum or norm,
+    /// the denominator of the softmax cancels; a softmax over the selected experts then gives the
+    /// same weights, with larger values.
     pub(crate) fn score(&self) -> Score {
         let cancels = match self.normalization {
             Normalization::Sum { epsilon } => epsilon == 0.0,
@@ -100,7 +100,8 @@ impl RouterConfig {
         self.selection_bias && self.selection != Selection::Given
     }
 
-    /// Returns whether the router is a softmax with top-k and has no other option; noise is allowed.
+    /// Returns whether the router is a softmax with top-k and has no other option; noise is
+    /// allowed.
     pub(crate) fn is_plain(&self) -> bool {
         let Self { scoring, selection, normalization, noise_deviation, .. } = *self;
         let plain = Self::softmax_top_k(false);
@@ -156,8 +157,8 @@ impl RouteLengths {
         len("noise_logits", self.noise_logits)
     }
 
-    /// Checks the shape and the router, and each input against both: an input is given exactly if the router
-    /// reads it, and has the length that the shape requires.
+    /// Checks the shape and the router, and each input against both: an input is given exactly if
+    /// the router reads it, and has the length that the shape requires.
     pub(crate) fn check(
         &self,
         op: &'static str,

@@ -246,8 +246,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         Ok(yp)
     }
 
-    /// Computes the output of the shared expert `y` `[T, H]`, and the logits `[T]` of its sigmoid gate if it
-    /// has one.
+    /// Computes the output of the shared expert `y` `[T, H]`, and the logits `[T]` of its sigmoid
+    /// gate if it has one.
     #[allow(clippy::too_many_arguments, reason = "the parts of a layer")]
     fn shared(
         &self,

@@ -88,8 +88,8 @@ impl<'t, D: Dtype> Transfer<'t, OwnedOnDevice, OnDevice<'t>, D> for View {
 macro_rules! conversions_to_the_device {
     ($Tensors:ident) => {
         impl<D: Dtype> $Tensors<Owned, D> {
-            /// Copies every tensor to newly allocated memory of the device, ordered on `stream`. The vectors
-            /// may be dropped after the call.
+            /// Copies every tensor to newly allocated memory of the device, ordered on `stream`.
+            /// The vectors may be dropped after the call.
             ///
             /// # Errors
             /// [`Error::Driver`] if an allocation or a copy fails.

@@ -7,19 +7,21 @@ use crate::error::{Result, check_len, check_presence, product};
 use crate::shape::RoutingShape;
 
 /// Outputs of [`MoeLayer::route_into`](crate::MoeLayer::route_into), for `N` sequences of
-/// [`MoeInputs::sequence_tokens`](crate::MoeInputs::sequence_tokens) tokens: [`RoutingShape::sequences`] of them.
+/// [`MoeInputs::sequence_tokens`](crate::MoeInputs::sequence_tokens) tokens:
+/// [`RoutingShape::sequences`] of them.
 ///
 /// [`RoutingOutputs::new`] takes ids and weights; struct update syntax adds the optional outputs.
 pub struct RoutingOutputs<'o> {
-    /// `[T, K]`, the experts of each token; `u32::MAX` for a dropped slot and for slots of inactive tokens.
+    /// `[T, K]`, the experts of each token; `u32::MAX` for a dropped slot and for slots of inactive
+    /// tokens.
     pub expert_ids: CudaViewMut<'o, u32>,
     /// `[T, K]`, the routing weights of the slots.
     pub routing_weights: CudaViewMut<'o, f32>,
-    /// `[N, E]`, only for a layer with capacity: the number of slots of each sequence that each expert
-    /// keeps.
+    /// `[N, E]`, only for a layer with capacity: the number of slots of each sequence that each
+    /// expert keeps.
     pub kept: Option<CudaViewMut<'o, u32>>,
-    /// `[N, E]`, only for a layer with capacity: the number of requests beyond the limit of each expert.
-    /// Without overflow these are the dropped slots.
+    /// `[N, E]`, only for a layer with capacity: the number of requests beyond the limit of each
+    /// expert. Without overflow these are the dropped slots.
     pub dropped: Option<CudaViewMut<'o, u32>>,
 }
 

@@ -20,8 +20,8 @@ use crate::tensors::{MoeInputs, Typed, no_router_gate};
 use crate::workspace::Arena;
 
 impl<D: Dtype> Pass<'_, '_, D> {
-    /// Returns whether a product of the router runs on tensor cores as a grouped product, for which it needs
-    /// the plan of dense products: if both factors and the result are 16-bit.
+    /// Returns whether a product of the router runs on tensor cores as a grouped product, for which
+    /// it needs the plan of dense products: if both factors and the result are 16-bit.
     pub(super) fn projects_by_gemm(&self, inputs: &MoeInputs<OnDevice<'_>, D>) -> bool {
         let router = &self.weights.router;
         let MoeInputs { logits, noise, noise_logits, .. } = inputs;
@@ -88,8 +88,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         }
     }
 
-    /// Computes the products of the router: the logits unless they are given, and the noise logits if a noise
-    /// gate scales the noise.
+    /// Computes the products of the router: the logits unless they are given, and the noise logits
+    /// if a noise gate scales the noise.
     fn compute_logits<'a>(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
@@ -283,8 +283,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         )
     }
 
-    /// Computes the kept slots and their weights: those of the router's choices, then up to `overflow` rounds
-    /// of reassignment to the next-best experts.
+    /// Computes the kept slots and their weights: those of the router's choices, then up to
+    /// `overflow` rounds of reassignment to the next-best experts.
     fn apply_capacity(
         &self,
         capacity: &CapacityConfig,
@@ -387,7 +387,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
     }
 }
 
-/// Selects the experts of a shape with a router that makes the layer's selection, into ids and weights.
+/// Selects the experts of a shape with a router that makes the layer's selection, into ids and
+/// weights.
 type Route<'r> = dyn Fn(
         &RouterConfig,
         RoutingShape,

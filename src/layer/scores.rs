@@ -10,13 +10,14 @@ use crate::tensors::{MoeInputs, MoeWeights, Typed, no_noise_gate};
 use crate::workspace::{Arena, Workspace};
 
 impl MoeLayer {
-    /// Computes a step of the router into `scores` `[T, E']` in f32: the logits with noise, the logits after
-    /// multiplier and soft-cap, or the scores that [`expert_choice_fwd`](crate::ops::expert_choice) reads.
-    /// See [`route_scores_fwd_into`](crate::ops::route::route_scores_fwd_into).
+    /// Computes a step of the router into `scores` `[T, E']` in f32: the logits with noise, the
+    /// logits after multiplier and soft-cap, or the scores that
+    /// [`expert_choice_fwd`](crate::ops::expert_choice) reads. See
+    /// [`route_scores_fwd_into`](crate::ops::route::route_scores_fwd_into).
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Unsupported`](crate::Error::Unsupported) for scores
-    /// that depend on the selection.
+    /// Those of [`forward`](Self::forward), and [`Error::Unsupported`](crate::Error::Unsupported)
+    /// for scores that depend on the selection.
     pub fn router_scores<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -38,13 +39,14 @@ impl MoeLayer {
         pass.scores(inputs, dense.as_ref(), &mut arena, step, scores)
     }
 
-    /// Computes the noise logits of a layer with a [`noise_gate`](crate::RouterProjection::noise_gate): the
-    /// product of the router's input with that matrix, `[T, E']`, of either type. The router multiplies the
-    /// noise by their `softplus`. In [`forward`](Self::forward) they have the type of the logits.
+    /// Computes the noise logits of a layer with a
+    /// [`noise_gate`](crate::RouterProjection::noise_gate): the product of the router's input with
+    /// that matrix, `[T, E']`, of either type. The router multiplies the noise by their `softplus`.
+    /// In [`forward`](Self::forward) they have the type of the logits.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`](crate::Error::Mismatch) for weights
-    /// without a noise gate.
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`](crate::Error::Mismatch) for
+    /// weights without a noise gate.
     pub fn noise_logits<D: Dtype>(
         &self,
         stream: &CudaStream,

@@ -18,7 +18,8 @@ mod private {
     impl Sealed for f64 {}
 }
 
-/// The type that the reference computes in: `f64`, which tests compare with, or `f32`, which is faster.
+/// The type that the reference computes in: `f64`, which tests compare with, or `f32`, which is
+/// faster.
 pub trait Accum:
     Pod
     + Send
@@ -214,7 +215,8 @@ impl Element<f64> for f64 {
     }
 }
 
-/// Converts elements to `A`: returns the slice itself if its elements are `A`, else a copy in `buffer`.
+/// Converts elements to `A`: returns the slice itself if its elements are `A`, else a copy in
+/// `buffer`.
 pub(super) fn widened<'a, A: Accum, X: Element<A>>(
     values: &'a [X],
     buffer: &'a mut Vec<A>,

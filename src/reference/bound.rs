@@ -1,34 +1,36 @@
 //! Bounds on the error of a correct result against the f64 reference, per element.
 //!
 //! A result is computed from the same inputs in f32, perhaps rounded to 16 bits on the way, and
-//! stored as an element of unit roundoff `u_out`. An element is a sum of `n` products `a_i * b_i`. With its
-//! magnitude `S = sum of |a_i * b_i|` and `u = 2^-24`:
+//! stored as an element of unit roundoff `u_out`. An element is a sum of `n` products `a_i * b_i`.
+//! With its magnitude `S = sum of |a_i * b_i|` and `u = 2^-24`:
 //!
 //! ```text
 //! |got - ref64| <= u_out * |ref64| + (u_mid + c * sqrt(n) * u) * S + tiny
 //! ```
 //!
-//! - **Storing** costs half a unit in the last place: `u_out * |ref64|`. Below the smallest normal number
-//!   that half is absolute, which is the *tiny* term: `u_out * min_positive`.
-//! - **Summing** `n` products in f32 makes `n` rounding errors of at most `u` times a partial sum, which `S`
-//!   bounds. In the worst case they add up to `n * u * S`. In practice they do not, and
-//!   [`SUM`]` * sqrt(n) * u * S` with `SUM = 4` holds for every order of summation, for sums in blocks, and
-//!   for tensor cores that truncate instead of rounding. Up to `n = 16` it is the worst case itself. The
-//!   bound is still tight: one product of typical size, `S / n`, exceeds it up to `n = 26000`.
+//! - **Storing** costs half a unit in the last place: `u_out * |ref64|`. Below the smallest normal
+//!   number that half is absolute, which is the *tiny* term: `u_out * min_positive`.
+//! - **Summing** `n` products in f32 makes `n` rounding errors of at most `u` times a partial sum,
+//!   which `S` bounds. In the worst case they add up to `n * u * S`. In practice they do not, and
+//!   [`SUM`]` * sqrt(n) * u * S` with `SUM = 4` holds for every order of summation, for sums in
+//!   blocks, and for tensor cores that truncate instead of rounding. Up to `n = 16` it is the worst
+//!   case itself. The bound is still tight: one product of typical size, `S / n`, exceeds it up to
+//!   `n = 26000`.
 //! - **A bias**, and a routing weight that multiplies a sum, cost one unit of their result each.
 //! - **Activations** amplify errors by their slope and add those of their evaluation; see
 //!   `bound/activation.rs`.
 //! - **Weights** of the router are computed in intervals that contain the possible results of each
 //!   operation in f32.
-//! - **Combine** is a sum of `K` products as above and of up to two more terms. **Router products** are sums
-//!   as above. An **RMS norm** has one such sum under a root, which halves its relative error.
-//! - **The layer** rounds between its operations if its element type is narrow: `u_mid` is that of `act`,
-//!   of `yp` (in f16 times its weight, unless a norm comes between), and of other intermediate tensors. The
-//!   errors of an operation are propagated through the next: those of `act` add the sum over `I` of
-//!   `|d act| * |down|` to `yp`.
+//! - **Combine** is a sum of `K` products as above and of up to two more terms. **Router products**
+//!   are sums as above. An **RMS norm** has one such sum under a root, which halves its relative
+//!   error.
+//! - **The layer** rounds between its operations if its element type is narrow: `u_mid` is that of
+//!   `act`, of `yp` (in f16 times its weight, unless a norm comes between), and of other
+//!   intermediate tensors. The errors of an operation are propagated through the next: those of
+//!   `act` add the sum over `I` of `|d act| * |down|` to `yp`.
 //!
-//! The bounds ignore overflow of intermediate values: a 16-bit `act` that becomes infinite exceeds its
-//! bound.
+//! The bounds ignore overflow of intermediate values: a 16-bit `act` that becomes infinite exceeds
+//! its bound.
 
 mod activation;
 mod dense;
@@ -66,8 +68,8 @@ pub struct Bounded {
 impl Bounded {
     /// The largest [`excess`] of a result and its index; `None` for an empty result.
     ///
-    /// For a result of another length the excess is infinite, at the first index that only one of them
-    /// has.
+    /// For a result of another length the excess is infinite, at the first index that only one of
+    /// them has.
     pub fn worst<D: Dtype>(&self, got: &[D]) -> Option<(usize, f64)> {
         if got.len() != self.value.len() {
             return Some((got.len().min(self.value.len()), f64::INFINITY));
@@ -80,7 +82,8 @@ impl Bounded {
 
 /// The error of an element divided by its bound: at most 1 if the element is correct, never NaN.
 ///
-/// For a NaN reference only NaN is correct. An infinity is correct if numbers within the bound round to it.
+/// For a NaN reference only NaN is correct. An infinity is correct if numbers within the bound
+/// round to it.
 pub fn excess<D: Dtype>(got: D, value: f64, bound: f64) -> f64 {
     let wide = got.to_f64();
     let right = if value.is_nan() {
@@ -99,15 +102,16 @@ pub fn excess<D: Dtype>(got: D, value: f64, bound: f64) -> f64 {
     }
 }
 
-/// The relative error `|x - y| / |y|` of `x` in the Euclidean norm; 0 for two empty or zero tensors.
+/// The relative error `|x - y| / |y|` of `x` in the Euclidean norm; 0 for two empty or zero
+/// tensors.
 pub fn relative_error(x: &[f64], y: &[f64]) -> f64 {
     let error: f64 = x.iter().zip(y).map(|(x, y)| (x - y) * (x - y)).sum();
     let norm: f64 = y.iter().map(|y| y * y).sum();
     if error == 0.0 { 0.0 } else { (error / norm).sqrt() }
 }
 
-/// The routing and the bounds of its weights, `[T, K]`. Ids are exact. A bound is infinite if f32 overflows
-/// or scores cancel.
+/// The routing and the bounds of its weights, `[T, K]`. Ids are exact. A bound is infinite if f32
+/// overflows or scores cancel.
 ///
 /// # Errors
 /// Those of [`route_fwd`](super::route_fwd).
@@ -123,8 +127,8 @@ pub fn route<D: Dtype>(
     Ok((Routing { expert_ids, routing_weights: weights }, bound))
 }
 
-/// The error of a sum of `terms` products with magnitude `s`. The error of a product below the normal numbers
-/// of f32 is half the smallest subnormal number.
+/// The error of a sum of `terms` products with magnitude `s`. The error of a product below the
+/// normal numbers of f32 is half the smallest subnormal number.
 fn sum_error(terms: usize, s: f64) -> f64 {
     let n = terms as f64;
     SUM * n.sqrt() * U * s + n * U * DType::F32.min_positive()

@@ -48,20 +48,21 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
 /// The routing of a layer after capacity, for `N` sequences.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerRouting<A> {
-    /// `[T, K]`, the experts of each token, largest value first; `u32::MAX` for a dropped slot and for slots
-    /// of inactive tokens.
+    /// `[T, K]`, the experts of each token, largest value first; `u32::MAX` for a dropped slot and
+    /// for slots of inactive tokens.
     pub expert_ids: Vec<u32>,
     /// `[T, K]`, the routing weights of the slots.
     pub weights: Vec<A>,
-    /// `[N, E]`, the number of slots of each sequence that each expert keeps; empty without capacity.
+    /// `[N, E]`, the number of slots of each sequence that each expert keeps; empty without
+    /// capacity.
     pub kept: Vec<u32>,
-    /// `[N, E]`, the number of requests beyond the limit of each expert; without overflow these are the
-    /// dropped slots. Empty without capacity.
+    /// `[N, E]`, the number of requests beyond the limit of each expert; without overflow these are
+    /// the dropped slots. Empty without capacity.
     pub dropped: Vec<u32>,
 }
 
-/// Computes the routing of a layer, including capacity. With overflow, weights are computed in f32, since
-/// they determine the kept slots.
+/// Computes the routing of a layer, including capacity. With overflow, weights are computed in f32,
+/// since they determine the kept slots.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`].
@@ -145,8 +146,8 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     Ok(LayerRouting { expert_ids, weights, kept, dropped })
 }
 
-/// Computes the layer for a given routing: `expert_ids` and `routing_weights` `[T, K]`. Slots whose id is
-/// not that of an expert are ignored.
+/// Computes the layer for a given routing: `expert_ids` and `routing_weights` `[T, K]`. Slots whose
+/// id is not that of an expert are ignored.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`].
@@ -185,8 +186,8 @@ pub(super) trait Operations<D: Dtype> {
         weights: LinearWeights<'_, D>,
     ) -> Result<Self::Values>;
 
-    /// A grouped product of which each row is multiplied by its routing weight `[T, K]`; the widths are
-    /// `out` and `in`.
+    /// A grouped product of which each row is multiplied by its routing weight `[T, K]`; the widths
+    /// are `out` and `in`.
     fn weighted_linear(
         &self,
         plan: &Plan,
@@ -196,8 +197,8 @@ pub(super) trait Operations<D: Dtype> {
         routing_weights: &Self::Values,
     ) -> Result<Self::Values>;
 
-    /// The gate and up products with the activation, tokens `[T, H]` to `[R, I]`; the widths are `I` and
-    /// `H`.
+    /// The gate and up products with the activation, tokens `[T, H]` to `[R, I]`; the widths are
+    /// `I` and `H`.
     fn gate_up(
         &self,
         plan: &Plan,

@@ -1,6 +1,6 @@
-//! Parallel loops. Rayon's code for a loop takes some kilobytes for each closure, and the reference has a
-//! closure for each combination of types. Passing closures to rayon as trait objects compiles that code
-//! once.
+//! Parallel loops. Rayon's code for a loop takes some kilobytes for each closure, and the reference
+//! has a closure for each combination of types. Passing closures to rayon as trait objects compiles
+//! that code once.
 
 use std::sync::{Mutex, PoisonError};
 

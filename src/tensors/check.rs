@@ -136,8 +136,8 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
 }
 
 impl<M: Memory, D: Dtype> MoeInputs<M, D> {
-    /// Checks the lengths of tokens and logits against the configuration. Returns the shape of the routing,
-    /// whose number of tokens follows from the length of `x`.
+    /// Checks the lengths of tokens and logits against the configuration. Returns the shape of the
+    /// routing, whose number of tokens follows from the length of `x`.
     pub(crate) fn check(&self, op: &'static str, config: &MoeConfig) -> Result<RoutingShape> {
         let shape = shape_of(op, config, M::len(&self.x))?;
         if let Some(router_x) = &self.router_x {
@@ -159,7 +159,8 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
 }
 
 impl<M: Memory, D: Dtype> MoeInputs<M, D> {
-    /// Checks every other tensor that the router reads, so that no operation fails on one after a launch.
+    /// Checks every other tensor that the router reads, so that no operation fails on one after a
+    /// launch.
     pub(crate) fn check_route<W: Memory>(
         &self,
         op: &'static str,

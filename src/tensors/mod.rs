@@ -15,9 +15,9 @@ pub(crate) use transfer::Transfer;
 /// | kind | tensor of `T` | created by |
 /// |---|---|---|
 /// | [`Owned`] | `Vec<T>` | a loader; `convert` |
-/// | [`Host`] | `&[T]` | `as_host` of [`Owned`] |
-/// | [`OwnedOnDevice`](crate::OwnedOnDevice) | `CudaSlice<T>` | `upload` of [`Owned`] |
-/// | [`OnDevice`](crate::OnDevice) | `CudaView<T>` | `as_views` of [`OwnedOnDevice`](crate::OwnedOnDevice) |
+/// | [`Host`] | `&[T]` | `as_host` of `Owned` |
+/// | [`OwnedOnDevice`](crate::OwnedOnDevice) | `CudaSlice<T>` | `upload` of `Owned` |
+/// | [`OnDevice`](crate::OnDevice) | `CudaView<T>` | `as_views` of `OwnedOnDevice` |
 /// | [`OnDeviceMut`](crate::OnDeviceMut) | `CudaViewMut<T>` | the caller, for outputs |
 pub trait Memory: private::Sealed {
     /// A tensor of elements of type `T`.
@@ -63,13 +63,17 @@ impl Memory for Owned {
 /// [`MoeConfig`](crate::MoeConfig) enables it.
 ///
 /// [`MoeWeights::plain`] takes the experts of a plain layer, and
-/// [`with_router_gate`](Self::with_router_gate) adds its router. For other layers, [`MoeWeights::new`]
-/// and the constructors of the parts take the tensors that every layer has, and struct update syntax
-/// adds the optional ones. [`Memory`] lists the kinds of memory and the conversions between them.
+/// [`with_router_gate`](Self::with_router_gate) adds its router. For other layers,
+/// [`MoeWeights::new`] and the constructors of the parts take the tensors that every layer has, and
+/// struct update syntax adds the optional ones. [`Memory`] lists the kinds of memory and the
+/// conversions between them.
 ///
 /// ```
-/// # use moe_kernels::{ExpertWeights, GateUpTensors, MoeWeights, Owned, RouterWeights, SharedWeights, Typed};
-/// # let [router_gate, selection_bias, gate_up, down, down_bias, shared_gate_up, shared_down] = [(); 7].map(|()| vec![0f32]);
+/// # use moe_kernels::{
+/// #     ExpertWeights, GateUpTensors, MoeWeights, Owned, RouterWeights, SharedWeights, Typed,
+/// # };
+/// # let [router_gate, selection_bias, gate_up, down, down_bias] = [(); 5].map(|()| vec![0f32]);
+/// # let [shared_gate_up, shared_down] = [(); 2].map(|()| vec![0f32]);
 /// let experts = ExpertWeights::new(GateUpTensors::Fused(gate_up), down);
 /// let weights = MoeWeights::<Owned, f32> {
 ///     router: RouterWeights {
@@ -86,7 +90,8 @@ pub struct MoeWeights<M: Memory, D: Dtype> {
     pub router: RouterWeights<M, D>,
     /// The weights of the routed experts.
     pub experts: ExpertWeights<M, D>,
-    /// The projections into and out of the latent width, if [`MoeConfig::latent`](crate::MoeConfig::latent) is set.
+    /// The projections into and out of the latent width, if
+    /// [`MoeConfig::latent`](crate::MoeConfig::latent) is set.
     pub latent: Option<LatentWeights<M, D>>,
     /// The weights of the shared expert, if [`MoeConfig::shared`](crate::MoeConfig::shared) is set.
     pub shared: Option<SharedWeights<M, D>>,
@@ -96,7 +101,8 @@ pub struct MoeWeights<M: Memory, D: Dtype> {
 
 /// The weights of the router, for `E'` experts: those with weights and the zero experts.
 pub struct RouterWeights<M: Memory, D: Dtype> {
-    /// `[E', H]`, the projection from tokens to logits. Without it, every pass must be given its logits.
+    /// `[E', H]`, the projection from tokens to logits. Without it, every pass must be given its
+    /// logits.
     pub router_gate: Option<Typed<M, D>>,
     /// `[E']`, of the type of `router_gate`, if
     /// [`RouterProjection::bias`](crate::RouterProjection::bias) is set.
@@ -105,13 +111,13 @@ pub struct RouterWeights<M: Memory, D: Dtype> {
     pub norm: Option<M::Of<D>>,
     /// `[E', H]`, if [`RouterProjection::noise_gate`](crate::RouterProjection::noise_gate) is set.
     pub noise_gate: Option<Typed<M, D>>,
-    /// `[E' - num_sinks]`, if [`RouterConfig::selection_bias`](crate::RouterConfig::selection_bias) is
-    /// set.
+    /// `[E' - num_sinks]`, if [`RouterConfig::selection_bias`](crate::RouterConfig::selection_bias)
+    /// is set.
     pub selection_bias: Option<M::Of<f32>>,
     /// `[E']`, if [`RouterConfig::expert_scale`](crate::RouterConfig::expert_scale) is set.
     pub expert_scale: Option<M::Of<f32>>,
-    /// `[V, K]`, the expert ids of each entry of a vocabulary, which [`MoeInputs::token_ids`] selects;
-    /// optional, and only for [`Selection::Given`](crate::Selection::Given).
+    /// `[V, K]`, the expert ids of each entry of a vocabulary, which [`MoeInputs::token_ids`]
+    /// selects; optional, and only for [`Selection::Given`](crate::Selection::Given).
     pub table: Option<M::Of<u32>>,
 }
 
@@ -123,14 +129,14 @@ pub enum Typed<M: Memory, D: Dtype> {
     F32(M::Of<f32>),
 }
 
-/// The weights of the routed experts. `N` is `2I` for gated experts, else `I`. In a layer with a latent
-/// width, `H` is that width, except in `output_bias`. [`ExpertConfig`](crate::ExpertConfig) has the order
-/// of the dimensions and enables the optional tensors.
+/// The weights of the routed experts. `N` is `2I` for gated experts, else `I`. In a layer with a
+/// latent width, `H` is that width, except in `output_bias`. [`ExpertConfig`](crate::ExpertConfig)
+/// has the order of the dimensions and enables the optional tensors.
 pub struct ExpertWeights<M: Memory, D: Dtype> {
     /// `[E, N, H]`
     pub gate_up: GateUpTensors<M, D>,
-    /// `[E, N]`, in the order of the features of `gate_up`. For separate tensors, the `I` biases of gate
-    /// come before those of up.
+    /// `[E, N]`, in the order of the features of `gate_up`. For separate tensors, the `I` biases of
+    /// gate come before those of up.
     pub gate_up_bias: Option<M::Of<D>>,
     /// `[E, H, I]`
     pub down: M::Of<D>,
@@ -231,28 +237,28 @@ pub struct MoeInputs<M: Memory, D: Dtype> {
     pub router_x: Option<M::Of<D>>,
     /// `[T, E']`, logits in place of the product with [`RouterWeights::router_gate`].
     pub logits: Option<Typed<M, D>>,
-    /// `[T, K]`, the expert ids for [`Selection::Given`](crate::Selection::Given), such as those of an
-    /// earlier pass, in place of [`RouterWeights::table`].
+    /// `[T, K]`, the expert ids for [`Selection::Given`](crate::Selection::Given), such as those of
+    /// an earlier pass, in place of [`RouterWeights::table`].
     pub given_ids: Option<M::Of<u32>>,
     /// `[T]`, the row of each token in [`RouterWeights::table`].
     pub token_ids: Option<M::Of<u32>>,
     /// `[T, E']`, noise. The router adds it to the logits, times
     /// [`RouterConfig::noise_deviation`](crate::RouterConfig::noise_deviation).
     pub noise: Option<M::Of<f32>>,
-    /// `[T, E']`, of the type of the logits. The router multiplies the noise by `softplus` of these. They
-    /// replace the product with [`RouterWeights::noise_gate`].
+    /// `[T, E']`, of the type of the logits. The router multiplies the noise by `softplus` of
+    /// these. They replace the product with [`RouterWeights::noise_gate`].
     pub noise_logits: Option<Typed<M, D>>,
     /// `[T, K, E']`, standard Gumbel noise, required by the training form of
-    /// [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer). Each of the `K` choices adds its own row to
-    /// the logits, for the selection only.
+    /// [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer). Each of the `K` choices adds its own
+    /// row to the logits, for the selection only.
     pub selection_noise: Option<M::Of<f32>>,
     /// `[T, K]`, uniform in `[0, 1)`, required together with `selection_noise`.
     pub midpoint_draws: Option<M::Of<f32>>,
-    /// `[T]`, flags. A token with flag 0, such as padding, is sent to no routed expert. Without flags all
-    /// tokens are active.
+    /// `[T]`, flags. A token with flag 0, such as padding, is sent to no routed expert. Without
+    /// flags all tokens are active.
     pub active: Option<M::Of<u8>>,
-    /// The number of tokens of a sequence; capacity counts rows per sequence. `None` makes the batch one
-    /// sequence.
+    /// The number of tokens of a sequence; capacity counts rows per sequence. `None` makes the
+    /// batch one sequence.
     pub sequence_tokens: Option<usize>,
 }
 
@@ -292,8 +298,8 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         }
     }
 
-    /// Plain experts, `gate_up` `[E, 2I, H]` and `down` `[E, H, I]`, without a router gate: every pass
-    /// must be given its logits.
+    /// Plain experts, `gate_up` `[E, 2I, H]` and `down` `[E, H, I]`, without a router gate: every
+    /// pass must be given its logits.
     pub fn plain(gate_up: M::Of<D>, down: M::Of<D>) -> Self {
         Self::new(ExpertWeights::new(GateUpTensors::Fused(gate_up), down))
     }

@@ -1,10 +1,12 @@
 //! Conversion of weights and inputs from one kind of memory to another.
 //!
-//! [`MoeWeights::transfer`] and [`MoeInputs::transfer`] visit every tensor; a [`Transfer`] converts one.
-//! The conversions on the host are here, those to a device are in `layer/memory.rs`:
+//! [`MoeWeights::transfer`] and [`MoeInputs::transfer`] visit every tensor; a [`Transfer`] converts
+//! one. The conversions on the host are here, those to a device are in `layer/memory.rs`:
 //!
 //! ```text
-//! Owned -as_host-> Host    Owned -convert-> Owned    Owned -upload-> OwnedOnDevice -as_views-> OnDevice
+//! Owned -as_host-> Host
+//! Owned -convert-> Owned
+//! Owned -upload-> OwnedOnDevice -as_views-> OnDevice
 //! ```
 
 use std::convert::Infallible;
@@ -15,8 +17,8 @@ use super::{
 };
 use crate::dtype::{Dtype, Plain};
 
-/// Converts single tensors from one kind of memory to another. Those of the layer's element type `D`
-/// become tensors of type `E`; those of any other type keep it.
+/// Converts single tensors from one kind of memory to another. Those of the layer's element type
+/// `D` become tensors of type `E`; those of any other type keep it.
 pub(crate) trait Transfer<'t, From: Memory, To: Memory, D: Dtype, E: Dtype = D> {
     /// The error of a conversion.
     type Error;
@@ -174,9 +176,9 @@ macro_rules! conversions_on_the_host {
                 slices
             }
 
-            /// Converts the tensors of the layer's element type `D` to `E`: every number is rounded to
-            /// nearest, ties to even. Tensors of a fixed type, such as [`Typed::F32`] and the selection
-            /// bias, are copied.
+            /// Converts the tensors of the layer's element type `D` to `E`: every number is rounded
+            /// to nearest, ties to even. Tensors of a fixed type, such as [`Typed::F32`] and the
+            /// selection bias, are copied.
             pub fn convert<E: Dtype>(&self) -> $Tensors<Owned, E> {
                 let Ok(converted) = self.transfer(&mut Convert);
                 converted

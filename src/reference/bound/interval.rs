@@ -1,11 +1,13 @@
-//! Intervals that contain every possible result in f32. A router computed in them yields its error bounds.
+//! Intervals that contain every possible result in f32. A router computed in them yields its error
+//! bounds.
 
 use std::ops::{Add, Div, Mul, Sub};
 
 use super::U;
 use crate::reference::route::exact::{Number, SHARE_UNIT};
 
-/// The result of operations in f64, with the smallest and the largest result of the same operations in f32.
+/// The result of operations in f64, with the smallest and the largest result of the same operations
+/// in f32.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Interval {
     pub(super) low: f64,
@@ -25,8 +27,8 @@ impl Interval {
         (self.high - self.mid).max(self.mid - self.low)
     }
 
-    /// Widens two ends by `units` times their unit roundoff, or times the smallest subnormal number. Ends that
-    /// exceed the range of f32 become infinite.
+    /// Widens two ends by `units` times their unit roundoff, or times the smallest subnormal
+    /// number. Ends that exceed the range of f32 become infinite.
     fn around(mid: f64, [low, high]: [f64; 2], units: f64) -> Self {
         let low = low - units * (U * low.abs() + TINY);
         let high = high + units * (U * high.abs() + TINY);
@@ -195,7 +197,8 @@ mod tests {
     use crate::reference::sample::Sampler;
     use crate::shape::RoutingShape;
 
-    /// Where the values in f64 select another expert, the intervals of the two experts overlap; this is rare.
+    /// Where the values in f64 select another expert, the intervals of the two experts overlap;
+    /// this is rare.
     #[test]
     fn ids_differ_from_those_of_f64_only_within_the_bound() {
         let shape = RoutingShape { num_tokens: 400, num_experts: 64, top_k: 6 };

@@ -1,4 +1,5 @@
-//! The bounds of a layer: each operation stores its result, and its error is propagated to the next one.
+//! The bounds of a layer: each operation stores its result, and its error is propagated to the next
+//! one.
 
 use super::super::combine::{CombineInputs, Identity, Shared, combine_fwd, sigmoid};
 use super::super::expert_weights::{GateUpWeights, LinearWeights};
@@ -15,12 +16,13 @@ use crate::error::Result;
 use crate::shape::RoutingShape;
 use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_noise_gate, no_router_gate};
 
-/// A factor for products of errors and for the rounding of errors; 1 % exceeds these second-order terms.
+/// A factor for products of errors and for the rounding of errors; 1 % exceeds these second-order
+/// terms.
 const SECOND_ORDER: f64 = 1.01;
 
-/// The bounds of [`moe_layer_fwd`](super::super::moe_layer_fwd) with intermediate tensors and result stored as
-/// `D`. Logits that are not given are those of the reference; logits of a device differ, and may select other
-/// experts if two values are near each other.
+/// The bounds of [`moe_layer_fwd`](super::super::moe_layer_fwd) with intermediate tensors and
+/// result stored as `D`. Logits that are not given are those of the reference; logits of a device
+/// differ, and may select other experts if two values are near each other.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`](super::super::moe_layer_fwd).
@@ -30,7 +32,8 @@ pub fn moe_layer<D: Dtype>(
     weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<Bounded> {
     if config.candidates() > 0 {
-        // The kept slots and their weights are computed in f32, bit for bit the same on every device.
+        // The kept slots and their weights are computed in f32, bit for bit the same on every
+        // device.
         let routing = moe_layer_route_fwd::<f32, D>(config, inputs, weights)?;
         let value: Vec<f64> = routing.weights.into_iter().map(f64::from).collect();
         let routing_weights = Bounded { bound: vec![0.0; value.len()], value };
@@ -59,8 +62,8 @@ pub fn moe_layer<D: Dtype>(
     moe_layer_experts(config, inputs.x, &routing.expert_ids, &routing_weights, weights)
 }
 
-/// The bounds of [`router_logits`](super::super::router_logits), whose values here are not rounded. The result
-/// of a norm is stored as `D`.
+/// The bounds of [`router_logits`](super::super::router_logits), whose values here are not rounded.
+/// The result of a norm is stored as `D`.
 ///
 /// # Errors
 /// Those of [`router_logits`](super::super::router_logits).
@@ -76,8 +79,8 @@ pub fn router_logits<D: Dtype>(
     router_product(config, &x, router_gate, bias, config.projection.f32_logits)
 }
 
-/// The bounds of [`noise_logits`](super::super::noise_logits), whose values here are not rounded. The result of
-/// a norm is stored as `D`.
+/// The bounds of [`noise_logits`](super::super::noise_logits), whose values here are not rounded.
+/// The result of a norm is stored as `D`.
 ///
 /// # Errors
 /// Those of [`noise_logits`](super::super::noise_logits).
@@ -141,8 +144,8 @@ fn projected<G: Dtype>(
     Ok(rounded.with_input_errors(&router_gemm_fwd::<f64>(experts, hidden, &errors)?))
 }
 
-/// The bounds of [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd) with intermediate tensors and
-/// result stored as `D`.
+/// The bounds of [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd) with intermediate
+/// tensors and result stored as `D`.
 ///
 /// # Errors
 /// Those of [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd).
@@ -262,8 +265,8 @@ impl<D: Dtype> Operations<D> for WithBounds {
             let (x, errors) = (scaled(x), scaled(errors));
             let mean = |of: &[f64]| of.iter().map(|v| v * v).sum::<f64>() / hidden as f64;
             let root = (mean(&x) + f64::from(norm.epsilon)).sqrt();
-            // The root of a sum of squares is a Euclidean length, whose error is at most the length of the
-            // error vector.
+            // The root of a sum of squares is a Euclidean length, whose error is at most the length
+            // of the error vector.
             let root_error = mean(&errors).sqrt();
             let least = (root - root_error).max(f64::from(norm.epsilon).sqrt());
             for (h, (x, error)) in x.iter().zip(&errors).enumerate() {

@@ -12,8 +12,9 @@ use crate::tensors::{
     Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_noise_gate, no_router_gate,
 };
 
-/// Computes the logits of the router `[T, E']`, rounded to their type in the configuration. They are those of
-/// the product, before noise, multiplier and soft-cap; [`router_scores`] has the later steps.
+/// Computes the logits of the router `[T, E']`, rounded to their type in the configuration. They
+/// are those of the product, before noise, multiplier and soft-cap; [`router_scores`] has the later
+/// steps.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without a router gate.
@@ -26,8 +27,9 @@ pub fn router_logits<A: Accum, D: Dtype>(
     Ok(typed(config.projection.f32_logits, &logits))
 }
 
-/// Computes the noise logits `[T, E']` of a layer with a [`noise_gate`](crate::RouterProjection::noise_gate),
-/// rounded to the type of the logits of the pass. The router multiplies the noise by their `softplus`.
+/// Computes the noise logits `[T, E']` of a layer with a
+/// [`noise_gate`](crate::RouterProjection::noise_gate), rounded to the type of the logits of the
+/// pass. The router multiplies the noise by their `softplus`.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without a noise gate.
@@ -41,8 +43,8 @@ pub fn noise_logits<A: Accum, D: Dtype>(
     Ok(typed(f32_logits.unwrap_or(config.projection.f32_logits), &logits))
 }
 
-/// Computes a step of the router for the logits of a layer, `[T, E']`: the logits with noise, the logits after
-/// multiplier and soft-cap, or the scores; see [`route_scores_fwd`].
+/// Computes a step of the router for the logits of a layer, `[T, E']`: the logits with noise, the
+/// logits after multiplier and soft-cap, or the scores; see [`route_scores_fwd`].
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`](super::moe_layer_fwd) and of [`route_scores_fwd`].
@@ -127,7 +129,8 @@ pub(in crate::reference) struct RouterLogits {
 }
 
 impl RouterLogits {
-    /// Checks every tensor, and returns the given logits of the pass, or else those of the router gate.
+    /// Checks every tensor, and returns the given logits of the pass, or else those of the router
+    /// gate.
     pub(in crate::reference) fn new<A: Accum, D: Dtype>(
         config: &MoeConfig,
         inputs: &MoeInputs<Host<'_>, D>,
