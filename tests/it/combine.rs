@@ -413,7 +413,12 @@ fn errors_come_before_any_launch() {
         let inputs = CombineInputs {
             yp: &yp,
             routing_weights: Some(&weights),
-            identity: Some(Identity { experts: 4..6, expert_ids: &ids, x: &x, routing_weights: None }),
+            identity: Some(Identity {
+                experts: 4..6,
+                expert_ids: &ids,
+                x: &x,
+                routing_weights: None,
+            }),
             output_bias: Some(&output_bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: true }),
         };

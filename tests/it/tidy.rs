@@ -1,5 +1,7 @@
 //! The rules of the house, as far as a program can hold them.
 
+mod imports;
+mod language;
 mod source;
 
 use std::collections::BTreeSet;
