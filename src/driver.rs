@@ -1,4 +1,4 @@
-//! Calls of the CUDA driver beside cudarc's safe interface, and its errors.
+//! Calls of the CUDA driver that cudarc's safe interface lacks, and the driver's errors.
 
 use std::ffi::{CStr, c_void};
 use std::mem::transmute;
@@ -115,8 +115,8 @@ pub(crate) fn parameter_sizes(function: sys::CUfunction) -> Option<Vec<usize>> {
     }
 }
 
-/// Allows a kernel all the dynamic shared memory that the device offers beside the static shared
-/// memory of the kernel. More than 48 KiB needs this opt-in; setting it at load time keeps it out
+/// Allows a kernel the largest dynamic shared memory: that of the device less the kernel's static
+/// shared memory. More than 48 KiB needs this opt-in; setting it at load time keeps it out
 /// of launches, as a capture requires.
 pub(crate) fn allow_shared_memory(
     function: sys::CUfunction,

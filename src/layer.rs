@@ -4,6 +4,7 @@ mod contexts;
 mod experts;
 mod memory;
 mod outputs;
+mod pass;
 mod route;
 mod scores;
 mod sections;
@@ -17,16 +18,12 @@ use crate::config::MoeConfig;
 use crate::device::Device;
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len};
-use crate::ops::plan::plan_fwd_into;
-use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
 use crate::tensors::{MoeInputs, MoeWeights, Typed, no_router_gate, shape_of};
 use crate::workspace::{Arena, Section, Workspace};
-use contexts::Contexts;
 use experts::Routing;
-use sections::{Sections, one_expert};
-
-const OP: &str = "MoeLayer";
+use pass::Pass;
+use sections::{OP, Sections};
 
 /// A Mixture-of-Experts layer on a device. The caller owns its weights and its workspace.
 ///
@@ -96,7 +93,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         y: &mut CudaViewMut<'_, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
         check_len(OP, "y", y.len(), inputs.x.len())?;
         pass.contexts.inputs(inputs)?;
@@ -133,7 +130,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         let router_gate = weights.router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?;
         if logits.is_f32() != self.config.projection.f32_logits {
             let why = "the type of `logits` contradicts `projection.f32_logits`".into();
@@ -189,7 +186,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
         outputs.check(OP, &self.config, pass.shape, inputs.sequence_tokens)?;
         pass.contexts.inputs(inputs)?;
@@ -216,7 +213,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         y: &mut CudaViewMut<'_, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, shape_of(OP, &self.config, x.len())?, weights)?;
+        let pass = self.pass(stream, shape_of(OP, &self.config, x.len())?, weights)?;
         check_len(OP, "y", y.len(), x.len())?;
         check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
         check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
@@ -229,42 +226,14 @@ impl MoeLayer {
         let dense = pass.dense(&mut arena, pass.has_dense_experts())?;
         pass.experts(x, Routing { expert_ids, routing_weights }, dense.as_ref(), &mut arena, y)
     }
-}
 
-/// A pass whose weights were checked against the configuration.
-struct Pass<'p, 'w, D: Dtype> {
-    device: &'p Device,
-    stream: &'p CudaStream,
-    config: &'p MoeConfig,
-    weights: &'p MoeWeights<OnDevice<'w>, D>,
-    shape: RoutingShape,
-    sections: Sections,
-    contexts: Contexts<'p>,
-}
-
-impl<'p, 'w, D: Dtype> Pass<'p, 'w, D> {
-    fn new(
-        layer: &'p MoeLayer,
+    /// Checks the weights for a pass of this shape.
+    fn pass<'p, 'w, D: Dtype>(
+        &'p self,
         stream: &'p CudaStream,
         shape: RoutingShape,
         weights: &'p MoeWeights<OnDevice<'w>, D>,
-    ) -> Result<Self> {
-        let MoeLayer { device, config } = layer;
-        weights.check(OP, config)?;
-        let contexts = Contexts::new(device, stream)?;
-        contexts.weights(weights)?;
-        let sections = Sections::new(config, D::DTYPE, shape.num_tokens)?;
-        Ok(Self { device, stream, config, weights, shape, sections, contexts })
-    }
-
-    /// The plan of dense products: grouped products with one expert, to which every token is sent.
-    /// `None` unless `needed`.
-    fn dense<'a>(&self, arena: &mut Arena<'a>, needed: bool) -> Result<Option<RoutingPlan<'a>>> {
-        let memory = arena.take::<u8>(self.sections.dense)?;
-        if !needed {
-            return Ok(None);
-        }
-        let shape = one_expert(self.shape.num_tokens);
-        plan_fwd_into(self.device, self.stream, shape, None, memory).map(Some)
+    ) -> Result<Pass<'p, 'w, D>> {
+        Pass::new(&self.device, &self.config, stream, shape, weights)
     }
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceSlice};
 
-use super::{OP, OnDevice, OnDeviceMut, RoutingOutputs};
+use super::memory::{OnDevice, OnDeviceMut};
+use super::outputs::RoutingOutputs;
+use super::sections::OP;
 use crate::buffer::check_context;
 use crate::device::{Device, check_stream};
 use crate::dtype::Dtype;

@@ -2,7 +2,8 @@
 
 use cudarc::driver::{CudaView, CudaViewMut};
 
-use super::{OnDevice, Pass};
+use super::memory::OnDevice;
+use super::pass::Pass;
 use crate::config::{ExpertConfig, MoeConfig, SharedConfig, WeightPosition, ZeroOutput};
 use crate::dtype::Dtype;
 use crate::error::Result;

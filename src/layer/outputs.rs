@@ -6,7 +6,7 @@ use crate::config::MoeConfig;
 use crate::error::{Result, check_len, check_presence, product};
 use crate::shape::RoutingShape;
 
-/// Outputs of [`MoeLayer::route_into`](crate::MoeLayer::route_into), for `N` sequences of
+/// Outputs of [`MoeLayer::route_into`](crate::MoeLayer::route_into), for `S` sequences of
 /// [`MoeInputs::sequence_tokens`](crate::MoeInputs::sequence_tokens) tokens:
 /// [`RoutingShape::sequences`] of them.
 ///
@@ -17,10 +17,10 @@ pub struct RoutingOutputs<'o> {
     pub expert_ids: CudaViewMut<'o, u32>,
     /// `[T, K]`, the routing weights of the slots.
     pub routing_weights: CudaViewMut<'o, f32>,
-    /// `[N, E]`, only for a layer with capacity: the number of slots of each sequence that each
+    /// `[S, E]`, only for a layer with capacity: the number of slots of each sequence that each
     /// expert keeps.
     pub kept: Option<CudaViewMut<'o, u32>>,
-    /// `[N, E]`, only for a layer with capacity: the number of requests beyond the limit of each
+    /// `[S, E]`, only for a layer with capacity: the number of requests beyond the limit of each
     /// expert. Without overflow these are the dropped slots.
     pub dropped: Option<CudaViewMut<'o, u32>>,
 }

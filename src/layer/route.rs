@@ -2,7 +2,10 @@
 
 use cudarc::driver::{CudaView, CudaViewMut};
 
-use super::{OP, OnDevice, OnDeviceMut, Pass, RoutingOutputs};
+use super::memory::{OnDevice, OnDeviceMut};
+use super::outputs::RoutingOutputs;
+use super::pass::Pass;
+use super::sections::OP;
 use crate::config::{CapacityConfig, Normalization, Priority, RouterConfig, RouterStep};
 use crate::dtype::Dtype;
 use crate::error::{Result, product};

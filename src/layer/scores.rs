@@ -2,7 +2,10 @@
 
 use cudarc::driver::{CudaStream, CudaViewMut};
 
-use super::{MoeLayer, OP, OnDevice, OnDeviceMut, Pass};
+use super::MoeLayer;
+use super::memory::{OnDevice, OnDeviceMut};
+use super::pass::Pass;
+use super::sections::OP;
 use crate::config::RouterStep;
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
@@ -27,7 +30,7 @@ impl MoeLayer {
         step: RouterStep,
         scores: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
         self.config.router.score_of_step(OP, step)?;
         check_len(OP, "scores", scores.len(), pass.shape.logits())?;
@@ -55,7 +58,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         noise_logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         let noise_gate = weights.router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?;
         check_len(OP, "noise_logits", noise_logits.len(), pass.shape.logits())?;
         pass.contexts.inputs(inputs)?;

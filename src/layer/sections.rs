@@ -1,12 +1,14 @@
 //! The sections of a layer's workspace.
 
-use super::OP;
 use crate::config::{MoeConfig, Normalization, Priority};
 use crate::dtype::DType;
 use crate::error::{Result, product};
 use crate::routing_plan::PlanLayout;
 use crate::shape::RoutingShape;
 use crate::workspace::Section;
+
+/// The operation that errors of a layer name.
+pub(super) const OP: &str = "MoeLayer";
 
 /// The sections of a forward pass. Those that a configuration does not use are empty.
 pub(super) struct Sections {

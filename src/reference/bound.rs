@@ -40,7 +40,7 @@ mod layer;
 
 pub use dense::{combine, rms_norm, router_gemm};
 pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up, grouped_gemm_weighted};
-use interval::Interval;
+use interval::{Interval, U};
 pub use layer::{moe_layer, moe_layer_experts, noise_logits, router_logits};
 
 use super::accum::Element;
@@ -52,9 +52,6 @@ use crate::shape::RoutingShape;
 
 /// The factor `c` of the bound on a sum; the module docs have the reason.
 pub const SUM: f64 = 4.0;
-
-/// The unit roundoff of f32, the type of every sum.
-const U: f64 = DType::F32.unit_roundoff();
 
 /// The reference in f64, and the largest error of a correct result for each element.
 #[derive(Debug, Clone, PartialEq)]

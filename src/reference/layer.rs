@@ -45,7 +45,7 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
     moe_layer_experts_fwd(config, inputs.x, &routing.expert_ids, &routing.weights, weights)
 }
 
-/// The routing of a layer after capacity, for `N` sequences.
+/// The routing of a layer after capacity, for `S` sequences.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerRouting<A> {
     /// `[T, K]`, the experts of each token, largest value first; `u32::MAX` for a dropped slot and
@@ -53,10 +53,10 @@ pub struct LayerRouting<A> {
     pub expert_ids: Vec<u32>,
     /// `[T, K]`, the routing weights of the slots.
     pub weights: Vec<A>,
-    /// `[N, E]`, the number of slots of each sequence that each expert keeps; empty without
+    /// `[S, E]`, the number of slots of each sequence that each expert keeps; empty without
     /// capacity.
     pub kept: Vec<u32>,
-    /// `[N, E]`, the number of requests beyond the limit of each expert; without overflow these are
+    /// `[S, E]`, the number of requests beyond the limit of each expert; without overflow these are
     /// the dropped slots. Empty without capacity.
     pub dropped: Vec<u32>,
 }

@@ -129,14 +129,14 @@ pub enum Typed<M: Memory, D: Dtype> {
     F32(M::Of<f32>),
 }
 
-/// The weights of the routed experts. `N` is `2I` for gated experts, else `I`. In a layer with a
-/// latent width, `H` is that width, except in `output_bias`. [`ExpertConfig`](crate::ExpertConfig)
-/// has the order of the dimensions and enables the optional tensors.
+/// The weights of the routed experts. In a layer with a latent width, `H` is that width, except in
+/// `output_bias`. [`ExpertConfig`](crate::ExpertConfig) has the order of the dimensions and enables
+/// the optional tensors.
 pub struct ExpertWeights<M: Memory, D: Dtype> {
-    /// `[E, N, H]`
-    pub gate_up: GateUpTensors<M, D>,
-    /// `[E, N]`, in the order of the features of `gate_up`. For separate tensors, the `I` biases of
-    /// gate come before those of up.
+    /// `[E, 2I, H]`, or `[E, I, H]` without a gate, in one tensor or two.
+    pub gate_up: GateUpTensors<M::Of<D>>,
+    /// `[E, 2I]`, or `[E, I]` without a gate, in the order of the features of `gate_up`. For
+    /// separate tensors, the `I` biases of gate come before those of up.
     pub gate_up_bias: Option<M::Of<D>>,
     /// `[E, H, I]`
     pub down: M::Of<D>,
@@ -148,17 +148,44 @@ pub struct ExpertWeights<M: Memory, D: Dtype> {
     pub post_norm: Option<M::Of<D>>,
 }
 
-/// The gate and up projections of the routed experts.
-pub enum GateUpTensors<M: Memory, D: Dtype> {
-    /// One tensor `[E, 2I, H]`. For experts without a gate it is up alone, `[E, I, H]`.
-    Fused(M::Of<D>),
-    /// Two tensors.
+/// The gate and up projections of all experts, in one tensor or two; `T` is the type of a tensor.
+/// [`ExpertConfig`](crate::ExpertConfig) has their layout. `in` is the width of the experts' input:
+/// `H` or the latent width.
+#[derive(Debug, Clone, Copy)]
+pub enum GateUpTensors<T> {
+    /// `[E, 2I, in]`, or `[E, I, in]` without a gate; in order `InOut` `[E, in, 2I]` or `[E, in,
+    /// I]`.
+    Fused(T),
+    /// Each `[E, I, in]`; in order `InOut` `[E, in, I]`.
     Separate {
-        /// `[E, I, H]`
-        gate: M::Of<D>,
-        /// `[E, I, H]`
-        up: M::Of<D>,
+        /// The input of the activation function.
+        gate: T,
+        /// The factor of the function's result.
+        up: T,
     },
+}
+
+impl<T> GateUpTensors<T> {
+    /// References to the tensors.
+    pub fn as_ref(&self) -> GateUpTensors<&T> {
+        match self {
+            Self::Fused(gate_up) => GateUpTensors::Fused(gate_up),
+            Self::Separate { gate, up } => GateUpTensors::Separate { gate, up },
+        }
+    }
+
+    /// Converts each tensor, or returns the first error.
+    pub(crate) fn try_map<U, E>(
+        self,
+        mut convert: impl FnMut(T) -> Result<U, E>,
+    ) -> Result<GateUpTensors<U>, E> {
+        Ok(match self {
+            Self::Fused(gate_up) => GateUpTensors::Fused(convert(gate_up)?),
+            Self::Separate { gate, up } => {
+                GateUpTensors::Separate { gate: convert(gate)?, up: convert(up)? }
+            }
+        })
+    }
 }
 
 /// The projections into and out of the latent width `L`, in which the experts compute.
@@ -203,7 +230,7 @@ impl<M: Memory, D: Dtype> Default for RouterWeights<M, D> {
 
 impl<M: Memory, D: Dtype> ExpertWeights<M, D> {
     /// The projections alone, without biases or a norm.
-    pub fn new(gate_up: GateUpTensors<M, D>, down: M::Of<D>) -> Self {
+    pub fn new(gate_up: GateUpTensors<M::Of<D>>, down: M::Of<D>) -> Self {
         Self {
             gate_up,
             gate_up_bias: None,

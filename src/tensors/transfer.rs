@@ -12,8 +12,8 @@
 use std::convert::Infallible;
 
 use super::{
-    ExpertWeights, GateUpTensors, Host, LatentWeights, Memory, MoeInputs, MoeWeights, Owned,
-    RouterWeights, SharedWeights, Typed,
+    ExpertWeights, Host, LatentWeights, Memory, MoeInputs, MoeWeights, Owned, RouterWeights,
+    SharedWeights, Typed,
 };
 use crate::dtype::{Dtype, Plain};
 
@@ -49,20 +49,6 @@ impl<M: Memory, D: Dtype> Typed<M, D> {
     }
 }
 
-impl<M: Memory, D: Dtype> GateUpTensors<M, D> {
-    fn transfer<'t, N: Memory, E: Dtype, C: Transfer<'t, M, N, D, E>>(
-        &'t self,
-        by: &mut C,
-    ) -> Result<GateUpTensors<N, E>, C::Error> {
-        Ok(match self {
-            Self::Fused(gate_up) => GateUpTensors::Fused(by.elements(gate_up)?),
-            Self::Separate { gate, up } => {
-                GateUpTensors::Separate { gate: by.elements(gate)?, up: by.elements(up)? }
-            }
-        })
-    }
-}
-
 impl<M: Memory, D: Dtype> MoeWeights<M, D> {
     /// Converts every tensor of the weights.
     ///
@@ -84,7 +70,7 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
                 table: optional(&router.table, |table| by.fixed(table))?,
             },
             experts: ExpertWeights {
-                gate_up: experts.gate_up.transfer(by)?,
+                gate_up: experts.gate_up.as_ref().try_map(|tensor| by.elements(tensor))?,
                 gate_up_bias: optional(&experts.gate_up_bias, |bias| by.elements(bias))?,
                 down: by.elements(&experts.down)?,
                 down_bias: optional(&experts.down_bias, |bias| by.elements(bias))?,
@@ -195,6 +181,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
+    use crate::tensors::GateUpTensors;
 
     /// Numbers of the layer's type are rounded to nearest, ties to even; others are copied.
     #[test]

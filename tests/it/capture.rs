@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::{bf16, f16};
 use moe_kernels::ops::expert_choice::expert_choice_fwd_into;
 use moe_kernels::ops::jitter::jitter_fwd_into;
@@ -83,7 +83,7 @@ fn inputs<D: Dtype>(config: &MoeConfig, prelude: Prelude, seed: u64) -> MoeInput
     inputs
 }
 
-impl<'p, D: Dtype + DeviceRepr> Pass<'p, D> {
+impl<'p, D: Dtype> Pass<'p, D> {
     fn new(
         context: &'p CaptureContext,
         prelude: Prelude,
@@ -184,12 +184,7 @@ impl<'p, D: Dtype + DeviceRepr> Pass<'p, D> {
 
 /// Captures a pass, replays it twice with other inputs, and compares each replay with a direct
 /// pass.
-fn check<D: Dtype + DeviceRepr>(
-    gpu: &Gpu,
-    context: &CaptureContext,
-    prelude: Prelude,
-    config: MoeConfig,
-) {
+fn check<D: Dtype>(gpu: &Gpu, context: &CaptureContext, prelude: Prelude, config: MoeConfig) {
     let what = format!("{config} after {prelude:?} in {}", D::DTYPE);
     let weights = random_weights::<D>(&config, &mut Rng::new(8));
     let mut captured = Pass::new(context, prelude, config, &weights, 1);

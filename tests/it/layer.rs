@@ -5,8 +5,8 @@ mod range;
 mod scores;
 mod sparsemixer;
 
+use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::{
@@ -32,7 +32,7 @@ struct Case<D: Dtype> {
 /// Expert ids and routing weights.
 type Routing = (Vec<u32>, Vec<f32>);
 
-impl<D: Dtype + DeviceRepr> Case<D> {
+impl<D: Dtype> Case<D> {
     /// A plain layer with given logits and a router gate.
     fn plain(config: MoeConfig, num_tokens: usize, seed: u64) -> Self {
         let MoeConfig { hidden, num_experts, .. } = config;
@@ -310,7 +310,7 @@ fn schedules_do_not_change_bits() {
 /// A row of `y` does not depend on the other tokens of the batch.
 #[test]
 fn rows_do_not_depend_on_the_batch() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, config: MoeConfig) {
+    fn check<D: Dtype>(gpu: &Gpu, config: MoeConfig) {
         let mut case = Case::<D>::random(config, 140, 21);
         case.inputs = MoeInputs::new(case.inputs.x);
         let experts = config.router_experts();

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 use half::{bf16, f16};
 use moe_kernels::ops::combine::{self, CombineInputs, Identity};
 use moe_kernels::ops::grouped_gemm::{
@@ -55,7 +55,7 @@ fn contents(layout: &PlanLayout, rng: &mut Rng) -> Vec<u8> {
 }
 
 /// Calls every operation that reads a plan, and adds failures to the list.
-fn call_operations<D: Dtype + DeviceRepr>(
+fn call_operations<D: Dtype>(
     gpu: &Gpu,
     plan: &RoutingPlan<'_>,
     seed: u64,

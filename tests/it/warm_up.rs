@@ -1,7 +1,7 @@
 //! After `warm_up`, a layer with any options loads no images, so it can be captured.
 
+use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::ops::noise::noise_fwd_into;
 use moe_kernels::{
@@ -12,7 +12,7 @@ use moe_kernels::{
 use crate::common::{Rng, bits, gpu, random_config, random_inputs, random_weights, values};
 
 /// Captures a pass of a new device after `warm_up`, and compares the graph with a direct pass.
-fn capture<D: Dtype + DeviceRepr>(
+fn capture<D: Dtype>(
     config: MoeConfig,
     weights: &MoeWeights<Owned, D>,
     inputs: &MoeInputs<Owned, D>,
@@ -48,7 +48,7 @@ fn capture<D: Dtype + DeviceRepr>(
 
 /// A plain layer with f32 logits, computed or given; the kernels of a plain router depend on their
 /// type.
-fn capture_f32_logits<D: Dtype + DeviceRepr>() {
+fn capture_f32_logits<D: Dtype>() {
     for experts in [6, 300] {
         let router = RouterConfig::softmax_top_k(true);
         let mut config = MoeConfig { router, ..MoeConfig::new(16, 8, experts, 2) };
@@ -92,7 +92,7 @@ fn capture_without_warm_up_is_an_error() {
 
 #[test]
 fn random_layers_load_nothing() {
-    fn capture_random<D: Dtype + DeviceRepr>(seed: u64) {
+    fn capture_random<D: Dtype>(seed: u64) {
         let mut rng = Rng::new(seed);
         let config = random_config(&mut rng, 60);
         let weights: MoeWeights<Owned, D> = random_weights(&config, &mut rng);

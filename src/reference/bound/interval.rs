@@ -3,8 +3,11 @@
 
 use std::ops::{Add, Div, Mul, Sub};
 
-use super::U;
+use crate::dtype::DType;
 use crate::reference::route::exact::{Number, SHARE_UNIT};
+
+/// The unit roundoff of f32, the type of every sum.
+pub(super) const U: f64 = DType::F32.unit_roundoff();
 
 /// The result of operations in f64, with the smallest and the largest result of the same operations
 /// in f32.

@@ -2,8 +2,8 @@
 
 mod counts;
 
+use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, DeviceRepr};
 use half::bf16;
 use moe_kernels::reference::{self, Capacity, RouteInputs};
 use moe_kernels::{
@@ -39,7 +39,7 @@ impl CapacityRouting {
 }
 
 /// The composition of the operations for given logits.
-fn composed<D: Dtype + DeviceRepr>(case: &Case<D>) -> CapacityRouting {
+fn composed<D: Dtype>(case: &Case<D>) -> CapacityRouting {
     let (inputs, tensors) = (case.inputs.as_host(), case.weights.as_host());
     let (config, capacity) = (&case.config, case.config.capacity.unwrap());
     let shape = config.routing(case.num_tokens());
@@ -132,7 +132,7 @@ fn composed<D: Dtype + DeviceRepr>(case: &Case<D>) -> CapacityRouting {
 }
 
 /// The routing and the counts of the device.
-fn on_device<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &Case<D>) -> CapacityRouting {
+fn on_device<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> CapacityRouting {
     let shape = case.config.routing(case.num_tokens());
     let cells = shape.sequences(case.inputs.sequence_tokens) * shape.num_experts;
     case.on(gpu, |mut prepared| {
@@ -162,7 +162,7 @@ fn on_host<D: Dtype>(case: &Case<D>) -> CapacityRouting {
     CapacityRouting { expert_ids, weights, kept, dropped }
 }
 
-fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &Case<D>, what: &str) {
+fn check<D: Dtype>(gpu: &Gpu, case: &Case<D>, what: &str) {
     let wanted = composed(case);
     on_host(case).check(&wanted, &format!("the reference: {what}"));
     on_device(gpu, case).check(&wanted, &format!("the device: {what}"));
@@ -234,7 +234,7 @@ fn limit() -> impl Strategy<Value = CapacityLimit> {
 }
 
 /// Random weights and inputs with given logits, which have few values if `ties`.
-fn random_case<D: Dtype + DeviceRepr>(
+fn random_case<D: Dtype>(
     config: MoeConfig,
     tokens: usize,
     sequence: Option<usize>,

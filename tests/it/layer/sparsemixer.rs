@@ -1,6 +1,5 @@
 //! Layers of Phi-MoE in training: the router uses the draws that a pass is given.
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::{Dtype, Error, MoeConfig, NoiseDistribution, RouterConfig, Scoring, reference};
 
@@ -8,7 +7,7 @@ use super::{Case, Prepared, plain};
 use crate::common::{Gpu, gpu};
 
 /// A layer whose choices are sampled, with draws of the generator.
-fn case<D: Dtype + DeviceRepr>(num_tokens: usize, seed: u64) -> Case<D> {
+fn case<D: Dtype>(num_tokens: usize, seed: u64) -> Case<D> {
     let scoring = Scoring::Sparsemixer { jitter: 0.4, training: true };
     let router = RouterConfig { scoring, ..RouterConfig::default() };
     let config = MoeConfig { router, ..plain(40, 24, 6, 2) };
@@ -24,7 +23,7 @@ fn case<D: Dtype + DeviceRepr>(num_tokens: usize, seed: u64) -> Case<D> {
 /// other experts.
 #[test]
 fn a_layer_uses_its_draws() {
-    fn one<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn one<D: Dtype>(gpu: &Gpu) {
         let given = case::<D>(37, 3);
         given.check(gpu, "sparsemixer of training");
         let mut projected = case::<D>(37, 3);
