@@ -116,8 +116,8 @@ pub(crate) fn parameter_sizes(function: sys::CUfunction) -> Option<Vec<usize>> {
 }
 
 /// Allows a kernel the largest dynamic shared memory: that of the device less the kernel's static
-/// shared memory. More than 48 KiB needs this opt-in; setting it at load time keeps it out
-/// of launches, as a capture requires.
+/// shared memory. More than 48 KiB needs this opt-in; setting it at load time keeps it out of
+/// launches, as a capture requires.
 pub(crate) fn allow_shared_memory(
     function: sys::CUfunction,
     max_shared_bytes: u32,

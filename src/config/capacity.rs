@@ -5,8 +5,8 @@ use super::router::Normalization;
 use crate::error::{Error, Result};
 use crate::shape::RoutingShape;
 
-/// A limit on the rows of each expert. Slots beyond the limit are dropped, which makes them
-/// inactive, or they are reassigned to other experts of their token's choice (overflow).
+/// A limit on the rows of each expert. Slots beyond the limit are reassigned to the next-best
+/// experts of their token (overflow), or else dropped, which makes them inactive.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]

@@ -8,7 +8,8 @@ use crate::error::Result;
 /// For the logits `l` of one token, [`reference::route_fwd`](crate::reference::route_fwd) computes
 /// these steps in f32:
 ///
-/// 1. `z = (l + noise) * logit_multiplier`; with a soft-cap `c`, then `c * tanh(z / c)`.
+/// 1. `z = (l + noise_deviation * noise) * logit_multiplier`; with a soft-cap `c`, then
+///    `c * tanh(z / c)`.
 /// 2. The scores `s` of all experts, by [`scoring`](Self::scoring).
 /// 3. The selection value of each expert: its score or its `z`, by [`selection`](Self::selection),
 ///    plus its selection bias if enabled.

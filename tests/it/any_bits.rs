@@ -223,7 +223,9 @@ proptest! {
 
     /// Ids that are not below the number of experts are ignored.
     #[test]
-    fn ids_of_no_expert_are_ignored_by_a_layer(tokens in 1usize..40, experts in 1usize..6, k in 1usize..4, seed in any::<u64>()) {
+    fn ids_of_no_expert_are_ignored_by_a_layer(
+        tokens in 1usize..40, experts in 1usize..6, k in 1usize..4, seed in any::<u64>(),
+    ) {
         let (gpu, rng) = (gpu(), &mut Rng::new(seed));
         gpu.reschedule(seed);
         let config = MoeConfig::new(8, 8, experts, k.min(experts));

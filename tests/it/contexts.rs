@@ -89,7 +89,8 @@ fn foreign_buffers_of_router_scores_are_errors() {
 
 #[test]
 fn foreign_buffers_of_routing_are_errors() {
-    let names = ["expert_ids", "weights", "logits", "selection_bias", "expert_scale", "noise"];
+    let names =
+        ["expert_ids", "routing_weights", "logits", "selection_bias", "expert_scale", "noise"];
     let names = [&names[..], &["noise_logits", "active"]].concat();
     let router = RouterConfig {
         scoring: Scoring::Sigmoid,
@@ -102,7 +103,8 @@ fn foreign_buffers_of_routing_are_errors() {
         let (logits, noise) = (buffers.of::<f32>("logits", 12), buffers.of::<f32>("noise", 12));
         let (bias, scale) = (buffers.of("selection_bias", 3), buffers.of("expert_scale", 3));
         let (noise_logits, active) = (buffers.of("noise_logits", 12), buffers.of("active", 4));
-        let (mut ids, mut weights) = (buffers.of("expert_ids", 8), buffers.of("weights", 8));
+        let (mut ids, mut weights) =
+            (buffers.of("expert_ids", 8), buffers.of("routing_weights", 8));
         let logits = logits.as_view();
         let inputs = RouteInputs {
             selection_bias: Some(&bias.as_view()),
@@ -146,10 +148,10 @@ fn foreign_buffers_of_routing_are_errors() {
         };
         route::route_fwd(&gpu.device, &gpu.stream, SHAPE, &router, &inputs).map(|_| ())
     });
-    check("expert_choice_fwd", &["expert_ids", "weights", "scores"], |buffers| {
+    check("expert_choice_fwd", &["expert_ids", "routing_weights", "scores"], |buffers| {
         let Buffers { gpu, .. } = buffers;
         let (scores, mut ids) = (buffers.of::<f32>("scores", 12), buffers.of("expert_ids", 12));
-        let mut weights = buffers.of("weights", 12);
+        let mut weights = buffers.of("routing_weights", 12);
         let to = (&mut ids.as_view_mut(), &mut weights.as_view_mut());
         let scores = scores.as_view();
         expert_choice::expert_choice_fwd_into(
@@ -224,10 +226,10 @@ fn foreign_buffers_of_dense_operations_are_errors() {
 #[test]
 fn foreign_buffers_of_capacity_are_errors() {
     let config = CapacityConfig::new(CapacityLimit::Rows { rows: 1 }, Priority::Weight);
-    check("capacity_fwd", &["expert_ids", "kept", "dropped", "weights"], |buffers| {
+    check("capacity_fwd", &["expert_ids", "kept", "dropped", "routing_weights"], |buffers| {
         let Buffers { gpu, .. } = buffers;
         let plan = planned(gpu, SHAPE.by_slot());
-        let (weights, mut ids) = (buffers.of("weights", 8), buffers.of("expert_ids", 8));
+        let (weights, mut ids) = (buffers.of("routing_weights", 8), buffers.of("expert_ids", 8));
         let (mut kept, mut dropped) = (buffers.of("kept", 3), buffers.of("dropped", 3));
         let (weights, ids) = (weights.as_view(), &mut ids.as_view_mut());
         let (kept, dropped) = (&mut kept.as_view_mut(), &mut dropped.as_view_mut());
@@ -237,14 +239,14 @@ fn foreign_buffers_of_capacity_are_errors() {
         )
     });
     let names = ["expert_ids", "kept_ids", "candidates", "candidate_weights"];
-    let names = [&names[..], &["next_candidate", "requests", "weights"]].concat();
+    let names = [&names[..], &["next_candidate", "requests", "routing_weights"]].concat();
     check("capacity_ask_fwd", &names, |buffers| {
         let Buffers { gpu, .. } = buffers;
         let (chosen, kept) = (buffers.of("expert_ids", 8), buffers.of("kept_ids", 8));
         let candidates = buffers.of("candidates", 12);
         let candidate_weights = buffers.of("candidate_weights", 12);
         let (mut next, mut requests) = (buffers.of("next_candidate", 4), buffers.of("requests", 8));
-        let mut weights = buffers.of("weights", 8);
+        let mut weights = buffers.of("routing_weights", 8);
         capacity::capacity_ask_fwd_into(
             &gpu.device,
             &gpu.stream,
@@ -260,10 +262,10 @@ fn foreign_buffers_of_capacity_are_errors() {
             &mut weights.as_view_mut(),
         )
     });
-    let arguments = ["normalized", "expert_scale", "expert_ids", "weights"];
+    let arguments = ["normalized", "expert_scale", "expert_ids", "routing_weights"];
     check("capacity_normalize_fwd", &arguments, |buffers| {
         let Buffers { gpu, .. } = buffers;
-        let (ids, weights) = (buffers.of("expert_ids", 8), buffers.of("weights", 8));
+        let (ids, weights) = (buffers.of("expert_ids", 8), buffers.of("routing_weights", 8));
         let (ids, weights, by) = (ids.as_view(), weights.as_view(), Normalization::None);
         let scale = buffers.of("expert_scale", SHAPE.num_experts);
         let scale = Some(&scale.as_view());
@@ -312,7 +314,7 @@ fn foreign_buffers_of_expert_operations_are_errors() {
         grouped_gemm_weighted_fwd_into(device, stream, &plan, 2, 2, rows, &x, linear, &weights, to)
     });
     for separate in [false, true] {
-        let names = ["act", "x", "bias", "weights"];
+        let names = ["act", "x", "bias", "routing_weights"];
         let tensors = if separate { &["gate", "up"][..] } else { &["gate_up"] };
         check("grouped_gemm_gate_up_fwd", &[&names[..], tensors].concat(), |buffers| {
             let Buffers { gpu, .. } = buffers;
@@ -322,7 +324,7 @@ fn foreign_buffers_of_expert_operations_are_errors() {
                 weight_position: WeightPosition::Input,
                 ..ExpertConfig::default()
             };
-            let (x, weights) = (buffers.of::<f32>("x", 8), buffers.of("weights", 8));
+            let (x, weights) = (buffers.of::<f32>("x", 8), buffers.of("routing_weights", 8));
             let (bias, fused) = (buffers.of("bias", 12), buffers.of("gate_up", 24));
             let (gate, up) = (buffers.of("gate", 12), buffers.of("up", 12));
             let (fused, gate, up) = (fused.as_view(), gate.as_view(), up.as_view());
@@ -347,10 +349,11 @@ fn foreign_buffers_of_expert_operations_are_errors() {
             )
         });
     }
-    let names = ["y", "yp", "weights", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"];
+    let names =
+        ["y", "yp", "routing_weights", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"];
     check("combine_fwd", &names, |buffers| {
         let Buffers { gpu, .. } = buffers;
-        let (yp, weights) = (buffers.of::<f32>("yp", 16), buffers.of("weights", 8));
+        let (yp, weights) = (buffers.of::<f32>("yp", 16), buffers.of("routing_weights", 8));
         let (ids, x) = (buffers.of("expert_ids", 8), buffers.of("x", 8));
         let (bias, shared) = (buffers.of("output_bias", 2), buffers.of("shared.y", 8));
         let (gate, mut to) = (buffers.of("shared.gate", 4), buffers.of("y", 8));

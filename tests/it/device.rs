@@ -57,9 +57,9 @@ fn every_kernel_file_is_in_the_binary() {
             "noise",
             "permute",
             "plan",
-            "router_gemm",
             "rms_norm",
             "route",
+            "router_gemm",
         ]
     );
 }

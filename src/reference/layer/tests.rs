@@ -169,8 +169,8 @@ fn shared_and_identity_experts_are_added() {
             let shared = match biased {
                 // A bias equals the weight of a feature that is always 1.
                 true => {
-                    let with = |w: &[f32], bias: &[f32], k: usize| -> Vec<f32> {
-                        let rows = w.chunks(k).zip(bias);
+                    let with = |w: &[f32], bias: &[f32], in_features: usize| -> Vec<f32> {
+                        let rows = w.chunks(in_features).zip(bias);
                         rows.flat_map(|(w, b)| [w, &[*b]].concat()).collect()
                     };
                     let x = [&x[..], &[1.0]].concat();
