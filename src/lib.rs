@@ -50,7 +50,7 @@
 //! # Features
 //!
 //! - `serde`: `Serialize` and `Deserialize` for the configuration types.
-//! - `hf`: [`MoeConfig::from_hf`] and the names of the tensors, for every family of Hugging Face's
+//! - `hf`: `MoeConfig::from_hf` and the names of the tensors, for every family of Hugging Face's
 //!   transformers whose block is a routed FFN.
 //! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, forwarded to cudarc.
 //!   Without one, cudarc uses that of the `nvcc` on `PATH`, or else its newest. CUDA 12.0 is the
