@@ -37,7 +37,7 @@ impl<'a, D: Element> Prepared<'a, D> {
         let Self { gpu, layer, x, logits, workspace, y } = self;
         let Weights { gate, gate_up, down } = weights;
         let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
-        let weights = weights.with_gate(gate.as_view());
+        let weights = weights.with_router_gate(gate.as_view());
         let inputs = match op {
             Op::LayerFromX => MoeInputs::new(x.as_view()),
             _ => MoeInputs::with_logits(x.as_view(), logits.as_view()),
@@ -78,7 +78,7 @@ pub(crate) fn on_cpu<'a, D: Element>(
     let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
     Ok(Workload::new(move |_| {
         let Weights { gate, gate_up, down } = weights;
-        let weights = MoeWeights::plain(&gate_up[..], &down[..]).with_gate(&gate[..]);
+        let weights = MoeWeights::plain(&gate_up[..], &down[..]).with_router_gate(&gate[..]);
         let inputs = match op {
             Op::LayerFromX => MoeInputs::new(&x[..]),
             _ => MoeInputs::with_logits(&x[..], &logits[..]),

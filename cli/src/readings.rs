@@ -374,7 +374,7 @@ fn every_misreading_is_caught() {
                 .router
                 .selection_bias
                 .is_some()
-                && weights.router.gate.is_some()
+                && weights.router.router_gate.is_some()
             {
                 true => (true, bias_in_the_weights(&config, &inputs, &weights)),
                 false => (false, run(&config, inputs, &weights)),

@@ -180,7 +180,7 @@ impl Reader<'_> {
         };
         Ok(MoeWeights {
             router: RouterWeights {
-                gate: self.typed(Role::RouterGate)?,
+                router_gate: self.typed(Role::RouterGate)?,
                 bias: self.typed(Role::RouterBias)?,
                 norm: self.find(Role::RouterNorm)?,
                 selection_bias: self.find(Role::SelectionBias)?,

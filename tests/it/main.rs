@@ -1,5 +1,5 @@
-//! Differential tests: every operation on a device against the CPU reference. One binary, so that
-//! one process has one driver.
+//! Differential tests: every operation on a device against the CPU reference. They form one binary,
+//! since a process has one driver.
 
 #[cfg(feature = "bindgen")]
 mod abi;

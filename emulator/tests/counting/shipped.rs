@@ -12,9 +12,8 @@ use moe_kernels::ops::grouped_gemm::{
 };
 use moe_kernels::ops::{capacity, combine, expert_choice, jitter, noise, permute, plan, route};
 use moe_kernels::{
-    CapacityConfig, CapacityLimit, Device, Dtype, ExpertConfig, GateUpLayout, GroupScore, Groups,
-    Masked, NoiseDistribution, Normalization, Priority, RouterConfig, RoutingPlan, RoutingShape,
-    Scoring, WeightOrder,
+    CapacityConfig, CapacityLimit, Device, Dtype, ExpertConfig, GateUpLayout, NoiseDistribution,
+    Priority, RouterConfig, RoutingPlan, RoutingShape, WeightOrder,
 };
 
 use crate::measure::{Counting, Schedule};
@@ -242,19 +241,7 @@ fn route_reads_the_logits_once_in_wide_requests() {
 #[test]
 fn route_with_options_reads_the_logits_once_without_bank_conflicts() {
     let case = Case::new(64, 256, 8);
-    let router = RouterConfig {
-        scoring: Scoring::Sigmoid,
-        selection_bias: true,
-        groups: Some(Groups {
-            num_groups: 8,
-            top_groups: 4,
-            score: GroupScore::TopTwoSum,
-            masked: Masked::NegativeInfinity,
-        }),
-        normalization: Normalization::Sum { epsilon: 1e-20 },
-        scale: 2.5,
-        ..RouterConfig::default()
-    };
+    let router = RouterConfig::deepseek_v3(8, 4, 2.5);
     for (traffic, size, sectors_per_request) in [
         (case.route_biased::<f32>(&router), 4, 16.0),
         (case.route_biased::<bf16>(&router), 2, 16.0),

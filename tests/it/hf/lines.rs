@@ -32,7 +32,7 @@ pub const LINES: &[(&str, &str)] = &[
     ),
     (
         "dbrx-tiny",
-        "H20 I14 E6 K3, softmax, top-k, 1-norm; gated SiLU, gate and up apart, down transposed",
+        "H20 I14 E6 K3, softmax, top-k, 1-norm; gated SiLU, gate and up separate, down transposed",
     ),
     (
         "deepseek-ocr2-tiny",
@@ -276,7 +276,7 @@ pub const LINES: &[(&str, &str)] = &[
     (
         "step3p7-tiny",
         "H24 I12 E6 K3, sigmoid + bias, top-k, renormalised, * 2.2; gated SiLU, clamped at 1.6 after, \
-         gate and up apart; shared I14 gated SiLU, clamped at 1.9 after",
+         gate and up separate; shared I14 gated SiLU, clamped at 1.9 after",
     ),
     (
         "switch-transformers-tiny",

@@ -80,7 +80,7 @@ fn buffers_that_are_not_asked_for() {
     ] {
         let error = call(&router, &inputs);
         assert!(
-            matches!(error, Some(Error::Unsupported { argument, .. }) if argument == wanted),
+            matches!(error, Some(Error::Presence { argument, .. }) if argument == wanted),
             "{error:?}"
         );
     }
