@@ -70,8 +70,10 @@ mod config;
 mod device;
 mod dtype;
 mod error;
+#[path = "../hf/src/format.rs"]
 pub mod format;
 #[cfg(feature = "hf")]
+#[path = "../hf/src/config.rs"]
 pub mod hf;
 mod images;
 mod kernels;

@@ -13,6 +13,7 @@ mod device;
 mod expert_choice;
 mod grouped_gemm;
 #[cfg(feature = "hf")]
+#[path = "../../hf/tests/it/config.rs"]
 mod hf;
 mod jitter;
 mod large;

@@ -205,7 +205,7 @@ fn floors_are_kept() {
         &["unsafe", "device::", "crate::ops", "crate::layer", "CudaView", "CudaSlice"],
         &[],
     );
-    let no_driver = ["shape.rs", "config", "tensors", "hf", "format.rs", "error.rs"];
+    let no_driver = ["shape.rs", "config", "tensors", "error.rs"];
     for file in no_driver {
         forbid(
             &format!("src/{file}"),

@@ -10,7 +10,7 @@ use crate::common::{Done, program};
 
 // The configuration of each fixture as a line; a test of the library holds them.
 #[allow(dead_code)]
-#[path = "../../../tests/it/hf/lines.rs"]
+#[path = "../../../hf/tests/it/lines.rs"]
 mod lines;
 
 fn repository() -> PathBuf {
