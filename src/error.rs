@@ -32,18 +32,6 @@ pub enum Error {
         got: String,
     },
 
-    /// A key of a model's config.json has a value that no layer of this crate computes, or none that makes sense.
-    #[cfg(feature = "hf")]
-    #[error("`{key}` is {got}, wanted {wanted}")]
-    Json {
-        /// The key, with those that lead to it: `text_config.num_experts`.
-        key: String,
-        /// Its value, or what is wrong with it.
-        got: String,
-        /// What would have been accepted, in words.
-        wanted: String,
-    },
-
     /// A buffer does not start at the boundary that its element type needs.
     #[error("{op}: `{argument}` starts at address {got:#x}, wanted a multiple of {wanted} bytes")]
     Alignment {

@@ -44,8 +44,6 @@
 //! # Features
 //!
 //! - `serde`: `Serialize` and `Deserialize` for the configuration types.
-//! - `hf`: [`MoeConfig::from_hf`] and the names of the tensors, for every family of Hugging Face's transformers
-//!   whose block is a routed FFN.
 //! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, handed on to cudarc. Without
 //!   one, cudarc takes that of the `nvcc` on `PATH`, or its newest. CUDA 12.0 is the oldest.
 //! - `bindgen`: generates the argument structs afresh in the build, instead of the committed copy.
@@ -70,11 +68,6 @@ mod config;
 mod device;
 mod dtype;
 mod error;
-#[path = "../hf/src/format.rs"]
-pub mod format;
-#[cfg(feature = "hf")]
-#[path = "../hf/src/config.rs"]
-pub mod hf;
 mod images;
 mod kernels;
 mod layer;

@@ -8,33 +8,20 @@ mod backend;
 mod bench;
 mod bundled;
 mod check;
-#[path = "../../hf/src/checkpoint.rs"]
-mod checkpoint;
 mod device;
 mod error;
 mod finite;
-#[path = "../../hf/src/folder.rs"]
-mod folder;
 mod gpu;
 mod histogram;
 mod info;
+mod load;
 mod progress;
-#[cfg(test)]
-#[path = "recording/tests.rs"]
-mod readings;
 mod recording;
-#[path = "../../hf/src/refusal.rs"]
-mod refusal;
 mod run;
-#[path = "../../hf/src/source.rs"]
-mod source;
-#[path = "../../hf/src/tensor_file.rs"]
-mod tensor_file;
 mod text;
 mod tokens;
 mod tune;
-#[path = "../../hf/src/block.rs"]
-mod weights;
+mod write;
 
 use std::process::ExitCode;
 

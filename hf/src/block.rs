@@ -1,168 +1,227 @@
-//! The weights of a block in memory: every array of it, put together from tensors and widened where they are quantised.
+//! One MoE block of a checkpoint: its arrays, and their conversion into the weights of a layer.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moe_kernels::hf::Role;
 use moe_kernels::{
-    Dtype, ExpertWeights, GateUpLayout, GateUpTensors, LatentWeights, MoeWeights, Owned,
+    Dtype, ExpertWeights, GateUpLayout, GateUpTensors, LatentWeights, MoeConfig, MoeWeights, Owned,
     RouterWeights, SharedWeights, Typed,
 };
 use rayon::prelude::*;
 
-use crate::checkpoint::Layer;
+use crate::config::BlockInfo;
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::names::{Array, Layout, Role};
 use crate::source::Source;
-use crate::text::warn;
 
-/// One array of a block, still on disk.
-pub struct Array<'a> {
-    pub role: Role,
-    /// Its shape in memory.
-    pub shape: Vec<usize>,
-    /// Its elements, one piece behind the other.
-    pub pieces: Vec<Piece<'a>>,
-    /// The pieces have the transpose of a matrix of this shape.
-    pub transposed: bool,
-    /// The pieces have one element, which every element of the array is.
-    pub repeated: bool,
+/// A block of a checkpoint whose tensors have been found and checked. They are converted by
+/// [`load`](Self::load); until then they are on disk, in mapped files that the block keeps open.
+#[derive(Debug, Clone)]
+pub struct Block {
+    pub(crate) info: BlockInfo,
+    pub(crate) config: MoeConfig,
+    /// Each array with the tensors of its parts.
+    pub(crate) arrays: Vec<(Array, Vec<Source>)>,
+    pub(crate) layout: &'static Layout,
+    /// The prefix of the names of the layer's tensors.
+    pub(crate) prefix: String,
+    /// The prefixes of the names of the block's tensors.
+    pub(crate) modules: Vec<String>,
+    /// Names of tensors that the block may have and does not need.
+    pub(crate) may_stay: BTreeSet<String>,
 }
 
-/// Elements of a tensor.
-pub struct Piece<'a> {
-    pub source: Source<'a>,
-    pub elements: Range<usize>,
+/// The weights of a block, and their elements that are not finite.
+#[non_exhaustive]
+pub struct Loaded<D: Dtype> {
+    /// The weights.
+    pub weights: MoeWeights<Owned, D>,
+    /// For each tensor with infinities or NaN after the conversion to `D`: its name and the number
+    /// of such elements. If scales are the cause, the name is that of the scales.
+    pub not_finite: BTreeMap<String, usize>,
 }
 
-impl Array<'_> {
-    fn len(&self) -> usize {
-        self.shape.iter().product()
+impl<D: Dtype> Loaded<D> {
+    /// A message about the elements that are not finite: the first tensor with such elements, and
+    /// the number of others.
+    pub fn warning(&self) -> Option<String> {
+        let (name, count) = self.not_finite.first_key_value()?;
+        let more = match self.not_finite.len() - 1 {
+            0 => String::new(),
+            more => format!("; other tensors with some: {more}"),
+        };
+        Some(format!("tensor `{name}` has infinities or NaN: {count} in {}{more}", D::DTYPE))
+    }
+}
+
+impl Block {
+    /// The configuration, with weights in the order of this checkpoint.
+    pub fn config(&self) -> &MoeConfig {
+        &self.config
     }
 
+    /// The configuration, to be changed by the caller: the capacity or the router's arithmetic, for
+    /// example. A change of the weights' shapes or order makes the layer reject the loaded weights.
+    pub fn config_mut(&mut self) -> &mut MoeConfig {
+        &mut self.config
+    }
+
+    /// The description of the block in config.json: its family, its part, the source of its logits.
+    pub fn info(&self) -> &BlockInfo {
+        &self.info
+    }
+
+    /// The arrays of the block with the names of their tensors, in the order of their use.
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.arrays.iter().map(|(array, _)| array)
+    }
+
+    /// The element type of the expert weights on disk, in lower case.
+    pub fn dtype_on_disk(&self) -> String {
+        let down = self.array(Role::Down).and_then(|(_, sources)| sources.first());
+        down.map(Source::dtype_name).unwrap_or_default()
+    }
+
+    /// The number of parts of its arrays: the total of [`load_with`](Self::load_with)'s progress.
+    pub fn num_parts(&self) -> usize {
+        self.arrays.iter().map(|(_, sources)| sources.len()).sum()
+    }
+
+    /// Reads all weights and converts them to `D`, rounded to nearest.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for an id out of range in a table of expert ids. Infinities and NaN are no
+    /// errors: [`load_with`](Self::load_with) reports them.
+    pub fn load<D: Dtype>(&self) -> Result<MoeWeights<Owned, D>> {
+        Ok(self.load_with(|_, _| ())?.weights)
+    }
+
+    /// Reads all weights as [`load`](Self::load) does, and counts elements that are not finite.
+    ///
+    /// After each part of an array, a thread of rayon's pool calls `progress(done, total)`.
+    ///
+    /// # Errors
+    /// Those of [`load`](Self::load).
+    pub fn load_with<D: Dtype>(&self, progress: impl Fn(usize, usize) + Sync) -> Result<Loaded<D>> {
+        let (done, total) = (AtomicUsize::new(0), self.num_parts());
+        let advance = || progress(done.fetch_add(1, Ordering::Relaxed) + 1, total);
+        let reader = Reader { block: self, advance: &advance, not_finite: Mutex::default() };
+        let weights = reader.weights()?;
+        let not_finite = reader.not_finite.into_inner().unwrap_or_else(|lock| lock.into_inner());
+        Ok(Loaded { weights, not_finite })
+    }
+
+    /// Reads one array of numbers; `None` if the block has no array of this role.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for [`Role::Table`], which has integers.
+    pub fn read<D: Dtype>(&self, role: Role) -> Result<Option<Vec<D>>> {
+        let reader = Reader { block: self, advance: &|| (), not_finite: Mutex::default() };
+        reader.find(role)
+    }
+
+    fn array(&self, role: Role) -> Option<&(Array, Vec<Source>)> {
+        self.arrays.iter().find(|(array, _)| array.role == role)
+    }
+
+    /// Returns whether a checkpoint may have this tensor of the block's modules although the block
+    /// does not need it.
+    pub(crate) fn may_stay_unread(&self, name: &str) -> bool {
+        self.may_stay.contains(name)
+            || name.strip_prefix(&self.prefix).is_some_and(|name| self.layout.may_stay_unread(name))
+    }
+}
+
+/// Reads the arrays of a block, and counts elements that are not finite.
+struct Reader<'r> {
+    block: &'r Block,
+    /// Called after each part.
+    advance: &'r (dyn Fn() + Sync),
+    /// The number of such elements by tensor.
+    not_finite: Mutex<BTreeMap<String, usize>>,
+}
+
+impl Reader<'_> {
     /// The whole array as `D`.
-    pub fn read<D: Dtype>(&self, reading: &Reading) -> Result<Vec<D>> {
+    fn read<D: Dtype>(&self, (array, sources): &(Array, Vec<Source>)) -> Result<Vec<D>> {
         let zero = D::from_f32(0.0);
-        let mut values = vec![zero; self.pieces.iter().map(|piece| piece.elements.len()).sum()];
+        let len = array.shape.iter().product();
+        let mut values = vec![zero; array.parts.iter().map(|part| part.elements.len()).sum()];
         let mut left = &mut values[..];
-        let mut work = Vec::with_capacity(self.pieces.len());
-        for piece in &self.pieces {
-            let (out, rest) = left.split_at_mut(piece.elements.len());
-            work.push((piece, out));
+        let mut parts = Vec::with_capacity(sources.len());
+        for (part, source) in array.parts.iter().zip(sources) {
+            let (out, rest) = left.split_at_mut(part.elements.len());
+            parts.push((part, source, out));
             left = rest;
         }
-        work.into_par_iter().try_for_each(|(piece, out)| {
-            piece.source.read_into(piece.elements.start, out)?;
-            reading.finish(piece, out);
+        parts.into_par_iter().try_for_each(|(part, source, out)| {
+            source.read_into(part.elements.start, out)?;
+            self.finish(source, out);
             Ok::<_, Error>(())
         })?;
-        if self.repeated {
-            values = vec![values.first().copied().unwrap_or(zero); self.len()];
+        if array.repeated {
+            values = vec![values.first().copied().unwrap_or(zero); len];
         }
-        if let (true, [rows, columns]) = (self.transposed, &self.shape[..]) {
+        if let (true, [rows, columns]) = (array.transposed, &array.shape[..]) {
             let on_disk = values;
-            let of = |i| on_disk[i % columns * rows + i / columns];
-            values = (0..rows * columns).map(of).collect();
+            let element = |i| on_disk[i % columns * rows + i / columns];
+            values = (0..rows * columns).map(element).collect();
         }
         Ok(values)
     }
 
-    /// The ids of a table, which are those of `experts` experts.
-    fn read_ids(&self, experts: usize) -> Result<Vec<u32>> {
-        let mut ids = Vec::with_capacity(self.len());
-        for piece in &self.pieces {
-            if let Source::Plain(tensor) = &piece.source {
-                ids.extend(tensor.read_ids(experts, "ids of experts")?);
-            }
-        }
-        Ok(ids)
-    }
-}
-
-/// Reads and converts all of a layer.
-pub fn read_weights<D: Dtype>(layer: &Layer<'_>) -> Result<MoeWeights<Owned, D>> {
-    let pieces = layer.arrays().iter().map(|array| array.pieces.len()).sum();
-    let reading = Reading::new(pieces);
-    let weights = Reader { layer, reading: &reading }.weights()?;
-    if let Some(text) = reading.not_finite::<D>() {
-        drop(reading);
-        warn(&text);
-    }
-    Ok(weights)
-}
-
-/// Shows how far it is, and notes tensors with elements that are no finite numbers.
-pub struct Reading {
-    progress: Progress,
-    /// How many there are of each tensor.
-    not_finite: Mutex<BTreeMap<String, usize>>,
-}
-
-impl Reading {
-    pub fn new(pieces: usize) -> Self {
-        let progress = Progress::parts("read the weights", pieces);
-        Self { progress, not_finite: Mutex::default() }
-    }
-
-    /// A piece is there.
-    fn finish<D: Dtype>(&self, piece: &Piece<'_>, values: &[D]) {
-        // As large as the pieces that numbers are converted in.
+    /// Counts the elements of a part that are not finite, and reports progress.
+    fn finish<D: Dtype>(&self, source: &Source, values: &[D]) {
+        // The chunk size of the conversion.
         let count: usize = values
             .par_chunks(1 << 16)
             .map(|values| values.iter().filter(|value| !value.to_f32().is_finite()).count())
             .sum();
         if count > 0 {
-            let codes = || piece.source.names().first().map(|name| (*name, count));
-            let found = piece.source.scales_not_finite().or_else(codes);
+            let codes = || source.names().first().map(|name| (*name, count));
+            let found = source.scales_not_finite().or_else(codes);
             if let (Some((name, count)), Ok(mut all)) = (found, self.not_finite.lock()) {
                 *all.entry(name.to_string()).or_default() += count;
             }
         }
-        self.progress.advance();
+        (self.advance)();
     }
 
-    /// The first such tensor, and how many more there are.
-    fn not_finite<D: Dtype>(&self) -> Option<String> {
-        let all = self.not_finite.lock().ok()?;
-        let (name, count) = all.first_key_value()?;
-        let more = match all.len() - 1 {
-            0 => String::new(),
-            more => format!("; so have {more} more"),
-        };
-        Some(format!(
-            "tensor `{name}` has NaN or infinities, {count} of them in {}{more}",
-            D::DTYPE
-        ))
+    /// The ids of a table of the ids of `experts` experts.
+    fn read_ids(&self, experts: usize) -> Result<Option<Vec<u32>>> {
+        let Some((array, sources)) = self.block.array(Role::Table) else { return Ok(None) };
+        let mut ids = Vec::with_capacity(array.shape.iter().product());
+        for source in sources {
+            if let Source::Plain(tensor) = source {
+                ids.extend(tensor.read_ids(experts, "ids of experts")?);
+            }
+            (self.advance)();
+        }
+        Ok(Some(ids))
     }
-}
 
-struct Reader<'r> {
-    layer: &'r Layer<'r>,
-    reading: &'r Reading,
-}
-
-impl Reader<'_> {
-    /// An array that the block may have.
+    /// An optional array.
     fn find<D: Dtype>(&self, role: Role) -> Result<Option<Vec<D>>> {
-        self.layer.array(role).map(|array| array.read(self.reading)).transpose()
+        self.block.array(role).map(|array| self.read(array)).transpose()
     }
 
-    /// An array that every block has whose configuration is this one's.
+    /// An array that the configuration requires.
     fn array<D: Dtype>(&self, role: Role) -> Result<Vec<D>> {
         Ok(self.find(role)?.unwrap_or_default())
     }
 
-    /// A parameter of the router's product: f32 where the product is computed in f32 whatever the model's type is.
+    /// A parameter of the router's product: f32 if the product is computed in f32 for every element
+    /// type.
     fn typed<D: Dtype>(&self, role: Role) -> Result<Option<Typed<Owned, D>>> {
-        Ok(match self.layer.config.projection.f32_logits {
+        Ok(match self.block.config.projection.f32_logits {
             true => self.find(role)?.map(Typed::F32),
             false => self.find(role)?.map(Typed::Element),
         })
     }
 
     fn weights<D: Dtype>(&self) -> Result<MoeWeights<Owned, D>> {
-        let config = &self.layer.config;
+        let config = &self.block.config;
         let latent = || -> Result<_> {
             Ok(LatentWeights {
                 proj_in: self.array(Role::LatentIn)?,
@@ -185,11 +244,7 @@ impl Reader<'_> {
                 norm: self.find(Role::RouterNorm)?,
                 selection_bias: self.find(Role::SelectionBias)?,
                 expert_scale: self.find(Role::ExpertScale)?,
-                table: self
-                    .layer
-                    .array(Role::Table)
-                    .map(|table| table.read_ids(config.router_experts()))
-                    .transpose()?,
+                table: self.read_ids(config.router_experts())?,
                 ..RouterWeights::default()
             },
             experts: ExpertWeights {
@@ -210,44 +265,5 @@ impl Reader<'_> {
             shared: config.shared.map(|_| shared()).transpose()?,
             output_norm: self.find(Role::OutputNorm)?,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use half::bf16;
-
-    use super::*;
-    use crate::checkpoint::Checkpoint;
-    use crate::folder::Folder;
-    use crate::tensor_file::TensorFile;
-
-    /// Every checkpoint of fixtures/ opens, and its arrays are as long as their shapes, of numbers that are written.
-    #[test]
-    fn every_fixture() {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
-        let folders = std::fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path());
-        for folder in folders.filter(|path| path.join("config.json").is_file()) {
-            let name = folder.display().to_string();
-            let recorded = TensorFile::open(&folder.join("recorded.safetensors")).unwrap();
-            let number = recorded.note("layer").unwrap().parse().unwrap();
-            let checkpoint = Checkpoint::open(Folder::Disk(folder)).unwrap();
-            for layer in checkpoint.layers(number).unwrap() {
-                let reading = Reading::new(1);
-                for array in layer.arrays().iter().filter(|array| array.role != Role::Table) {
-                    let wide = array.read::<f32>(&reading).unwrap();
-                    assert_eq!(wide.len(), array.len(), "{name}: {:?}", array.role);
-                    let written = wide.iter().filter(|value| value.is_finite() && **value != 0.0);
-                    assert!(written.count() * 4 > 3 * wide.len(), "{name}: {:?}", array.role);
-                    let narrow = array.read::<bf16>(&reading).unwrap();
-                    let rounded = wide.iter().map(|value| bf16::from_f32(*value));
-                    assert!(rounded.eq(narrow), "{name}: {:?} in bf16", array.role);
-                }
-                let weights = read_weights::<f32>(&layer).unwrap();
-                assert_eq!(weights.experts.down.len(), layer.config.down_len(), "{name}");
-            }
-        }
     }
 }

@@ -1,99 +1,75 @@
-//! Models as Hugging Face's Hub has them: from config.json to a [`MoeConfig`], and from a layer to the names of its
-//! tensors.
+//! From config.json to the MoE blocks of a layer.
 //!
-//! A family is a row of a table (`families/`): keys and their defaults, the rule of its router, what is peculiar, and
-//! the names under which checkpoints have its tensors. Rows follow transformers 5.23 and the released models; where
-//! transformers' own code departs from the model, the row follows the model and says so. What a family's *layer* does
-//! around its block (residuals, their scales, a dense MLP in parallel) is not part of the block.
-//!
-//! ```
-//! use moe_kernels::{MoeConfig, hf};
-//!
-//! # fn main() -> moe_kernels::Result<()> {
-//! let json = r#"{ "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 48 }"#;
-//! let config = MoeConfig::from_hf(json, 0)?;
-//! assert_eq!(config.to_string(), "H64 I48 E8 K2, softmax, top-k, renormalised");
-//!
-//! let blocks = hf::blocks(json, 0)?;
-//! let arrays = blocks[0].layouts()[0].arrays(&blocks[0], "model.layers.0.")?;
-//! assert_eq!(arrays[0].role, hf::Role::RouterGate);
-//! assert_eq!(arrays[0].parts[0].name, "model.layers.0.block_sparse_moe.gate.weight");
-//! # Ok(())
-//! # }
-//! ```
-
-mod families;
-mod family;
-mod json;
-mod keys;
-mod names;
-mod quantization;
-mod schedule;
-
-pub use json::strict_json;
-pub use names::{Array, Layout, Part, Role, Stored};
-pub use quantization::Quantization;
+//! A family is a row of a table (`families/`): keys and their defaults, the rule of its router, its
+//! peculiarities, and the names of its tensors. Rows follow transformers 5.23 and the released
+//! models. If transformers departs from the model, the row follows the model and says so. The
+//! *layer* around the block (residuals, their scales, a dense MLP in parallel) is not part of the
+//! block.
 
 use std::collections::BTreeSet;
 
+use moe_kernels::MoeConfig;
 use serde_json::{Map, Value};
 
-use crate::config::MoeConfig;
 use crate::error::{Error, Result};
-use families::{FAMILIES, NOT_COVERED};
-use family::{Family, Found};
+use crate::families::{FAMILIES, NOT_COVERED};
+use crate::family::{Family, Found};
+use crate::json::strict_json;
+use crate::names::Layout;
+use crate::quantization::Quantization;
 
-/// The MoE block of one layer of a model.
+/// The MoE block of one layer of a model, as config.json describes it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
-pub struct Block {
+pub struct BlockInfo {
     /// The family, as `model_type` in config.json names it.
     pub model_type: &'static str,
-    /// Which of the model's blocks it is ("text", "vision", "encoder" ...) where there are several; else empty.
+    /// The part of a model with several blocks in a layer ("text", "vision", "encoder" ...), else
+    /// empty.
     pub part: &'static str,
     /// The number of the layer.
     pub layer: usize,
-    /// What it computes. Weights lie as the first of [`layouts`](Self::layouts) has them; [`Layout::config`] says how
-    /// another one has them.
+    /// The configuration, with weights in the order of the first of [`layouts`](Self::layouts).
+    /// [`Layout::config`] has the order of another layout.
     pub config: MoeConfig,
-    /// Where its logits come from.
+    /// The source of its logits.
     pub logits: LogitsFrom,
-    /// `V`, the rows of the table of expert ids by token id; 0 where there is no such table.
+    /// `V`, the rows of the table of expert ids by token id; 0 without such a table.
     pub vocabulary: usize,
-    /// The number that the first expert has in the names of tensors.
+    /// The number of the first expert in the names of tensors.
     pub first_expert: usize,
-    /// How config.json says that weights are quantised; none where it does not.
+    /// The quantisation of the weights, if config.json has one.
     pub quantization: Option<Quantization>,
-    prefixes: &'static [&'static str],
-    layouts: &'static [Layout],
+    pub(crate) prefixes: &'static [&'static str],
+    pub(crate) layouts: &'static [Layout],
 }
 
-/// Where a block's logits come from.
+/// The source of a block's logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LogitsFrom {
-    /// The product of the tokens that the experts read and the router's weights.
+    /// The product of the experts' input and the router's weights.
     Projection,
-    /// That of other vectors than the experts read: the layer's residual, where a norm stands before the experts alone
-    /// (Gemma 4).
+    /// The product of another input and the router's weights: the layer's residual, if a norm is
+    /// applied to the experts' input alone (Gemma 4).
     ProjectionOfResidual,
-    /// The caller: the router is a network of its own, with a state that goes from layer to layer (Zaya).
+    /// The caller: the router is a network with a state that passes from layer to layer (Zaya).
     Caller,
 }
 
-impl Block {
-    /// What may stand before the names of this layer's tensors, the most frequent first.
+impl BlockInfo {
+    /// The possible prefixes of the names of this layer's tensors, the most frequent first.
     pub fn prefixes(&self) -> Vec<String> {
         let number = self.layer.to_string();
         self.prefixes.iter().map(|prefix| prefix.replace(LAYER, &number)).collect()
     }
 
-    /// The kinds of checkpoints that there are of this family, the most frequent first.
+    /// The kinds of checkpoints of this family, the most frequent first.
     pub fn layouts(&self) -> &'static [Layout] {
         self.layouts
     }
 
-    /// The number of the layer in the name of a tensor that begins like this block's.
+    /// The number of the layer in the name of a tensor with one of this block's prefixes.
     pub fn layer_of(&self, tensor: &str) -> Option<usize> {
         self.prefixes.iter().find_map(|prefix| {
             let (before, after) = prefix.split_once(LAYER)?;
@@ -107,27 +83,27 @@ impl Block {
 
 const LAYER: &str = "{layer}";
 
-impl MoeConfig {
-    /// The block of layer `layer` of the model that `json`, the text of a config.json, describes: the first one where
-    /// the model has several.
-    ///
-    /// # Errors
-    /// [`Error::Json`](crate::Error::Json), which names the key, its value and what is known; for families whose block
-    /// is none of this crate's it says why, and for a dense layer, or one past the last, the key that makes it so.
-    /// Names of one thing (`moe_topk`, `num_experts_per_tok`) with different values are an error, too.
-    /// [`Error::Unsupported`](crate::Error::Unsupported) for sizes out of range.
-    pub fn from_hf(json: &str, layer: usize) -> Result<Self> {
-        let blocks = blocks(json, layer)?;
-        blocks.first().map(|block| block.config).ok_or_else(|| not_json("without a block".into()))
-    }
-}
-
-/// Every MoE block that layer `layer` of a model has: one of each of its parts (text and vision, encoder and
-/// decoder) that have such a layer.
+/// The block of layer `layer` of the model that `json`, the text of a config.json, describes: the
+/// first one of a layer with several.
 ///
 /// # Errors
-/// Those of [`MoeConfig::from_hf`].
-pub fn blocks(json: &str, layer: usize) -> Result<Vec<Block>> {
+/// [`Error::Config`] names the key, its value and the accepted values. It is returned
+/// - for a family whose block is not supported, with the reason,
+/// - for a dense layer, or one past the last, with the key that decides so,
+/// - for different values of two names of one key (`moe_topk`, `num_experts_per_tok`).
+///
+/// [`Error::Library`] for sizes that moe-kernels rejects.
+pub fn from_config(json: &str, layer: usize) -> Result<MoeConfig> {
+    let blocks = blocks_from_config(json, layer)?;
+    blocks.first().map(|block| block.config).ok_or_else(|| not_json("without a block".into()))
+}
+
+/// All MoE blocks of layer `layer` of a model: one for each of its parts (text and vision, encoder
+/// and decoder) that has such a layer.
+///
+/// # Errors
+/// Those of [`from_config`].
+pub fn blocks_from_config(json: &str, layer: usize) -> Result<Vec<BlockInfo>> {
     let object = object(json)?;
     let mut blocks = Vec::new();
     let mut dense = None;
@@ -144,11 +120,11 @@ pub fn blocks(json: &str, layer: usize) -> Result<Vec<Block>> {
     }
 }
 
-/// The numbers of the layers that have MoE blocks, in any part of the model.
+/// The numbers of the layers with MoE blocks, in any part of the model.
 ///
 /// # Errors
-/// Those of [`MoeConfig::from_hf`].
-pub fn layers(json: &str) -> Result<Vec<usize>> {
+/// Those of [`from_config`].
+pub fn layers_from_config(json: &str) -> Result<Vec<usize>> {
     let object = object(json)?;
     let mut layers = BTreeSet::new();
     for family in families_of(&object)? {
@@ -174,7 +150,7 @@ fn families_of(object: &Map<String, Value>) -> Result<Vec<&'static Family>> {
     if rows.is_empty() { Err(unknown(model_type)) } else { Ok(rows) }
 }
 
-/// Every `model_type` that is covered, in alphabetical order.
+/// The supported values of `model_type`, in alphabetical order.
 pub fn model_types() -> Vec<&'static str> {
     let rows = FAMILIES.iter().flat_map(|families| families.iter());
     let mut types: Vec<_> = rows.flat_map(|family| family.model_types).copied().collect();
@@ -185,7 +161,7 @@ pub fn model_types() -> Vec<&'static str> {
 
 fn not_json(why: String) -> Error {
     let wanted = "a JSON object that describes a model".into();
-    Error::Json { key: "config.json".into(), got: format!("not JSON: {why}"), wanted }
+    Error::Config { key: "config.json".into(), got: format!("not JSON: {why}"), wanted }
 }
 
 fn unknown(model_type: Option<&Value>) -> Error {
@@ -194,7 +170,6 @@ fn unknown(model_type: Option<&Value>) -> Error {
         .and_then(Value::as_str)
         .and_then(|name| NOT_COVERED.iter().find(|(known, _)| *known == name))
         .map_or_else(String::new, |(_, why)| format!(" ({why})"));
-    let wanted =
-        format!("one of the families that are supported{why}: {}", model_types().join(", "));
-    Error::Json { key: "model_type".into(), got, wanted }
+    let wanted = format!("one of the supported families{why}: {}", model_types().join(", "));
+    Error::Config { key: "model_type".into(), got, wanted }
 }

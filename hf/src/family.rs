@@ -1,65 +1,65 @@
-//! One family: how its config.json becomes a [`MoeConfig`], as data.
+//! One family as data: from its config.json to a [`MoeConfig`].
 
-use serde_json::{Map, Value};
-
-use crate::config::{
+use moe_kernels::{
     Activation, ActivationFunction, ExpertConfig, GroupScore, Groups, Masked, MoeConfig,
     Normalization, RouterConfig, RouterProjection, Scoring, SharedConfig, WeightOrder,
     WeightPosition,
 };
-use crate::error::{Error, Result};
-use crate::hf::keys::Keys;
-use crate::hf::names::Layout;
-use crate::hf::quantization::Quantization;
-use crate::hf::schedule::Schedule;
-use crate::hf::{Block, LogitsFrom};
+use serde_json::{Map, Value};
 
-/// A row of the table of families. Absent keys mean the default of transformers' class, which the row has.
+use crate::config::{BlockInfo, LogitsFrom};
+use crate::error::{Error, Result};
+use crate::keys::Keys;
+use crate::names::Layout;
+use crate::quantization::Quantization;
+use crate::schedule::Schedule;
+
+/// A row of the table of families. It has the default of transformers' class for each absent key.
 pub(super) struct Family {
-    /// The `model_type` of config.json; more than one where configurations come in several wrappings.
+    /// The values of `model_type`; several if configurations are nested in different ways.
     pub model_types: &'static [&'static str],
-    /// The nested objects that lead to the block's keys, each with the names it may have.
+    /// The path of nested objects to the block's keys, each with its possible names.
     pub path: &'static [&'static [&'static str]],
-    /// Which of a model's blocks it is, where there are several; else empty.
+    /// The part of a model with several blocks, else empty.
     pub part: &'static str,
-    /// The `model_type`s of the nested object that this row is for, where transformers builds what it names; else empty,
-    /// as most classes know what they nest and ignore the name.
+    /// The accepted values of the nested object's `model_type`, if transformers builds the class of
+    /// that name. Empty for most families, whose classes ignore it.
     pub nested_types: &'static [&'static str],
-    /// A model may be without this part; otherwise, without the nested objects, the keys stand at the top.
+    /// A model may lack this part. Otherwise, without the nested objects, the keys are at the top.
     pub optional: bool,
-    /// Which element counts where a size is a list; none for that of the layer.
+    /// The index of the element if a size is a list; `None` for that of the layer.
     pub element: Option<usize>,
-    /// Which layers have experts.
+    /// The layers with experts.
     pub schedule: Schedule,
     pub keys: SizeKeys,
-    /// The defaults of `H`, `I`, `E` and `K`; 0 where the class has none.
+    /// The defaults of `H`, `I`, `E` and `K`; 0 if the class has none.
     pub sizes: [usize; 4],
     pub activation: Function,
     pub gated: bool,
     pub weight_position: WeightPosition,
-    /// The router's product is computed in f32 whatever the model's type is.
+    /// The router's product is computed in f32 for every element type.
     pub f32_logits: bool,
     pub rule: Rule,
     pub shared: Shared,
     pub logits: LogitsFrom,
-    /// What is peculiar to the family.
-    pub special: fn(&Keys<'_>, &mut Block) -> Result<()>,
-    /// What stands before the names of a layer; `{layer}` stands for its number.
+    /// The peculiarities of the family.
+    pub special: fn(&Keys<'_>, &mut BlockInfo) -> Result<()>,
+    /// The possible prefixes of a layer's tensors; `{layer}` is replaced by its number.
     pub prefixes: &'static [&'static str],
     /// The kinds of checkpoints, the most frequent first.
     pub layouts: &'static [Layout],
 }
 
-/// What a layer has of a family.
+/// The block of a layer.
 pub(super) enum Found {
-    Block(Box<Block>),
-    /// No experts: the key that makes the layer dense, or that ends before it.
+    Block(Box<BlockInfo>),
+    /// No experts: the error names the key that makes the layer dense, or the number of layers.
     Dense(Error),
-    /// The model is without this part.
+    /// The model lacks this part.
     Absent,
 }
 
-/// Keys of the sizes, each with all of its names.
+/// The keys of the sizes, each with all of its names.
 #[derive(Clone, Copy)]
 pub(super) struct SizeKeys {
     pub hidden: Names,
@@ -70,25 +70,25 @@ pub(super) struct SizeKeys {
 
 pub(super) type Names = &'static [&'static str];
 
-/// Where the name of the activation function is.
+/// The source of the activation function.
 #[derive(Clone, Copy)]
 pub(super) enum Function {
     /// Under a key, with the class default.
     Key(&'static str, &'static str),
-    /// In the code.
+    /// Fixed in the class.
     Fixed(ActivationFunction),
 }
 
-/// The router, less what only a key says.
+/// The router, without the values that keys have.
 #[derive(Clone, Copy)]
 pub(super) struct Rule {
     pub base: RouterConfig,
     pub renormalize: Flag,
-    /// What renormalising is.
+    /// The normalisation, if it is enabled.
     pub normalization: Normalization,
     pub scale: Scale,
     pub groups: Option<GroupRule>,
-    /// Keys that may be absent, and the values under which the rule is this one.
+    /// Optional keys and their supported values.
     pub only: &'static [(&'static str, &'static [&'static str])],
 }
 
@@ -109,26 +109,26 @@ pub(super) enum Scale {
 pub(super) struct GroupRule {
     /// The names of the number of groups.
     pub count: Names,
-    /// The defaults of the number of groups and of those that are chosen; 0 for no groups.
+    /// The defaults of the number of groups and of selected groups; 0 for no groups.
     pub defaults: (usize, usize),
     pub score: GroupScore,
     pub masked: Masked,
 }
 
-/// The shared expert: `count` times `width` wide, and none where that is 0.
+/// The shared expert, of width `count * width`; none if that is 0.
 #[derive(Clone, Copy)]
 pub(super) struct Shared {
     pub width: Width,
     pub count: (Names, usize),
     pub sigmoid_gate: bool,
-    /// The key that gives every projection of it a bias; none where it cannot have any.
+    /// The key that adds a bias to each of its projections; empty if it has no such key.
     pub bias: Names,
 }
 
 #[derive(Clone, Copy)]
 pub(super) enum Width {
     None,
-    /// That of the routed experts.
+    /// The width of the routed experts.
     Experts,
     Key(Names, usize),
 }
@@ -141,19 +141,19 @@ pub(super) const fn shared_width(key: Names, default: usize) -> Shared {
     Shared { width: Width::Key(key, default), ..NO_SHARED }
 }
 
-/// So many shared experts of the routed ones' width, in one.
+/// A number of shared experts of the routed experts' width, merged into one.
 pub(super) const fn shared_count(key: Names, default: usize) -> Shared {
     Shared { width: Width::Experts, count: (key, default), ..NO_SHARED }
 }
 
 impl Shared {
-    /// With biases if the key says so.
+    /// With biases if the key is true.
     pub const fn with_bias(self, bias: Names) -> Self {
         Self { bias, ..self }
     }
 }
 
-/// Softmax over all experts, the largest as they are.
+/// Softmax over all experts; the largest, without normalisation.
 pub(super) const SOFTMAX: Rule = Rule {
     base: RouterConfig::softmax_top_k(false),
     renormalize: Flag::Never,
@@ -163,7 +163,7 @@ pub(super) const SOFTMAX: Rule = Rule {
     only: &[],
 };
 
-/// The largest logits, and softmax over those.
+/// Softmax over the largest logits.
 pub(super) const TOP_K_SOFTMAX: Rule = Rule { base: RouterConfig::top_k_softmax(), ..SOFTMAX };
 
 /// Sigmoid, selected with a bias, renormalised.
@@ -214,7 +214,7 @@ pub(super) fn function(keys: &Keys<'_>, key: &str, default: &str) -> Result<Acti
 }
 
 impl Family {
-    /// The keys of the block, as one layer sees them; none if the model does not have the part that the block is in.
+    /// The keys of the block for one layer; `None` if the model lacks the part.
     fn keys<'a>(&self, json: &'a Map<String, Value>, layer: usize) -> Result<Option<Keys<'a>>> {
         let mut keys = Keys::new(json, layer);
         if let Some(element) = self.element {
@@ -234,7 +234,7 @@ impl Family {
         Ok(Some(keys))
     }
 
-    /// The numbers of the layers that have a block.
+    /// The numbers of the layers with a block.
     pub fn layers(&self, json: &Map<String, Value>) -> Result<Vec<usize>> {
         let Some(mut keys) = self.keys(json, 0)? else { return Ok(Vec::new()) };
         let mut layers = Vec::new();
@@ -280,7 +280,7 @@ impl Family {
             shared: self.shared.read(&keys, plain.intermediate, activation, self.gated)?,
             ..plain
         };
-        let mut block = Block {
+        let mut block = BlockInfo {
             model_type: self.model_types.first().copied().unwrap_or_default(),
             part: self.part,
             layer,
@@ -329,7 +329,7 @@ impl Rule {
 }
 
 impl GroupRule {
-    /// One group is none.
+    /// One group is no group.
     pub fn read(&self, keys: &Keys<'_>) -> Result<Option<Groups>> {
         let Self { count, defaults: (num_groups, top_groups), score, masked } = *self;
         let num_groups = keys.count(count, num_groups)?;
@@ -371,13 +371,13 @@ impl Shared {
     }
 }
 
-/// For families with nothing peculiar.
-pub(super) fn plain(_: &Keys<'_>, _: &mut Block) -> Result<()> {
+/// For families without peculiarities.
+pub(super) fn plain(_: &Keys<'_>, _: &mut BlockInfo) -> Result<()> {
     Ok(())
 }
 
 impl Layout {
-    /// Names whose gate, up and down are stored transposed, each expert's `[in, out]`.
+    /// With gate, up and down stored as `[in, out]` for each expert.
     pub(super) const fn in_out(self) -> Self {
         let mut layout = self;
         layout.experts.gate_up_order = WeightOrder::InOut;

@@ -4,18 +4,19 @@ use std::borrow::Cow;
 
 use serde_json::{Value, json};
 
-/// The words for numbers that JSON does not have.
+/// The words for numbers that JSON lacks.
 const WORDS: [&str; 3] = ["Infinity", "-Infinity", "NaN"];
 
-/// Python's JSON as JSON of RFC 8259.
+/// Converts Python's JSON to JSON of RFC 8259.
 ///
-/// Python writes and reads the bare words `Infinity`, `-Infinity` and `NaN` as numbers, and released config.json files
-/// have them. Each of them outside of a string becomes the object that transformers writes in its place since version
-/// 5, `{"__float__": "Infinity"}`; every other byte stays. A parser for RFC 8259 thus reads what Python reads, and
-/// refuses what Python refuses: the words are values alone, not keys and not parts of longer words.
+/// Python writes and reads the bare words `Infinity`, `-Infinity` and `NaN` as numbers, and
+/// released config.json files have them. Each of them outside of a string is replaced by the object
+/// that transformers writes since version 5, `{"__float__": "Infinity"}`; every other byte is
+/// unchanged. A parser for RFC 8259 thus accepts and rejects what Python does: the words are
+/// values, not keys and not parts of longer words.
 ///
 /// ```
-/// let text = moe_kernels::hf::strict_json(r#"{"a": -Infinity, "b": "NaN"}"#);
+/// let text = moe_kernels_hf::strict_json(r#"{"a": -Infinity, "b": "NaN"}"#);
 /// assert_eq!(text, r#"{"a": {"__float__": "-Infinity"}, "b": "NaN"}"#);
 /// ```
 pub fn strict_json(text: &str) -> Cow<'_, str> {
@@ -25,9 +26,9 @@ pub fn strict_json(text: &str) -> Cow<'_, str> {
     let bytes = text.as_bytes();
     while let Some(&byte) = bytes.get(at) {
         at = match byte {
-            b'"' => behind_string(bytes, at),
+            b'"' => end_of_string(bytes, at),
             b'-' | b'.' | b'_' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => {
-                let end = behind_word(bytes, at);
+                let end = end_of_word(bytes, at);
                 if let Some(word) = text.get(at..end).filter(|word| WORDS.contains(word)) {
                     strict += text.get(copied..at).unwrap_or_default();
                     strict += &format!("{{\"__float__\": \"{word}\"}}");
@@ -45,8 +46,8 @@ pub fn strict_json(text: &str) -> Cow<'_, str> {
     Cow::Owned(strict)
 }
 
-/// Where the string ends that begins at `start`, its quotes included.
-fn behind_string(bytes: &[u8], start: usize) -> usize {
+/// The end of the string that begins at `start`, quotes included.
+fn end_of_string(bytes: &[u8], start: usize) -> usize {
     let mut at = start + 1;
     while let Some(byte) = bytes.get(at) {
         match byte {
@@ -58,14 +59,14 @@ fn behind_string(bytes: &[u8], start: usize) -> usize {
     bytes.len()
 }
 
-/// Where the run of letters, digits and signs ends that begins at `start`.
-fn behind_word(bytes: &[u8], start: usize) -> usize {
+/// The end of the sequence of letters, digits and signs that begins at `start`.
+fn end_of_word(bytes: &[u8], start: usize) -> usize {
     let of_word = |byte: &u8| byte.is_ascii_alphanumeric() || b"+-._".contains(byte);
     let rest = bytes.get(start..).unwrap_or_default();
     start + rest.iter().take_while(|byte| of_word(byte)).count()
 }
 
-/// A number, which may be one of those that JSON does not have.
+/// A number, including infinities and NaN.
 pub(super) fn number(value: &Value) -> Option<f64> {
     value.as_f64().or_else(|| match word(value)? {
         "Infinity" => Some(f64::INFINITY),
@@ -74,7 +75,7 @@ pub(super) fn number(value: &Value) -> Option<f64> {
     })
 }
 
-/// The word that stands for a number that JSON does not have.
+/// The word of a number that JSON lacks.
 pub(super) fn word(value: &Value) -> Option<&'static str> {
     value.get("__float__")?;
     WORDS.into_iter().find(|word| *value == json!({ "__float__": word }))
@@ -84,9 +85,9 @@ pub(super) fn word(value: &Value) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    /// The words are values wherever a value may stand, and what is in strings stays.
+    /// The words are values wherever a value is allowed; strings are unchanged.
     #[test]
-    fn words_are_values() {
+    fn words_outside_strings_are_values() {
         let text =
             r#"{"a": [0.0, Infinity,-Infinity , NaN], "NaN": "Infinity \" NaN", "c": {"d":NaN}}"#;
         let value: Value = serde_json::from_str(&strict_json(text)).unwrap();
@@ -98,9 +99,9 @@ mod tests {
         assert_eq!(number(&json!({ "__float__": "NaN", "more": 1 })), None);
     }
 
-    /// Text without the words is the text, and what Python refuses stays refused.
+    /// Text without the words is unchanged, and an error in Python remains an error.
     #[test]
-    fn nothing_else_is_read() {
+    fn accepts_nothing_else() {
         let strings = [r#""\" NaN""#, r#"["\\", "NaN \\"]"#, "\"Infinity"];
         for text in [&["", "{\"a\": 1e3, \"b\": [true, null]}"], &strings[..]].concat() {
             assert!(matches!(strict_json(text), Cow::Borrowed(same) if same == text), "{text}");

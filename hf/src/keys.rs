@@ -1,4 +1,4 @@
-//! The keys of config.json: typed look-ups whose errors name the key.
+//! The keys of config.json: typed look-ups with errors that name the key.
 
 use serde_json::{Map, Value};
 
@@ -6,20 +6,21 @@ use super::json;
 use super::schedule::MAX_LAYERS;
 use crate::error::{Error, Result};
 
-/// Names that stand in for others, which may be there as well and mean something else: the width of a vision tower
-/// beside that of what it gives, and K beside a capacity.
-const OF_ITS_OWN: [&str; 2] = ["embed_dim", "capacity_factor"];
+/// Names that are alternatives to others and may also have a meaning of their own: the width of a
+/// vision tower in addition to that of its output, and a capacity in addition to K.
+const OWN_MEANING: [&str; 2] = ["embed_dim", "capacity_factor"];
 
-/// One object of config.json, as one layer sees it.
+/// One object of config.json, for one layer.
 #[derive(Clone)]
 pub(super) struct Keys<'a> {
-    /// The objects around this one, the outermost first, then this one.
+    /// The objects on the path, the outermost first and this one last.
     objects: Vec<&'a Map<String, Value>>,
-    /// The keys that lead here, each with a dot behind it.
+    /// The keys on the path, each followed by a dot.
     path: String,
-    /// The number of the layer: a key may be a list by layer, and a model may have exceptions by layer.
+    /// The number of the layer: a value may be a list by layer, and a model may have exceptions by
+    /// layer.
     pub layer: usize,
-    /// Which element counts where a size is a list.
+    /// The index of the element that is read if a size is a list.
     pub element: usize,
 }
 
@@ -28,8 +29,8 @@ impl<'a> Keys<'a> {
         Self { objects: vec![object], path: String::new(), layer, element: layer }
     }
 
-    /// The object under `names` (the first that is there counts), or this one again where there is none:
-    /// configurations without the nested object have its keys at their top.
+    /// The object under the first of `names` that exists, else this one: configurations without the
+    /// nested object have its keys at the top.
     pub fn nested(mut self, names: &[&str]) -> Result<Self> {
         let Some((name, value)) = self.find(names) else { return Ok(self) };
         let Value::Object(object) = value else {
@@ -46,7 +47,7 @@ impl<'a> Keys<'a> {
         Self { objects, path: String::new(), layer: self.layer, element: self.element }
     }
 
-    /// The first of `names` in the innermost of the objects that lead here that has one, with its path.
+    /// The first of `names` in the innermost object on the path that has one, with its path.
     pub fn around(&self, names: &[&str]) -> Option<(String, &'a Value)> {
         let here: Vec<&str> = self.path.split_terminator('.').collect();
         self.objects.iter().enumerate().rev().find_map(|(depth, object)| {
@@ -56,29 +57,30 @@ impl<'a> Keys<'a> {
         })
     }
 
-    /// The first of `names` that is there and is not null, which Python writes for what is absent.
+    /// The first of `names` that exists and is not null, which Python writes for an absent value.
     fn find<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &'a Value)> {
         self.all_where(names, |value| !value.is_null()).first().copied()
     }
 
-    /// The same, where `names` are names of one thing: of different values under them readers of config.json take
-    /// different ones.
+    /// The same if `names` are names of one key. Different values under them are an error: readers
+    /// of config.json differ in which one they take.
     pub fn agreed<'n>(&self, names: &[&'n str]) -> Result<Option<(&'n str, &'a Value)>> {
         let found = self.all_where(names, |value| !value.is_null());
         let Some((&(name, value), others)) = found.split_first() else { return Ok(None) };
         let differs = |(other, its): &&(&str, &Value)| {
-            !OF_ITS_OWN.contains(&name) && !OF_ITS_OWN.contains(other) && !self.same(value, its)
+            !OWN_MEANING.contains(&name) && !OWN_MEANING.contains(other) && !self.same(value, its)
         };
         match others.iter().find(differs) {
             None => Ok(Some((name, value))),
             Some((other, its)) => {
-                let got = format!("{}, where `{other}` is {}", shortened(value), shortened(its));
+                let got = format!("{} and `{other}` is {}", shortened(value), shortened(its));
                 Err(self.error_text(name, got, "the same value under both names"))
             }
         }
     }
 
-    /// Whether two values say the same of this layer: one may be a list by layer, and the other one for all.
+    /// Returns whether two values are equal for this layer: one may be a list by layer, and the
+    /// other for all layers.
     fn same(&self, one: &Value, other: &Value) -> bool {
         match (one, other) {
             (Value::Array(one), Value::Array(other)) => {
@@ -94,12 +96,12 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The same as `agreed`, where null says something else than absence.
+    /// The same as `agreed`, for keys with another meaning of null than absence.
     fn agreed_or_null<'n>(&self, names: &[&'n str]) -> Result<Option<(&'n str, &'a Value)>> {
         Ok(self.agreed(names)?.or_else(|| self.all_where(names, |_| true).first().copied()))
     }
 
-    /// Those of `names` that `good` accepts, as this layer has them: `per_layer_config` has the exceptions.
+    /// Those of `names` that `good` accepts, for this layer: `per_layer_config` overrides.
     fn all_where<'n>(
         &self,
         names: &[&'n str],
@@ -117,7 +119,7 @@ impl<'a> Keys<'a> {
         exceptions.map(&of).filter(|found| !found.is_empty()).unwrap_or_else(|| of(here))
     }
 
-    /// Whether a key is there and is not null.
+    /// Returns whether a key exists and is not null.
     pub fn has(&self, name: &str) -> bool {
         self.find(&[name]).is_some()
     }
@@ -126,7 +128,7 @@ impl<'a> Keys<'a> {
         self.find(names).is_some()
     }
 
-    /// The first of `names` that is there with its value; else the first of them, as missing.
+    /// The first of `names` that exists, with its value; else the first of them, as missing.
     pub fn shown<'n>(&self, names: &[&'n str], default: &str) -> (&'n str, String) {
         let missing = || {
             let name = names.first().copied().unwrap_or_default();
@@ -140,10 +142,11 @@ impl<'a> Keys<'a> {
     }
 
     pub fn error_text(&self, name: &str, got: String, wanted: impl Into<String>) -> Error {
-        Error::Json { key: format!("{}{name}", self.path), got, wanted: wanted.into() }
+        Error::Config { key: format!("{}{name}", self.path), got, wanted: wanted.into() }
     }
 
-    /// A whole number of at least 1, or `default` where no key is there; 0 is no default.
+    /// A whole number of at least 1, or `default` without a key; a default of 0 makes the key
+    /// required.
     pub fn size(&self, names: &[&str], default: usize) -> Result<usize> {
         let found = self.agreed(names)?;
         let size = found.map_or(Ok(default), |(name, value)| self.whole(name, value))?;
@@ -156,13 +159,13 @@ impl<'a> Keys<'a> {
         Err(self.error_text(name, got, "a whole number of at least 1"))
     }
 
-    /// A whole number, or `default` where no key is there; 0 and null say that there is no such thing.
+    /// A whole number, or `default` without a key; 0 and null disable the feature.
     pub fn count(&self, names: &[&str], default: usize) -> Result<usize> {
         let Some((name, value)) = self.agreed_or_null(names)? else { return Ok(default) };
         self.whole(name, value)
     }
 
-    /// A whole number, or the one of this element in a list; null is 0.
+    /// A whole number, or the element of a list; null is 0.
     fn whole(&self, name: &str, value: &Value) -> Result<usize> {
         let element = match value {
             Value::Array(values) => values.get(self.element).ok_or_else(|| {
@@ -178,7 +181,7 @@ impl<'a> Keys<'a> {
         integer.ok_or_else(|| self.error(name, value, "a whole number of at least 1"))
     }
 
-    /// A number; null is none.
+    /// A number, or `default` without a key; null is `None`.
     pub fn number(&self, names: &[&str], default: Option<f64>) -> Result<Option<f64>> {
         match self.agreed_or_null(names)? {
             None => Ok(default),
@@ -189,7 +192,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A number, or `default` where no key is there.
+    /// A number, or `default` without a key.
     pub fn f64(&self, names: &[&str], default: f64) -> Result<f64> {
         let Some((name, value)) = self.agreed(names)? else { return Ok(default) };
         json::number(value).ok_or_else(|| self.error(name, value, "a number"))
@@ -208,7 +211,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A flag that null turns off, as Python's None is false.
+    /// A flag; null is false, as Python's None is.
     pub fn flag(&self, names: &[&str], default: bool) -> Result<bool> {
         match self.agreed_or_null(names)? {
             Some((_, Value::Null)) => Ok(false),
@@ -216,7 +219,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// One of some words, as what it stands for. `default` is one of the words.
+    /// The value of one of the known words. `default` is one of the words.
     pub fn word<T: Copy>(&self, names: &[&str], default: &str, known: &[(&str, T)]) -> Result<T> {
         let find =
             |word: &str| known.iter().find(|(name, _)| *name == word).map(|(_, value)| *value);
@@ -235,18 +238,18 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A text, or `default` where no key is there.
+    /// A text, or `default` without a key.
     pub fn text(&self, names: &[&str], default: &'a str) -> Result<&'a str> {
         let Some((name, value)) = self.agreed(names)? else { return Ok(default) };
         value.as_str().ok_or_else(|| self.error(name, value, "a text"))
     }
 
-    /// A list; none where the key is something else.
+    /// A list; `None` for another type.
     pub fn list(&self, name: &str) -> Option<&'a [Value]> {
         self.find(&[name]).and_then(|(_, value)| value.as_array()).map(Vec::as_slice)
     }
 
-    /// The numbers of layers in a list, or in a text between commas; none where the key is not there.
+    /// The numbers of layers in a list, or in a text separated by commas; `None` without the key.
     pub fn layer_numbers(&self, name: &str) -> Result<Option<Vec<usize>>> {
         let Some((_, value)) = self.find(&[name]) else { return Ok(None) };
         let of_text = |part: &str| part.trim().parse().ok();
@@ -267,7 +270,7 @@ impl<'a> Keys<'a> {
         numbers.map(Some).ok_or_else(|| self.error(name, value, wanted()))
     }
 
-    /// The element of a list that belongs to this layer; none where the key is not there.
+    /// The element of a list for this layer; `None` without the key.
     pub fn by_layer(&self, name: &str) -> Result<Option<&'a Value>> {
         match self.find(&[name]) {
             None => Ok(None),
@@ -282,7 +285,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Fails unless a switch is off: what it would add is not computed.
+    /// An error unless a switch is off: its effect is not supported.
     pub fn off(&self, name: &str, wanted: &str) -> Result<()> {
         if self.boolean(&[name], false)? {
             return Err(self.error(name, &Value::Bool(true), wanted));
@@ -291,11 +294,11 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// A value as a message shows it: a long one by its beginning.
+/// A value in a message: a long one is truncated.
 fn shortened(value: &Value) -> String {
-    const MOST: usize = 80;
+    const MAX: usize = 80;
     let text = json::word(value).map_or_else(|| value.to_string(), str::to_string);
-    match text.char_indices().nth(MOST) {
+    match text.char_indices().nth(MAX) {
         None => text,
         Some((end, _)) => format!("{}...", &text[..end]),
     }

@@ -1,12 +1,14 @@
-//! The names of a block's tensors, and how each role is put together from them.
+//! The names of a block's tensors, and the parts of each array.
 
 use std::ops::Range;
 
-use crate::config::{GateUpLayout, MoeConfig, Selection, WeightOrder};
-use crate::error::{Error, Result};
-use crate::hf::{Block, LogitsFrom};
+use moe_kernels::{GateUpLayout, MoeConfig, Selection, WeightOrder};
 
-/// What an array of a block is for. Shapes are those in memory, `E'` being the experts that the router sees.
+use crate::config::{BlockInfo, LogitsFrom};
+use crate::error::{Error, Result};
+
+/// The role of an array in a block. Shapes are those in memory; `E'` is the number of experts that
+/// the router scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Role {
@@ -14,21 +16,22 @@ pub enum Role {
     RouterGate,
     /// The bias of the logits `[E']`.
     RouterBias,
-    /// The weights `[H]` of the norm that the router reads tokens through.
+    /// The weights `[H]` of the norm of the router's input.
     RouterNorm,
-    /// What is added for the selection alone, `[E']` less the sinks.
+    /// The bias that is added for the selection alone, `[E']` less the sinks.
     SelectionBias,
-    /// What multiplies the weight of each expert, `[E']`.
+    /// A factor of each expert's routing weight, `[E']`.
     ExpertScale,
     /// Expert ids by token id, `[V, K]`.
     Table,
-    /// Gate and up in one, `[E, 2I, H]` or `[E, H, 2I]`; up alone for experts without a gate.
+    /// Gate and up in one array, `[E, 2I, H]` or `[E, H, 2I]`; up alone for experts without a gate.
     GateUp,
-    /// Gate where it is apart from up, `[E, I, H]` or `[E, H, I]`.
+    /// Gate in an array of its own, `[E, I, H]` or `[E, H, I]`.
     Gate,
-    /// Up where it is apart from gate.
+    /// Up in an array of its own, of the same shape.
     Up,
-    /// The biases of gate and up, `[E, 2I]`, in the order of the weights' features; of up alone without a gate.
+    /// The biases of gate and up, `[E, 2I]`, in the order of the weights' features; of up alone
+    /// without a gate.
     GateUpBias,
     /// `[E, H, I]` or `[E, I, H]`
     Down,
@@ -40,49 +43,51 @@ pub enum Role {
     PostNorm,
     /// The projection to the latent width, `[L, H]`.
     LatentIn,
-    /// The weights `[L]` of the norm behind it.
+    /// The weights `[L]` of the norm of its output.
     LatentNorm,
     /// The projection from the latent width, `[H, L]`.
     LatentOut,
-    /// The shared expert's gate and then its up, `[2I, H]`; up alone `[I, H]` without a gate.
+    /// The shared expert's gate followed by its up, `[2I, H]`; up alone `[I, H]` without a gate.
     SharedGateUp,
-    /// The biases of the shared expert's gate and then its up, `[2I]`; of up alone `[I]` without a gate.
+    /// The biases of the shared expert's gate and up, `[2I]`; of up alone `[I]` without a gate.
     SharedGateUpBias,
     /// The shared expert's down, `[H, I]`.
     SharedDown,
     /// The bias of the shared expert's down, `[H]`.
     SharedDownBias,
-    /// The vector `[H]` of the shared expert's own sigmoid gate.
+    /// The weights `[H]` of the sigmoid gate of the shared expert's output.
     SharedSigmoidGate,
     /// The weights `[H]` of the norm of the layer's output.
     OutputNorm,
 }
 
-/// How the numbers of a tensor are stored, where that is not one of its own element type.
+/// The tensors that store a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stored {
-    /// As they are, or as codes of 8 or 4 bits with scales beside them: [`scale_names`](Part::scale_names).
+    /// One tensor of numbers, or of codes of 8 or 4 bits with a tensor of scales:
+    /// [`scale_names`](Part::scale_names).
     Plain,
-    /// As MXFP4: blocks in `<name>_blocks`, scales in `<name>_scales`.
+    /// MXFP4: blocks in `<name>_blocks`, scales in `<name>_scales`.
     Mxfp4,
 }
 
-/// A tensor of a checkpoint, or a piece of one.
+/// A tensor of a checkpoint, or a range of its elements.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
-    /// Its whole name.
+    /// Its full name.
     pub name: String,
-    /// Its whole shape on disk.
+    /// The shape of the whole tensor on disk.
     pub shape: Vec<usize>,
-    /// The elements of it that are meant.
+    /// The elements that belong to the array.
     pub elements: Range<usize>,
-    /// How they are stored.
+    /// The tensors that store it.
     pub stored: Stored,
 }
 
 impl Part {
-    /// The names that the scales of the tensor may have, where it is quantised, the most frequent first: DeepSeek-V3's,
-    /// that of compressed-tensors, of Inkling 2 and of ModelOpt, DeepSeek-V4's, and Mistral Large 4's.
+    /// The possible names of the scales of a quantised tensor, the most frequent first: that of
+    /// DeepSeek-V3; that of compressed-tensors, Inkling 2 and ModelOpt; that of DeepSeek-V4; that
+    /// of Mistral Large 4.
     pub fn scale_names(&self) -> Vec<String> {
         let name = &self.name;
         let mut names = vec![format!("{name}_scale_inv"), format!("{name}_scale")];
@@ -92,8 +97,8 @@ impl Part {
         names
     }
 
-    /// The names of the scales with which a quantised model rounds what it multiplies by the tensor. Layers here take
-    /// their inputs as they are.
+    /// The possible names of the scales with which a quantised model rounds the tensor's inputs.
+    /// moe-kernels does not round inputs and ignores them.
     pub fn activation_scale_names(&self) -> Vec<String> {
         let name = &self.name;
         let mut names = vec![format!("{name}_activation_scale")];
@@ -108,23 +113,24 @@ impl Part {
     }
 }
 
-/// An array that a layer needs: its parts one behind the other.
+/// An array of a block: its parts, concatenated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Array {
-    /// What it is for.
+    /// Its role.
     pub role: Role,
     /// Its shape in memory.
     pub shape: Vec<usize>,
-    /// Where its elements come from.
+    /// The tensors with its elements.
     pub parts: Vec<Part>,
-    /// The parts have the transpose of a matrix of this shape.
+    /// The parts are the transpose of a matrix of this shape.
     pub transposed: bool,
-    /// The parts have one element, which every element of the array is.
+    /// The parts have one element; every element of the array is equal to it.
     pub repeated: bool,
 }
 
-/// The names that a family's tensors have in one kind of checkpoint, behind the layer's prefix. `{expert}` stands for
-/// a number; an empty name is a tensor that no checkpoint of this kind has.
+/// The names of a family's tensors in one kind of checkpoint, without the layer's prefix.
+/// `{expert}` is replaced by a number. An empty name is a tensor that no checkpoint of this kind
+/// has.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
     pub(super) router: RouterNames,
@@ -132,25 +138,27 @@ pub struct Layout {
     pub(super) latent: LatentNames,
     pub(super) shared: SharedNames,
     pub(super) output_norm: &'static str,
-    /// Names in the block's modules that checkpoints have and that it does not need.
+    /// Names in the block's modules that checkpoints have and that the block does not need.
     pub(super) unread: &'static [&'static str],
 }
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RouterNames {
     pub gate: &'static str,
-    /// The gate is stored as `[H, E']`.
+    /// `gate` is stored as `[H, E']`.
     pub transposed: bool,
     pub bias: &'static str,
     pub norm: &'static str,
     pub selection_bias: &'static str,
-    /// The selection bias is a row of a tensor: which, and of how many.
+    /// The selection bias is one row of a tensor: its index and the number of rows; (0, 0) for a
+    /// whole tensor.
     pub row: (usize, usize),
     pub expert_scale: &'static str,
     pub table: &'static str,
 }
 
-/// Names of the experts' tensors. Those with `{expert}` are stacked; without a name for the gate, `up` has both.
+/// Names of the experts' tensors. Those with `{expert}` are stacked. If `gate` is empty, `up` is
+/// gate and up.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ExpertNames {
     pub gate: &'static str,
@@ -160,14 +168,14 @@ pub(super) struct ExpertNames {
     pub down_bias: &'static str,
     pub output_bias: &'static str,
     pub post_norm: &'static str,
-    /// The order of gate and up where they are one tensor.
+    /// The order of gate and up in one tensor.
     pub gate_up: GateUpLayout,
     pub gate_up_order: WeightOrder,
     pub down_order: WeightOrder,
-    /// The experts' dimension is not one of its own: `[E * I, H]`.
+    /// The experts' dimension is merged into the next one: `[E * I, H]`.
     pub flat: bool,
     pub stored: Stored,
-    /// Experts behind the others, that the router takes for every token: their gate and up, and their down.
+    /// The last experts, which every token selects, in tensors of their own: gate and up, and down.
     pub sinks: (&'static str, &'static str),
 }
 
@@ -178,7 +186,7 @@ pub(super) struct LatentNames {
     pub proj_out: &'static str,
 }
 
-/// Without a name for the gate, `up` has both.
+/// If `gate` is empty, `up` is gate and up.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SharedNames {
     pub gate: &'static str,
@@ -188,7 +196,7 @@ pub(super) struct SharedNames {
 }
 
 impl Layout {
-    /// The experts' layout, as this kind of checkpoint has it.
+    /// Sets the order of the experts' weights to that of this kind of checkpoint.
     fn apply(&self, config: &mut MoeConfig) {
         let names = &self.experts;
         let experts = &mut config.experts;
@@ -202,22 +210,22 @@ impl Layout {
         };
     }
 
-    /// The configuration of a block with the order in which weights of this kind of checkpoint lie.
-    pub fn config(&self, block: &Block) -> MoeConfig {
+    /// The configuration of a block with weights in the order of this kind of checkpoint.
+    pub fn config(&self, block: &BlockInfo) -> MoeConfig {
         let mut config = block.config;
         self.apply(&mut config);
         config
     }
 
-    /// The beginnings, each with a dot at its end, of the names of all tensors in the block's own modules, of which
-    /// `arrays` are those that it needs: a tensor with such a beginning that is none of them belongs to another block
-    /// than config.json describes, unless [`may_stay_unread`](Self::may_stay_unread) knows it.
+    /// The prefixes, each with a dot at its end, of the names of all tensors in the block's
+    /// modules. The block needs `arrays`. Another tensor with such a prefix belongs to another
+    /// block than config.json describes, unless [`may_stay_unread`](Self::may_stay_unread) is true.
     pub fn modules(&self, arrays: &[Array], prefix: &str) -> Vec<String> {
         let SharedNames { gate, up, down, sigmoid_gate } = self.shared;
         let shared = [gate, up, down, sigmoid_gate];
         let parts = arrays.iter().flat_map(|array| &array.parts);
         let used = parts.filter_map(|part| part.name.strip_prefix(prefix));
-        // A shared expert may have a module of its own; it is the block's in any case.
+        // A shared expert may have a module of its own, which belongs to the block.
         let names = used.chain(shared).filter_map(|name| name.split_once('.'));
         let mut modules: Vec<String> =
             names.map(|(module, _)| format!("{prefix}{module}.")).collect();
@@ -226,18 +234,19 @@ impl Layout {
         modules
     }
 
-    /// Whether checkpoints of this kind have a tensor of this name, without the layer's prefix, that the block does
-    /// not need.
+    /// Returns whether checkpoints of this kind have a tensor of this name (without the layer's
+    /// prefix) that the block does not need.
     pub fn may_stay_unread(&self, name: &str) -> bool {
         self.unread.contains(&name)
     }
 
-    /// Every array of a block, in checkpoints of this kind, whose layers begin with `prefix`.
+    /// All arrays of a block in checkpoints of this kind; `prefix` is the prefix of the layer's
+    /// tensors.
     ///
     /// # Errors
-    /// [`Error::Json`](crate::Error::Json) where the configuration asks for a tensor that this kind of checkpoint has
-    /// no name for.
-    pub fn arrays(&self, block: &Block, prefix: &str) -> Result<Vec<Array>> {
+    /// [`Error::Config`] if the configuration needs a tensor for which this kind of checkpoint has
+    /// no name.
+    pub fn arrays(&self, block: &BlockInfo, prefix: &str) -> Result<Vec<Array>> {
         let arrays = Arrays { block, prefix, config: self.config(block), arrays: Vec::new() };
         arrays.router(&self.router)?.experts(&self.experts)?.latent(&self.latent)?.shared(self)
     }
@@ -247,7 +256,7 @@ const EXPERT: &str = "{expert}";
 
 /// Collects the arrays of a block.
 struct Arrays<'a> {
-    block: &'a Block,
+    block: &'a BlockInfo,
     prefix: &'a str,
     config: MoeConfig,
     arrays: Vec<Array>,
@@ -256,7 +265,7 @@ struct Arrays<'a> {
 impl Arrays<'_> {
     fn part(&self, role: Role, name: &str, shape: &[usize]) -> Result<Part> {
         if name.is_empty() {
-            return Err(Error::Json {
+            return Err(Error::Config {
                 key: "model_type".into(),
                 got: format!("{:?}", self.block.model_type),
                 wanted: format!("a family with a tensor for {role:?}"),
@@ -275,7 +284,7 @@ impl Arrays<'_> {
         self.arrays.push(Array { role, shape, parts, transposed: false, repeated: false });
     }
 
-    /// An array that is a tensor of the same shape.
+    /// An array that is one tensor of the same shape.
     fn whole(&mut self, role: Role, name: &str, shape: &[usize]) -> Result<()> {
         let part = self.part(role, name, shape)?;
         self.push(role, shape, vec![part]);
@@ -313,7 +322,7 @@ impl Arrays<'_> {
             self.push(Role::SelectionBias, &[routed], vec![part]);
         }
         if router.expert_scale {
-            // Inkling has one number for all.
+            // Inkling has one number for all experts.
             let repeated = router.num_sinks > 0;
             let on_disk = if repeated { 1 } else { experts };
             let part = self.part(Role::ExpertScale, names.expert_scale, &[on_disk])?;
@@ -374,8 +383,8 @@ impl Arrays<'_> {
         Ok(self)
     }
 
-    /// An array with one matrix, or vector, of `shape` for each expert: `parts` of every expert, or one tensor of all
-    /// and then, where there is a name for them, one of the sinks.
+    /// An array with one matrix or vector of `shape` for each expert: `parts` of each expert; or
+    /// one tensor of all experts, followed by one of the sinks if they have a name.
     fn stack(
         &mut self,
         role: Role,
@@ -394,12 +403,16 @@ impl Arrays<'_> {
             }
         }
         if found.is_empty() {
-            let apart = if sinks.is_empty() { 0 } else { num_sinks };
+            let separate = if sinks.is_empty() { 0 } else { num_sinks };
             for (name, shape) in parts {
-                found.push(self.part(role, name, &stacked(experts - apart, shape, names.flat))?);
+                found.push(self.part(
+                    role,
+                    name,
+                    &stacked(experts - separate, shape, names.flat),
+                )?);
             }
-            if apart > 0 {
-                found.push(self.part(role, sinks, &stacked(apart, shape, names.flat))?);
+            if separate > 0 {
+                found.push(self.part(role, sinks, &stacked(separate, shape, names.flat))?);
             }
         }
         for part in &mut found {
@@ -458,7 +471,8 @@ impl Arrays<'_> {
     }
 }
 
-/// The name of the bias of a linear layer, whose weight has the name; none where it is no such name.
+/// The name of the bias of a linear layer, from the name of its weight; empty if that does not end
+/// in `.weight`.
 fn bias_of(weight: &str) -> String {
     weight.strip_suffix(".weight").map_or_else(String::new, |layer| format!("{layer}.bias"))
 }

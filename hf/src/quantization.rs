@@ -1,27 +1,28 @@
-//! How config.json says that a model's weights are quantised.
+//! The quantisation of a model's weights, from config.json.
 
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::hf::keys::Keys;
+use crate::keys::Keys;
 
-/// How the weights of a model are quantised, as `quantization_config` says it.
+/// The quantisation of a model's weights, from `quantization_config`.
 ///
-/// The names, shapes and types of tensors decide how they are read; this has what they do not tell, and the name of the
-/// format for messages.
+/// The names, shapes and types of tensors determine how they are read. This type has the other
+/// properties, and the name of the format for messages.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Quantization {
-    /// The format's usual name, with its bits where the configuration has them: `GPTQ in 4 bits`.
+    /// The format's usual name, with its bits if the configuration has them: `GPTQ in 4 bits`.
     pub format: String,
-    /// `quant_method` in lower case; empty where the configuration has none.
+    /// `quant_method` in lower case; empty if the configuration has none.
     pub method: String,
-    /// The rows and columns of the blocks that share a scale: `weight_block_size`, or the `block_structure` of
-    /// compressed-tensors.
+    /// The rows and columns of the blocks that share a scale: `weight_block_size`, or the
+    /// `block_structure` of compressed-tensors.
     pub block: Option<[usize; 2]>,
 }
 
-/// Keys under which configurations have it: that of transformers, an older one of compressed-tensors, and MLX's.
+/// The keys of the quantisation: that of transformers, an older one of compressed-tensors, and
+/// MLX's.
 const KEYS: [&str; 3] = ["quantization_config", "compression_config", "quantization"];
 
 /// Usual names, by `quant_method`.
@@ -45,23 +46,23 @@ const METHODS: &[(&str, &str)] = &[
 ];
 
 impl Quantization {
-    /// That of the innermost object that has one: models with several parts have it at the top or in a part's own
-    /// configuration.
+    /// Reads the innermost object with one: models with several parts have it at the top or in a
+    /// part's own configuration.
     ///
     /// # Errors
-    /// [`Error::Json`](crate::Error::Json) for a block that is not two sizes.
+    /// [`Error::Config`] for a block that is not two sizes.
     pub(super) fn read(keys: &Keys<'_>) -> Result<Option<Self>> {
         let Some((key, value)) = keys.around(&KEYS) else { return Ok(None) };
         if !value.is_object() {
             let (got, wanted) = (value.to_string(), "an object".into());
-            return Err(Error::Json { key, got, wanted });
+            return Err(Error::Config { key, got, wanted });
         }
         let groups = || value.get("config_groups").and_then(Value::as_object);
-        // Groups of compressed-tensors differ in which modules they are for.
+        // Groups of compressed-tensors apply to different modules.
         let weights: Vec<&Value> = groups()
             .into_iter()
             .flat_map(|groups| groups.values())
-            .filter_map(|it| it.get("weights"))
+            .filter_map(|group| group.get("weights"))
             .collect();
         let mut blocks = vec![("weight_block_size", value.get("weight_block_size"))];
         blocks.extend(
@@ -81,7 +82,7 @@ impl Quantization {
                     block = block.or(Some([rows, columns]));
                 }
                 _ => {
-                    return Err(Error::Json {
+                    return Err(Error::Config {
                         key: format!("{key}.{name}"),
                         got: value.to_string(),
                         wanted: "two whole numbers of at least 1".into(),
@@ -129,18 +130,18 @@ fn format(key: &str, method: &str, value: &Value, weights: &[&Value]) -> String 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hf::blocks;
+    use crate::config::blocks_from_config;
 
-    /// What a configuration with these keys says.
+    /// Reads a configuration with these keys.
     fn read(top: &str, nested: &str) -> Result<Option<Quantization>> {
         let text = r#""hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2"#;
         let json =
             format!(r#"{{"model_type": "qwen3_5_moe", "text_config": {{{text}{nested}}}{top}}}"#);
-        Ok(blocks(&json, 0)?.remove(0).quantization)
+        Ok(blocks_from_config(&json, 0)?.remove(0).quantization)
     }
 
     #[test]
-    fn where_it_stands() {
+    fn innermost_object_is_read() {
         let key = |sizes: &str| {
             format!(
                 r#", "quantization_config": {{"quant_method": "fp8", "weight_block_size": {sizes}}}"#
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn formats() {
+    fn formats_have_names() {
         for (keys, name) in [
             (r#""quantization_config": {"quant_method": "gptq", "bits": 4}"#, "GPTQ in 4 bits"),
             (r#""quantization_config": {"quant_method": "AWQ", "w_bit": 4}"#, "AWQ in 4 bits"),

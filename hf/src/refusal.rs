@@ -1,36 +1,40 @@
-//! Errors for checkpoints that cannot be read: the missing tensor, the one in its place, and its format.
+//! Errors of checkpoints that cannot be loaded: the missing tensor, the tensors in its place, and
+//! their format.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use moe_kernels::hf::Block;
-
-use crate::checkpoint::{Checkpoint, INDEX, Layer, SINGLE, first_parts, name_on_disk};
+use crate::block::Block;
+use crate::checkpoint::{Checkpoint, INDEX, SINGLE, first_parts, name_on_disk};
+use crate::config::BlockInfo;
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::source::describe;
 use crate::tensor_file::{FLOATS, Tensor};
 
-/// The quantised formats that are read.
-const READ: &str = "quantised weights are read as f8_e4m3 with scales, packed FP4 with a scale for 32 numbers, and MXFP4";
+/// The supported quantised formats.
+const SUPPORTED: &str = "supported quantised formats: f8_e4m3 with scales, packed FP4 with a scale for 32 numbers, MXFP4";
 
-/// More names than this are counted.
-const MOST_NAMES: usize = 4;
+/// The largest number of names in a list; the others are counted.
+const MAX_NAMES: usize = 4;
 
 impl Checkpoint {
-    /// Says which tensor is not there, and what has its place.
-    pub(crate) fn missing(&self, name: &str, wanted: &str, block: &Block) -> Error {
+    /// The error of a missing tensor, with the tensors in its place.
+    pub(crate) fn missing(&self, name: &str, wanted: &str, block: &BlockInfo) -> Error {
         let in_place = self.in_place_of(name);
         let mut why = format!("no tensor `{name}`, wanted {wanted}");
         if !in_place.is_empty() {
             let kind = kind_of(&in_place, block).unwrap_or("whose format is unknown".into());
-            why.push_str(&format!("; in its place: {}, {kind}; {READ}", list(&in_place)));
+            why.push_str(&format!("; in its place: {}, {kind}; {SUPPORTED}", list(&in_place)));
         } else if let Some(quantization) = &block.quantization {
-            why.push_str(&format!("; the model is quantised as {}; {READ}", quantization.format));
+            why.push_str(&format!(
+                "; the model is quantised as {}; {SUPPORTED}",
+                quantization.format
+            ));
         }
         self.folder.error(self.list_of_tensors(), why)
     }
 
-    /// Tensors of the module that a tensor is missing in: `x.qweight` for `x.weight`.
+    /// Other tensors of the module of a missing tensor: `x.qweight` for `x.weight`.
     fn in_place_of<'c>(&'c self, name: &'c str) -> Vec<&'c str> {
         let (stem, ends): (&str, &[char]) = match name.strip_suffix(".weight") {
             Some(stem) => (stem, &['.']),
@@ -45,26 +49,25 @@ impl Checkpoint {
         from.map(|(name, _)| name.as_str()).take_while(move |name| name.starts_with(start))
     }
 
-    /// Says that a tensor is of a type or a format that is not read.
-    pub(crate) fn unreadable(&self, tensor: &Tensor<'_>, block: &Block) -> Error {
+    /// The error of a tensor with an unsupported element type or format.
+    pub(crate) fn unreadable(&self, tensor: &Tensor, block: &BlockInfo) -> Error {
         let mut got = tensor.dtype_name();
         if let Some(kind) = kind_of(&self.in_place_of(tensor.name()), block) {
             got = format!("{got} {:?}, {kind}", tensor.shape());
         }
-        tensor.error(got, format!("{FLOATS}; {READ}"))
+        tensor.error(got, format!("{FLOATS}; {SUPPORTED}"))
     }
 
-    /// Says that codes have no scales beside them.
+    /// The error of codes without scales.
     pub(crate) fn no_scales(
         &self,
-        codes: &Tensor<'_>,
+        codes: &Tensor,
         names: &[String],
         shapes: &[(Vec<usize>, [usize; 2])],
     ) -> Error {
         let (first, others) = names.split_first().map_or(("", names), |(a, b)| (a, b));
         let why = format!(
-            "no tensor `{first}`, wanted {}: the scales of `{}`, which is {}, and none under the other names of such \
-             scales: {}",
+            "no tensor `{first}`, wanted {}: the scales of `{}`, which is {}; other names of such scales: {}",
             describe(shapes),
             codes.name(),
             codes.dtype_name(),
@@ -73,36 +76,37 @@ impl Checkpoint {
         self.folder.error(self.list_of_tensors(), why)
     }
 
-    /// Fails if a tensor in the modules of these blocks, or in one beside them that is named after experts, is none of
-    /// theirs: config.json would then describe another block than the one that is there.
-    pub(crate) fn check_all_read(&self, layers: &[Layer<'_>]) -> Result<()> {
-        let pieces = layers.iter().flat_map(Layer::arrays).flat_map(|array| &array.pieces);
-        let read: HashSet<&str> = pieces.flat_map(|piece| piece.source.names()).collect();
-        let modules: BTreeSet<&String> = layers.iter().flat_map(|layer| &layer.modules).collect();
+    /// Checks that the blocks need every tensor in their modules, and every tensor of the layer in
+    /// a module named after experts: otherwise config.json describes another block than the
+    /// checkpoint has.
+    pub(crate) fn check_all_read(&self, blocks: &[Block]) -> Result<()> {
+        let sources =
+            blocks.iter().flat_map(|block| &block.arrays).flat_map(|(_, sources)| sources);
+        let read: HashSet<&str> = sources.flat_map(|source| source.names()).collect();
+        let modules: BTreeSet<&String> = blocks.iter().flat_map(|block| &block.modules).collect();
         let own = modules.into_iter().flat_map(|module| self.beginning_with(module));
-        let beside = layers.iter().flat_map(|layer| {
-            let of_layer = self.beginning_with(&layer.prefix);
-            of_layer.filter(|name| is_named_after_experts(&name[layer.prefix.len()..]))
+        let others = blocks.iter().flat_map(|block| {
+            let of_layer = self.beginning_with(&block.prefix);
+            of_layer.filter(|name| is_named_after_experts(&name[block.prefix.len()..]))
         });
-        let tensors: BTreeSet<&str> = own.chain(beside).collect();
+        let tensors: BTreeSet<&str> = own.chain(others).collect();
         let unread: Vec<&str> = tensors
             .into_iter()
             .filter(|name| !read.contains(name))
-            .filter(|name| !layers.iter().any(|layer| layer.may_stay_unread(name)))
+            .filter(|name| !blocks.iter().any(|block| block.may_stay_unread(name)))
             .collect();
         if unread.is_empty() {
-            return self.check_unlisted(layers);
+            return self.check_unlisted(blocks);
         }
-        let why = format!(
-            "{} would stay unread: config.json describes a block without {}",
-            list(&unread),
-            if unread.len() == 1 { "it" } else { "them" },
-        );
+        let without = if unread.len() == 1 { "it" } else { "them" };
+        let list = list(&unread);
+        let why = format!("unused: {list}; config.json describes a block without {without}");
         Err(self.folder.error(self.list_of_tensors(), why))
     }
 
-    /// Fails if a shard that was opened has a tensor in the modules of these blocks that the index does not list.
-    fn check_unlisted(&self, layers: &[Layer<'_>]) -> Result<()> {
+    /// Checks that the index lists every tensor in the blocks' modules of the shards that are
+    /// mapped.
+    fn check_unlisted(&self, blocks: &[Block]) -> Result<()> {
         for (file, tensors) in self.open_files() {
             let names = tensors.names();
             let unlisted: Vec<&str> = names
@@ -110,23 +114,23 @@ impl Checkpoint {
                 .map(String::as_str)
                 .filter(|name| !self.file_of_tensor.contains_key(*name))
                 .filter(|name| {
-                    let mut modules = layers.iter().flat_map(|layer| &layer.modules);
+                    let mut modules = blocks.iter().flat_map(|block| &block.modules);
                     modules.any(|module| name.starts_with(module.as_str()))
                 })
-                .filter(|name| !layers.iter().any(|layer| layer.may_stay_unread(name)))
+                .filter(|name| !blocks.iter().any(|block| block.may_stay_unread(name)))
                 .collect();
             if !unlisted.is_empty() {
-                let why =
-                    format!("{} would stay unread: {INDEX} has no such name", list(&unlisted));
+                let why = format!("unused: {}; not listed in {INDEX}", list(&unlisted));
                 return Err(self.folder.error(file, why));
             }
         }
         Ok(())
     }
 
-    /// Says what a block lacks that is there in part; or which layers do have one: a dense layer and a number past the
-    /// end look alike otherwise.
-    pub(crate) fn no_block(&self, layer: usize, blocks: &[Block]) -> Error {
+    /// The error of a layer without a block: the missing tensor if a part of the block exists, else
+    /// the layers that have a block, so that a dense layer and a number past the last layer can be
+    /// told apart.
+    pub(crate) fn no_block(&self, layer: usize, blocks: &[BlockInfo]) -> Error {
         if let Some(error) = self.part_of_a_block(blocks) {
             return error;
         }
@@ -150,36 +154,36 @@ impl Checkpoint {
         }
         let layers: Vec<usize> = layers.into_iter().collect();
         let why = if layers.is_empty() {
-            "and no other layer of it has one".into()
+            "no other layer has one".into()
         } else {
-            format!("layers that have one: {}", ranges(&layers))
+            format!("layers with MoE blocks: {}", ranges(&layers))
         };
         let model_type = blocks.first().map_or("MoE", |block| block.model_type);
         Error::File {
             file: self.folder.describe(),
             why: format!(
-                "layer {layer} has no {model_type} block (no tensor `{wanted}` with experts beside it); {why}"
+                "layer {layer} has no {model_type} block (no tensor `{wanted}`, or no experts); {why}"
             ),
         }
     }
 
-    /// The kind of checkpoint of which the layer has the router's weights, or something in the place of the first
-    /// tensor that is missing: the latter says more.
-    fn part_of_a_block(&self, blocks: &[Block]) -> Option<Error> {
+    /// The error of a layer with a part of a block: with other tensors in the place of a missing
+    /// one, or else with the router's weights alone.
+    fn part_of_a_block(&self, blocks: &[BlockInfo]) -> Option<Error> {
         let mut only_the_router = None;
         for block in blocks {
             for prefix in block.prefixes() {
                 for layout in block.layouts() {
                     let Ok(arrays) = layout.arrays(block, &prefix) else { continue };
-                    let there = |part| self.file_of_tensor.contains_key(&name_on_disk(part));
-                    let Some(part) = first_parts(&arrays).find(|part| !there(part)) else {
+                    let exists = |part| self.file_of_tensor.contains_key(&name_on_disk(part));
+                    let Some(part) = first_parts(&arrays).find(|part| !exists(part)) else {
                         continue;
                     };
                     let wanted = format!("{:?}", part.shape);
                     if !self.in_place_of(&part.name).is_empty() {
                         return Some(self.missing(&name_on_disk(part), &wanted, block));
                     }
-                    if only_the_router.is_none() && first_parts(&arrays).any(there) {
+                    if only_the_router.is_none() && first_parts(&arrays).any(exists) {
                         let mut names = Vec::new();
                         for module in layout.modules(&arrays, &prefix) {
                             names.extend(self.beginning_with(&module).map(str::to_string));
@@ -194,16 +198,17 @@ impl Checkpoint {
         let mut why =
             format!("no tensor `{name}`, wanted {wanted}; the block has {}", list(&names));
         if let Some(kind) = kind_of(&names, block) {
-            why.push_str(&format!(", {kind}; {READ}"));
+            why.push_str(&format!(", {kind}; {SUPPORTED}"));
         }
         Some(self.folder.error(self.list_of_tensors(), why))
     }
 
-    /// Weights in the folder that are not the checkpoint's: an adapter, and other sets of weights.
-    pub fn beside(&self) -> Option<String> {
+    /// A message that names weights in the folder that are not loaded: an adapter, and other sets
+    /// of weights.
+    pub fn warning(&self) -> Option<String> {
         let mut read: HashSet<&str> = self.files().collect();
         read.insert(self.list_of_tensors());
-        let list: Vec<String> = self
+        let ignored: Vec<String> = self
             .folder
             .list()
             .into_iter()
@@ -213,14 +218,13 @@ impl Checkpoint {
                 false => name,
             })
             .collect();
-        let read = self.list_of_tensors();
-        (!list.is_empty()).then(|| {
-            format!("{} is read alone, without {}", self.folder.name(read), list.join(", "))
-        })
+        let read = self.folder.name(self.list_of_tensors());
+        let list = ignored.join(", ");
+        (!ignored.is_empty()).then(|| format!("only {read} is loaded; ignored: {list}"))
     }
 }
 
-/// Whether a file or folder of this name has weights of a model, in the place of which a checkpoint has others.
+/// Returns whether a file or folder of this name has weights of a model in another form.
 fn is_of_a_model(name: &str) -> bool {
     let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
     let ends = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
@@ -240,9 +244,9 @@ fn is_adapter(name: &str) -> bool {
     matches!(name, "adapter_config.json" | "adapter_model.safetensors" | "adapter_model.bin")
 }
 
-/// Says that a folder has no weights in safetensors, and which it has.
-pub fn no_weights(folder: &Folder) -> Error {
-    let mut why = format!("no such file, and no {INDEX} beside it");
+/// The error of a folder without weights in safetensors, with the weights that it has.
+pub(crate) fn no_weights(folder: &Folder) -> Error {
+    let mut why = format!("no such file, and no {INDEX}");
     let files = folder.list();
     let of = |is: fn(&str) -> bool| files.iter().map(String::as_str).filter(move |name| is(name));
     let mut others: Vec<&str> = of(is_of_a_model).collect();
@@ -257,13 +261,17 @@ pub fn no_weights(folder: &Folder) -> Error {
             () if first == "original" => "a format of its own",
             () => "pickled tensors of PyTorch",
         };
-        why.push_str(&format!("; in its place: {}, which is {format} and not read", list(&others)));
+        why.push_str(&format!(
+            "; in its place: {}, which is {format} and not supported",
+            list(&others)
+        ));
     }
     folder.error(SINGLE, why)
 }
 
-/// The format of tensors by what config.json says or by their names, as the end of a sentence about them.
-fn kind_of(names: &[&str], block: &Block) -> Option<String> {
+/// The format of tensors, from config.json or from their names, as the end of a sentence about
+/// them.
+fn kind_of(names: &[&str], block: &BlockInfo) -> Option<String> {
     let ends = |ending: &str| names.iter().any(|name| name.ends_with(ending));
     let has = |part: &str| names.iter().any(|name| name.contains(part));
     if has(".lora_") || has(".base_layer.") {
@@ -287,16 +295,16 @@ fn kind_of(names: &[&str], block: &Block) -> Option<String> {
     Some(format!("whose format is {format}"))
 }
 
-/// Names as a message has them.
+/// Names in a message.
 fn list(names: &[&str]) -> String {
-    // Of experts that have the same, the first is enough.
+    // Names that differ in numbers alone, as those of experts do, are shown once.
     let mut short: BTreeMap<String, &str> = BTreeMap::new();
     for name in names {
         let without_numbers: String = name.chars().filter(|c| !c.is_ascii_digit()).collect();
         short.entry(without_numbers).or_insert(name);
     }
     let mut shown: Vec<&str> = short.into_values().collect();
-    shown.truncate(MOST_NAMES);
+    shown.truncate(MAX_NAMES);
     let text = shown.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     match names.len() - shown.len() {
         0 => text,
@@ -318,8 +326,9 @@ pub(crate) fn ranges(sorted: &[usize]) -> String {
     parts.into_iter().map(part).collect::<Vec<_>>().join(", ")
 }
 
-/// Whether a layer's tensor is in a module such as `shared_experts`, `residual_mlp`, `moe` or `router`, or in `mlp.experts`.
-/// Norms beside a block have such names too, and attention may have experts of its own.
+/// Returns whether a layer's tensor is in a module such as `shared_experts`, `residual_mlp`, `moe`
+/// or `router`, or in `mlp.experts`. Norms of the layer have such names too, and attention may have
+/// experts of its own: both are excluded.
 fn is_named_after_experts(name: &str) -> bool {
     let mut modules = name.split('.');
     let module = modules.next().unwrap_or_default();
@@ -337,7 +346,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modules_with_names_of_experts() {
+    fn finds_modules_named_after_experts() {
         for name in [
             "shared_experts.up_proj.weight",
             "shared_mlp.input_linear.weight",
@@ -364,13 +373,13 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_short() {
+    fn joins_consecutive_layers() {
         assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
         assert_eq!(ranges(&[]), "");
     }
 
     #[test]
-    fn lists_are_short() {
+    fn long_lists_are_counted() {
         assert_eq!(list(&["a"]), "`a`");
         assert_eq!(list(&["e.0.w", "e.1.w", "e.0.b"]), "`e.0.b`, `e.0.w` and 1 more");
         assert_eq!(list(&["a", "b", "c", "d", "e"]), "`a`, `b`, `c`, `d` and 1 more");

@@ -1,60 +1,67 @@
-//! Which layers of a model have experts: the others are dense, and past the last one there are those alone that predict
-//! further tokens.
+//! The layers of a model that have experts. The others are dense; past the last layer of the main
+//! model only those that predict further tokens have experts.
 
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::hf::family::Names;
-use crate::hf::keys::Keys;
+use crate::family::Names;
+use crate::keys::Keys;
 
-/// The layers of a family's models. Every key here is one that the family's own code reads.
+/// The layers of a family's models, from keys that the family's own code reads.
 #[derive(Clone, Copy)]
 pub(super) struct Schedule {
     /// The keys of the number of layers, and the default.
     pub count: (Names, usize),
-    /// That key stands at the top of config.json.
+    /// The key is at the top of config.json.
     pub at_top: bool,
-    /// A list `mlp_layer_types` by layer counts before the rule, where it is there.
+    /// The list `mlp_layer_types` by layer overrides the rule, if it exists.
     pub types: bool,
     pub dense: Dense,
 }
 
-/// Which layers are dense.
+/// The rule for dense layers.
 #[derive(Clone, Copy)]
 pub(super) enum Dense {
     None,
-    /// None; `num_hidden_layers` counts two for each layer, and `num_layers`, which counts after it, one.
+    /// None. `num_hidden_layers` counts two for each layer, `num_layers` one; the former takes
+    /// precedence.
     Pairs,
-    /// The first ones: as many as one of the keys says, or the default.
+    /// The first ones: their number is the value of a key, or the default.
     First(Names, usize),
-    /// The first `first_k_dense_replace` (1 by default), and those whose number is no multiple of `moe_layer_freq`, or
-    /// whose element in the list of that name is 0.
+    /// The first `first_k_dense_replace` (1 by default), and those whose number is no multiple of
+    /// `moe_layer_freq`, or whose element in the list of that name is 0.
     FirstAndFrequency,
     /// Those whose element in the list `moe_layer_freq` is 0.
     Frequency,
-    /// Those that `mlp_only_layers` names (or the default), and all but every `decoder_sparse_step`th.
+    /// Those that `mlp_only_layers` names (or the default), and all but every
+    /// `decoder_sparse_step`th.
     Steps(&'static [usize]),
-    /// All but every `expert_layer_period`th (2 by default) from `expert_layer_offset` (1) on; all if there is one
-    /// expert.
+    /// All but every `expert_layer_period`th (2 by default) from `expert_layer_offset` (1) on; all
+    /// if there is one expert.
     Period,
-    /// All but those that `moe_layers` names; without it all but every `interleave_moe_layer_step`th.
+    /// All but those that `moe_layers` names; without it all but every
+    /// `interleave_moe_layer_step`th.
     Listed,
     /// All but those that `moe_layers_enum` names; without it the first 3.
     Enumerated,
-    /// Those outside `moe_layer_start_index..=moe_layer_end_index`, and all but every `moe_layer_interval`th.
+    /// Those outside `moe_layer_start_index..=moe_layer_end_index`, and all but every
+    /// `moe_layer_interval`th.
     Range,
-    /// All whose element in `layers_block_type` is not "moe", or whose letter in `hybrid_override_pattern` is not `E`.
+    /// All whose element in `layers_block_type` is not "moe", or whose letter in
+    /// `hybrid_override_pattern` is not `E`.
     Pattern,
-    /// Those whose number in `pyramid_num_routed` is not above 0; without it those of `mlp_layer_types`.
+    /// Those whose number in `pyramid_num_routed` is not positive; without it those of
+    /// `mlp_layer_types`.
     Pyramid,
-    /// All but every so many as the key says (4 by default).
+    /// All but every nth, where n is the value of the key (4 by default).
     Every(Names),
-    /// All but the second of each run of layers. The keys of the number of layers that is divided into runs (12 by
-    /// default), of the number of runs (3), and of the length of a run, which counts before both.
+    /// All but the second of each group of consecutive layers. The keys of the number of layers (12
+    /// by default), of the number of groups (3), and of the length of a group, which overrides
+    /// both.
     Spread(Names, Names, Names),
 }
 
-/// So many layers by default, all with experts.
+/// `default` layers, all with experts.
 pub(super) const fn layers(default: usize) -> Schedule {
     Schedule {
         count: (&["num_hidden_layers"], default),
@@ -69,7 +76,7 @@ pub(super) const fn first_k(default: usize) -> Dense {
     Dense::First(&["first_k_dense_replace"], default)
 }
 
-/// The most layers that a model may have here. What config.json says of all of them is read once for each.
+/// The largest supported number of layers: each of them reads the keys for all of them.
 pub(super) const MAX_LAYERS: usize = 1 << 10;
 
 const SPARSE: &str = "a layer with experts";
@@ -79,10 +86,10 @@ const BLOCK_TYPES: Names = &["layers_block_type", "layer_types"];
 const LETTERS: Names = &["hybrid_override_pattern"];
 const PREDICT: Names = &["num_nextn_predict_layers"];
 const PYRAMID: Names = &["pyramid_num_routed"];
-/// A list of booleans by layer in released files, which transformers leaves unread.
+/// A list of booleans by layer in released files, which transformers ignores.
 const RELEASED: &str = "is_moe_layer";
 
-/// The key that makes a layer dense, and what it is where it is missing.
+/// The key that makes a layer dense, and its default.
 type Reason = Option<(Names, String)>;
 
 impl Schedule {
@@ -90,7 +97,7 @@ impl Schedule {
         Self { dense, ..self }
     }
 
-    /// With a list `mlp_layer_types` that counts before the rule.
+    /// With a list `mlp_layer_types` that overrides the rule.
     pub const fn typed(self, dense: Dense) -> Self {
         Self { types: true, dense, ..self }
     }
@@ -103,13 +110,15 @@ impl Schedule {
         Self { at_top: true, ..self.counted_by(keys) }
     }
 
-    /// Why the layer has no experts, if it has none: it is dense, or there is no such layer.
+    /// The reason why the layer has no experts: it is dense, or there is no such layer. `None` if
+    /// it has experts.
     ///
     /// # Errors
-    /// [`Error::Json`] for a key of the wrong type.
+    /// [`Error::Config`] for a key of the wrong type.
     pub fn without_experts(&self, keys: &Keys<'_>) -> Result<Option<Error>> {
         let (layer, total) = (keys.layer, self.total(keys)?);
-        // Layers that predict further tokens follow the last one and have experts, where config.json counts them.
+        // Layers that predict further tokens follow the last one and have experts, if config.json
+        // counts them.
         if layer >= total && layer - total < keys.count(PREDICT, 0)? {
             return Ok(None);
         }
@@ -235,18 +244,18 @@ impl Schedule {
                 let step = keys.count(names, 4)?;
                 unless(step > 0 && (layer + 1).is_multiple_of(step), names, 4)
             }
-            Dense::Spread(layers, of, run) => {
-                let (layers, runs) = (keys.size(layers, 12)?, keys.count(of, 3)?);
-                let length = keys.count(run, layers.checked_div(runs).unwrap_or(layers))?;
-                let sparse = length == 1 || layer.checked_rem(length) == Some(1);
-                let names = if keys.has_any(run) { run } else { of };
+            Dense::Spread(layers, groups, length) => {
+                let (layers, count) = (keys.size(layers, 12)?, keys.count(groups, 3)?);
+                let group = keys.count(length, layers.checked_div(count).unwrap_or(layers))?;
+                let sparse = group == 1 || layer.checked_rem(group) == Some(1);
+                let names = if keys.has_any(length) { length } else { groups };
                 unless(sparse, names, 3)
             }
         })
     }
 }
 
-/// Why a layer that has experts by its family's rule has none by its released file.
+/// The reason why a layer with experts by the family's rule has none by its released file.
 fn released(keys: &Keys<'_>) -> Result<Option<Error>> {
     match keys.by_layer(RELEASED)? {
         None | Some(Value::Bool(true)) => Ok(None),
@@ -262,7 +271,7 @@ fn unless(sparse: bool, names: Names, default: impl ToString) -> Reason {
     (!sparse).then(|| (names, default.to_string()))
 }
 
-/// Whether `moe_layer_freq`, a number or a list by layer, gives a layer experts.
+/// Returns whether a layer has experts by `moe_layer_freq`, a number or a list by layer.
 fn in_frequency(keys: &Keys<'_>) -> Result<bool> {
     match keys.list("moe_layer_freq") {
         None => Ok(keys.layer.is_multiple_of(keys.size(FREQUENCY, 1)?)),
@@ -273,7 +282,7 @@ fn in_frequency(keys: &Keys<'_>) -> Result<bool> {
     }
 }
 
-/// What each layer of a Nemotron-H is.
+/// The kind of each layer of a Nemotron-H.
 fn kinds<'a>(keys: &Keys<'a>) -> Result<Vec<&'a str>> {
     if let Some((_, Value::Array(kinds))) = keys.agreed(BLOCK_TYPES)? {
         return Ok(kinds.iter().map(|kind| kind.as_str().unwrap_or_default()).collect());

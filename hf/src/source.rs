@@ -1,32 +1,32 @@
-//! A tensor that has been found, and how its numbers are stored: as they are, or as codes with scales.
+//! The stored form of a part of an array: plain numbers, or codes with scales.
 
 use std::ops::Range;
 
 use moe_kernels::Dtype;
-use moe_kernels::format::{
-    MXFP4_BLOCK, dequantize_fp4, dequantize_fp8, dequantize_mxfp4, num_scales,
-};
 use safetensors::Dtype as DiskDtype;
 
 use crate::error::Result;
+use crate::format::{MXFP4_BLOCK, dequantize_fp4, dequantize_fp8, dequantize_mxfp4, num_scales};
 use crate::tensor_file::Tensor;
 
-/// A tensor, or several that are one, of the shape that the layer needs.
-pub enum Source<'a> {
-    Plain(Tensor<'a>),
-    /// Codes of matrices `[.., n, k]`, and the scales of their blocks.
-    Scaled(Scaled<'a>),
-    /// Blocks `[.., k / 32, 16]`, and their scales.
+/// The tensors of a part, checked to have the part's shape.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    Plain(Tensor),
+    /// Codes of matrices `[.., rows, columns]` with the scales of their blocks.
+    Scaled(Scaled),
+    /// Blocks `[.., columns / 32, 16]` with their scales.
     Mxfp4 {
-        blocks: Tensor<'a>,
-        scales: Tensor<'a>,
+        blocks: Tensor,
+        scales: Tensor,
     },
 }
 
 /// Quantised matrices.
-pub struct Scaled<'a> {
-    codes: Tensor<'a>,
-    scales: Tensor<'a>,
+#[derive(Debug, Clone)]
+pub(crate) struct Scaled {
+    codes: Tensor,
+    scales: Tensor,
     code: Code,
     /// The shape of each matrix.
     matrix: [usize; 2],
@@ -36,16 +36,16 @@ pub struct Scaled<'a> {
 
 /// The codes of quantised matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
-    /// E4M3, one in a byte.
+pub(crate) enum Code {
+    /// E4M3, one per byte.
     Fp8,
-    /// E2M1, two in a byte along the rows, the low one first: as DeepSeek-V4 has its experts.
+    /// E2M1, two per byte along the rows, the low one first (DeepSeek-V4's experts).
     Fp4,
 }
 
 impl Code {
-    /// The kind of codes that a tensor of logical `shape` holds; `None` for a tensor without supported codes.
-    pub fn of(tensor: &Tensor<'_>, shape: &[usize]) -> Option<Self> {
+    /// The codes of a tensor of logical `shape`; `None` for a tensor without supported codes.
+    pub(crate) fn of(tensor: &Tensor, shape: &[usize]) -> Option<Self> {
         match tensor.dtype() {
             DiskDtype::F8_E4M3 => Some(Code::Fp8),
             DiskDtype::I8 | DiskDtype::U8 if packed(shape).as_deref() == Some(tensor.shape()) => {
@@ -56,59 +56,62 @@ impl Code {
     }
 }
 
-/// The shape of packed FP4 codes; none for rows that do not end with a full block.
+/// The shape of packed FP4 codes; `None` if the last block of a row is not full.
 fn packed(shape: &[usize]) -> Option<Vec<usize>> {
     let (last, before) = shape.split_last()?;
     last.is_multiple_of(MXFP4_BLOCK).then(|| [before, &[last / 2]].concat())
 }
 
-/// The rows and columns of the last two dimensions, and those before them.
+/// The leading dimensions, and the rows and columns of the last two.
 fn matrices(shape: &[usize]) -> (&[usize], [usize; 2]) {
     match shape {
-        [before @ .., n, k] => (before, [*n, *k]),
-        [k] => (&[], [1, *k]),
+        [leading @ .., rows, columns] => (leading, [*rows, *columns]),
+        [columns] => (&[], [1, *columns]),
         [] => (&[], [1, 1]),
     }
 }
 
-/// How the matrices of a tensor are quantised, as far as config.json and the layer say.
+/// The quantisation of a tensor's matrices, from config.json and the layout.
 #[derive(Clone, Copy)]
-pub struct Scaling {
-    /// The rows and columns that share a scale.
-    pub block: Option<[usize; 2]>,
-    /// Matrices are `[in, out]`: the scale of an output feature belongs to a column. Otherwise it belongs to a row.
-    pub in_out: bool,
+pub(crate) struct Scaling {
+    /// The rows and columns that share a scale, if config.json has them.
+    pub(crate) block: Option<[usize; 2]>,
+    /// Matrices are `[in, out]`: a scale of an output feature is that of a column. Otherwise it is
+    /// that of a row.
+    pub(crate) in_out: bool,
 }
 
-/// The shapes that the scales of matrices may have, with the block that each means: blocks as config.json says, one
-/// scale for each matrix, or one for each output feature.
-pub fn scale_shapes(
+/// The possible shapes of the scales, each with its block: the blocks of config.json, one scale for
+/// each matrix, or one for each output feature.
+pub(crate) fn scale_shapes(
     code: Code,
     shape: &[usize],
     scaling: Scaling,
 ) -> Vec<(Vec<usize>, [usize; 2])> {
-    let (before, matrix @ [n, k]) = matrices(shape);
-    let with = |last: &[usize]| [before, last].concat();
+    let (leading, matrix @ [rows, columns]) = matrices(shape);
+    let with = |last: &[usize]| [leading, last].concat();
     if code == Code::Fp4 {
-        return vec![(with(&[n, k.div_ceil(MXFP4_BLOCK)]), [1, MXFP4_BLOCK])];
+        return vec![(with(&[rows, columns.div_ceil(MXFP4_BLOCK)]), [1, MXFP4_BLOCK])];
     }
-    let blocks = scaling
-        .block
-        .map(|block @ [rows, columns]| (with(&[n.div_ceil(rows), k.div_ceil(columns)]), block));
+    let blocks = scaling.block.map(|block @ [height, width]| {
+        (with(&[rows.div_ceil(height), columns.div_ceil(width)]), block)
+    });
     let whole = [vec![1], vec![], vec![1, 1]].map(|last| (with(&last), matrix));
     let features = match scaling.in_out {
-        false => [vec![n, 1], vec![n]].map(|last| (with(&last), [1, k])).to_vec(),
-        true => [vec![1, k], vec![k], vec![k, 1]].map(|last| (with(&last), [n, 1])).to_vec(),
+        false => [vec![rows, 1], vec![rows]].map(|last| (with(&last), [1, columns])).to_vec(),
+        true => [vec![1, columns], vec![columns], vec![columns, 1]]
+            .map(|last| (with(&last), [rows, 1]))
+            .to_vec(),
     };
     blocks.into_iter().chain(whole).chain(features).collect()
 }
 
-impl<'a> Source<'a> {
+impl Source {
     /// Quantised matrices of `shape`.
-    pub fn scaled(
+    pub(crate) fn scaled(
         code: Code,
-        codes: Tensor<'a>,
-        scales: Tensor<'a>,
+        codes: Tensor,
+        scales: Tensor,
         shape: &[usize],
         scaling: Scaling,
     ) -> Result<Self> {
@@ -121,12 +124,11 @@ impl<'a> Source<'a> {
             return Err(scales.error(format!("{:?}", scales.shape()), describe(&known)));
         };
         scales.check_scales()?;
-        let ([n, k], block) = (matrices(shape).1, *block);
-        let block = block.map(|size| size.max(1));
-        Ok(Source::Scaled(Scaled { codes, scales, code, matrix: [n, k], block }))
+        let (matrix, block) = (matrices(shape).1, block.map(|size| size.max(1)));
+        Ok(Source::Scaled(Scaled { codes, scales, code, matrix, block }))
     }
 
-    pub fn mxfp4(blocks: Tensor<'a>, scales: Tensor<'a>, shape: &[usize]) -> Result<Self> {
+    pub(crate) fn mxfp4(blocks: Tensor, scales: Tensor, shape: &[usize]) -> Result<Self> {
         let mut wanted = shape.to_vec();
         if let Some(last) = wanted.last_mut() {
             *last = last.div_ceil(MXFP4_BLOCK);
@@ -135,14 +137,14 @@ impl<'a> Source<'a> {
         wanted.push(MXFP4_BLOCK / 2);
         blocks.check_bytes(&wanted)?;
         if shape.last().is_some_and(|last| !last.is_multiple_of(MXFP4_BLOCK)) {
-            let wanted = format!("blocks of {MXFP4_BLOCK} that fill {shape:?}");
-            return Err(blocks.error("a last block that is not full".into(), wanted));
+            let wanted = format!("full blocks of {MXFP4_BLOCK} for {shape:?}");
+            return Err(blocks.error("without a full last block".into(), wanted));
         }
         Ok(Source::Mxfp4 { blocks, scales })
     }
 
     /// The names of its tensors, that of the numbers or codes first.
-    pub fn names(&self) -> Vec<&str> {
+    pub(crate) fn names(&self) -> Vec<&str> {
         match self {
             Source::Plain(tensor) => vec![tensor.name()],
             Source::Scaled(Scaled { codes, scales, .. }) => vec![codes.name(), scales.name()],
@@ -150,8 +152,9 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// The scales with numbers that are infinite or NaN, which make all numbers of their blocks so, and how many of them.
-    pub fn scales_not_finite(&self) -> Option<(&str, usize)> {
+    /// The name of the scales and the number of infinities and NaN among them, which propagate to
+    /// their whole blocks; `None` if all are finite.
+    pub(crate) fn scales_not_finite(&self) -> Option<(&str, usize)> {
         let scales = match self {
             Source::Plain(_) => return None,
             Source::Scaled(scaled) => &scaled.scales,
@@ -162,8 +165,8 @@ impl<'a> Source<'a> {
         (count > 0).then(|| (scales.name(), count))
     }
 
-    /// The type on disk.
-    pub fn dtype_name(&self) -> String {
+    /// The element type on disk.
+    pub(crate) fn dtype_name(&self) -> String {
         match self {
             Source::Plain(tensor) => tensor.dtype_name(),
             Source::Scaled(Scaled { code: Code::Fp4, .. }) => "fp4".into(),
@@ -172,49 +175,51 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Elements `first..first + out.len()`, rounded to nearest where `D` is narrower than the values.
-    pub fn read_into<D: Dtype>(&self, first: usize, out: &mut [D]) -> Result<()> {
+    /// Reads elements `first..first + out.len()`, rounded to nearest if `D` is narrower.
+    pub(crate) fn read_into<D: Dtype>(&self, first: usize, out: &mut [D]) -> Result<()> {
         match self {
             Source::Plain(tensor) => tensor.read_into(first, out),
             Source::Scaled(scaled) => scaled.read_into(first, out),
             Source::Mxfp4 { blocks, scales } => {
-                // Large enough that the loop costs nothing, and small enough for a cache.
-                const RUN: usize = MXFP4_BLOCK * 512;
-                widen_into(first, out, RUN, scales.len() * MXFP4_BLOCK, |elements, out| {
+                // Large enough to amortise the loop, small enough for a cache.
+                const UNIT: usize = MXFP4_BLOCK * 512;
+                let total = scales.num_elements() * MXFP4_BLOCK;
+                widen_into(first, out, UNIT, total, |elements, out| {
                     let blocks = blocks.bytes(elements.start / 2..elements.end / 2)?;
                     let range = elements.start / MXFP4_BLOCK..elements.end / MXFP4_BLOCK;
-                    Ok(dequantize_mxfp4(blocks, scales.bytes(range)?, out)?)
+                    dequantize_mxfp4(blocks, scales.bytes(range)?, out)
                 })
             }
         }
     }
 }
 
-impl Scaled<'_> {
+impl Scaled {
     fn read_into<D: Dtype>(&self, first: usize, out: &mut [D]) -> Result<()> {
-        let ([n, k], block) = (self.matrix, self.block);
+        let (shape, block) = (self.matrix, self.block);
         let scales = self.scales.read_scales()?;
-        let (matrix, per_matrix) = (n * k, num_scales(n, k, block)?);
+        let (matrix, per_matrix) = (shape[0] * shape[1], num_scales(shape, block)?);
         let per_byte = if self.code == Code::Fp4 { 2 } else { 1 };
-        widen_into(first, out, matrix, self.codes.len() * per_byte, |elements, out| {
+        let total = self.codes.num_elements() * per_byte;
+        widen_into(first, out, matrix, total, |elements, out| {
             let scales = &scales[elements.start / matrix * per_matrix..][..per_matrix];
             let codes = self.codes.bytes(elements.start / per_byte..elements.end / per_byte)?;
             match self.code {
-                Code::Fp8 => dequantize_fp8(codes, scales, n, k, block, out)?,
-                Code::Fp4 => dequantize_fp4(codes, scales, n, k, block, out)?,
+                Code::Fp8 => dequantize_fp8(codes, scales, shape, block, out),
+                Code::Fp4 => dequantize_fp4(codes, scales, shape, block, out),
             }
-            Ok(())
         })
     }
 }
 
-/// Shapes as a message has them.
-pub fn describe(shapes: &[(Vec<usize>, [usize; 2])]) -> String {
+/// Shapes in a message.
+pub(crate) fn describe(shapes: &[(Vec<usize>, [usize; 2])]) -> String {
     let shapes: Vec<String> = shapes.iter().map(|(shape, _)| format!("{shape:?}")).collect();
     shapes.join(" or ")
 }
 
-/// Elements `first..first + out.len()` of `total`, which `widen` makes in units of `unit` (the last may be shorter).
+/// Writes elements `first..first + out.len()` of `total`. `widen` computes units of `unit`
+/// elements, the last of which may be shorter.
 fn widen_into<D: Dtype>(
     first: usize,
     out: &mut [D],
@@ -244,9 +249,9 @@ fn widen_into<D: Dtype>(
 mod tests {
     use super::*;
 
-    /// Any piece of what is widened unit by unit is that piece of the whole.
+    /// Any range of elements that is widened unit by unit is that range of the whole.
     #[test]
-    fn pieces_of_units() {
+    fn widens_any_range() {
         let widen = |elements: Range<usize>, out: &mut [f32]| {
             for (out, element) in out.iter_mut().zip(elements) {
                 *out = element as f32;

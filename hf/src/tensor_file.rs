@@ -1,160 +1,191 @@
-//! One safetensors file: mapped into memory or part of this binary, its tensors converted on reading.
+//! One safetensors file, mapped or in memory. Its tensors are converted when they are read.
 
-use std::collections::HashMap;
-use std::io::{BufWriter, Write};
+use std::fmt;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use moe_kernels::{DType, Dtype};
 use rayon::prelude::*;
-use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+use safetensors::tensor::Metadata;
 use safetensors::{Dtype as DiskDtype, SafeTensors};
 
-use crate::error::{Error, Result, io};
-use crate::folder::{Bytes, check_file};
+use crate::error::{Error, Result};
+use crate::folder::Bytes;
 
-/// A safetensors file whose header has been read and held against the file's length.
-pub struct TensorFile {
+/// A safetensors file whose header has been read and checked against the file's length. A clone is
+/// the same file.
+#[derive(Clone)]
+pub struct TensorFile(Arc<Inner>);
+
+struct Inner {
     name: String,
     bytes: Bytes,
+    /// The offset of the first tensor's bytes.
     data: usize,
     metadata: Metadata,
 }
 
+impl fmt::Debug for TensorFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("TensorFile").field(&self.0.name).finish()
+    }
+}
+
 impl TensorFile {
+    /// Maps a file and reads its header.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be opened or mapped, [`Error::File`] if it is not a regular
+    /// file, or not a complete safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
         Self::new(path.display().to_string(), Bytes::map(path)?)
     }
 
-    /// `name` is what messages call the file.
-    pub fn new(name: String, bytes: Bytes) -> Result<Self> {
+    /// `name` is the name of the file in messages.
+    pub(crate) fn new(name: String, bytes: Bytes) -> Result<Self> {
         let length = bytes.as_slice().len();
         let (header, metadata) = SafeTensors::read_metadata(bytes.as_slice()).map_err(|error| {
             let why = format!(
-                "not a whole safetensors file ({error}); it has {length} bytes, \
-                 perhaps it was cut short or is a Git LFS pointer"
+                "not a complete safetensors file ({error}); it has {length} bytes and may be \
+                 truncated or a Git LFS pointer"
             );
             Error::File { file: name.clone(), why }
         })?;
         // The header follows its own length, which takes 8 bytes; the tensors follow the header.
-        Ok(Self { name, bytes, data: 8 + header, metadata })
+        Ok(Self(Arc::new(Inner { name, bytes, data: 8 + header, metadata })))
     }
 
+    /// The names of its tensors, in the order of their bytes.
     pub fn names(&self) -> Vec<String> {
-        self.metadata.offset_keys()
+        self.0.metadata.offset_keys()
     }
 
-    /// A value of the header's free-form table.
+    /// A value of the header's free-form table `__metadata__`.
     pub fn note(&self, key: &str) -> Option<&str> {
-        self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
+        self.0.metadata.metadata().as_ref()?.get(key).map(String::as_str)
     }
 
-    pub fn find(&self, name: &str) -> Option<Tensor<'_>> {
-        let info = self.metadata.info(name)?;
+    /// A tensor; `None` if the file has no tensor of this name.
+    pub fn find(&self, name: &str) -> Option<Tensor> {
+        let info = self.0.metadata.info(name)?;
         let (begin, end) = info.data_offsets;
-        let data = self.bytes.as_slice().get(self.data + begin..self.data + end)?;
-        Some(Tensor {
-            file: &self.name,
-            name: name.into(),
-            dtype: info.dtype,
-            shape: &info.shape,
-            data,
-        })
+        let range = self.0.data + begin..self.0.data + end;
+        self.0.bytes.as_slice().get(range.clone())?;
+        let (dtype, shape) = (info.dtype, info.shape.clone());
+        Some(Tensor { file: self.clone(), name: name.into(), dtype, shape, range })
     }
 
-    /// A tensor that has to be there.
-    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+    /// A required tensor.
+    ///
+    /// # Errors
+    /// [`Error::File`] names the tensors that the file has instead.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
         self.find(name).ok_or_else(|| {
             let names = self.names();
             let list = match names.len() {
-                0 => "no tensor at all".into(),
+                0 => "no tensors".into(),
                 1..=8 => format!("`{}`", names.join("`, `")),
                 many => format!("`{}` and {} more", names[..8].join("`, `"), many - 8),
             };
             Error::File {
-                file: self.name.clone(),
+                file: self.0.name.clone(),
                 why: format!("no tensor `{name}`; it has {list}"),
             }
         })
     }
 }
 
-/// The types that numbers may have without a scale.
-pub const FLOATS: &str = "f64, f32, bf16 or f16";
+/// The element types that need no scales.
+pub(crate) const FLOATS: &str = "f64, f32, bf16 or f16";
 
-/// One tensor of a file.
-pub struct Tensor<'a> {
-    file: &'a str,
+/// One tensor of a file. It keeps the file mapped.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    file: TensorFile,
     name: String,
     dtype: DiskDtype,
-    shape: &'a [usize],
-    data: &'a [u8],
+    shape: Vec<usize>,
+    /// The bytes in the file.
+    range: Range<usize>,
 }
 
-impl Tensor<'_> {
-    /// The type on disk, as this program writes types.
+impl Tensor {
+    fn data(&self) -> &[u8] {
+        self.file.0.bytes.as_slice().get(self.range.clone()).unwrap_or_default()
+    }
+
+    /// The element type on disk, in lower case.
     pub fn dtype_name(&self) -> String {
         format!("{:?}", self.dtype).to_lowercase()
     }
 
+    /// An [`Error::Tensor`] about this tensor.
     pub fn error(&self, got: String, wanted: String) -> Error {
-        Error::Tensor { file: self.file.into(), tensor: self.name.clone(), got, wanted }
+        Error::Tensor { file: self.file.0.name.clone(), tensor: self.name.clone(), got, wanted }
     }
 
-    /// Fails unless the tensor holds floating-point numbers of this shape.
+    /// Checks that the elements are floating-point numbers without scales and that the shape is
+    /// `wanted`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] otherwise.
     pub fn check(&self, wanted: &[usize]) -> Result<()> {
         self.check_float()?;
         self.check_shape(wanted)
     }
 
-    /// Fails unless the tensor is of this shape.
-    pub fn check_shape(&self, wanted: &[usize]) -> Result<()> {
+    pub(crate) fn check_shape(&self, wanted: &[usize]) -> Result<()> {
         if self.shape == wanted {
             return Ok(());
         }
         Err(self.error(format!("{:?}", self.shape), format!("{wanted:?}")))
     }
 
+    /// Its name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    pub fn dtype(&self) -> DiskDtype {
+    pub(crate) fn dtype(&self) -> DiskDtype {
         self.dtype
     }
 
+    /// Its shape.
     pub fn shape(&self) -> &[usize] {
-        self.shape
+        &self.shape
     }
 
-    /// Whether the tensor holds numbers without scales.
-    pub fn is_float(&self) -> bool {
+    /// Returns whether the elements are floating-point numbers without scales.
+    pub(crate) fn is_float(&self) -> bool {
         self.check_float().is_ok()
     }
 
-    /// Whether the tensor holds exponents of E8M0, which some files call bytes.
-    pub fn is_e8m0(&self) -> bool {
+    /// Returns whether the elements are E8M0 exponents, which some files call bytes.
+    pub(crate) fn is_e8m0(&self) -> bool {
         matches!(self.dtype, DiskDtype::F8_E8M0 | DiskDtype::U8)
     }
 
-    /// Fails unless the tensor holds scales: numbers, or exponents of E8M0.
-    pub fn check_scales(&self) -> Result<()> {
+    /// Checks that the elements are scales: floating-point numbers or E8M0 exponents.
+    pub(crate) fn check_scales(&self) -> Result<()> {
         match self.is_e8m0() || self.is_float() {
             true => Ok(()),
             false => Err(self.error(self.dtype_name(), format!("{FLOATS}, or f8_e8m0"))),
         }
     }
 
-    /// Fails unless the tensor holds bytes of this shape.
-    pub fn check_bytes(&self, wanted: &[usize]) -> Result<()> {
+    pub(crate) fn check_bytes(&self, wanted: &[usize]) -> Result<()> {
         if self.dtype != DiskDtype::U8 {
             return Err(self.error(self.dtype_name(), "u8".into()));
         }
         self.check_shape(wanted)
     }
 
-    /// Fails unless the tensor holds whole numbers of this shape.
+    /// Checks that the elements are i32 or i64 and that the shape is `wanted`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] otherwise.
     pub fn check_ids(&self, wanted: &[usize]) -> Result<()> {
         match self.dtype {
             DiskDtype::I32 | DiskDtype::I64 => self.check_shape(wanted),
@@ -163,28 +194,31 @@ impl Tensor<'_> {
     }
 
     /// The number of elements.
-    pub fn len(&self) -> usize {
+    pub(crate) fn num_elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Elements of a tensor whose elements are bytes.
-    pub fn bytes(&self, range: Range<usize>) -> Result<&[u8]> {
+    /// Elements of a tensor of bytes.
+    pub(crate) fn bytes(&self, range: Range<usize>) -> Result<&[u8]> {
         let wanted = || format!("at least {} bytes", range.end);
-        let bytes = self.data.get(range.clone());
+        let bytes = self.data().get(range.clone());
         bytes.ok_or_else(|| self.error(format!("{:?}", self.shape), wanted()))
     }
 
-    /// The whole tensor as ids, each of them below `end`; an error says which element is not, and that it should be
-    /// `one_of`.
-    pub fn read_ids(&self, end: usize, one_of: &str) -> Result<Vec<u32>> {
+    /// Reads the whole tensor, of i32 or i64, as ids in `0..end`. `wanted` describes the ids in
+    /// messages.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for an id out of range, with its position.
+    pub fn read_ids(&self, end: usize, wanted: &str) -> Result<Vec<u32>> {
         let id = |(at, value): (usize, i64)| {
             u32::try_from(value).ok().filter(|id| (*id as usize) < end).ok_or_else(|| {
                 let got = format!("{value} at {:?}", self.position(at));
-                self.error(got, format!("{one_of}, from 0 and below {end}"))
+                self.error(got, format!("{wanted}, from 0 and below {end}"))
             })
         };
         if self.dtype == DiskDtype::I64 {
-            let (values, _) = self.data.as_chunks::<8>();
+            let (values, _) = self.data().as_chunks::<8>();
             return values
                 .iter()
                 .map(|bytes| i64::from_le_bytes(*bytes))
@@ -192,7 +226,7 @@ impl Tensor<'_> {
                 .map(id)
                 .collect();
         }
-        let (values, _) = self.data.as_chunks::<4>();
+        let (values, _) = self.data().as_chunks::<4>();
         values.iter().map(|bytes| i32::from_le_bytes(*bytes).into()).enumerate().map(id).collect()
     }
 
@@ -212,10 +246,14 @@ impl Tensor<'_> {
         position
     }
 
-    /// Fails unless the tensor holds floating-point numbers in rows of `width`; gives their number.
+    /// Checks that the tensor is `[T, width]` of floating-point numbers with at least one token,
+    /// and returns `T`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] otherwise.
     pub fn rows_of(&self, width: usize) -> Result<usize> {
         self.check_float()?;
-        match *self.shape {
+        match self.shape[..] {
             [rows @ (1..), columns] if columns == width => Ok(rows),
             _ => {
                 let wanted = format!("[T, {width}] with at least one token");
@@ -231,19 +269,23 @@ impl Tensor<'_> {
         }
     }
 
-    /// The whole tensor as `D`.
+    /// Reads the whole tensor, of floating-point numbers without scales, rounded to nearest if `D`
+    /// is narrower.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for elements of another kind.
     pub fn read<D: Dtype>(&self) -> Result<Vec<D>> {
-        let mut out = vec![D::from_f32(0.0); self.shape.iter().product()];
+        let mut out = vec![D::from_f32(0.0); self.num_elements()];
         self.read_into(0, &mut out)?;
         Ok(out)
     }
 
-    /// Elements `first..first + out.len()` as `D`, rounded to nearest where `D` is the narrower type.
-    pub fn read_into<D: Dtype>(&self, first: usize, out: &mut [D]) -> Result<()> {
+    /// Reads elements `first..first + out.len()`, rounded to nearest if `D` is narrower.
+    pub(crate) fn read_into<D: Dtype>(&self, first: usize, out: &mut [D]) -> Result<()> {
         self.check_float()?;
         let size = self.dtype.bitsize() / 8;
         let range = first * size..(first + out.len()) * size;
-        let Some(data) = self.data.get(range) else {
+        let Some(data) = self.data().get(range) else {
             let wanted = format!("at least {} elements", first + out.len());
             return Err(self.error(format!("{:?}", self.shape), wanted));
         };
@@ -260,27 +302,30 @@ impl Tensor<'_> {
         Ok(())
     }
 
-    /// The whole tensor as scales.
-    pub fn read_scales(&self) -> Result<Vec<f32>> {
+    /// Reads the whole tensor as scales.
+    pub(crate) fn read_scales(&self) -> Result<Vec<f32>> {
         match self.dtype {
             DiskDtype::F8_E8M0 | DiskDtype::U8 => {
-                Ok(self.data.iter().map(|code| moe_kernels::format::e8m0_to_f32(*code)).collect())
+                Ok(self.data().iter().map(|code| crate::format::e8m0_to_f32(*code)).collect())
             }
             _ => self.read(),
         }
     }
 
-    /// The whole tensor as f64, which is exact for every type that is read.
+    /// Reads the whole tensor as f64, which is exact for every supported element type.
+    ///
+    /// # Errors
+    /// Those of [`read`](Self::read).
     pub fn read_f64(&self) -> Result<Vec<f64>> {
         if self.dtype == DiskDtype::F64 {
-            let (values, _) = self.data.as_chunks::<8>();
+            let (values, _) = self.data().as_chunks::<8>();
             return Ok(values.iter().map(|b| f64::from_le_bytes(*b)).collect());
         }
         Ok(self.read::<f32>()?.into_iter().map(f64::from).collect())
     }
 }
 
-/// Converts, or copies where the file holds the very type that is wanted.
+/// Converts elements, or copies them if the file has the element type `D`.
 fn convert<D: Dtype, const SIZE: usize>(
     data: &[u8],
     out: &mut [D],
@@ -301,170 +346,12 @@ fn convert_parallel<D: Dtype, F: Copy, const SIZE: usize>(
     widen: impl Fn([u8; SIZE]) -> F + Sync,
     narrow: impl Fn(F) -> D + Sync,
 ) {
-    // Large enough to hide the cost of handing a piece to another thread.
-    const PIECE: usize = 1 << 16;
-    out.par_chunks_mut(PIECE).zip(data.par_chunks(PIECE * SIZE)).for_each(|(out, data)| {
+    // Large enough to amortise the cost of passing a chunk to another thread.
+    const CHUNK: usize = 1 << 16;
+    out.par_chunks_mut(CHUNK).zip(data.par_chunks(CHUNK * SIZE)).for_each(|(out, data)| {
         let (values, _) = data.as_chunks::<SIZE>();
         for (out, value) in out.iter_mut().zip(values) {
             *out = narrow(widen(*value));
         }
     });
-}
-
-/// A tensor to be written; an error names the tensor's shape where its length is another.
-pub fn view<'v, D: Dtype>(shape: &[usize], values: &'v [D]) -> Result<TensorView<'v>> {
-    let dtype = match D::DTYPE {
-        DType::F32 => DiskDtype::F32,
-        DType::F16 => DiskDtype::F16,
-        DType::BF16 => DiskDtype::BF16,
-    };
-    raw_view(dtype, shape, bytemuck::cast_slice(values))
-}
-
-/// The same of ids, which are below 2^31 and so the same bits with a sign.
-pub fn view_ids<'v>(shape: &[usize], values: &'v [u32]) -> Result<TensorView<'v>> {
-    raw_view(DiskDtype::I32, shape, bytemuck::cast_slice(values))
-}
-
-fn raw_view<'v>(dtype: DiskDtype, shape: &[usize], bytes: &'v [u8]) -> Result<TensorView<'v>> {
-    TensorView::new(dtype, shape.to_vec(), bytes).map_err(|error| Error::File {
-        file: "a tensor to be written".into(),
-        why: error.to_string(),
-    })
-}
-
-/// Writes tensors and notes about them. The file appears whole or not at all.
-pub fn write(
-    path: &Path,
-    mut tensors: Vec<(&str, TensorView<'_>)>,
-    notes: Option<HashMap<String, String>>,
-) -> Result<()> {
-    // As the format asks for: by type, the widest first, so that every tensor is aligned.
-    tensors.sort_by(|(a, left), (b, right)| right.dtype().cmp(&left.dtype()).then(a.cmp(b)));
-    let mut end = 0;
-    let infos = tensors.iter().map(|(name, tensor)| {
-        let begin = end;
-        end += tensor.data().len();
-        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
-        (name.to_string(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
-    });
-    let infos = infos.collect();
-    let header = Metadata::new(notes, infos).map_err(std::io::Error::other);
-    let header = header.and_then(|header| serde_json::to_vec(&header).map_err(Into::into));
-    let mut header = header.map_err(io("write", path))?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    replace(path, |_, file| {
-        let mut file = BufWriter::with_capacity(1 << 20, file);
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        for (_, tensor) in &tensors {
-            file.write_all(tensor.data())?;
-        }
-        file.flush()
-    })
-}
-
-/// Makes a file that appears whole or not at all: `write` fills a neighbour, which then takes the name.
-///
-/// The neighbour is new, has a name that nothing can foresee, and is removed where anything fails. Its ending is that of
-/// the file: it may say what kind of file is to be made.
-///
-/// # Errors
-/// An existing path that is not a regular file, such as a device or a FIFO, is an error and stays unchanged.
-pub fn replace(
-    path: &Path,
-    write: impl FnOnce(&Path, &mut std::fs::File) -> std::io::Result<()>,
-) -> Result<()> {
-    if let Ok(metadata) = std::fs::metadata(path) {
-        check_file(path, &metadata)?;
-    }
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let ending = path.extension().map_or_else(Default::default, |ending| {
-        let mut dotted = std::ffi::OsString::from(".");
-        dotted.push(ending);
-        dotted
-    });
-    let write = || -> std::io::Result<()> {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".moe-kernels.part.").suffix(&ending);
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // Less what the user's mask takes away, as for any new file.
-            builder.permissions(std::fs::Permissions::from_mode(0o666));
-        }
-        let mut neighbour = builder.tempfile_in(folder)?;
-        let name = neighbour.path().to_path_buf();
-        write(&name, neighbour.as_file_mut())?;
-        neighbour.as_file().sync_all()?;
-        neighbour.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    write().map_err(io("write", path))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A file that cannot be written whole leaves what was there, and nothing else.
-    #[test]
-    fn a_file_is_replaced_or_left() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("y.txt");
-        let names = || std::fs::read_dir(folder.path()).unwrap().count();
-        let mut neighbours = std::collections::BTreeSet::new();
-        for text in ["one", "two"] {
-            replace(&path, |name, file| {
-                assert_eq!(name.parent(), Some(folder.path()));
-                assert_eq!(name.extension(), path.extension());
-                neighbours.insert(name.to_path_buf());
-                file.write_all(text.as_bytes())
-            })
-            .unwrap();
-            assert_eq!((std::fs::read_to_string(&path).unwrap().as_str(), names()), (text, 1));
-        }
-        assert_eq!(neighbours.len(), 2, "{neighbours:?}");
-        let error = replace(&path, |_, file| {
-            file.write_all(b"half of")?;
-            Err(std::io::Error::other("the disk is full"))
-        });
-        let text = error.unwrap_err().to_string();
-        assert!(text.contains("cannot write") && text.contains("the disk is full"), "{text}");
-        assert_eq!((std::fs::read_to_string(&path).unwrap().as_str(), names()), ("two", 1));
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
-            let plain = folder.path().join("plain");
-            std::fs::write(&plain, "").unwrap();
-            assert_eq!(mode(&path), mode(&plain), "permissions are those of any new file");
-        }
-    }
-
-    /// The program's own files are read back by the crate that the format comes from.
-    #[test]
-    fn written_tensors_are_read() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("y.safetensors");
-        let (x, ids) = ([1.0f32, -2.0, f32::NAN], [7u32, 8]);
-        let tensors = vec![
-            ("ids", view_ids(&[2], &ids).unwrap()),
-            ("half", view(&[1, 1], &[half::f16::ONE]).unwrap()),
-            ("x", view(&[3, 1], &x).unwrap()),
-        ];
-        let notes = HashMap::from([("layer".to_string(), "3".to_string())]);
-        write(&path, tensors, Some(notes)).unwrap();
-        let bytes = std::fs::read(&path).unwrap();
-        let read = SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(read.tensor("x").unwrap().shape(), [3, 1]);
-        assert_eq!(read.tensor("x").unwrap().data(), bytemuck::cast_slice::<f32, u8>(&x));
-        assert_eq!(read.tensor("ids").unwrap().data(), bytemuck::cast_slice::<u32, u8>(&ids));
-        assert_eq!(read.tensor("half").unwrap().dtype(), DiskDtype::F16);
-        let file = TensorFile::open(&path).unwrap();
-        assert_eq!(file.note("layer"), Some("3"));
-    }
 }

@@ -12,9 +12,6 @@ mod contexts;
 mod device;
 mod expert_choice;
 mod grouped_gemm;
-#[cfg(feature = "hf")]
-#[path = "../../hf/tests/it/config.rs"]
-mod hf;
 mod jitter;
 mod large;
 mod layer;

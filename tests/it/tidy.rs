@@ -238,7 +238,7 @@ fn the_library_does_not_panic() {
 
 #[test]
 fn files_stay_readable() {
-    let folders = ["kernels", "src", "tests", "benches", "examples", "emulator", "cli"];
+    let folders = ["kernels", "src", "tests", "benches", "examples", "emulator", "hf", "cli"];
     for folder in folders {
         for (name, text) in files(folder, &[".rs", ".cu", ".cuh", ".h", ".cpp"]) {
             let lines = text.lines().count();

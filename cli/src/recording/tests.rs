@@ -1,4 +1,5 @@
-//! Every wrong reading of a block is caught: with one thing misunderstood, the recording is missed.
+//! Every misreading of a block is detected: with one property misread, the output differs from the
+//! recording.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -8,27 +9,28 @@ use moe_kernels::{
     Normalization, Owned, Scoring, Selection, Typed, WeightOrder, WeightPosition, ZeroOutput,
     reference,
 };
+use moe_kernels_hf::Block;
 
 use crate::backend::{Output, forward_cpu};
-use crate::checkpoint::Layer;
+use crate::load::load_weights;
 use crate::progress::Steps;
 use crate::recording::Recording;
 use crate::tokens;
-use crate::weights::read_weights;
 
 type Weights = MoeWeights<Owned, f32>;
 
-/// Misunderstands one thing, if the block has it; the weights are those that such a reader would load.
+/// Misreads one property and changes the weights to those that such a reader would load. Returns
+/// whether the block has the property.
 type Misread = fn(&mut MoeConfig, &mut Weights) -> bool;
 
-/// Distances of more than this are seen: the limit of every device in f32.
-const SEEN: f64 = 1e-5;
+/// A larger distance is detected: the limit of every device in f32.
+const LIMIT: f64 = 1e-5;
 
 const MISREADINGS: &[(&str, Misread)] = &[
     ("renormalised or not", |config, _| {
         let router = &mut config.router;
         router.normalization = match router.normalization {
-            // That has the sum 1 already.
+            // The sum is 1.
             Normalization::None if router.scoring == Scoring::SoftmaxSelected => return false,
             Normalization::None => Normalization::Sum { epsilon: 0.0 },
             _ => Normalization::None,
@@ -43,7 +45,7 @@ const MISREADINGS: &[(&str, Misread)] = &[
     }),
     ("softmax over all or over the selected", |config, _| {
         let router = &mut config.router;
-        // A softmax over the selected is for selections by logit.
+        // A softmax over the selected requires a selection by logit.
         let alike = router.selects_by_logit() && router.normalization == Normalization::None;
         router.scoring = match router.scoring {
             Scoring::SoftmaxSelected => Scoring::Softmax,
@@ -168,7 +170,7 @@ const MISREADINGS: &[(&str, Misread)] = &[
         config.experts.post_norm = None;
         weights.experts.post_norm.take().is_some()
     }),
-    ("weights elsewhere", |config, _| {
+    ("weights applied elsewhere", |config, _| {
         let position = &mut config.experts.weight_position;
         *position = match position {
             WeightPosition::Output => WeightPosition::Input,
@@ -232,7 +234,7 @@ fn other_order(order: WeightOrder) -> WeightOrder {
     }
 }
 
-/// Puts every feature of gate in the place of up's and the reverse.
+/// Exchanges the features of gate and up.
 fn swap_features(config: &MoeConfig, gate_up: &mut [f32]) {
     let (intermediate, inner) = (config.intermediate, config.expert_hidden());
     let (features, before) = (2 * intermediate, gate_up.to_vec());
@@ -250,8 +252,8 @@ fn swap_features(config: &MoeConfig, gate_up: &mut [f32]) {
     }
 }
 
-/// The selection's bias taken for a part of the scores that weights are made of.
-fn bias_in_the_weights(
+/// The output with the selection's bias added to the scores that become weights.
+fn bias_in_weights(
     config: &MoeConfig,
     inputs: &MoeInputs<Owned, f32>,
     weights: &Weights,
@@ -263,7 +265,7 @@ fn bias_in_the_weights(
     let routing = reference::moe_layer_route_fwd::<f32, f32>(config, &host, &held).unwrap();
     let (experts, bias) =
         (config.router_experts(), weights.router.selection_bias.as_ref().unwrap());
-    let mut of_slots = Vec::new();
+    let mut routing_weights = Vec::new();
     for (logits, ids) in logits.chunks(experts).zip(routing.expert_ids.chunks(config.top_k)) {
         let z: Vec<f64> = logits.iter().map(|z| f64::from(z * router.logit_multiplier)).collect();
         let most = z.iter().copied().fold(f64::MIN, f64::max);
@@ -283,91 +285,102 @@ fn bias_in_the_weights(
             Normalization::None => 1.0,
             _ => scores.iter().sum(),
         };
-        of_slots.extend(scores.iter().map(|score| (score / by) as f32 * router.scale));
+        routing_weights.extend(scores.iter().map(|score| (score / by) as f32 * router.scale));
     }
     let (x, ids) = (host.x, &routing.expert_ids);
-    let y = reference::moe_layer_experts_fwd::<f32, f32>(config, x, ids, &of_slots, &held).unwrap();
+    let y = reference::moe_layer_experts_fwd::<f32, f32>(config, x, ids, &routing_weights, &held)
+        .unwrap();
     let logits = vec![0.0; x.len() / config.hidden * config.router_experts()];
-    Output { logits, y, expert_ids: routing.expert_ids, weights: of_slots }
+    Output { logits, y, expert_ids: routing.expert_ids, weights: routing_weights }
 }
 
-/// What a reader makes of a block, and whether the block has what it misunderstands.
+/// Returns whether the block has the misread property, and the output.
 type Reader<'r> = &'r dyn Fn(MoeConfig, MoeInputs<Owned, f32>, Weights) -> (bool, Output<f32>);
 
-/// How a block is run whose configuration and weights are these.
+/// Runs a block with this configuration and these weights.
 fn run(config: &MoeConfig, mut inputs: MoeInputs<Owned, f32>, weights: &Weights) -> Output<f32> {
     if config.router.selection != Selection::Given {
         inputs.token_ids = None;
     }
     if config.check().is_err() {
-        // A block that cannot be is caught before it is run.
+        // An invalid configuration is detected before the block runs.
         let tokens = inputs.x.len() / config.hidden;
         let (slots, logits) = (tokens * config.top_k, vec![0.0; tokens * config.router_experts()]);
-        let (expert_ids, of_slots) = (vec![u32::MAX; slots], vec![f32::NAN; slots]);
+        let (expert_ids, routing_weights) = (vec![u32::MAX; slots], vec![f32::NAN; slots]);
         let y = vec![f32::NAN; inputs.x.len()];
-        return Output { logits, y, expert_ids, weights: of_slots };
+        return Output { logits, y, expert_ids, weights: routing_weights };
     }
     forward_cpu(config, &inputs, weights, &mut Steps::default()).unwrap()
 }
 
-/// Whether the recording is missed by this reader; nothing where no block has what it misunderstands.
-fn is_caught(recording: &Recording, reader: Reader<'_>) -> Option<bool> {
+/// Returns whether the output of this reader differs from the recording; `None` if no block has the
+/// misread property.
+fn is_detected(recording: &Recording, reader: Reader<'_>) -> Option<bool> {
     let checkpoint = recording.checkpoint().unwrap();
     let file = recording.file().unwrap();
     let layers = recording.layers(&checkpoint, &file).unwrap();
     let mut applies = false;
-    let by = |layer: &Layer<'_>, inputs: MoeInputs<Owned, f32>, _: &mut Steps| {
-        let (misread, output) = reader(layer.config, inputs, read_weights(layer)?);
+    let by = |block: &Block, inputs: MoeInputs<Owned, f32>, _: &mut Steps| {
+        let (misread, output) = reader(*block.config(), inputs, load_weights(block)?);
         applies |= misread;
         Ok(output)
     };
     let made = tokens::forward(&layers, &file, &mut Steps::default(), by).unwrap();
     let far = recording.distance(&file, &layers, &made).unwrap();
-    // What is no number is not near.
-    let near = far.relative <= SEEN && far.other_experts == 0;
+    // A distance that is NaN is not near.
+    let near = far.relative <= LIMIT && far.other_experts == 0;
     applies.then_some(!near)
 }
 
-/// What makes no difference: the recording, the misreading, and why.
-const UNSEEN: &[(&str, &str, &str)] = &[
+/// Misreadings without effect: the recording, the misreading, and the reason.
+const WITHOUT_EFFECT: &[(&str, &str, &str)] = &[
     ("axk1-tiny", "summed or averaged", "a norm of the output takes a factor out"),
     ("nllb-moe-tiny (capacity)", "renormalised or not", "capacity normalises what it keeps"),
     ("nllb-moe-tiny (capacity)", "softmax over all or over the selected", "as above"),
-    ("switch-transformers-tiny", "weights elsewhere", "ReLU without biases passes factors on"),
-    ("switch-transformers-tiny (capacity)", "weights elsewhere", "as above"),
+    (
+        "switch-transformers-tiny",
+        "weights applied elsewhere",
+        "ReLU without biases passes factors on",
+    ),
+    ("switch-transformers-tiny (capacity)", "weights applied elsewhere", "as above"),
     (
         "switch-transformers-tiny",
         "no capacity",
-        "there is room for all; the other recording has none",
+        "no expert is full; the other recording has full experts",
     ),
 ];
 
 #[test]
-fn every_misreading_is_caught() {
+fn every_misreading_is_detected() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
     let mut missed = Vec::new();
     let mut seen = BTreeSet::new();
     for recording in Recording::of_folder(&fixtures).unwrap() {
-        let mut hold = |name: &'static str, caught: Option<bool>| {
-            let unseen = UNSEEN.iter().any(|(of, what, _)| *of == recording.name && *what == name);
-            match caught {
+        let mut check = |name: &'static str, detected: Option<bool>| {
+            let no_effect =
+                WITHOUT_EFFECT.iter().any(|(of, what, _)| *of == recording.name && *what == name);
+            match detected {
                 Some(true) => drop(seen.insert(name)),
-                Some(false) if !unseen => missed.push(format!("{}: {name}", recording.name)),
+                Some(false) if !no_effect => missed.push(format!("{}: {name}", recording.name)),
                 _ => {}
             }
-            assert!(!unseen || caught == Some(false), "{}: {name} is seen", recording.name);
+            assert!(
+                !no_effect || detected == Some(false),
+                "{}: {name} is detected",
+                recording.name
+            );
         };
-        let right = is_caught(&recording, &|config, inputs, weights| {
+        let right = is_detected(&recording, &|config, inputs, weights| {
             (true, run(&config, inputs, &weights))
         });
         assert_eq!(right, Some(false), "{}", recording.name);
         for &(name, misread) in MISREADINGS {
             let reader =
                 |mut config: MoeConfig, inputs: MoeInputs<Owned, f32>, mut weights: Weights| {
-                    let misunderstood = misread(&mut config, &mut weights);
-                    (misunderstood, run(&config, inputs, &weights))
+                    let misreads = misread(&mut config, &mut weights);
+                    (misreads, run(&config, inputs, &weights))
                 };
-            hold(name, is_caught(&recording, &reader));
+            check(name, is_detected(&recording, &reader));
         }
         let reader =
             |config: MoeConfig, inputs: MoeInputs<Owned, f32>, weights: Weights| match weights
@@ -376,13 +389,13 @@ fn every_misreading_is_caught() {
                 .is_some()
                 && weights.router.gate.is_some()
             {
-                true => (true, bias_in_the_weights(&config, &inputs, &weights)),
+                true => (true, bias_in_weights(&config, &inputs, &weights)),
                 false => (false, run(&config, inputs, &weights)),
             };
-        hold("a bias in the weights", is_caught(&recording, &reader));
+        check("a bias in the weights", is_detected(&recording, &reader));
     }
-    assert!(missed.is_empty(), "not caught:\n{}", missed.join("\n"));
-    // Every misreading is one of some family.
+    assert!(missed.is_empty(), "not detected:\n{}", missed.join("\n"));
+    // Each misreading applies to some family.
     for (name, _) in MISREADINGS {
         assert!(seen.contains(name), "{name}");
     }

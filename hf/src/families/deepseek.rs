@@ -1,25 +1,26 @@
-//! DeepSeek-V3 and the families that route as it does; DeepSeek-V2 and others with groups of softmax scores.
+//! DeepSeek-V3 and families with its router; DeepSeek-V2 and others with groups of softmax scores.
 
-use super::layouts::{DECODER, EACH, FUSED, TEXT, each, fused, shared};
-use super::softmax::{PLAIN, QWEN_KEYS};
-use crate::config::{
+use moe_kernels::{
     Activation, ActivationFunction, GroupScore, Groups, LatentConfig, Limit, Masked, Normalization,
     RmsNorm, RouterConfig,
 };
+
+use super::layouts::{DECODER, EACH, FUSED, TEXT, each, fused, shared};
+use super::softmax::{PLAIN, QWEN_KEYS};
+use crate::config::BlockInfo;
 use crate::error::Result;
-use crate::hf::Block;
-use crate::hf::family::{
+use crate::family::{
     Family, Flag, Function, GroupRule, NO_SHARED, Rule, SOFTMAX, Scale, Shared, SizeKeys, Width,
     deepseek, shared_count, shared_width, top_two_groups,
 };
-use crate::hf::keys::Keys;
-use crate::hf::names::{LatentNames, Layout, RouterNames, SharedNames};
-use crate::hf::schedule::{Dense, first_k, layers};
+use crate::keys::Keys;
+use crate::names::{LatentNames, Layout, RouterNames, SharedNames};
+use crate::schedule::{Dense, first_k, layers};
 
 const KEYS: SizeKeys =
     SizeKeys { experts: &["n_routed_experts", "num_local_experts"], ..QWEN_KEYS };
 
-/// The names that Kimi Linear and those after it give the same keys.
+/// The names of the same keys in Kimi Linear and later families.
 const KIMI_KEYS: SizeKeys =
     SizeKeys { top_k: &["num_experts_per_token", "num_experts_per_tok"], ..QWEN_KEYS };
 
@@ -288,7 +289,8 @@ pub const FAMILIES: &[Family] = &[
         model_types: &["axk2"],
         schedule: layers(48).typed(Dense::FirstAndFrequency),
         sizes: [2048, 512, 128, 8],
-        // Masked experts are worth 0, not minus infinity, so that they win against negative values.
+        // The score of masked experts is 0, not minus infinity, so that they are selected before
+        // negative scores.
         rule: Rule { groups: Some(masked_at_zero((0, 0))), ..deepseek(2.5, (0, 0)) },
         ..V3
     },
@@ -320,7 +322,7 @@ pub const FAMILIES: &[Family] = &[
     },
 ];
 
-/// DeepSeek-V2 chooses groups by their largest score and does not renormalise.
+/// DeepSeek-V2 selects groups by their largest score and does not renormalise.
 const V2: Family = Family {
     model_types: &["deepseek_v2"],
     schedule: layers(32).dense(first_k(0)),
@@ -398,20 +400,20 @@ const fn masked_at_zero(defaults: (usize, usize)) -> GroupRule {
     GroupRule { masked: Masked::Zero, ..top_two_groups(defaults) }
 }
 
-fn output_norm(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn output_norm(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let epsilon = keys.f32(&["rms_norm_eps"], 1e-6)?;
     block.config.output_norm = Some(RmsNorm { epsilon, offset: 0.0, scale_first: false });
     Ok(())
 }
 
-/// The limit of gate and up; an infinite one is none.
+/// The limit of gate and up; an infinite limit is no limit.
 fn limit(keys: &Keys<'_>) -> Result<Limit> {
     let limit = keys.number(&["swiglu_limit"], Some(10.0))?.filter(|limit| *limit != f64::INFINITY);
     Ok(limit.map_or(Limit::None, |limit| Limit::Before { limit: limit as f32 }))
 }
 
-/// Routed experts and the shared one are clamped.
-pub fn clamped(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// Clamps the routed experts and the shared one.
+pub fn clamped(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     config.experts.activation.limit = limit(keys)?;
     if let Some(shared) = &mut config.shared {
@@ -420,22 +422,22 @@ pub fn clamped(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-/// The key of the activation function is that of the shared expert alone.
-fn glm5_next(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The key of the activation function applies to the shared expert alone.
+fn glm5_next(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     clamped(keys, block)?;
     block.config.experts.activation.function = ActivationFunction::Silu;
     Ok(())
 }
 
-/// So it is here, and the shared expert is not clamped.
-fn hy_v4(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The key of the activation function applies to the shared expert alone, which is not clamped.
+fn hy_v4(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     block.config.experts.activation = Activation { limit: limit(keys)?, ..Activation::default() };
     Ok(())
 }
 
-/// The vision tower of dots3 has more experts the deeper the layer. Older configurations say so in one list, or not at
-/// all; others have the layers' own keys.
-fn pyramid(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The number of experts in the vision tower of dots3 grows with the layer. Older configurations
+/// have one list or no key; others have keys by layer.
+fn pyramid(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let name = "pyramid_num_routed";
     let experts = match keys.by_layer(name)? {
         _ if keys.has("per_layer_config") => return Ok(()),
@@ -452,17 +454,20 @@ fn pyramid(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-/// The experts may stand between two projections.
-fn nemotron(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The experts may be between two projections.
+fn nemotron(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let latent = keys.count(&["moe_latent_size"], 0)?;
     if latent > 0 {
-        keys.off("mlp_bias", "false: the projections around the experts have no biases here")?;
+        keys.off(
+            "mlp_bias",
+            "false: biases of the projections around the experts are not supported",
+        )?;
     }
     block.config.latent = (latent > 0).then_some(LatentConfig { hidden: latent, norm: None });
     Ok(())
 }
 
-fn v2(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn v2(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let router = &mut block.config.router;
     if keys.word(
         &["topk_method"],
@@ -472,8 +477,8 @@ fn v2(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
         let rule = GroupRule { score: GroupScore::Max, ..masked_at_zero((0, 0)) };
         router.groups = rule.read(keys)?.filter(|groups: &Groups| groups.num_groups > 1);
     }
-    // transformers ignores this key. The model's own code renormalises instead of scaling if it is set; no released
-    // model sets it.
+    // transformers ignores this key. The model's own code renormalises instead of scaling if it is
+    // true; it is not in any released model.
     if keys.boolean(&["norm_topk_prob"], false)? {
         router.normalization = Normalization::Sum { epsilon: 1e-20 };
         router.scale = 1.0;

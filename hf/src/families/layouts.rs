@@ -1,12 +1,13 @@
-//! The names of tensors that several families share.
+//! Names of tensors that several families share.
 
-use crate::config::{GateUpLayout, WeightOrder};
-use crate::hf::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames, Stored};
+use moe_kernels::{GateUpLayout, WeightOrder};
 
-/// Decoders without a wrapping.
+use crate::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames, Stored};
+
+/// Decoders of text models.
 pub const DECODER: &[&str] = &["model.layers.{layer}.", "layers.{layer}."];
 
-/// Decoders beside a vision tower, as the Hub and as transformers nest them.
+/// Decoders of models with a vision tower, nested as on the Hub and as in transformers.
 pub const TEXT: &[&str] = &[
     "model.language_model.layers.{layer}.",
     "language_model.model.layers.{layer}.",
@@ -31,7 +32,7 @@ const NO_EXPERTS: ExpertNames = ExpertNames {
     sinks: ("", ""),
 };
 
-/// The Hub's names of most families: three matrices for each expert.
+/// The names of most families on the Hub: three matrices for each expert.
 pub const EACH: Layout = Layout {
     router: RouterNames {
         gate: "mlp.gate.weight",
@@ -59,7 +60,7 @@ pub const EACH: Layout = Layout {
     unread: &[],
 };
 
-/// The names of transformers' modules since version 5, in a state dict that was saved as it is.
+/// The names of transformers' modules since version 5, in a state dict without conversion.
 pub const FUSED: Layout =
     EACH.with_experts(fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj"));
 
@@ -83,7 +84,7 @@ pub const MIXTRAL: Layout = Layout {
     ..EACH
 };
 
-/// Qwen's shared expert, and its gate.
+/// Qwen's shared expert with its sigmoid gate.
 pub const QWEN_SHARED: SharedNames = SharedNames {
     sigmoid_gate: "mlp.shared_expert_gate.weight",
     ..shared(
@@ -93,7 +94,7 @@ pub const QWEN_SHARED: SharedNames = SharedNames {
     )
 };
 
-/// Two tensors for all experts, as `nn.Linear` has them.
+/// Two tensors for all experts, each expert's matrix `[out, in]`.
 pub const fn fused(gate_up: &'static str, down: &'static str) -> ExpertNames {
     ExpertNames { up: gate_up, down, ..NO_EXPERTS }
 }
@@ -103,7 +104,7 @@ pub const fn each(gate: &'static str, up: &'static str, down: &'static str) -> E
     ExpertNames { gate, up, down, ..NO_EXPERTS }
 }
 
-/// For families whose layers have another module of the name that a shared expert has elsewhere.
+/// For families whose layers have another module with the usual name of a shared expert.
 pub const NO_SHARED_NAMES: SharedNames = shared("", "", "");
 
 /// The shared expert's three matrices.

@@ -1,23 +1,24 @@
-//! Families that choose by logit and take the softmax of the chosen; and sigmoids of chosen logits.
+//! Families that select by logit and compute the softmax, or sigmoids, of the selected logits.
 
-use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, TEXT, each, fused, shared};
-use super::softmax::{MIXTRAL_KEYS, OLMOE_KEYS, PLAIN};
-use crate::config::{
+use moe_kernels::{
     Activation, ActivationFunction, GateUpLayout, Limit, Normalization, RouterConfig, Scoring,
     Selection, WeightOrder, WeightPosition,
 };
+
+use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, TEXT, each, fused, shared};
+use super::softmax::{MIXTRAL_KEYS, OLMOE_KEYS, PLAIN};
+use crate::config::BlockInfo;
 use crate::error::Result;
-use crate::hf::Block;
-use crate::hf::family::{
+use crate::family::{
     Family, Function, Rule, SOFTMAX, SizeKeys, TOP_K_SOFTMAX, shared_count, shared_width,
 };
-use crate::hf::keys::Keys;
-use crate::hf::names::{ExpertNames, Layout, RouterNames, SharedNames, Stored};
-use crate::hf::schedule::{Dense, first_k, layers};
+use crate::keys::Keys;
+use crate::names::{ExpertNames, Layout, RouterNames, SharedNames, Stored};
+use crate::schedule::{Dense, first_k, layers};
 
 const TOP_K: Family = Family { rule: TOP_K_SOFTMAX, ..PLAIN };
 
-/// gpt-oss as it was published in 16 bits.
+/// gpt-oss in 16 bits.
 const GPT_OSS: Layout = Layout {
     router: RouterNames { gate: "mlp.router.weight", bias: "mlp.router.bias", ..EACH.router },
     experts: ExpertNames {
@@ -30,7 +31,8 @@ const GPT_OSS: Layout = Layout {
 }
 .in_out();
 
-/// gpt-oss as most have it. Blocks run along the products' inputs, so that each expert's matrices are `[out, in]`.
+/// gpt-oss in MXFP4, the usual form. Blocks are along the products' inputs, so that each expert's
+/// matrices are `[out, in]`.
 const GPT_OSS_MXFP4: Layout = GPT_OSS.with_experts(ExpertNames {
     gate_up_order: WeightOrder::OutIn,
     down_order: WeightOrder::OutIn,
@@ -51,7 +53,7 @@ const LLAMA4: Layout = EACH
     ))
     .in_out();
 
-/// As FP8 checkpoints have it, whose quantisation knows matrices alone.
+/// The names of FP8 checkpoints, whose quantisation supports single matrices only.
 const LLAMA4_EACH: Layout = Layout {
     experts: each(
         "feed_forward.experts.{expert}.gate_proj.weight",
@@ -64,7 +66,7 @@ const LLAMA4_EACH: Layout = Layout {
 const GRANITE_SHARED: SharedNames =
     shared("", "shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight");
 
-/// Granite as the Hub has it, and as transformers names its modules.
+/// Granite's names on the Hub, and those of transformers' modules.
 const GRANITE: &[Layout] = &[
     MIXTRAL
         .with_gate("block_sparse_moe.router.layer.weight")
@@ -105,7 +107,8 @@ pub const FAMILIES: &[Family] = &[
         schedule: layers(8),
         sizes: [640, 640, 128, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
-        // transformers divides the weights by K and multiplies the output by it again; neither is done here.
+        // transformers divides the weights by K and multiplies the output by K; both are omitted
+        // here.
         special: gpt_oss,
         f32_logits: true,
         layouts: &[PRIVACY_FILTER],
@@ -117,7 +120,7 @@ pub const FAMILIES: &[Family] = &[
         path: &[&["text_config"]],
         sizes: [5120, 8192, 16, 1],
         weight_position: WeightPosition::Input,
-        rule: CHOSEN_SIGMOID,
+        rule: SELECTED_SIGMOID,
         shared: shared_count(&[], 1),
         prefixes: TEXT_AND_LLAMA,
         layouts: &[LLAMA4, LLAMA4_EACH],
@@ -139,7 +142,7 @@ pub const FAMILIES: &[Family] = &[
         shared: shared_width(&["shared_intermediate_size"], 1024),
         ..GRANITE_MOE
     },
-    // Its FFN. Its attention chooses among projections in the same way, which is no FFN and not covered.
+    // The FFN alone: attention, which selects among projections in the same way, is not supported.
     Family {
         model_types: &["jetmoe"],
         schedule: layers(12),
@@ -181,8 +184,8 @@ pub const FAMILIES: &[Family] = &[
     },
 ];
 
-/// The sigmoid of the chosen logits.
-const CHOSEN_SIGMOID: Rule = Rule {
+/// The sigmoid of the selected logits.
+const SELECTED_SIGMOID: Rule = Rule {
     base: RouterConfig {
         scoring: Scoring::Sigmoid,
         selection: Selection::Logit,
@@ -208,7 +211,7 @@ pub fn gpt_oss_activation(keys: &Keys<'_>) -> Result<Activation> {
     })
 }
 
-fn gpt_oss(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn gpt_oss(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     config.projection.bias = true;
     config.experts.activation = gpt_oss_activation(keys)?;
@@ -217,21 +220,21 @@ fn gpt_oss(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn output_bias(_: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn output_bias(_: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     block.config.experts.output_bias = true;
     Ok(())
 }
 
-/// The key of the activation function is that of the shared expert alone.
-fn routed_silu(_: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The key of the activation function applies to the shared expert alone.
+fn routed_silu(_: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     block.config.experts.activation = Activation::default();
     Ok(())
 }
 
-fn cohere(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn cohere(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     if keys.word(&["expert_selection_fn"], "softmax", &[("softmax", false), ("sigmoid", true)])? {
-        config.router = CHOSEN_SIGMOID.base;
+        config.router = SELECTED_SIGMOID.base;
         if keys.boolean(&["norm_topk_prob"], true)? {
             config.router.normalization = Normalization::Sum { epsilon: 0.0 };
         }

@@ -1,6 +1,7 @@
 //! The table of families.
 //!
-//! Rows stand with those that route alike. Sizes are `[H, I, E, K]`, the defaults of transformers' classes.
+//! Rows with the same kind of router are in one file. Sizes are `[H, I, E, K]`, the defaults of
+//! transformers' classes.
 
 mod deepseek;
 mod layouts;
@@ -21,9 +22,9 @@ pub(super) const FAMILIES: &[&[Family]] = &[
     special::FAMILIES,
 ];
 
-/// Models that choose among experts in a way that is none of this crate's, and what is missing.
+/// Models with another selection of experts than this crate supports, and the reason.
 pub(super) const NOT_COVERED: &[(&str, &str)] = &[
-    ("doge", "its experts are single neurons, found by product keys, which is no routed FFN"),
+    ("doge", "its experts are single neurons, found by product keys, not a routed FFN"),
     ("vitpose", "its experts are chosen by data set, without a router"),
     ("vitpose_backbone", "its experts are chosen by data set, without a router"),
     ("granite_docling", "its router chooses the path of a connector, not experts"),

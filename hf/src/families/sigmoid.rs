@@ -1,22 +1,23 @@
 //! Families whose scores are sigmoids, without groups.
 
-use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, QWEN_SHARED, TEXT, each, fused, shared};
-use super::logit::gpt_oss_activation;
-use super::softmax::{PLAIN, QWEN_KEYS};
-use crate::config::{
+use moe_kernels::{
     ActivationFunction, GateUpLayout, LatentConfig, Limit, Normalization, RmsNorm, RouterConfig,
     Scoring, Selection,
 };
+
+use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, QWEN_SHARED, TEXT, each, fused, shared};
+use super::logit::gpt_oss_activation;
+use super::softmax::{PLAIN, QWEN_KEYS};
+use crate::config::BlockInfo;
 use crate::error::Result;
-use crate::hf::Block;
-use crate::hf::family::{
+use crate::family::{
     Family, Flag, Function, Rule, SIGMOID, Scale, SizeKeys, shared_count, shared_width,
 };
-use crate::hf::keys::Keys;
-use crate::hf::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames};
-use crate::hf::schedule::{Dense, layers};
+use crate::keys::Keys;
+use crate::names::{ExpertNames, LatentNames, Layout, RouterNames, SharedNames};
+use crate::schedule::{Dense, layers};
 
-/// Mixtral's keys, tensor names and all, with a biased sigmoid.
+/// Mixtral's keys and tensor names with a biased sigmoid.
 const MINIMAX: Family = Family {
     model_types: &["minimax_m2"],
     schedule: layers(62),
@@ -53,7 +54,7 @@ const STEP: Layout = EACH
 
 const AFMOE: Layout = EACH.with_gate("mlp.router.gate.weight").with_bias("mlp.expert_bias");
 
-/// Gate and up lie in turn, as Inkling's own code has them.
+/// Gate and up are interleaved, as in Inkling's own code.
 const INKLING: Layout = Layout {
     router: RouterNames {
         selection_bias: "mlp.gate.bias",
@@ -81,7 +82,7 @@ const MUSE: Layout = Layout {
     ..FUSED
 };
 
-/// Qwen's shared expert without a gate.
+/// Qwen's shared expert without a sigmoid gate.
 const SHARED: SharedNames = SharedNames { sigmoid_gate: "", ..QWEN_SHARED };
 
 const SHARED_WIDTH: &[&str] = &["shared_expert_intermediate_size"];
@@ -94,7 +95,7 @@ pub const FAMILIES: &[Family] = &[
         path: &[&["text_config"]],
         sizes: [6144, 3072, 128, 4],
         activation: Function::Fixed(ActivationFunction::Silu),
-        // transformers scales the routed output, which is the same as its weights.
+        // transformers scales the routed output instead of the weights.
         rule: Rule { scale: Scale::Key(&["routed_scaling_factor"], 2.0), ..SIGMOID },
         shared: shared_width(&["shared_intermediate_size"], 3072),
         special: gpt_oss_gate,
@@ -170,7 +171,7 @@ pub const FAMILIES: &[Family] = &[
         schedule: layers(50),
         sizes: [2560, 512, 384, 6],
         f32_logits: true,
-        // The bias is added to logits, and the sigmoid taken of the chosen.
+        // The bias is added to the logits; the sigmoid is that of the selected logits.
         rule: Rule {
             base: RouterConfig { selection: Selection::Logit, ..SIGMOID.base },
             renormalize: Flag::Key(&["norm_topk_prob"], false),
@@ -255,7 +256,7 @@ pub const FAMILIES: &[Family] = &[
             ..QWEN_KEYS
         },
         sizes: [4096, 2048, 256, 6],
-        // transformers renormalises whatever `norm_topk_prob` says, and so does the model.
+        // transformers and the model ignore `norm_topk_prob` and renormalise.
         rule: Rule { scale: Scale::Key(&["routed_scaling_factor"], 1.5), ..sum_plus(1e-20) },
         shared: shared_count(&[], 1).with_bias(&["mlp_bias"]),
         special: deepseek_v4,
@@ -287,7 +288,7 @@ const DEEPSEEK_V4: Layout = Layout {
 const FUSED_V4: Layout =
     Layout { router: RouterNames { table: "mlp.gate.tid2eid", ..FUSED.router }, ..FUSED };
 
-fn gpt_oss_gate(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn gpt_oss_gate(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let activation = gpt_oss_activation(keys)?;
     block.config.experts.activation = activation;
     if let Some(shared) = &mut block.config.shared {
@@ -296,8 +297,8 @@ fn gpt_oss_gate(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-/// Clamped behind the activation, with limits by layer; 0 is none.
-fn step(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// Clamped after the activation, with limits by layer; 0 is no limit.
+fn step(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let limit = |name| -> Result<Limit> {
         let Some(value) = keys.by_layer(name)? else { return Ok(Limit::None) };
         let number = if value.is_null() { Some(0.0) } else { value.as_f64() };
@@ -313,30 +314,31 @@ fn step(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn laguna(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    // transformers refuses it as well.
+fn laguna(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
+    // transformers rejects it, too.
     keys.off("moe_apply_router_weight_on_input", "false")?;
     let cap = keys.number(&["moe_router_logit_softcapping"], Some(0.0))?.unwrap_or(0.0);
     block.config.router.logit_softcap = (cap > 0.0).then_some(cap as f32);
     Ok(())
 }
 
-fn lfm2(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn lfm2(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     block.config.router.selection_bias = keys.boolean(&["use_expert_bias"], true)?;
     Ok(())
 }
 
-/// The shared experts are sinks: the router weighs them with the chosen ones, and so they are experts here, the last
-/// ones, that every token goes to. One learned number scales all weights.
-fn inkling(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The shared experts are sinks, which the router weighs together with the selected experts: here
+/// they are the last experts, selected by every token. One learned number scales all weights.
+fn inkling(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     if !keys.boolean(&["shared_expert_sink"], true)? {
-        let wanted = "true: shared experts that the router weighs";
+        let wanted = "true: other shared experts are not supported";
         return Err(keys.error("shared_expert_sink", &false.into(), wanted));
     }
     let sinks = keys.size(&["n_shared_experts"], 2)?;
     let config = &mut block.config;
     if keys.has("dense_intermediate_size") {
-        // In such configurations the experts' width has the name that dense layers' has elsewhere.
+        // In such configurations `intermediate_size` is the width of the experts, and not of dense
+        // layers.
         config.intermediate = keys.size(&["intermediate_size"], 0)?;
     }
     config.num_experts = config.num_experts.saturating_add(sinks);
@@ -346,7 +348,7 @@ fn inkling(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn inkling2(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn inkling2(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     config.router.scoring = scoring(keys, "sigmoid")?;
     config.experts.activation.limit = Limit::SoftCap {
@@ -361,8 +363,8 @@ fn scoring(keys: &Keys<'_>, default: &str) -> Result<Scoring> {
     keys.word(&["scoring_func"], default, &known)
 }
 
-/// The experts stand between two projections, and each one's output is scaled and then normed.
-fn muse(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The experts are between two projections; each expert's output is scaled and then normed.
+fn muse(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     config.router.logit_multiplier = keys.f32(&["output_multiplier"], 0.1767766952966369)?;
     let norm = |key, default, scale_first| -> Result<Option<RmsNorm>> {
@@ -376,8 +378,8 @@ fn muse(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-/// Some layers look their experts up by token id.
-fn deepseek_v4(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// Some layers select experts by token id, from a table.
+fn deepseek_v4(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     super::deepseek::clamped(keys, block)?;
     let router = &mut block.config.router;
     router.scoring = scoring(keys, "sqrtsoftplus")?;

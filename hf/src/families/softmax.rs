@@ -1,14 +1,15 @@
 //! Families whose scores are a softmax over all experts, without groups.
 
+use moe_kernels::WeightPosition;
+
 use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, QWEN_SHARED, TEXT, each, fused, shared};
-use crate::config::WeightPosition;
-use crate::hf::LogitsFrom;
-use crate::hf::family::{
+use crate::config::LogitsFrom;
+use crate::family::{
     Family, Flag, Function, NO_SHARED, Rule, SOFTMAX, Shared, SizeKeys, plain, shared_count,
     shared_width,
 };
-use crate::hf::names::Layout;
-use crate::hf::schedule::{Dense, layers};
+use crate::names::Layout;
+use crate::schedule::{Dense, layers};
 
 pub const MIXTRAL_KEYS: SizeKeys = SizeKeys {
     hidden: &["hidden_size"],
@@ -23,12 +24,12 @@ pub const QWEN_KEYS: SizeKeys = SizeKeys {
     ..MIXTRAL_KEYS
 };
 
-/// OLMoE's are Mixtral's but for the number of experts.
+/// OLMoE's keys: Mixtral's except for the number of experts.
 pub const OLMOE_KEYS: SizeKeys = SizeKeys { intermediate: &["intermediate_size"], ..QWEN_KEYS };
 
 const RENORMALIZED: Rule = Rule { renormalize: Flag::Always, ..SOFTMAX };
 
-/// Renormalised if `norm_topk_prob` says so.
+/// Renormalised if `norm_topk_prob` is true.
 const fn by_key(default: bool) -> Rule {
     Rule { renormalize: Flag::Key(&["norm_topk_prob"], default), ..SOFTMAX }
 }
@@ -127,7 +128,8 @@ pub const FAMILIES: &[Family] = &[
         sizes: [2048, 1408, 60, 4],
         rule: RENORMALIZED,
         prefixes: TEXT,
-        // The released checkpoints have the fused tensors transposed; transformers writes them as it has them.
+        // The fused tensors are transposed in released checkpoints, and not in those that
+        // transformers writes.
         layouts: &[FUSED.in_out(), FUSED, EACH],
         ..QWEN
     },
@@ -202,7 +204,7 @@ pub const FAMILIES: &[Family] = &[
     Family {
         model_types: &["hunyuan_v1_moe"],
         schedule: layers(32),
-        // The number of experts and that of a token may be lists by layer.
+        // The number of experts and K may be lists by layer.
         keys: SizeKeys { top_k: &["moe_topk", "num_experts_per_tok"], ..OLMOE_KEYS },
         sizes: [4096, 11008, 1, 1],
         f32_logits: true,

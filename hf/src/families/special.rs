@@ -1,21 +1,22 @@
-//! Families that share their rule with no other.
+//! Families with a router of their own.
 
-use super::layouts::{EACH, FUSED, MIXTRAL, NO_SHARED_NAMES, TEXT, each, fused};
-use super::softmax::{MIXTRAL_KEYS, PLAIN, QWEN_KEYS};
-use crate::config::{
+use moe_kernels::{
     ActivationFunction, CapacityConfig, CapacityLimit, Normalization, Priority, RmsNorm,
     RouterConfig, Scoring, WeightOrder, ZeroExperts, ZeroOutput,
 };
+
+use super::layouts::{EACH, FUSED, MIXTRAL, NO_SHARED_NAMES, TEXT, each, fused};
+use super::softmax::{MIXTRAL_KEYS, PLAIN, QWEN_KEYS};
+use crate::config::{BlockInfo, LogitsFrom};
 use crate::error::Result;
-use crate::hf::family::{
+use crate::family::{
     Family, Flag, Function, Rule, SOFTMAX, Scale, SizeKeys, function, shared_count,
 };
-use crate::hf::keys::Keys;
-use crate::hf::names::{ExpertNames, Layout, RouterNames};
-use crate::hf::schedule::{Dense, layers};
-use crate::hf::{Block, LogitsFrom};
+use crate::keys::Keys;
+use crate::names::{ExpertNames, Layout, RouterNames};
+use crate::schedule::{Dense, layers};
 
-/// The network that makes Zaya's logits from the tokens, which is not the block's.
+/// The network that computes Zaya's logits, which is not part of the block.
 const ZAYA_ROUTER: &[&str] = &[
     "mlp.gate.down_proj.weight",
     "mlp.gate.down_proj.bias",
@@ -33,7 +34,7 @@ const BIASED_SOFTMAX: Rule = Rule {
     ..SOFTMAX
 };
 
-/// Sums of two experts are told from 0 by the smallest difference of f32.
+/// Clamps the divisor to `f32::EPSILON`.
 const NLLB_SUM: Normalization = Normalization::SumAtLeast { min: f32::EPSILON };
 
 const ERNIE: Family = Family {
@@ -88,7 +89,7 @@ const GEMMA_NAMES: Layout = Layout {
         expert_scale: "router.per_expert_scale",
         ..EACH.router
     },
-    // `mlp` is the dense branch beside the block.
+    // `mlp` is the dense branch in parallel to the block.
     ..FUSED
         .with_experts(fused("experts.gate_up_proj", "experts.down_proj"))
         .with_shared(NO_SHARED_NAMES)
@@ -139,8 +140,8 @@ const NLLB: Family = Family {
     keys: SizeKeys { intermediate: &["encoder_ffn_dim"], ..SWITCH.keys },
     sizes: [1024, 4096, 128, 2],
     activation: Function::Key("activation_function", "relu"),
-    // transformers 5's block runs experts 0 and 1 alone, with the weights of others. This is the block that the model
-    // was trained with, and that transformers 4 ran.
+    // transformers 5's block runs experts 0 and 1 alone, with the weights of others. This is the
+    // block of transformers 4, with which the model was trained.
     rule: Rule { renormalize: Flag::Always, normalization: NLLB_SUM, ..SOFTMAX },
     special: nllb,
     prefixes: &["model.encoder.layers.{layer}.", "encoder.layers.{layer}."],
@@ -189,7 +190,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_types: &["phimoe"],
-        // The sparse mixer chooses two experts, whatever `num_experts_per_tok` says.
+        // The sparse mixer selects two experts and ignores `num_experts_per_tok`.
         keys: SizeKeys { top_k: &[], ..MIXTRAL_KEYS },
         schedule: layers(32),
         sizes: [4096, 6400, 16, 2],
@@ -247,7 +248,7 @@ pub const FAMILIES: &[Family] = &[
             only: &[("zero_expert_type", &["identity"])],
             ..BIASED_SOFTMAX
         },
-        // transformers makes a bias of the logits if `router_bias` is set, and does not add it; nor is it here.
+        // transformers creates a bias of the logits if `router_bias` is true, and does not add it.
         special: longcat,
         layouts: &[EACH
             .with_gate("mlp.router.classifier.weight")
@@ -292,15 +293,15 @@ pub const FAMILIES: &[Family] = &[
     },
 ];
 
-fn ernie(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn ernie(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let min = keys.f32(&["moe_norm_min"], 1e-12)?;
     block.config.router.normalization = Normalization::SumAtLeast { min };
     Ok(())
 }
 
-/// The second of two sets of experts, of different widths; a token's modality says which it goes to. The numbers of its
-/// experts follow those of the first, and the shared expert is the same.
-fn ernie_vision(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The second of two sets of experts with different widths; a token's modality selects the set. The
+/// numbers of its experts follow those of the first set, and the shared expert is the same.
+fn ernie_vision(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     ernie(keys, block)?;
     let mut first = keys.clone();
     first.element = 0;
@@ -314,14 +315,15 @@ fn ernie_vision(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn phimoe(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
-    // In training it is the range of a jitter; here it says which logits are near the largest.
+fn phimoe(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
+    // In training it is the range of a jitter; here it determines which logits are near the
+    // largest.
     let jitter = keys.f32(&["router_jitter_noise"], 0.01)?;
     block.config.router.scoring = Scoring::Sparsemixer { jitter, training: false };
     Ok(())
 }
 
-fn dbrx(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn dbrx(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     config.hidden = keys.top().size(&["d_model"], 2048)?;
     config.experts.activation.function =
@@ -332,7 +334,7 @@ fn dbrx(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn gemma4(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn gemma4(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     if !keys.boolean(&["enable_moe_block"], false)? {
         let wanted = "true: without it the model has no experts";
         return Err(keys.error("enable_moe_block", &false.into(), wanted));
@@ -340,9 +342,10 @@ fn gemma4(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     gemma(keys, block)
 }
 
-/// The router reads the layer's residual through a norm of its own, with a learned scale and one over the root of `H`.
-/// The dense MLP beside it has norms before and behind it: it is not the block's shared expert.
-fn gemma(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// The router's input is the layer's residual, normed with a learned scale and multiplied by `1 /
+/// sqrt(H)`. The dense MLP in parallel has norms of its input and output: it is not the block's
+/// shared expert.
+fn gemma(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     let epsilon = keys.f32(&["rms_norm_eps"], 1e-6)?;
     config.projection.norm = Some(RmsNorm { epsilon, offset: 0.0, scale_first: false });
@@ -351,21 +354,21 @@ fn gemma(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn longcat(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn longcat(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let count = keys.count(&["zero_expert_num"], 256)?;
     let output = ZeroOutput::Identity;
     block.config.zero_experts = (count > 0).then_some(ZeroExperts { count, output });
     Ok(())
 }
 
-/// A class behind the experts skips the token.
-fn zaya(_: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// One more class after the experts skips the token.
+fn zaya(_: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     block.config.zero_experts = Some(ZeroExperts { count: 1, output: ZeroOutput::Zero });
     Ok(())
 }
 
-/// In each sequence an expert takes the first tokens that come, and those beyond its capacity get nothing.
-fn switch(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+/// In each sequence an expert takes its first tokens up to its capacity; the others are dropped.
+fn switch(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     block.config.projection.bias = keys.boolean(&["router_bias"], false)?;
     keys.word(&["router_dtype"], "float32", &[("float32", ())])?;
     let limit = CapacityLimit::Rows { rows: keys.size(&["expert_capacity"], 64)? };
@@ -373,18 +376,19 @@ fn switch(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     Ok(())
 }
 
-fn nllb(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
+fn nllb(keys: &Keys<'_>, block: &mut BlockInfo) -> Result<()> {
     let config = &mut block.config;
     config.projection.bias = keys.boolean(&["router_bias"], false)?;
     keys.word(&["router_dtype"], "float32", &[("float32", ())])?;
-    // The other policies draw the second expert at random, in evaluation too.
+    // The other policies select the second expert at random, also in evaluation.
     keys.word(&["second_expert_policy"], "all", &[("all", ())])?;
     config.experts.gate_up_bias = true;
     config.experts.down_bias = true;
-    // Outputs were dropped with this probability in training, without scaling what was left.
+    // In training outputs were dropped with this probability, without scaling the others.
     config.router.scale = (1.0 - keys.f64(&["moe_token_dropout"], 0.2)?) as f32;
 
-    // In evaluation an expert takes this share of all tokens. All of them is no limit, since a token's experts differ.
+    // In evaluation an expert takes this fraction of all tokens. A fraction of 1 is no limit: a
+    // token's experts differ.
     let fraction = keys.f64(&["moe_eval_capacity_token_fraction"], 1.0)?;
     let limit = if fraction > 0.0 {
         (fraction < 1.0).then_some(CapacityLimit::TokenFraction { fraction })
@@ -397,7 +401,8 @@ fn nllb(keys: &Keys<'_>, block: &mut Block) -> Result<()> {
     let priority = if prioritized { Priority::ChoiceByTopWeight } else { Priority::Choice };
     let mut capacity = CapacityConfig::new(limit, priority);
     if !before {
-        // Of what is kept: a token that has one expert left gives it all of the weight.
+        // The normalisation is over kept slots: the only kept expert of a token has the whole
+        // weight.
         capacity.normalization =
             std::mem::replace(&mut config.router.normalization, Normalization::None);
     }

@@ -1,4 +1,4 @@
-//! What the fixtures' layers are, as a line each.
+//! The configuration of each fixture's layer, as a line.
 
 pub const LINES: &[(&str, &str)] = &[
     (
@@ -289,7 +289,7 @@ pub const LINES: &[(&str, &str)] = &[
     ("zaya-tiny", "H22 I12 E5 K1, softmax + bias, top-k; 1 skip experts"),
 ];
 
-/// Tensors of a fixture that are no part of the block.
+/// Tensors of a fixture outside of the block.
 pub const OTHER_TENSORS: &[(&str, &str)] = &[
     ("diffusion-gemma-tiny", "layernorm"),
     ("gemma4-tiny", "layernorm"),

@@ -1,6 +1,7 @@
 //! A layer with capacity: every option against the same composition of the operations, with each router written out.
 
 mod counts;
+mod nllb;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, DeviceRepr};

@@ -1,68 +1,41 @@
-//! NLLB-MoE's router in evaluation, from its configuration: the capacity of an expert, and which slots it keeps.
+//! NLLB-MoE's router in evaluation: the capacity of an expert, and the slots that it keeps.
 
 use half::bf16;
 use moe_kernels::reference::{self, RouteInputs};
 use moe_kernels::{
-    MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, RoutingOutputs, RoutingShape,
-    Workspace,
+    ActivationFunction, CapacityConfig, CapacityLimit, MoeConfig, MoeInputs, MoeLayer, MoeWeights,
+    Normalization, Priority, RouterConfig, RoutingOutputs, RoutingShape, Typed, Workspace,
 };
 use proptest::prelude::*;
-use serde_json::json;
 
 use crate::common::{Gpu, Rng, config, gpu};
 
-/// `math.ceil(fraction * tokens)` of Python where it is one more than the exact quotient, of all fractions of two
-/// decimals and 0 to 512 tokens; made by `math.ceil(float(f"0.{hundredths:02}") * tokens)`.
-const ONE_MORE: [(usize, &[usize]); 10] = [
-    (7, &[100, 200, 300, 400]),
-    (14, &[50, 100, 150, 200, 300, 350, 400, 450]),
-    (17, &[300]),
-    (28, &[25, 50, 75, 100, 150, 175, 200, 225, 275, 300, 325, 350, 375, 400, 425, 450]),
-    (34, &[150, 300, 350]),
-    (54, &[450]),
-    (55, &[100, 180, 200, 220, 340, 360, 380, 400, 420, 440, 460]),
-    (56, &[25, 50, 75, 100, 150, 175, 200, 225, 275, 300, 325, 350, 375, 400, 425, 450]),
-    (68, &[75, 150, 175, 300, 325, 350, 375]),
-    (81, &[300]),
-];
-
-fn from_hf(fraction: &str, before: bool, prioritized: bool) -> MoeConfig {
-    let text = json!({
-        "model_type": "nllb-moe", "d_model": 4, "encoder_ffn_dim": 2, "decoder_ffn_dim": 2,
-        "num_experts": 6, "moe_token_dropout": 0.2, "encoder_sparse_step": 1, "encoder_layers": 2,
-        "normalize_router_prob_before_dropping": before, "batch_prioritized_routing": prioritized,
-        "moe_eval_capacity_token_fraction": "FRACTION",
-    });
-    let text = text.to_string().replace("\"FRACTION\"", fraction);
-    MoeConfig::from_hf(&text, 0).unwrap()
-}
-
-#[test]
-fn the_capacity_is_that_of_pythons_arithmetic() {
-    let rows = |fraction: &str, tokens: usize| {
-        let config = from_hf(fraction, false, false);
-        config.capacity.unwrap().rows(&config.routing(tokens), tokens).unwrap()
-    };
-    assert_eq!(rows("0.15", 20), 3);
-    // The double after that of 0.11, which a reader that rounds twice takes for 0.11.
-    assert_eq!((rows("0.11", 100), rows("0.11000000000000001", 100)), (11, 12));
-    for hundredths in 1..100 {
-        let capacity = from_hf(&format!("0.{hundredths:02}"), false, false).capacity.unwrap();
-        let more = ONE_MORE.iter().find(|(of, _)| *of == hundredths).map_or(&[][..], |of| of.1);
-        for tokens in 0..=512 {
-            let shape = RoutingShape { num_tokens: tokens, num_experts: 6, top_k: 2 };
-            let wanted = (hundredths * tokens).div_ceil(100) + usize::from(more.contains(&tokens));
-            let got = capacity.rows(&shape, tokens).unwrap();
-            assert_eq!(got, wanted, "0.{hundredths:02} of {tokens} tokens");
-        }
+/// The configuration that moe-kernels-hf reads from a config.json with these values of
+/// `moe_eval_capacity_token_fraction`, `normalize_router_prob_before_dropping` and
+/// `batch_prioritized_routing`.
+fn nllb_config(fraction: f64, before: bool, prioritized: bool) -> MoeConfig {
+    let mut config = MoeConfig::new(4, 2, 6, 2);
+    config.projection.f32_logits = true;
+    config.router = RouterConfig { scale: 0.8, ..RouterConfig::softmax_top_k(false) };
+    config.experts.activation.function = ActivationFunction::Relu;
+    config.experts.gated = false;
+    config.experts.gate_up_bias = true;
+    config.experts.down_bias = true;
+    let priority = if prioritized { Priority::ChoiceByTopWeight } else { Priority::Choice };
+    let mut capacity = CapacityConfig::new(CapacityLimit::TokenFraction { fraction }, priority);
+    let sum = Normalization::SumAtLeast { min: f32::EPSILON };
+    if before {
+        config.router.normalization = sum;
+    } else {
+        capacity.normalization = sum;
     }
-    // All tokens are no limit.
-    assert!(from_hf("1.0", false, false).capacity.is_none());
-    assert!(from_hf("7", false, false).capacity.is_none());
+    config.capacity = Some(capacity);
+    config
 }
 
-/// The router as its paper's code has it, token by token: ids and weights of two experts, `u32::MAX` and 0 where one
-/// takes no part. `probabilities` and `logits` are `[T, E]`: the first choice is by the former, the second by the latter.
+/// The router of the paper's code, token by token: ids and weights of two experts, `u32::MAX` and 0
+/// for a dropped slot. `probabilities` and `logits` are `[T, E]`: the first choice is by the
+/// former, the second by the latter.
 fn nllb(
     probabilities: &[Vec<f32>],
     logits: &[f32],
@@ -94,7 +67,7 @@ fn nllb(
         let importance = |token: usize| probabilities[token][choices[token][0]];
         order.sort_by(|&a, &b| importance(b).partial_cmp(&importance(a)).unwrap());
     }
-    // A second choice has its place behind all first choices of its expert, those without room among them.
+    // Second choices are queued after all first choices of their expert, dropped ones included.
     let mut taken = vec![0; num_experts];
     let mut is_kept = vec![[false; 2]; probabilities.len()];
     for choice in 0..2 {
@@ -132,7 +105,7 @@ fn routed(
     weights.experts.gate_up_bias = Some(zeros(config.num_experts * config.intermediate));
     weights.experts.down_bias = Some(zeros(config.num_experts * config.hidden));
     let mut inputs = MoeInputs::new(zeros(tokens * config.hidden));
-    inputs.logits = Some(moe_kernels::Typed::F32(logits));
+    inputs.logits = Some(Typed::F32(logits));
     inputs.active = Some(active.to_vec());
     let host =
         reference::moe_layer_route_fwd::<f32, bf16>(&config, &inputs.as_host(), &weights.as_host());
@@ -155,16 +128,16 @@ proptest! {
     #![proptest_config(config(48))]
 
     #[test]
-    fn the_layer_is_the_models_router(
+    fn layer_routes_as_nllb_does(
         tokens in 1usize..60, hundredths in 1usize..60, before in any::<bool>(),
         prioritized in any::<bool>(), ties in any::<bool>(), seed in any::<u64>(),
     ) {
         let gpu = gpu();
         gpu.reschedule(seed);
         let mut rng = Rng::new(seed);
-        let config = from_hf(&format!("0.{hundredths:02}"), before, prioritized);
+        let config = nllb_config(hundredths as f64 / 100.0, before, prioritized);
         let experts = config.num_experts;
-        // Now and then so small a probability that its epsilon counts.
+        // Occasionally a probability so small that the epsilon makes a difference.
         let mut logits = Vec::new();
         for _ in 0..tokens {
             let scale = if rng.below(6) == 0 { 20.0 } else { 2.0 };
@@ -188,7 +161,7 @@ proptest! {
         for (got_ids, got_weights) in routed(&gpu, config, logits, &active) {
             prop_assert_eq!(&got_ids, &ids);
             for (slot, (&got, &wanted)) in got_weights.iter().zip(&weights).enumerate() {
-                // A slot that was dropped takes no part, whatever its weight is.
+                // The weight of a dropped slot is unspecified.
                 let near = (f64::from(got) - wanted).abs() <= 4e-7 * wanted.abs();
                 prop_assert!(ids[slot] == u32::MAX || near, "slot {}: {} {}", slot, got, wanted);
             }
