@@ -32,19 +32,6 @@ pub enum Error {
         got: String,
     },
 
-    /// A key of a model's config.json has an invalid value, or one that no layer of this crate
-    /// computes.
-    #[cfg(feature = "hf")]
-    #[error("`{key}` is {got}, wanted {wanted}")]
-    Json {
-        /// The key with its parents: `text_config.num_experts`.
-        key: String,
-        /// Its value, or the reason that it is invalid.
-        got: String,
-        /// The accepted values, in words.
-        wanted: String,
-    },
-
     /// The address of a buffer is not aligned for its element type.
     #[error("{op}: `{argument}` starts at address {got:#x}, wanted a multiple of {wanted} bytes")]
     Alignment {

@@ -50,8 +50,6 @@
 //! # Features
 //!
 //! - `serde`: `Serialize` and `Deserialize` for the configuration types.
-//! - `hf`: `MoeConfig::from_hf` and the names of the tensors, for every family of Hugging Face's
-//!   transformers whose block is a routed FFN.
 //! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, forwarded to cudarc.
 //!   Without one, cudarc uses that of the `nvcc` on `PATH`, or else its newest. CUDA 12.0 is the
 //!   oldest.
@@ -79,9 +77,6 @@ mod device;
 mod driver;
 mod dtype;
 mod error;
-pub mod format;
-#[cfg(feature = "hf")]
-pub mod hf;
 mod images;
 mod kernels;
 mod layer;

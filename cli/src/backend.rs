@@ -2,12 +2,12 @@
 
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use moe_kernels::{Dtype, MoeConfig, MoeInputs, MoeWeights, Owned, Typed, reference};
+use moe_kernels_hf::Block;
 
-use crate::checkpoint::Layer;
 use crate::device::{Gpu, Place};
 use crate::error::Result;
+use crate::load::load_weights;
 use crate::progress::Steps;
-use crate::weights::read_weights;
 
 /// An element type that the CPU and the device know.
 pub trait Element: Dtype + DeviceRepr + ValidAsZeroBits {}
@@ -91,14 +91,14 @@ impl Backend {
     /// One forward pass of a block.
     pub fn forward<D: Element>(
         &self,
-        layer: &Layer<'_>,
+        layer: &Block,
         inputs: MoeInputs<Owned, D>,
         steps: &mut Steps,
     ) -> Result<Output<D>> {
-        let weights = steps.measure("read the weights", || read_weights::<D>(layer))?;
+        let weights = steps.measure("read the weights", || load_weights::<D>(layer))?;
         match self {
-            Backend::Cpu => forward_cpu(&layer.config, &inputs, &weights, steps),
-            Backend::Gpu(gpu) => gpu.forward(&layer.config, inputs, &weights, steps),
+            Backend::Cpu => forward_cpu(layer.config(), &inputs, &weights, steps),
+            Backend::Gpu(gpu) => gpu.forward(layer.config(), inputs, &weights, steps),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The checkpoints of fixtures/ that are part of this binary.
 
-use crate::folder::Folder;
+use moe_kernels_hf::Folder;
 
 /// One bundled checkpoint: the files of its folder.
 pub struct Fixture {
@@ -33,6 +33,6 @@ pub const FIXTURES: &[Fixture] = &[
 
 impl Fixture {
     pub fn folder(&self) -> Folder {
-        Folder::Bundled(self.name, self.files)
+        Folder::Memory { name: format!("bundled {}", self.name), files: self.files }
     }
 }

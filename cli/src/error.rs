@@ -16,9 +16,9 @@ pub enum Error {
     #[error("{}: {}", escaped(file), escaped(why))]
     File { file: String, why: String },
 
-    /// A tensor is there, and is another one than the layer needs.
-    #[error("{}: tensor `{}` is {}, wanted {wanted}", escaped(file), escaped(tensor), escaped(got))]
-    Tensor { file: String, tensor: String, got: String, wanted: String },
+    /// A configuration or a checkpoint that cannot be read.
+    #[error("{}", escaped(&.0.to_string()))]
+    Model(#[from] moe_kernels_hf::Error),
 
     /// The device that was asked for cannot be had.
     #[error("device {device}: {why}")]

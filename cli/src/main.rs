@@ -8,26 +8,20 @@ mod backend;
 mod bench;
 mod bundled;
 mod check;
-mod checkpoint;
 mod device;
 mod error;
 mod finite;
-mod folder;
 mod gpu;
 mod histogram;
 mod info;
+mod load;
 mod progress;
-#[cfg(test)]
-mod readings;
 mod recording;
-mod refusal;
 mod run;
-mod source;
-mod tensor_file;
 mod text;
 mod tokens;
 mod tune;
-mod weights;
+mod write;
 
 use std::process::ExitCode;
 

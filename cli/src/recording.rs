@@ -4,13 +4,11 @@ use std::path::Path;
 
 use moe_kernels::reference::bound::relative_error;
 use moe_kernels::{CapacityConfig, CapacityLimit, DType, Dtype, Priority};
+use moe_kernels_hf::{Block, Checkpoint, Folder, TensorFile};
 
 use crate::bundled::FIXTURES;
-use crate::checkpoint::{Checkpoint, Layer};
 use crate::device::Place;
 use crate::error::{Error, Result, io};
-use crate::folder::Folder;
-use crate::tensor_file::TensorFile;
 use crate::text::escaped;
 use crate::tokens::Outputs;
 
@@ -76,21 +74,17 @@ impl Recording {
     }
 
     pub fn checkpoint(&self) -> Result<Checkpoint> {
-        Checkpoint::open(self.folder.clone())
+        Ok(Checkpoint::open(self.folder.clone())?)
     }
 
     pub fn file(&self) -> Result<TensorFile> {
-        self.folder.tensors(self.file)
+        Ok(self.folder.tensors(self.file)?)
     }
 
     /// The blocks that were recorded.
-    pub fn layers<'c>(
-        &self,
-        checkpoint: &'c Checkpoint,
-        file: &TensorFile,
-    ) -> Result<Vec<Layer<'c>>> {
+    pub fn layers(&self, checkpoint: &Checkpoint, file: &TensorFile) -> Result<Vec<Block>> {
         let number = self.number(file, "layer")?;
-        let mut layers = checkpoint.layers(number)?;
+        let mut layers = checkpoint.blocks(number)?;
         if self.file == RECORDED_CAPACITY {
             let limit = CapacityLimit::Rows { rows: self.number(file, "expert_capacity")? };
             layers.iter_mut().for_each(|layer| limit_experts(layer, limit));
@@ -109,7 +103,7 @@ impl Recording {
     pub fn distance<D: Dtype>(
         &self,
         file: &TensorFile,
-        layers: &[Layer<'_>],
+        layers: &[Block],
         made: &Outputs<D>,
     ) -> Result<Distance> {
         let wanted = file.tensor("y")?;
@@ -122,12 +116,12 @@ impl Recording {
             [tokens, per_token] if tokens == made.num_tokens && per_token > 0 => per_token,
             _ => {
                 let wanted = format!("[{}, K], the ids of each token's experts", made.num_tokens);
-                return Err(ids.error(format!("{:?}", ids.shape()), wanted));
+                return Err(ids.error(format!("{:?}", ids.shape()), wanted).into());
             }
         };
         let slots = [made.num_tokens, per_token];
         ids.check_ids(&slots)?;
-        let experts = layers.iter().map(|layer| layer.config.router_experts()).max().unwrap_or(0);
+        let experts = layers.iter().map(|layer| layer.config().router_experts()).max().unwrap_or(0);
         let ids = ids.read_ids(experts, "ids of experts")?;
         // Slots that found no room; and experts that every token has are not in the recording.
         let kept = file.find("kept").map(|kept| {
@@ -135,8 +129,8 @@ impl Recording {
             kept.read_ids(2, "1 for a slot that is kept and 0 for others")
         });
         let kept = kept.transpose()?;
-        let sinks = |layer: &Layer<'_>| layer.config.router.num_sinks;
-        let chosen = layers.iter().map(|l| (l.config.router_experts() - sinks(l)) as u32).max();
+        let sinks = |layer: &Block| layer.config().router.num_sinks;
+        let chosen = layers.iter().map(|l| (l.config().router_experts() - sinks(l)) as u32).max();
         let recorded = |token: usize| {
             let slots = token * per_token..(token + 1) * per_token;
             let is_kept = |slot: &usize| kept.as_ref().is_none_or(|kept| kept[*slot] > 0);
@@ -152,9 +146,10 @@ impl Recording {
 }
 
 /// The recorded limit in place of the configuration's, which is none where a sequence is shorter than it.
-fn limit_experts(layer: &mut Layer<'_>, limit: CapacityLimit) {
-    let router = &mut layer.config.router;
-    layer.config.capacity = Some(match layer.config.capacity {
+fn limit_experts(layer: &mut Block, limit: CapacityLimit) {
+    let config = layer.config_mut();
+    let router = &mut config.router;
+    config.capacity = Some(match config.capacity {
         Some(capacity) => CapacityConfig { limit, ..capacity },
         // NLLB: weights are those of what is kept.
         None => {
@@ -184,3 +179,6 @@ pub fn limit(place: Place, dtype: DType) -> f64 {
         (DType::BF16, _) => 1e-2,
     }
 }
+
+#[cfg(test)]
+mod tests;

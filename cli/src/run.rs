@@ -4,19 +4,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use moe_kernels::DType;
+use moe_kernels_hf::{Block, Checkpoint, TensorFile};
 
 use crate::backend::{Backend, Element, FORWARD, dispatch};
-use crate::checkpoint::{Checkpoint, Layer};
 use crate::device::{Choice, Place, available};
 use crate::error::{Error, Result, io};
 use crate::finite::NotFinite;
-use crate::folder::Folder;
 use crate::histogram;
 use crate::progress::Steps;
 use crate::recording::{self, Distance, Recording};
-use crate::tensor_file::{self, TensorFile};
 use crate::text::{Table, say, time, warn};
 use crate::tokens::{self, Outputs};
+use crate::write::{view, view_ids, write};
 
 /// Runs one MoE layer of a checkpoint forward
 ///
@@ -130,27 +129,26 @@ fn run_checkpoint(
         return Err(Error::Option { option: "--output", why });
     }
     let mut steps = Steps::default();
-    let checkpoint =
-        steps.time("open the checkpoint", || Checkpoint::open(Folder::Disk(folder.into())))?;
-    let layers = checkpoint.layers(layer_number)?;
-    if let Some(beside) = checkpoint.beside() {
-        warn(&beside);
+    let checkpoint = steps.time("open the checkpoint", || Checkpoint::open(folder))?;
+    let layers = checkpoint.blocks(layer_number)?;
+    if let Some(ignored) = checkpoint.warning() {
+        warn(&ignored);
     }
     let input_file = TensorFile::open(input)?;
     let x = input_file.tensor("x")?;
     let backend = steps.time("open the device", || Backend::open(place))?;
 
     let (num_tokens, hidden, rows_per_expert, not_finite) = dispatch!(dtype, D => {
-        let run = |layer: &Layer<'_>, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
+        let run = |layer: &Block, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
         let made = tokens::forward(&layers, &input_file, &mut steps, run)?;
         let Outputs { num_tokens, hidden, top_k, experts, output: made_of, finite, rows_per_expert } = made;
         steps.time("write the output", || {
             let tensors = vec![
-                ("y", tensor_file::view(&[num_tokens, hidden], &made_of.y)?),
-                ("expert_ids", tensor_file::view_ids(&[num_tokens, top_k], &made_of.expert_ids)?),
-                ("weights", tensor_file::view(&[num_tokens, top_k], &made_of.weights)?),
+                ("y", view(&[num_tokens, hidden], &made_of.y)?),
+                ("expert_ids", view_ids(&[num_tokens, top_k], &made_of.expert_ids)?),
+                ("weights", view(&[num_tokens, top_k], &made_of.weights)?),
             ];
-            tensor_file::write(output, tensors, None)
+            write(output, tensors, None)
         })?;
         let not_finite = [
             NotFinite::find("the router's logits", &finite, &made_of.logits, experts, dtype),
@@ -163,17 +161,17 @@ fn run_checkpoint(
     }
 
     for layer in &layers {
-        let (model_type, part) = (layer.block.model_type, layer.block.part);
+        let (model_type, part) = (layer.info().model_type, layer.info().part);
         let which =
             if part.is_empty() { model_type.into() } else { format!("{model_type} ({part})") };
         say(format_args!(
             "layer   {layer_number} of {}: {which}, {}\n",
             folder.display(),
-            layer.config
+            layer.config()
         ));
     }
     let x_type = x.dtype_name();
-    let w_type = layers.first().map(Layer::dtype_on_disk).unwrap_or_default();
+    let w_type = layers.first().map(Block::dtype_on_disk).unwrap_or_default();
     say(format_args!("device  {}, in {dtype} (weights on disk in {w_type})\n", backend.describe()));
     say(format_args!("input   {}: x [{num_tokens}, {hidden}] {x_type}\n", input.display()));
     say(format_args!("output  {}: y [{num_tokens}, {hidden}] {dtype}\n", output.display()));
@@ -232,8 +230,7 @@ fn compare<D: Element>(backend: &Backend, recording: &Recording) -> Result<bool>
     let file = recording.file()?;
     let layers = recording.layers(&checkpoint, &file)?;
     let mut steps = Steps::default();
-    let run =
-        |layer: &Layer<'_>, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
+    let run = |layer: &Block, inputs, steps: &mut Steps| backend.forward::<D>(layer, inputs, steps);
     let made = tokens::forward(&layers, &file, &mut steps, run)?;
     let Distance { relative, other_experts } = recording.distance(&file, &layers, &made)?;
     let limit = recording::limit(backend.place(), D::DTYPE);

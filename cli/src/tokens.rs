@@ -1,13 +1,11 @@
 //! What an input file has for a layer: the tokens, and what else its router reads.
 
-use moe_kernels::hf::LogitsFrom;
 use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
+use moe_kernels_hf::{Block, LogitsFrom, Tensor, TensorFile};
 
 use crate::backend::{Element, Output, rows_per_expert};
-use crate::checkpoint::Layer;
 use crate::error::Result;
 use crate::progress::Steps;
-use crate::tensor_file::{Tensor, TensorFile};
 
 /// What a layer makes of all tokens of a file.
 pub struct Outputs<D> {
@@ -35,20 +33,21 @@ const MOST_LOGITS: usize = 1 << 28;
 
 /// Runs every token of the file through its block, by `run`.
 pub fn forward<D: Element>(
-    layers: &[Layer<'_>],
+    layers: &[Block],
     file: &TensorFile,
     steps: &mut Steps,
-    mut run: impl FnMut(&Layer<'_>, MoeInputs<Owned, D>, &mut Steps) -> Result<Output<D>>,
+    mut run: impl FnMut(&Block, MoeInputs<Owned, D>, &mut Steps) -> Result<Output<D>>,
 ) -> Result<Outputs<D>> {
     let blocks = blocks(layers, file)?;
-    let hidden = blocks.first().map_or(0, |(layer, _)| layer.config.hidden);
-    let top_k = blocks.iter().map(|(layer, _)| layer.config.top_k).max().unwrap_or(0);
+    let hidden = blocks.first().map_or(0, |(layer, _)| layer.config().hidden);
+    let top_k = blocks.iter().map(|(layer, _)| layer.config().top_k).max().unwrap_or(0);
     let num_tokens = blocks.iter().map(|(_, tokens)| tokens.len()).sum();
-    let experts = blocks.iter().map(|(layer, _)| layer.config.router_experts()).max().unwrap_or(0);
+    let experts =
+        blocks.iter().map(|(layer, _)| layer.config().router_experts()).max().unwrap_or(0);
     let most = MOST_LOGITS / experts.max(1);
     if num_tokens > most {
         let wanted = format!("at most {most} tokens, for {experts} logits each");
-        return Err(file.tensor("x")?.error(format!("of {num_tokens} tokens"), wanted));
+        return Err(file.tensor("x")?.error(format!("of {num_tokens} tokens"), wanted).into());
     }
     let mut all = Outputs {
         num_tokens,
@@ -67,7 +66,7 @@ pub fn forward<D: Element>(
     for (layer, tokens) in blocks {
         let inputs = steps.time("read the input", || read_inputs::<D>(layer, file, &tokens))?;
         let part = run(layer, inputs, steps)?;
-        let config = &layer.config;
+        let config = layer.config();
         all.rows_per_expert.extend(rows_per_expert(&part.expert_ids, config.num_experts));
         let of_block = config.router_experts();
         for (row, token) in tokens.into_iter().enumerate() {
@@ -82,8 +81,8 @@ pub fn forward<D: Element>(
 }
 
 /// The name of the tensor that the router reads, other than `x`.
-fn router_input(layer: &Layer<'_>) -> Option<&'static str> {
-    match layer.block.logits {
+fn router_input(layer: &Block) -> Option<&'static str> {
+    match layer.info().logits {
         LogitsFrom::ProjectionOfResidual => Some(ROUTER_INPUT),
         LogitsFrom::Caller => Some(LOGITS),
         _ => None,
@@ -91,7 +90,7 @@ fn router_input(layer: &Layer<'_>) -> Option<&'static str> {
 }
 
 /// Whether each token is finite in every tensor that these layers read.
-fn finite_tokens(layers: &[Layer<'_>], file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
+fn finite_tokens(layers: &[Block], file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
     let mut finite = vec![true; num_tokens];
     for name in ["x"].into_iter().chain(layers.iter().filter_map(router_input)) {
         let tensor = file.tensor(name)?;
@@ -110,21 +109,18 @@ fn put<T: Copy>(all: &mut [T], at: usize, part: &[T], row: usize, width: usize) 
 
 /// The blocks that have tokens, and which. A model with text and vision experts has two blocks in a layer: each token
 /// is of that whose number the tensor `token_types` gives it, unless the width of tokens says it all.
-fn blocks<'l, 'a>(
-    layers: &'l [Layer<'a>],
-    file: &TensorFile,
-) -> Result<Vec<(&'l Layer<'a>, Vec<usize>)>> {
+fn blocks<'l>(layers: &'l [Block], file: &TensorFile) -> Result<Vec<(&'l Block, Vec<usize>)>> {
     let x = file.tensor("x")?;
     let fits: Vec<_> =
-        layers.iter().filter(|layer| x.rows_of(layer.config.hidden).is_ok()).collect();
+        layers.iter().filter(|layer| x.rows_of(layer.config().hidden).is_ok()).collect();
     let [first, _, ..] = fits[..] else {
         let only = fits.first().copied().or(layers.first());
         return only
-            .map(|layer| Ok((layer, (0..x.rows_of(layer.config.hidden)?).collect())))
+            .map(|layer| Ok((layer, (0..x.rows_of(layer.config().hidden)?).collect())))
             .into_iter()
             .collect();
     };
-    let num_tokens = x.rows_of(first.config.hidden)?;
+    let num_tokens = x.rows_of(first.config().hidden)?;
     let tensor = file.tensor("token_types")?;
     tensor.check_ids(&[num_tokens])?;
     let types = tensor.read_ids(fits.len(), "numbers of the layer's blocks")?;
@@ -137,14 +133,14 @@ fn blocks<'l, 'a>(
 
 /// Of each tensor that the block reads, the rows of these tokens.
 fn read_inputs<D: Dtype>(
-    layer: &Layer<'_>,
+    layer: &Block,
     file: &TensorFile,
     tokens: &[usize],
 ) -> Result<MoeInputs<Owned, D>> {
-    let (config, x) = (&layer.config, file.tensor("x")?);
+    let (config, x) = (layer.config(), file.tensor("x")?);
     let num_tokens = x.rows_of(config.hidden)?;
     let mut inputs = MoeInputs::new(rows(&x, config.hidden, tokens)?);
-    match layer.block.logits {
+    match layer.info().logits {
         LogitsFrom::ProjectionOfResidual => {
             let tensor = file.tensor(ROUTER_INPUT)?;
             tensor.check(&[num_tokens, config.hidden])?;
@@ -163,13 +159,13 @@ fn read_inputs<D: Dtype>(
     if config.router.selection == Selection::Given {
         let tensor = file.tensor("token_ids")?;
         tensor.check_ids(&[num_tokens])?;
-        let ids = tensor.read_ids(layer.block.vocabulary, "rows of the table of expert ids")?;
+        let ids = tensor.read_ids(layer.info().vocabulary, "rows of the table of expert ids")?;
         inputs.token_ids = Some(tokens.iter().map(|&token| ids[token]).collect());
     }
     Ok(inputs)
 }
 
-fn rows<D: Dtype>(tensor: &Tensor<'_>, width: usize, tokens: &[usize]) -> Result<Vec<D>> {
+fn rows<D: Dtype>(tensor: &Tensor, width: usize, tokens: &[usize]) -> Result<Vec<D>> {
     let all = tensor.read::<D>()?;
     Ok(tokens.iter().flat_map(|&token| &all[token * width..(token + 1) * width]).copied().collect())
 }

@@ -25,8 +25,8 @@ use serde_json::{Value, json};
 
 use crate::device::{Choice, Gpu, Place};
 use crate::error::{Error, Result, io};
-use crate::tensor_file::replace;
 use crate::text::{Table, escaped, say, seconds};
+use crate::write::replace;
 use variant::{Variant, bad_file, read_list};
 
 /// Times variants of grouped_gemm that gpu/tune-variants has compiled, against the built-in one

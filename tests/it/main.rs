@@ -12,8 +12,6 @@ mod contexts;
 mod device;
 mod expert_choice;
 mod grouped_gemm;
-#[cfg(feature = "hf")]
-mod hf;
 mod jitter;
 mod large;
 mod layer;

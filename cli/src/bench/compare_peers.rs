@@ -12,7 +12,7 @@ use crate::bench::measure::{Bench, SAMPLES, Setting, empty_row};
 use crate::bench::peers::{Peer, Peers};
 use crate::bench::record::Row;
 use crate::error::Result;
-use crate::tensor_file::{view, view_ids, write};
+use crate::write::{view, view_ids, write};
 
 /// What we are called among peers.
 const OURS: &str = "moe-kernels";

@@ -13,7 +13,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::bench::record::{Record, Row};
 use crate::error::{Error, Result};
-use crate::tensor_file::replace;
+use crate::write::replace;
 
 use bars::Bars;
 use lines::{Line, Lines};

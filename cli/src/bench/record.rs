@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::bench::traffic::Traffic;
 use crate::error::Result;
-use crate::tensor_file::replace;
+use crate::write::replace;
 
 /// Changes whenever a field changes its meaning.
 const FORMAT: u32 = 1;

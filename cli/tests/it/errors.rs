@@ -98,7 +98,7 @@ fn files_that_are_cut_short() {
     {
         let folder = Folder::of("mixtral-tiny");
         folder.cut(file, bytes);
-        fails(&folder, &[file, "not a whole safetensors file", &format!("{bytes} bytes")]);
+        fails(&folder, &[file, "not a complete safetensors file", &format!("{bytes} bytes")]);
     }
     let folder = Folder::of("mixtral-tiny");
     folder.cut("recorded.safetensors", 0);
@@ -117,13 +117,13 @@ fn layers_that_are_not_there() {
     ];
     for (layer, why) in [0, 2].into_iter().zip(whys) {
         let done = run(&folder, layer, &["--device", "cpu"]);
-        check_failure(&done, &["config.json", why, "layers that have one: 1"]);
+        check_failure(&done, &["config.json", why, "layers with MoE blocks: 1"]);
     }
     folder.edit("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
     let done = run(&folder, 2, &["--device", "cpu"]);
-    check_failure(&done, &["layer 2 has no qwen3_moe block", "layers that have one: 1"]);
+    check_failure(&done, &["layer 2 has no qwen3_moe block", "layers with MoE blocks: 1"]);
     let folder = Folder::of("mixtral-tiny");
-    check_failure(&run(&folder, 9, &["--device", "cpu"]), &["layers that have one: 0-1"]);
+    check_failure(&run(&folder, 9, &["--device", "cpu"]), &["layers with MoE blocks: 0-1"]);
 }
 
 /// The words of Python's JSON that others do not have, where no key of the block is.
@@ -181,7 +181,7 @@ fn weights_in_8_bits() {
 }
 
 #[test]
-fn an_index_that_lies() {
+fn rejects_index_outside_folder() {
     let name = "model.layers.1.mlp.experts.0.up_proj.weight";
     let line = |file: &str| format!("\"{name}\": \"{file}\"");
     let index = "model.safetensors.index.json";
@@ -193,7 +193,7 @@ fn an_index_that_lies() {
 
     let folder = Folder::of("qwen3-moe-tiny");
     folder.edit(index, &right, &line("../model-00004-of-00004.safetensors"));
-    fails(&folder, &[index, name, "wanted the name of a file beside it"]);
+    fails(&folder, &[index, name, "wanted the name of a file in the same folder"]);
 
     let folder = Folder::of("qwen3-moe-tiny");
     folder.edit(index, "\"weight_map\"", "\"weights\"");

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use moe_kernels::hf;
+use moe_kernels_hf::model_types;
 use serde_json::Value;
 
 use crate::common::{Done, program};
 
-// The configuration of each fixture as a line; a test of the library holds them.
+// The configuration of each fixture as a line; a test of moe-kernels-hf checks them.
 #[allow(dead_code)]
-#[path = "../../../tests/it/hf/lines.rs"]
+#[path = "../../../hf/tests/it/lines.rs"]
 mod lines;
 
 fn repository() -> PathBuf {
@@ -80,7 +80,7 @@ fn without_sizes(line: &str) -> String {
 /// The families of each line of computing, as a table.
 fn table(good: &BTreeSet<String>) -> String {
     let mut rows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let mut left: BTreeSet<&str> = hf::model_types().into_iter().collect();
+    let mut left: BTreeSet<&str> = model_types().into_iter().collect();
     for fixture in fixtures().iter().filter(|name| good.contains(*name)) {
         let config = repository().join("fixtures").join(fixture).join("config.json");
         let config: Value = serde_json::from_slice(&std::fs::read(config).unwrap()).unwrap();

@@ -46,7 +46,7 @@ fn run_in_time(folder: &Folder) -> Done {
     }
 }
 
-/// Each kind of thing that is no file, in the place of each file.
+/// Each kind of directory entry that is not a regular file, in the place of each file.
 #[test]
 fn what_is_no_file_is_not_read() {
     let fifo = |path: &Path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
@@ -155,12 +155,12 @@ fn headers_that_lie() {
         std::fs::write(folder.path(SINGLE), headed(header.len() as u64, &header, data)).unwrap();
         let done = run_in_time(&folder);
         assert_eq!(done.status, Some(2), "{what}: {done:?}");
-        assert!(done.stderr.contains("not a whole safetensors file"), "{what}: {}", done.stderr);
+        assert!(done.stderr.contains("not a complete safetensors file"), "{what}: {}", done.stderr);
     }
     for said in [3, 100, 100_000_000, 100_000_001, 1 << 40, u64::MAX - 7, u64::MAX] {
         let folder = Folder::of("mixtral-tiny");
         std::fs::write(folder.path(SINGLE), headed(said, "{}", 0)).unwrap();
-        fails(&folder, &[SINGLE, "not a whole safetensors file"]);
+        fails(&folder, &[SINGLE, "not a complete safetensors file"]);
     }
 }
 
@@ -182,7 +182,7 @@ fn names_are_escaped() {
         let name = format!("model.layers.1.block_sparse_moe.{EVIL}");
         tensors.push(Stored::f32(&name, &[1], &[1.0]));
     });
-    clean(&folder, &[spelled, "would stay unread"]);
+    clean(&folder, &[spelled, "unused: "]);
     let folder = Folder::of("mixtral-tiny");
     write(&folder.path("recorded.safetensors"), &[Stored::f32(EVIL, &[1], &[1.0])]);
     clean(&folder, &[spelled, "no tensor `x`"]);
@@ -193,7 +193,7 @@ fn names_are_escaped() {
     clean(&folder, &[spelled, "no such file"]);
     let folder = Folder::of("qwen3-moe-tiny");
     folder.edit(INDEX, &format!("\"{SHARD}\""), &file.replace("error", "/"));
-    clean(&folder, &["wanted the name of a file beside it"]);
+    clean(&folder, &["wanted the name of a file in the same folder"]);
     // Values of config.json.
     let folder = Folder::of("mixtral-tiny");
     let value = serde_json::to_string(EVIL).unwrap();
@@ -263,13 +263,10 @@ fn numbers_that_are_not_finite() {
     set(&folder, &of(3), 70, f32::NEG_INFINITY);
     // Finite, and too large for f16.
     set(&folder, &of(4), 1, 70_000.0);
-    for (dtype, more) in [("f32", ""), ("f16", "; so have 1 more")] {
+    for (dtype, more) in [("f32", ""), ("f16", "; other tensors with some: 1")] {
         let done = run(&folder, 1, &["--device", "cpu", "--dtype", dtype]);
         assert_eq!(done.status, Some(0), "{done:?}");
-        let line = format!(
-            "warning: tensor `{}` has NaN or infinities, 2 of them in {dtype}{more}",
-            of(3)
-        );
+        let line = format!("warning: tensor `{}` has infinities or NaN: 2 in {dtype}{more}", of(3));
         let (first, rest) = done.stderr.split_once('\n').unwrap();
         assert_eq!(first, line);
         // One more, about the output of tokens that had this expert.
@@ -281,7 +278,6 @@ fn numbers_that_are_not_finite() {
     set(&folder, &format!("{name}_scale_inv"), 1, f32::NAN);
     let done = run(&folder, 1, &["--device", "cpu"]);
     assert_eq!(done.status, Some(0), "{done:?}");
-    let line =
-        format!("warning: tensor `{name}_scale_inv` has NaN or infinities, 1 of them in f32\n");
+    let line = format!("warning: tensor `{name}_scale_inv` has infinities or NaN: 1 in f32\n");
     assert!(done.stderr.starts_with(&line), "{}", done.stderr);
 }

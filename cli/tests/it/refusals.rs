@@ -1,4 +1,4 @@
-//! Formats that are not read: the message names the format, the tensor that is missing and what stands in its place.
+//! Unsupported formats: the message names the format, the missing tensor and the tensors in its place.
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -32,7 +32,7 @@ fn refused(folder: &Folder, mut words: Vec<String>, kind: &str) {
     // The end of the format's name as well.
     let end = if words[0].starts_with("no tensor") { ";" } else { ", wanted" };
     words.push(format!(", {kind}{end}"));
-    words.push("; quantised weights are read as f8_e4m3 with scales, packed FP4".into());
+    words.push("; supported quantised formats: f8_e4m3 with scales, packed FP4".into());
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     fails(folder, &words);
 }
@@ -289,10 +289,10 @@ fn weights_in_other_files() {
     ] {
         let folder = Folder::of("mixtral-tiny");
         std::fs::rename(folder.path("model.safetensors"), folder.path(file)).unwrap();
-        let in_place = format!("in its place: `{file}`, which is {format} and not read");
+        let in_place = format!("in its place: `{file}`, which is {format} and not supported");
         fails(&folder, &["model.safetensors: no such file", &in_place]);
     }
     let folder = Folder::of("mixtral-tiny");
     std::fs::remove_file(folder.path("model.safetensors")).unwrap();
-    fails(&folder, &["`recorded.safetensors`, which is another set of names and not read"]);
+    fails(&folder, &["`recorded.safetensors`, which is another set of names and not supported"]);
 }

@@ -61,7 +61,7 @@ const UNREAD: &[(&str, &str)] = &[
 fn a_tensor_that_would_stay_unread() {
     for (fixture, name) in UNREAD {
         let folder = with(fixture, &[name]);
-        fails(&folder, &[FILE, &format!("`{name}` would stay unread"), "a block without it"]);
+        fails(&folder, &[FILE, &format!("unused: `{name}`; "), "a block without it"]);
     }
     let two = [UNREAD[1].1, UNREAD[2].1];
     let words = [&format!("`{}`", two[0]), &format!("`{}`", two[1])[..], "a block without them"];
@@ -73,10 +73,10 @@ fn a_tensor_that_would_stay_unread() {
 fn a_shared_expert_that_config_does_not_know() {
     let folder = Folder::of("granitemoeshared-tiny");
     folder.edit("config.json", "\"granitemoeshared\"", "\"granitemoe\"");
-    fails(&folder, &["shared_mlp.input_linear.weight`", "would stay unread"]);
+    fails(&folder, &["shared_mlp.input_linear.weight`", "unused: "]);
     let folder = Folder::of("deepseek-v3-tiny");
     folder.edit("config.json", "\"n_shared_experts\": 1", "\"n_shared_experts\": 0");
-    fails(&folder, &["mlp.shared_experts.", "would stay unread"]);
+    fails(&folder, &["mlp.shared_experts.", "unused: "]);
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn an_index_is_held_against_the_block() {
         "\"weight_map\": {",
         &format!("\"weight_map\": {{ \"{stray}\": \"{file}\","),
     );
-    fails(&folder, &["model.safetensors.index.json", &format!("`{stray}` would stay unread")]);
+    fails(&folder, &["model.safetensors.index.json", &format!("unused: `{stray}`; ")]);
 }
 
 /// transformers reads every tensor of a file that the index names.
@@ -103,7 +103,7 @@ fn a_tensor_that_the_index_does_not_list() {
     with("model.layers.1.self_attn.stray.weight");
     assert_eq!(run(&folder, 1, &["--device", "cpu"]).status, Some(0));
     with(&format!("model.layers.1.mlp.{stray}"));
-    fails(&folder, &[file, &format!("mlp.{stray}` would stay unread"), "index.json has no such"]);
+    fails(&folder, &[file, &format!("mlp.{stray}`; not listed in"), "index.json"]);
 }
 
 /// Norms, attention, dense branches, other layers, and what a family's files have and its block does not need.
@@ -150,13 +150,17 @@ fn weights_beside_the_checkpoint() {
     for (fixture, beside, words) in [
         ("mixtral-tiny", "adapter_config.json", "an adapter, which is not applied"),
         ("mixtral-tiny", "adapter_model.safetensors", "an adapter, which is not applied"),
-        ("mixtral-tiny", "consolidated.safetensors", "model.safetensors is read alone"),
-        ("mixtral-tiny", "model.safetensors.index.json", "model.safetensors is read alone"),
-        ("mixtral-tiny", "pytorch_model-00001-of-00002.bin", "model.safetensors is read alone"),
-        ("mixtral-tiny", "mixtral.Q4_K_M.gguf", "model.safetensors is read alone"),
-        ("qwen3-moe-tiny", "consolidated-00001.safetensors", "index.json is read alone"),
-        ("qwen3-moe-tiny", "model-00001-of-00002.safetensors", "index.json is read alone"),
-        ("qwen3-moe-tiny", "original", "index.json is read alone"),
+        ("mixtral-tiny", "consolidated.safetensors", "model.safetensors is loaded; ignored: "),
+        ("mixtral-tiny", "model.safetensors.index.json", "model.safetensors is loaded; ignored: "),
+        (
+            "mixtral-tiny",
+            "pytorch_model-00001-of-00002.bin",
+            "model.safetensors is loaded; ignored: ",
+        ),
+        ("mixtral-tiny", "mixtral.Q4_K_M.gguf", "model.safetensors is loaded; ignored: "),
+        ("qwen3-moe-tiny", "consolidated-00001.safetensors", "index.json is loaded; ignored: "),
+        ("qwen3-moe-tiny", "model-00001-of-00002.safetensors", "index.json is loaded; ignored: "),
+        ("qwen3-moe-tiny", "original", "index.json is loaded; ignored: "),
     ] {
         let folder = Folder::of(fixture);
         match beside {

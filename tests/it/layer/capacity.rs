@@ -1,6 +1,7 @@
 //! A layer with capacity: every option against a composition of the operations of the reference.
 
 mod counts;
+mod nllb;
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
