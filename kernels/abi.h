@@ -298,16 +298,16 @@ typedef struct RmsNormArgs {
 
 // ---- router_gemm ----------------------------------------------------------------------------------
 
-// A sum over H in the one order that all bodies have: segments of columns, in them runs of columns
-// that ROUTER_GEMM_LANES lanes take in turns. A step is a run for each lane.
-#define ROUTER_GEMM_RUN 8
+// A sum over H in the one order that all bodies have: segments of columns, in them chunks of columns
+// that ROUTER_GEMM_LANES lanes take in turns. A step is a chunk for each lane.
+#define ROUTER_GEMM_CHUNK 8
 #define ROUTER_GEMM_LANES 8
-#define ROUTER_GEMM_STEP (ROUTER_GEMM_RUN * ROUTER_GEMM_LANES)
+#define ROUTER_GEMM_STEP (ROUTER_GEMM_CHUNK * ROUTER_GEMM_LANES)
 #define ROUTER_GEMM_SEGMENT 512
 // one and few: the segments that a block sums side by side, a power of two.
-#define ROUTER_GEMM_MIN_SLOTS 4
-#define ROUTER_GEMM_MAX_SLOTS 32
-#define ROUTER_GEMM_MAX_THREADS (ROUTER_GEMM_MAX_SLOTS * ROUTER_GEMM_LANES)
+#define ROUTER_GEMM_MIN_SEGMENTS 4
+#define ROUTER_GEMM_MAX_SEGMENTS 32
+#define ROUTER_GEMM_MAX_THREADS (ROUTER_GEMM_MAX_SEGMENTS * ROUTER_GEMM_LANES)
 #define ROUTER_GEMM_FEW_TOKENS 8
 #define ROUTER_GEMM_FEW_EXPERTS 4
 // tile: what a block computes, and the steps that its pipeline holds.

@@ -1,5 +1,5 @@
-// router_gemm: the router's product, tokens times the rows of a gate.
-//   logits[t, e] = sum over h of x[t, h] * gate[e, h]  (+ bias[e])
+// router_gemm: the router's product, tokens times the rows of the router gate.
+//   logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])
 //   x is Elem, gate and bias are Elem or f32 (Gate), the sum is f32 by FFMA, never TF32. Logits are
 //   stored as f32, or rounded to Elem once.
 // Order   a logit's bits depend on H and its own operands, not on T, E, alignment or body. H is cut
@@ -7,62 +7,62 @@
 //         order of h, over the h with h / 8 % 8 = p; the eight are added as ((0+4) + (2+6)) +
 //         ((1+5) + (3+7)); segments are added to 0 in order, and the bias last. Columns past H may
 //         take part as products 0 * 0: they could but turn a -0 into 0, and from 0 no sum is -0.
-//         So eight lanes share a sum, each with runs of 8 columns: 16-byte loads that make whole
+//         So eight lanes share a sum, each with chunks of 8 columns: 16-byte loads that make whole
 //         lines, sums that stay in registers, and segments that other warps add up at the same time.
 // Bodies  one   T up to a few. A block per token and expert, eight lanes for each segment.
 //         few   the same for 8 tokens times 4 experts, where tile would leave most SMs idle.
-//               Both read runs straight from memory; one of f32 is two loads of the same sectors.
+//               Both read chunks straight from memory; one of f32 is two loads of the same sectors.
 //         tile  a block per 64 tokens and 32 experts: eight lanes have 8 by 8 of them, steps of 64
 //               columns pass through shared memory, ROUTER_GEMM_STAGES of them under way.
 // Launch  a grid of blocks_of(experts) * blocks_of(tokens), experts fastest, as x is the larger
-//         operand; one, few: ROUTER_GEMM_LANES threads for each of 4 to 32 segments at a time (slots);
+//         operand; one, few: ROUTER_GEMM_LANES threads for each of 4 to 32 segments at a time;
 //         tile: ROUTER_GEMM_TILE_THREADS and dynamic shared memory for the stages.
-// Floor   bytes T*H*s + E*H*g + T*E*4 and 2*T*E*H FLOPs: at T1 H7168 E256 with f32 gates 7.3 MB, at
+// Roofline bytes T*H*s + E*H*g + T*E*4 and 2*T*E*H FLOPs: at T1 H7168 E256 with f32 gates 7.3 MB, at
 //         T16384 bf16 and f32 259 MB and 60 GFLOP.
 // Writers one per logit, and the order above: the result is deterministic.
 #include "kernel.cuh"
 
-constexpr int RUN = ROUTER_GEMM_RUN;
+constexpr int CHUNK = ROUTER_GEMM_CHUNK;
 constexpr int LANES = ROUTER_GEMM_LANES;
 constexpr int STEP = ROUTER_GEMM_STEP;
 constexpr int SEGMENT_STEPS = ROUTER_GEMM_SEGMENT / STEP;
 static_assert(LANES == 8 && WARP_SIZE % LANES == 0, "what lanes_sum adds up");
 static_assert(ROUTER_GEMM_SEGMENT % STEP == 0, "segments are whole steps");
 
-// ---- Runs of columns ----------------------------------------------------------------------------
+// ---- Chunks of columns ----------------------------------------------------------------------------
 
-struct Run {
-  float at[RUN];
+struct Chunk {
+  float at[CHUNK];
 };
 
-// The run of a row from column `h` on, 0 from H on.
+// The chunk of a row from column `h` on, 0 from H on.
 template <bool VECTOR, typename T>
-__device__ __forceinline__ Run load_run(const T* row, int h, int hidden) {
+__device__ __forceinline__ Chunk load_chunk(const T* row, int h, int hidden) {
   constexpr int LEN = Vec<T>::LEN;
-  Run run;
+  Chunk chunk;
   if constexpr (VECTOR) {
 #pragma unroll
-    for (int i = 0; i < RUN; i += LEN) {
+    for (int i = 0; i < CHUNK; i += LEN) {
       Vec<T> value = {};
       if (h + i < hidden) value = load_vec(row + h + i);
 #pragma unroll
-      for (int j = 0; j < LEN; j++) run.at[i + j] = to_f32(value.at[j]);
+      for (int j = 0; j < LEN; j++) chunk.at[i + j] = to_f32(value.at[j]);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < RUN; i++) run.at[i] = h + i < hidden ? to_f32(row[h + i]) : 0.0f;
+    for (int i = 0; i < CHUNK; i++) chunk.at[i] = h + i < hidden ? to_f32(row[h + i]) : 0.0f;
   }
-  return run;
+  return chunk;
 }
 
-// sum[t, e] += the products of one run, in the order of columns.
+// sum[t, e] += the products of one chunk, in the order of columns.
 template <int TOKENS, int EXPERTS>
-__device__ __forceinline__ void add_products(float (&sum)[TOKENS * EXPERTS], const Run (&x)[TOKENS],
-                                             const Run (&gate)[EXPERTS]) {
+__device__ __forceinline__ void add_products(float (&sum)[TOKENS * EXPERTS], const Chunk (&x)[TOKENS],
+                                             const Chunk (&gate)[EXPERTS]) {
 #pragma unroll
   for (int e = 0; e < EXPERTS; e++) {
 #pragma unroll
-    for (int i = 0; i < RUN; i++) {
+    for (int i = 0; i < CHUNK; i++) {
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         float& s = sum[t * EXPERTS + e];
@@ -116,14 +116,14 @@ constexpr int ONE_BLOCKS = 1;
 template <int TOKENS, int EXPERTS, int AHEAD, bool VECTOR, typename Elem, typename Gate>
 __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, f32 or Elem
                                               const Elem* x,     // [T, H]
-                                              const Gate* gate,  // [E, H]
+                                              const Gate* router_gate,  // [E, H]
                                               const Gate* bias,  // [E] or null
                                               const RouterGemmArgs& args) {
   constexpr int N = TOKENS * EXPERTS;
   constexpr int SHARE = N == 1 ? 1 : N / LANES;
-  static_assert(N <= ROUTER_GEMM_MIN_SLOTS * LANES, "a thread for each logit");
-  SHARED_ARRAY(float, segment_sums, ROUTER_GEMM_MAX_SLOTS * N);
-  const int slot = threadIdx.x / LANES, num_slots = blockDim.x / LANES;
+  static_assert(N <= ROUTER_GEMM_MIN_SEGMENTS * LANES, "a thread for each logit");
+  SHARED_ARRAY(float, segment_sums, ROUTER_GEMM_MAX_SEGMENTS * N);
+  const int segment = threadIdx.x / LANES, block_segments = blockDim.x / LANES;
   const int lane = threadIdx.x % LANES;
   const int expert_blocks = (args.num_experts + EXPERTS - 1) / EXPERTS;
   const int first_token = blockIdx.x / expert_blocks * TOKENS;
@@ -139,42 +139,42 @@ __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, 
   }
 #pragma unroll
   for (int e = 0; e < EXPERTS; e++) {
-    gate_rows[e] = gate + (int64_t)min(first_expert + e, args.num_experts - 1) * args.hidden;
+    gate_rows[e] = router_gate + (int64_t)min(first_expert + e, args.num_experts - 1) * args.hidden;
   }
 
   float total = 0.0f;
-  for (int begin = 0; begin < segments; begin += num_slots) {
+  for (int begin = 0; begin < segments; begin += block_segments) {
     float sum[N] = {};
     // Lanes whose segment is past H go along, with zeros: a warp has several segments.
-    const int first_column = (begin + slot) * ROUTER_GEMM_SEGMENT + lane * RUN;
+    const int first_column = (begin + segment) * ROUTER_GEMM_SEGMENT + lane * CHUNK;
 #pragma unroll 1
     for (int step = 0; step < SEGMENT_STEPS; step += AHEAD) {
-      Run x_run[AHEAD][TOKENS], gate_run[AHEAD][EXPERTS];
+      Chunk x_chunk[AHEAD][TOKENS], gate_chunk[AHEAD][EXPERTS];
 #pragma unroll
       for (int a = 0; a < AHEAD; a++) {
         const int h = first_column + (step + a) * STEP;
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-          x_run[a][t] = load_run<VECTOR>(x_rows[t], h, args.hidden);
+          x_chunk[a][t] = load_chunk<VECTOR>(x_rows[t], h, args.hidden);
         }
 #pragma unroll
         for (int e = 0; e < EXPERTS; e++) {
-          gate_run[a][e] = load_run<VECTOR>(gate_rows[e], h, args.hidden);
+          gate_chunk[a][e] = load_chunk<VECTOR>(gate_rows[e], h, args.hidden);
         }
       }
 #pragma unroll
       for (int a = 0; a < AHEAD; a++) {
-        add_products<TOKENS, EXPERTS>(sum, x_run[a], gate_run[a]);
+        add_products<TOKENS, EXPERTS>(sum, x_chunk[a], gate_chunk[a]);
       }
     }
     lanes_sum(sum);
     if (N > 1 || lane == 0) {
 #pragma unroll
-      for (int i = 0; i < SHARE; i++) segment_sums[slot * N + lane * SHARE + i] = sum[i];
+      for (int i = 0; i < SHARE; i++) segment_sums[segment * N + lane * SHARE + i] = sum[i];
     }
     __syncthreads();
     if (threadIdx.x < N) {
-      for (int s = 0; s < min(num_slots, segments - begin); s++) {
+      for (int s = 0; s < min(block_segments, segments - begin); s++) {
         total = __fadd_rn(total, segment_sums[s * N + threadIdx.x]);
       }
     }
@@ -189,13 +189,13 @@ __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, 
 
 // ---- tile: 64 tokens by 32 experts, steps of columns through shared memory ----------------------
 
-constexpr int TILE_RUNS = 8;  // Rows of either operand that eight lanes have.
-constexpr int TILE_N = TILE_RUNS * TILE_RUNS;
-constexpr int TILE_EXPERT_GROUPS = ROUTER_GEMM_TILE_EXPERTS / TILE_RUNS;
+constexpr int TILE_ROWS = 8;  // Rows of either operand that eight lanes have.
+constexpr int TILE_N = TILE_ROWS * TILE_ROWS;
+constexpr int TILE_EXPERT_GROUPS = ROUTER_GEMM_TILE_EXPERTS / TILE_ROWS;
 static_assert(ROUTER_GEMM_TILE_TOKENS * ROUTER_GEMM_TILE_EXPERTS / TILE_N * LANES == ROUTER_GEMM_TILE_THREADS,
               "eight lanes for each 8 by 8");
 
-// A step's columns of ROWS rows. A run is one or two 16-byte vectors; the first ones of all runs come
+// A step's columns of ROWS rows. A chunk is one or two 16-byte vectors; the first ones of all chunks come
 // first, so that eight lanes read 128 bytes in a row. The second ones change halves, so that a row
 // that is written in the order of columns meets every bank once as well.
 template <typename T, int ROWS>
@@ -206,9 +206,9 @@ struct StepRows {
   static_assert(ROWS * ROW_VECTORS % ROUTER_GEMM_TILE_THREADS == 0, "as many for each thread");
   T at[ROWS * STEP];
 
-  __device__ __forceinline__ static int place(int row, int run, int i) {
+  __device__ __forceinline__ static int place(int row, int chunk, int i) {
     const int vector = i / LEN;
-    return row * STEP + (vector * LANES + (run ^ (vector * LANES / 2))) * LEN;
+    return row * STEP + (vector * LANES + (chunk ^ (vector * LANES / 2))) * LEN;
   }
 
   // Brings the columns from `h` on of rows first, first + 1, ...; past the last row it comes again.
@@ -219,7 +219,7 @@ struct StepRows {
       const int index = load * ROUTER_GEMM_TILE_THREADS + threadIdx.x;
       const int row = index / ROW_VECTORS, column = index % ROW_VECTORS * LEN;
       const T* source = rows + (int64_t)min(first + row, num_rows - 1) * hidden;
-      T* target = at + place(row, column / RUN, column % RUN);
+      T* target = at + place(row, column / CHUNK, column % CHUNK);
       const int begin = h + column;
       if constexpr (VECTOR) {
         const bool inside = begin < hidden;
@@ -235,15 +235,15 @@ struct StepRows {
     }
   }
 
-  __device__ __forceinline__ Run run(int row, int lane) const {
-    Run run;
+  __device__ __forceinline__ Chunk chunk(int row, int lane) const {
+    Chunk chunk;
 #pragma unroll
-    for (int i = 0; i < RUN; i += LEN) {
+    for (int i = 0; i < CHUNK; i += LEN) {
       const Vec<T> value = load_vec(at + place(row, lane, i));
 #pragma unroll
-      for (int j = 0; j < LEN; j++) run.at[i + j] = to_f32(value.at[j]);
+      for (int j = 0; j < LEN; j++) chunk.at[i + j] = to_f32(value.at[j]);
     }
-    return run;
+    return chunk;
   }
 };
 
@@ -259,7 +259,7 @@ static_assert(sizeof(RouterGemmStage<bf16, float>) ==
 template <bool VECTOR, typename Elem, typename Gate>
 __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 or Elem
                                           const Elem* x,     // [T, H]
-                                          const Gate* gate,  // [E, H]
+                                          const Gate* router_gate,  // [E, H]
                                           const Gate* bias,  // [E] or null
                                           const RouterGemmArgs& args) {
   SHARED_DYNAMIC(shared);
@@ -268,8 +268,8 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
   const int first_token = blockIdx.x / expert_blocks * ROUTER_GEMM_TILE_TOKENS;
   const int first_expert = blockIdx.x % expert_blocks * ROUTER_GEMM_TILE_EXPERTS;
   const int group = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const int token_row = group / TILE_EXPERT_GROUPS * TILE_RUNS;
-  const int expert_row = group % TILE_EXPERT_GROUPS * TILE_RUNS;
+  const int token_row = group / TILE_EXPERT_GROUPS * TILE_ROWS;
+  const int expert_row = group % TILE_EXPERT_GROUPS * TILE_ROWS;
   const int steps = (args.hidden + STEP - 1) / STEP;
 
   // Every step closes a group of copies, even one without any, so that a wait can count them.
@@ -277,7 +277,7 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
     if (step < steps) {
       auto& stage = stages[step % ROUTER_GEMM_STAGES];
       stage.x.template fill<VECTOR>(x, first_token, args.num_tokens, step * STEP, args.hidden);
-      stage.gate.template fill<VECTOR>(gate, first_expert, args.num_experts, step * STEP,
+      stage.gate.template fill<VECTOR>(router_gate, first_expert, args.num_experts, step * STEP,
                                        args.hidden);
     }
     ptx::cp_async_commit();
@@ -285,7 +285,7 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
 #pragma unroll
   for (int step = 0; step < ROUTER_GEMM_STAGES - 1; step++) fill(step);
 
-  float total[TILE_RUNS] = {};
+  float total[TILE_ROWS] = {};
   float sum[TILE_N] = {};
   for (int step = 0; step < steps; step++) {
     ptx::cp_async_wait<ROUTER_GEMM_STAGES - 2>();
@@ -294,24 +294,24 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
     fill(step + ROUTER_GEMM_STAGES - 1);
 
     const auto& stage = stages[step % ROUTER_GEMM_STAGES];
-    Run x_run[TILE_RUNS], gate_run[TILE_RUNS];
+    Chunk x_chunk[TILE_ROWS], gate_chunk[TILE_ROWS];
 #pragma unroll
-    for (int i = 0; i < TILE_RUNS; i++) {
-      x_run[i] = stage.x.run(token_row + i, lane);
-      gate_run[i] = stage.gate.run(expert_row + i, lane);
+    for (int i = 0; i < TILE_ROWS; i++) {
+      x_chunk[i] = stage.x.chunk(token_row + i, lane);
+      gate_chunk[i] = stage.gate.chunk(expert_row + i, lane);
     }
-    add_products<TILE_RUNS, TILE_RUNS>(sum, x_run, gate_run);
+    add_products<TILE_ROWS, TILE_ROWS>(sum, x_chunk, gate_chunk);
     if (step % SEGMENT_STEPS == SEGMENT_STEPS - 1 || step == steps - 1) {
       lanes_sum(sum);
 #pragma unroll
-      for (int e = 0; e < TILE_RUNS; e++) total[e] = __fadd_rn(total[e], sum[e]);
+      for (int e = 0; e < TILE_ROWS; e++) total[e] = __fadd_rn(total[e], sum[e]);
 #pragma unroll
       for (int i = 0; i < TILE_N; i++) sum[i] = 0.0f;
     }
   }
   // Of the group's 8 by 8 logits a lane has got those of one token.
 #pragma unroll
-  for (int e = 0; e < TILE_RUNS; e++) {
+  for (int e = 0; e < TILE_ROWS; e++) {
     store_logit<Elem>(logits, bias, total[e], first_token + token_row + lane,
                       first_expert + expert_row + e, args);
   }
@@ -320,136 +320,136 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
 // ---- The entries: for each body, a gate of the tokens' type and one of f32 ----------------------
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void router_gemm_one(void* logits, const Elem* x, const Gate* gate,
+__device__ __forceinline__ void router_gemm_one(void* logits, const Elem* x, const Gate* router_gate,
                                             const Gate* bias, const RouterGemmArgs& args) {
   if (args.vector) {
-    segments_body<1, 1, SEGMENT_STEPS, true>(logits, x, gate, bias, args);
+    segments_body<1, 1, SEGMENT_STEPS, true>(logits, x, router_gate, bias, args);
   } else {
-    segments_body<1, 1, 1, false>(logits, x, gate, bias, args);
+    segments_body<1, 1, 1, false>(logits, x, router_gate, bias, args);
   }
 }
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void router_gemm_few(void* logits, const Elem* x, const Gate* gate,
+__device__ __forceinline__ void router_gemm_few(void* logits, const Elem* x, const Gate* router_gate,
                                             const Gate* bias, const RouterGemmArgs& args) {
   if (args.vector) {
-    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, true>(logits, x, gate, bias, args);
+    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, true>(logits, x, router_gate, bias, args);
   } else {
-    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, false>(logits, x, gate, bias, args);
+    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, false>(logits, x, router_gate, bias, args);
   }
 }
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void router_gemm_tile(void* logits, const Elem* x, const Gate* gate,
+__device__ __forceinline__ void router_gemm_tile(void* logits, const Elem* x, const Gate* router_gate,
                                              const Gate* bias, const RouterGemmArgs& args) {
   if (args.vector) {
-    tile_body<true>(logits, x, gate, bias, args);
+    tile_body<true>(logits, x, router_gate, bias, args);
   } else {
-    tile_body<false>(logits, x, gate, bias, args);
+    tile_body<false>(logits, x, router_gate, bias, args);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_f32(void* logits, const float* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_one_f32(void* logits, const float* x, const float* router_gate, const float* bias,
                         const RouterGemmArgs args) {
-  router_gemm_one(logits, x, gate, bias, args);
+  router_gemm_one(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_f32, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+moe_router_gemm_fwd_one_f16(void* logits, const f16* x, const f16* router_gate, const f16* bias,
                         const RouterGemmArgs args) {
-  router_gemm_one(logits, x, gate, bias, args);
+  router_gemm_one(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+moe_router_gemm_fwd_one_bf16(void* logits, const bf16* x, const bf16* router_gate, const bf16* bias,
                          const RouterGemmArgs args) {
-  router_gemm_one(logits, x, gate, bias, args);
+  router_gemm_one(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_one_gate32_f16(void* logits, const f16* x, const float* router_gate, const float* bias,
                                const RouterGemmArgs args) {
-  router_gemm_one(logits, x, gate, bias, args);
+  router_gemm_one(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_gate32_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_one_gate32_bf16(void* logits, const bf16* x, const float* router_gate, const float* bias,
                                 const RouterGemmArgs args) {
-  router_gemm_one(logits, x, gate, bias, args);
+  router_gemm_one(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_gate32_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_f32(void* logits, const float* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_few_f32(void* logits, const float* x, const float* router_gate, const float* bias,
                         const RouterGemmArgs args) {
-  router_gemm_few(logits, x, gate, bias, args);
+  router_gemm_few(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_f32, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+moe_router_gemm_fwd_few_f16(void* logits, const f16* x, const f16* router_gate, const f16* bias,
                         const RouterGemmArgs args) {
-  router_gemm_few(logits, x, gate, bias, args);
+  router_gemm_few(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+moe_router_gemm_fwd_few_bf16(void* logits, const bf16* x, const bf16* router_gate, const bf16* bias,
                          const RouterGemmArgs args) {
-  router_gemm_few(logits, x, gate, bias, args);
+  router_gemm_few(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_few_gate32_f16(void* logits, const f16* x, const float* router_gate, const float* bias,
                                const RouterGemmArgs args) {
-  router_gemm_few(logits, x, gate, bias, args);
+  router_gemm_few(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_gate32_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_few_gate32_bf16(void* logits, const bf16* x, const float* router_gate, const float* bias,
                                 const RouterGemmArgs args) {
-  router_gemm_few(logits, x, gate, bias, args);
+  router_gemm_few(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_gate32_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_f32(void* logits, const float* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_tile_f32(void* logits, const float* x, const float* router_gate, const float* bias,
                          const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, gate, bias, args);
+  router_gemm_tile(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_f32, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_f16(void* logits, const f16* x, const f16* gate, const f16* bias,
+moe_router_gemm_fwd_tile_f16(void* logits, const f16* x, const f16* router_gate, const f16* bias,
                          const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, gate, bias, args);
+  router_gemm_tile(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_f16, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_bf16(void* logits, const bf16* x, const bf16* gate, const bf16* bias,
+moe_router_gemm_fwd_tile_bf16(void* logits, const bf16* x, const bf16* router_gate, const bf16* bias,
                           const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, gate, bias, args);
+  router_gemm_tile(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_bf16, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_gate32_f16(void* logits, const f16* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_tile_gate32_f16(void* logits, const f16* x, const float* router_gate, const float* bias,
                                 const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, gate, bias, args);
+  router_gemm_tile(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_f16, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_gate32_bf16(void* logits, const bf16* x, const float* gate, const float* bias,
+moe_router_gemm_fwd_tile_gate32_bf16(void* logits, const bf16* x, const float* router_gate, const float* bias,
                                  const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, gate, bias, args);
+  router_gemm_tile(logits, x, router_gate, bias, args);
 }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_bf16, ROUTER_GEMM_TILE_THREADS)

@@ -181,21 +181,24 @@ impl<D: Dtype> Pass<'_, '_, D> {
                         )
                     }
                     _ => {
-                        let inputs = RouterGemmInputs { x, gate, bias };
+                        let inputs = RouterGemmInputs { x, router_gate: gate, bias };
                         router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
                     }
                 }
             }
             (Typed::Element(gate), Typed::F32(logits)) => {
-                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::element) };
+                let inputs =
+                    RouterGemmInputs { x, router_gate: gate, bias: bias.and_then(Typed::element) };
                 router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
             (Typed::F32(gate), Typed::Element(logits)) => {
-                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                let inputs =
+                    RouterGemmInputs { x, router_gate: gate, bias: bias.and_then(Typed::f32) };
                 router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
             (Typed::F32(gate), Typed::F32(logits)) => {
-                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                let inputs =
+                    RouterGemmInputs { x, router_gate: gate, bias: bias.and_then(Typed::f32) };
                 router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
         }
@@ -244,7 +247,12 @@ impl<D: Dtype> Pass<'_, '_, D> {
             route_fwd_into(device, stream, shape, router, &read, ids, weights)
         };
         let Some(capacity) = &config.capacity else {
-            return route(&config.router, shape, &mut outputs.expert_ids, &mut outputs.routing_weights);
+            return route(
+                &config.router,
+                shape,
+                &mut outputs.expert_ids,
+                &mut outputs.routing_weights,
+            );
         };
         let tokens = inputs.sequence_tokens;
         let by = capacity.normalization;
@@ -259,7 +267,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
             dropped: dropped.as_mut().map(|dropped| dropped.slice_mut(..)),
         };
         self.keep(capacity, tokens, &route, arena, &mut kept_weights)?;
-        let (ids, weights) = (kept_weights.expert_ids.as_view(), kept_weights.routing_weights.as_view());
+        let (ids, weights) =
+            (kept_weights.expert_ids.as_view(), kept_weights.routing_weights.as_view());
         let (scale, of_experts) = (config.router.scale, self.weights.router.expert_scale.as_ref());
         capacity_normalize_fwd_into(
             device, stream, shape, by, scale, of_experts, &ids, &weights, normalized,
@@ -277,7 +286,12 @@ impl<D: Dtype> Pass<'_, '_, D> {
         outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
         let (device, stream, shape) = (self.device, self.stream, self.shape);
-        let RoutingOutputs { expert_ids, routing_weights: weights, kept: kept_out, dropped: dropped_out } = outputs;
+        let RoutingOutputs {
+            expert_ids,
+            routing_weights: weights,
+            kept: kept_out,
+            dropped: dropped_out,
+        } = outputs;
         let router = self.config.router_before_capacity();
         let mut chosen = arena.take::<u32>(self.sections.chosen)?;
         // The scores of first choices before any normalisation; the ids beside them are the same.

@@ -1,12 +1,12 @@
-//! The router's product: tokens `x` `[T, H]` times `gate` `[E, H]` to `logits` `[T, E]`.
+//! The router's product: tokens `x` `[T, H]` times `router_gate` `[E, H]` to `logits` `[T, E]`.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
 use crate::abi::{
-    ROUTER_GEMM_FEW_EXPERTS, ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_LANES, ROUTER_GEMM_MAX_SLOTS,
-    ROUTER_GEMM_MIN_SLOTS, ROUTER_GEMM_SEGMENT, ROUTER_GEMM_STAGES, ROUTER_GEMM_STEP,
+    ROUTER_GEMM_FEW_EXPERTS, ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_LANES, ROUTER_GEMM_MAX_SEGMENTS,
+    ROUTER_GEMM_MIN_SEGMENTS, ROUTER_GEMM_SEGMENT, ROUTER_GEMM_STAGES, ROUTER_GEMM_STEP,
     ROUTER_GEMM_TILE_EXPERTS, ROUTER_GEMM_TILE_THREADS, ROUTER_GEMM_TILE_TOKENS, RouterGemmArgs,
 };
 use crate::device::{
@@ -25,7 +25,7 @@ pub struct RouterGemmInputs<'a, D, G = D> {
     /// `[T, H]`
     pub x: &'a CudaView<'a, D>,
     /// `[E, H]`
-    pub gate: &'a CudaView<'a, G>,
+    pub router_gate: &'a CudaView<'a, G>,
     /// `[E]`
     pub bias: Option<&'a CudaView<'a, G>>,
 }
@@ -38,7 +38,7 @@ pub struct RouterGemmBuffers {
     /// `[T, H]`
     pub x: CUdeviceptr,
     /// `[E, H]`
-    pub gate: CUdeviceptr,
+    pub router_gate: CUdeviceptr,
     /// `[E]`, or 0.
     pub bias: CUdeviceptr,
 }
@@ -49,7 +49,7 @@ pub struct RouterGemmTypes {
     /// Of the tokens.
     pub x: DType,
     /// Of the gate and its bias: that of the tokens, or f32.
-    pub gate: DType,
+    pub router_gate: DType,
     /// Of the logits: that of the tokens, or f32.
     pub logits: DType,
 }
@@ -118,7 +118,7 @@ impl RouterGemmBody {
     }
 }
 
-/// `logits[t, e] = sum over h of x[t, h] * gate[e, h]  (+ bias[e])`: products and sums in f32, never
+/// `logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])`: products and sums in f32, never
 /// TF32, in an order that depends on `H` alone, rounded to the logits' type once.
 ///
 /// So a token's logits are the same bits however many tokens there are, and wherever among them it
@@ -138,23 +138,28 @@ pub fn router_gemm_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     inputs: &RouterGemmInputs<'_, D, G>,
     logits: &mut CudaViewMut<'_, L>,
 ) -> Result<()> {
-    let RouterGemmInputs { x, gate, bias } = *inputs;
+    let RouterGemmInputs { x, router_gate, bias } = *inputs;
     check_stream(OP, device, stream)?;
     width(OP, "hidden", hidden)?;
     let shape = RouterGemmShape { num_tokens: x.len() / hidden, num_experts, hidden };
     check_len(OP, "x", x.len(), shape.num_tokens * hidden)?;
-    check_len(OP, "gate", gate.len(), product(OP, "num_experts * hidden", num_experts, hidden)?)?;
+    check_len(
+        OP,
+        "router_gate",
+        router_gate.len(),
+        product(OP, "num_experts * hidden", num_experts, hidden)?,
+    )?;
     if let Some(bias) = bias {
         check_len(OP, "bias", bias.len(), num_experts)?;
     }
     let len = product(OP, "num_tokens * num_experts", shape.num_tokens, num_experts)?;
     check_len(OP, "logits", logits.len(), len)?;
-    let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
+    let types = RouterGemmTypes { x: D::DTYPE, router_gate: G::DTYPE, logits: L::DTYPE };
     let (logits, _logits_guard) = writes(OP, "logits", logits, stream)?;
     let (x, _x_guard) = reads(OP, "x", x, stream)?;
-    let (gate, _gate_guard) = reads(OP, "gate", gate, stream)?;
+    let (router_gate, _gate_guard) = reads(OP, "router_gate", router_gate, stream)?;
     let (bias, _bias_guard) = optional(OP, "bias", bias, stream)?;
-    let buffers = RouterGemmBuffers { logits, x, gate, bias };
+    let buffers = RouterGemmBuffers { logits, x, router_gate, bias };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
     unsafe { router_gemm_fwd_raw(device, stream.cu_stream(), types, shape, buffers) }
@@ -220,11 +225,11 @@ pub unsafe fn router_gemm_fwd_with(
     buffers: RouterGemmBuffers,
 ) -> Result<()> {
     let RouterGemmShape { num_tokens, num_experts, hidden } = shape;
-    let RouterGemmBuffers { logits, x, gate, bias } = buffers;
+    let RouterGemmBuffers { logits, x, router_gate, bias } = buffers;
     let unsupported = |argument, wanted: String, got: String| {
         Err(Error::Unsupported { op: OP, argument, wanted, got })
     };
-    for (argument, dtype) in [("gate", types.gate), ("logits", types.logits)] {
+    for (argument, dtype) in [("router_gate", types.router_gate), ("logits", types.logits)] {
         if dtype != types.x && dtype != DType::F32 {
             return unsupported(argument, format!("{} or f32", types.x), dtype.to_string());
         }
@@ -235,15 +240,15 @@ pub unsafe fn router_gemm_fwd_with(
     }
     check_aligned(OP, "logits", logits, types.logits.size())?;
     check_aligned(OP, "x", x, types.x.size())?;
-    check_aligned(OP, "gate", gate, types.gate.size())?;
-    check_aligned(OP, "bias", bias, types.gate.size())?;
+    check_aligned(OP, "router_gate", router_gate, types.router_gate.size())?;
+    check_aligned(OP, "bias", bias, types.router_gate.size())?;
     let rows_of = |dtype: DType, address| vector_rows(hidden * dtype.size(), &[address]);
     let args = RouterGemmArgs {
         num_tokens: int(OP, "num_tokens", num_tokens)?,
         num_experts: int(OP, "num_experts", num_experts)?,
         hidden: width(OP, "hidden", hidden)?,
         f32_logits: (types.logits == DType::F32).into(),
-        vector: (rows_of(types.x, x) && rows_of(types.gate, gate)).into(),
+        vector: (rows_of(types.x, x) && rows_of(types.router_gate, router_gate)).into(),
     };
     let (tokens, experts) = body.block();
     let blocks = product(OP, "blocks", num_tokens.div_ceil(tokens), num_experts.div_ceil(experts))?;
@@ -259,20 +264,21 @@ pub unsafe fn router_gemm_fwd_with(
         },
         RouterGemmBody::One | RouterGemmBody::Few => {
             let segments = hidden.div_ceil(ROUTER_GEMM_SEGMENT as usize) as u32;
-            let slots = segments.next_power_of_two();
-            let slots = slots.clamp(ROUTER_GEMM_MIN_SLOTS as u32, ROUTER_GEMM_MAX_SLOTS as u32);
-            let threads = slots * ROUTER_GEMM_LANES as u32;
+            let side_by_side = segments
+                .next_power_of_two()
+                .clamp(ROUTER_GEMM_MIN_SEGMENTS as u32, ROUTER_GEMM_MAX_SEGMENTS as u32);
+            let threads = side_by_side * ROUTER_GEMM_LANES as u32;
             Launch { grid: [grid, 1, 1], threads, shared_bytes: 0 }
         }
     };
     let arguments = [
         Argument::of(&logits),
         Argument::of(&x),
-        Argument::of(&gate),
+        Argument::of(&router_gate),
         Argument::of(&bias),
         Argument::of(&args),
     ];
-    let kernel = body.kernel(types.gate != types.x);
+    let kernel = body.kernel(types.router_gate != types.x);
     // SAFETY: the arguments follow moe_router_gemm_fwd in kernels/router_gemm.cu; the caller vouches for the
     // buffers; the entry is that of the types, which were checked above.
     unsafe { device.launch(stream, kernel, types.x, launch, &arguments) }
@@ -282,6 +288,6 @@ pub unsafe fn router_gemm_fwd_with(
 fn tile_bytes(types: RouterGemmTypes) -> u32 {
     let row = |dtype: DType| ROUTER_GEMM_STEP as usize * dtype.size();
     let stage = ROUTER_GEMM_TILE_TOKENS as usize * row(types.x)
-        + ROUTER_GEMM_TILE_EXPERTS as usize * row(types.gate);
+        + ROUTER_GEMM_TILE_EXPERTS as usize * row(types.router_gate);
     (ROUTER_GEMM_STAGES as usize * stage) as u32
 }

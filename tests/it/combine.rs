@@ -413,7 +413,12 @@ fn errors_come_before_any_launch() {
         let inputs = CombineInputs {
             yp: &yp,
             routing_weights: Some(&weights),
-            identity: Some(Identity { experts: 4..6, expert_ids: &ids, x: &x, routing_weights: None }),
+            identity: Some(Identity {
+                experts: 4..6,
+                expert_ids: &ids,
+                x: &x,
+                routing_weights: None,
+            }),
             output_bias: Some(&output_bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: true }),
         };
@@ -423,7 +428,7 @@ fn errors_come_before_any_launch() {
     };
     let good = [64, 8, 32, 8, 32, 8, 32, 4];
     for (at, argument) in
-        ["yp", "weights", "y", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"]
+        ["yp", "routing_weights", "y", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"]
             .into_iter()
             .enumerate()
     {
@@ -459,7 +464,7 @@ fn raw_arguments_are_checked() {
         ("output_bias", CombineBuffers { output_bias: 257, ..good }),
         ("shared", CombineBuffers { shared: 257, ..good }),
         ("row_of_slot", CombineBuffers { row_of_slot: 258, ..good }),
-        ("weights", CombineBuffers { routing_weights: 258, ..good }),
+        ("routing_weights", CombineBuffers { routing_weights: 258, ..good }),
         ("expert_ids", CombineBuffers { expert_ids: 258, ..good }),
         ("shared_gate", CombineBuffers { shared: 256, shared_gate: 258, ..good }),
     ] {
@@ -478,7 +483,7 @@ fn raw_arguments_are_checked() {
         let result = unsafe {
             combine::combine_fwd_raw(device, stream, dtype, shape, 8, &rows_weighted, good)
         };
-        let refused = |argument| argument == "identity.weights";
+        let refused = |argument| argument == "identity.routing_weights";
         assert!(matches!(result, Err(Error::Unsupported { argument, .. }) if refused(argument)));
     }
     for (options, buffers) in [

@@ -187,12 +187,12 @@ fn noise_and_projection() {
         let (x, u) = (x.as_view(), u.as_view());
         jitter::jitter_fwd_into(&gpu.device, &gpu.stream, 0.1, &x, &u, &mut to.as_view_mut())
     });
-    check("router_gemm_fwd", &["logits", "x", "gate", "bias"], |buffers| {
+    check("router_gemm_fwd", &["logits", "x", "router_gate", "bias"], |buffers| {
         let Buffers { gpu, .. } = buffers;
-        let (x, gate) = (buffers.of::<f32>("x", 8), buffers.of::<f32>("gate", 6));
+        let (x, gate) = (buffers.of::<f32>("x", 8), buffers.of::<f32>("router_gate", 6));
         let (bias, mut to) = (buffers.of("bias", 3), buffers.of::<f32>("logits", 12));
         let (x, gate, bias) = (x.as_view(), gate.as_view(), bias.as_view());
-        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: Some(&bias) };
         router_gemm::router_gemm_fwd_into(
             &gpu.device,
             &gpu.stream,
@@ -346,10 +346,11 @@ fn rows_of_experts() {
             )
         });
     }
-    let names = ["y", "yp", "weights", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"];
+    let names =
+        ["y", "yp", "routing_weights", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"];
     check("combine_fwd", &names, |buffers| {
         let Buffers { gpu, .. } = buffers;
-        let (yp, weights) = (buffers.of::<f32>("yp", 16), buffers.of("weights", 8));
+        let (yp, weights) = (buffers.of::<f32>("yp", 16), buffers.of("routing_weights", 8));
         let (ids, x) = (buffers.of("expert_ids", 8), buffers.of("x", 8));
         let (bias, shared) = (buffers.of("output_bias", 2), buffers.of("shared.y", 8));
         let (gate, mut to) = (buffers.of("shared.gate", 4), buffers.of("y", 8));
@@ -358,7 +359,12 @@ fn rows_of_experts() {
         let inputs = CombineInputs {
             yp: &yp,
             routing_weights: Some(&weights),
-            identity: Some(Identity { experts: 3..4, expert_ids: &ids, x: &x, routing_weights: None }),
+            identity: Some(Identity {
+                experts: 3..4,
+                expert_ids: &ids,
+                x: &x,
+                routing_weights: None,
+            }),
             output_bias: Some(&bias),
             shared: Some(Shared { y: &shared, gate: Some(&gate), average: false }),
         };

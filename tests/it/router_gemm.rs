@@ -47,8 +47,11 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         let (x, gate) = (gpu.upload(&self.x), gpu.upload(&self.gate));
         let bias = gpu.upload(self.bias.as_deref().unwrap_or_default());
         let (x, gate, bias) = (x.view(), gate.view(), bias.view());
-        let inputs =
-            RouterGemmInputs { x: &x, gate: &gate, bias: self.bias.is_some().then_some(&bias) };
+        let inputs = RouterGemmInputs {
+            x: &x,
+            router_gate: &gate,
+            bias: self.bias.is_some().then_some(&bias),
+        };
         let mut logits = gpu.poisoned::<L>(self.num_tokens() * self.num_experts);
         router_gemm::router_gemm_fwd_into(
             &gpu.device,
@@ -86,9 +89,13 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
             let (logits, _logits) = view.device_ptr_mut(stream);
             let (x, _x) = x.device_ptr(stream);
             let (gate, _gate) = gate.device_ptr(stream);
-            let buffers =
-                RouterGemmBuffers { logits, x, gate, bias: bias.as_ref().map_or(0, |(at, _)| *at) };
-            let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
+            let buffers = RouterGemmBuffers {
+                logits,
+                x,
+                router_gate: gate,
+                bias: bias.as_ref().map_or(0, |(at, _)| *at),
+            };
+            let types = RouterGemmTypes { x: D::DTYPE, router_gate: G::DTYPE, logits: L::DTYPE };
             let shape = RouterGemmShape {
                 num_tokens: self.num_tokens(),
                 num_experts: self.num_experts,
@@ -137,7 +144,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         );
         let inputs = reference::RouterGemmInputs {
             x: &self.x[..],
-            gate: &self.gate[..],
+            router_gate: &self.gate[..],
             bias: self.bias.as_deref(),
         };
         let want = reference::bound::router_gemm(self.num_experts, self.hidden, &inputs, L::DTYPE)
@@ -274,7 +281,7 @@ fn the_allocating_form_agrees() {
     let case = Case::<bf16, f32>::new(6, 5, 48, 3);
     let (x, gate) = (gpu.upload(&case.x), gpu.upload(&case.gate));
     let (x, gate) = (x.view(), gate.view());
-    let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: None };
+    let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: None };
     let logits =
         router_gemm::router_gemm_fwd::<_, _, bf16>(&gpu.device, &gpu.stream, 5, 48, &inputs)
             .unwrap();
@@ -289,7 +296,7 @@ fn errors_come_before_any_launch() {
     let mut call = |num_experts: usize, hidden: usize, lens: [usize; 4]| {
         let values = values.view();
         let [x, gate, bias] = [0, 1, 2].map(|at| values.slice(..lens[at]));
-        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: Some(&bias) };
         let view = &mut logits.view_mut();
         let logits = &mut view.slice_mut(..lens[3]);
         router_gemm::router_gemm_fwd_into(
@@ -304,7 +311,7 @@ fn errors_come_before_any_launch() {
     let length =
         |argument, wanted, got| Err(Error::Length { op: "router_gemm_fwd", argument, wanted, got });
     assert_eq!(call(3, 8, [31, 24, 3, 12]), length("x", 24, 31));
-    assert_eq!(call(3, 8, [32, 23, 3, 12]), length("gate", 24, 23));
+    assert_eq!(call(3, 8, [32, 23, 3, 12]), length("router_gate", 24, 23));
     assert_eq!(call(3, 8, [32, 24, 2, 12]), length("bias", 3, 2));
     assert_eq!(call(3, 8, [32, 24, 3, 11]), length("logits", 12, 11));
     assert!(call(3, 8, [32, 24, 3, 12]).is_ok());
@@ -321,10 +328,10 @@ fn errors_come_before_any_launch() {
     let gate = gpu.upload(&[bf16::ONE; 8]);
     let (tokens, gate) = (tokens.view(), gate.view());
     let (device, stream) = (&gpu.device, &gpu.stream);
-    let inputs = RouterGemmInputs { x: &tokens, gate: &gate, bias: None };
+    let inputs = RouterGemmInputs { x: &tokens, router_gate: &gate, bias: None };
     let mixed = router_gemm::router_gemm_fwd::<_, _, f32>(device, stream, 1, 8, &inputs);
-    assert!(matches!(mixed, Err(Error::Unsupported { argument: "gate", .. })), "{mixed:?}");
-    let inputs = RouterGemmInputs { x: &tokens, gate: &tokens, bias: None };
+    assert!(matches!(mixed, Err(Error::Unsupported { argument: "router_gate", .. })), "{mixed:?}");
+    let inputs = RouterGemmInputs { x: &tokens, router_gate: &tokens, bias: None };
     let mixed = router_gemm::router_gemm_fwd::<_, _, bf16>(device, stream, 1, 8, &inputs);
     assert!(matches!(mixed, Err(Error::Unsupported { argument: "logits", .. })), "{mixed:?}");
 }
@@ -332,9 +339,9 @@ fn errors_come_before_any_launch() {
 #[test]
 fn raw_arguments_are_checked() {
     let gpu = gpu();
-    let good = RouterGemmBuffers { logits: 256, x: 256, gate: 256, bias: 256 };
+    let good = RouterGemmBuffers { logits: 256, x: 256, router_gate: 256, bias: 256 };
     let call = |num_tokens: usize, buffers: RouterGemmBuffers| {
-        let types = RouterGemmTypes { x: DType::F16, gate: DType::F32, logits: DType::F32 };
+        let types = RouterGemmTypes { x: DType::F16, router_gate: DType::F32, logits: DType::F32 };
         let shape = RouterGemmShape { num_tokens, num_experts: 4, hidden: 8 };
         let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
         // SAFETY: every call here fails before it launches anything.
@@ -343,7 +350,7 @@ fn raw_arguments_are_checked() {
     for (argument, buffers) in [
         ("logits", RouterGemmBuffers { logits: 258, ..good }),
         ("x", RouterGemmBuffers { x: 257, ..good }),
-        ("gate", RouterGemmBuffers { gate: 258, ..good }),
+        ("router_gate", RouterGemmBuffers { router_gate: 258, ..good }),
         ("bias", RouterGemmBuffers { bias: 258, ..good }),
     ] {
         let result = call(4, buffers);

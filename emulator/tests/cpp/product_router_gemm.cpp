@@ -27,8 +27,8 @@ void check(uint64_t seed) {
   const Buffer<Gate> gate_device(gate), bias_device(bias);
   const bool vector = hidden * sizeof(Elem) % 16 == 0 && hidden * sizeof(Gate) % 16 == 0;
   const RouterGemmArgs args = {tokens, experts, hidden, 1, vector};
-  int slots = ROUTER_GEMM_MIN_SLOTS;
-  while (slots * ROUTER_GEMM_SEGMENT < hidden) slots *= 2;
+  int segments = ROUTER_GEMM_MIN_SEGMENTS;
+  while (segments * ROUTER_GEMM_SEGMENT < hidden) segments *= 2;
   auto blocks = [&](int block_tokens, int block_experts) {
     return (tokens + block_tokens - 1) / block_tokens *
            ((experts + block_experts - 1) / block_experts);
@@ -41,8 +41,8 @@ void check(uint64_t seed) {
   const unsigned stage =
       ROUTER_GEMM_STEP * (ROUTER_GEMM_TILE_TOKENS * sizeof(Elem) + ROUTER_GEMM_TILE_EXPERTS * sizeof(Gate));
   const Body bodies[] = {
-      {"one", blocks(1, 1), slots * ROUTER_GEMM_LANES, 0},
-      {"few", blocks(ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS), slots * ROUTER_GEMM_LANES, 0},
+      {"one", blocks(1, 1), segments * ROUTER_GEMM_LANES, 0},
+      {"few", blocks(ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS), segments * ROUTER_GEMM_LANES, 0},
       {"tile", blocks(ROUTER_GEMM_TILE_TOKENS, ROUTER_GEMM_TILE_EXPERTS), ROUTER_GEMM_TILE_THREADS,
        ROUTER_GEMM_STAGES * stage},
   };

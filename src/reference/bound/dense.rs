@@ -99,9 +99,9 @@ pub fn router_gemm(
     out: DType,
 ) -> Result<Bounded> {
     let value = router_gemm_fwd::<f64>(num_experts, hidden, inputs)?;
-    let (x, gate) = (magnitudes(inputs.x), magnitudes(inputs.gate));
+    let (x, gate) = (magnitudes(inputs.x), magnitudes(inputs.router_gate));
     let bias = inputs.bias.map(magnitudes);
-    let magnitude = RouterGemmInputs { x: &x, gate: &gate, bias: bias.as_deref() };
+    let magnitude = RouterGemmInputs { x: &x, router_gate: &gate, bias: bias.as_deref() };
     let magnitude = router_gemm_fwd::<f64>(num_experts, hidden, &magnitude)?;
     let errors = magnitude.iter().map(|s| sum_error(hidden + 1, *s)).collect();
     Ok(Bounded { bound: stored(&value, errors, out), value })

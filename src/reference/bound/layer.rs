@@ -133,9 +133,14 @@ fn projected<G: Dtype>(
     bias: Option<&[G]>,
     out: DType,
 ) -> Result<Bounded> {
-    let own = router_gemm(experts, hidden, &RouterGemmInputs { x: &x.value[..], gate, bias }, out)?;
+    let own = router_gemm(
+        experts,
+        hidden,
+        &RouterGemmInputs { x: &x.value[..], router_gate: gate, bias },
+        out,
+    )?;
     let sizes = magnitudes(gate);
-    let errors = RouterGemmInputs { x: &x.bound[..], gate: &sizes[..], bias: None };
+    let errors = RouterGemmInputs { x: &x.bound[..], router_gate: &sizes[..], bias: None };
     Ok(own.with(&router_gemm_fwd::<f64>(experts, hidden, &errors)?))
 }
 
