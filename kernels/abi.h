@@ -191,6 +191,14 @@ typedef struct PermuteArgs {
   int vector;       // 1: every row of x and xp starts at a 16-byte boundary.
 } PermuteArgs;
 
+typedef struct PermuteParams {
+  unsigned long long xp;              // [R, H], written whole
+  unsigned long long x;               // [T, H]
+  unsigned long long row_of_slot;     // [T, K]; -1: the slot is inactive
+  unsigned long long expert_offsets;  // [E + 1]
+  PermuteArgs args;
+} PermuteParams;
+
 // ---- grouped_gemm -----------------------------------------------------------------------------
 
 // A tile's rows, the rows of weights beside them, and the stages of 128 bytes of K that both pass
@@ -283,6 +291,20 @@ typedef struct CombineArgs {
   int vector;          // 1: every row of H elements starts at a 16-byte boundary.
 } CombineArgs;
 
+typedef struct CombineParams {
+  unsigned long long y;                // [T, H], written whole
+  unsigned long long yp;               // [R, H]
+  unsigned long long routing_weights;  // [T, K] or null
+  unsigned long long x;                // [T, H], for identity experts
+  unsigned long long output_bias;      // [H] or null
+  unsigned long long shared;           // [T, H] or null
+  unsigned long long shared_gate;      // [T] or null
+  unsigned long long row_of_slot;      // [T, K]; -1: the slot is inactive
+  unsigned long long expert_ids;       // [T, K], for identity experts
+  CombineArgs args;
+  int padding;
+} CombineParams;
+
 // ---- rms_norm ---------------------------------------------------------------------------------
 
 #define RMS_NORM_THREADS 256  // at most
@@ -295,6 +317,14 @@ typedef struct RmsNormArgs {
   int scale_first;  // 1: rows are multiplied by their weights before the norm, not after it.
   int vector;       // 1: every row, and the weights, start at a 16-byte boundary.
 } RmsNormArgs;
+
+typedef struct RmsNormParams {
+  unsigned long long y;               // [R, H], written whole; may be x
+  unsigned long long x;               // [R, H]
+  unsigned long long weight;          // [H] or null
+  unsigned long long expert_offsets;  // [E + 1] or null
+  RmsNormArgs args;
+} RmsNormParams;
 
 // ---- router_gemm ----------------------------------------------------------------------------------
 
@@ -321,7 +351,16 @@ typedef struct RouterGemmArgs {
   int num_experts;  // E
   int hidden;       // H
   int f32_logits;   // 1: logits are stored as f32, else as Elem.
-  int vector;       // 1: every row of x and gate starts at a 16-byte boundary.
+  int vector;       // 1: every row of x and router_gate starts at a 16-byte boundary.
 } RouterGemmArgs;
+
+typedef struct RouterGemmParams {
+  unsigned long long logits;       // [T, E], written whole
+  unsigned long long x;            // [T, H]
+  unsigned long long router_gate;  // [E, H]
+  unsigned long long bias;         // [E] or null
+  RouterGemmArgs args;
+  int padding;
+} RouterGemmParams;
 
 #endif  // MOE_ABI_H

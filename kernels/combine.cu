@@ -19,6 +19,34 @@
 // Writers one per element of y, and a fixed order of summation: the result is deterministic.
 #include "kernel.cuh"
 
+// CombineParams with typed pointers.
+template <typename Elem>
+struct TypedCombineParams {
+  Elem* y;                       // [T, H] out
+  const Elem* yp;                // [R, H]
+  const float* routing_weights;  // [T, K] or null
+  const Elem* x;                 // [T, H], for identity experts
+  const Elem* output_bias;       // [H] or null
+  const Elem* shared;            // [T, H] or null
+  const float* shared_gate;      // [T] or null
+  const int* row_of_slot;        // [T, K]; -1: the slot is inactive
+  const uint32_t* expert_ids;    // [T, K], for identity experts
+  CombineArgs args;
+  int padding;
+};
+static_assert(sizeof(TypedCombineParams<float>) == sizeof(CombineParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, y);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, yp);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, x);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, output_bias);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, shared);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, shared_gate);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, row_of_slot);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, args);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, padding);
+
 constexpr int COMBINE_LOADS = 4;
 constexpr int COMBINE_BLOCKS = 4;  // On an SM side by side: the registers of a thread follow.
 static_assert(WARP_SIZE % COMBINE_LOADS == 0, "a group of loads is of one look-up");
@@ -68,31 +96,18 @@ struct Columns {
   }
 };
 
-// The rows of a combination; those after row_of_slot may be null.
-template <typename Elem>
-struct CombineInputs {
-  const Elem* yp;
-  const int* row_of_slot;
-  const float* weights;
-  const uint32_t* expert_ids;
-  const Elem* x;
-  const Elem* output_bias;
-  const Elem* shared;
-  const float* shared_gate;
-};
-
 // ROWS_WEIGHTED: whether args.rows_weighted is looked at.
 template <typename Elem, bool VECTOR, bool ROWS_WEIGHTED>
-__device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Elem>& in,
-                                                const CombineArgs& args) {
+__device__ __forceinline__ void combine_columns(const TypedCombineParams<Elem>& params) {
+  const CombineArgs& args = params.args;
   constexpr int LEN = Vec<Elem>::LEN;
   constexpr int LOADS = VECTOR ? COMBINE_LOADS : 1;  // A row of single elements is LEN loads.
   const int64_t token = blockIdx.x;
   const int64_t first_slot = token * args.top_k;
   const uint32_t rows = gridDim.x * (uint32_t)args.top_k;
   const Columns<Elem, VECTOR> columns(args.hidden);
-  const Elem* yp = columns.of(in.yp);
-  const Elem* x = args.num_identity != 0 ? columns.of(in.x) + token * args.hidden : nullptr;
+  const Elem* yp = columns.of(params.yp);
+  const Elem* x = args.num_identity != 0 ? columns.of(params.x) + token * args.hidden : nullptr;
   float sum[LEN] = {};
 
   // Threads past H stay: their lanes look up slots for the others.
@@ -101,11 +116,11 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
     int lane_row = INACTIVE;
     float lane_weight = 1.0f;
     if (lane < args.top_k) {
-      lane_row = in.row_of_slot[first_slot + lane];
+      lane_row = params.row_of_slot[first_slot + lane];
       if ((uint32_t)lane_row >= rows) lane_row = INACTIVE;
-      if (in.weights != nullptr) lane_weight = in.weights[first_slot + lane];
+      if (params.routing_weights != nullptr) lane_weight = params.routing_weights[first_slot + lane];
       if (lane_row == INACTIVE && args.num_identity != 0) {
-        const uint32_t identity = in.expert_ids[first_slot + lane] - (uint32_t)args.first_identity;
+        const uint32_t identity = params.expert_ids[first_slot + lane] - (uint32_t)args.first_identity;
         if (identity < (uint32_t)args.num_identity) lane_row = IDENTITY;
       }
       if (ROWS_WEIGHTED && args.rows_weighted && lane_row != IDENTITY) lane_weight = 1.0f;
@@ -131,16 +146,16 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
     }
   }
 
-  if (in.output_bias != nullptr) {
-    const Vec<Elem> bias = columns.load(columns.of(in.output_bias));
+  if (params.output_bias != nullptr) {
+    const Vec<Elem> bias = columns.load(columns.of(params.output_bias));
 #pragma unroll
     for (int i = 0; i < LEN; i++) sum[i] = __fadd_rn(sum[i], to_f32(bias.at[i]));
   }
-  if (in.shared != nullptr) {
-    const Vec<Elem> shared = columns.load(columns.of(in.shared) + token * args.hidden);
+  if (params.shared != nullptr) {
+    const Vec<Elem> shared = columns.load(columns.of(params.shared) + token * args.hidden);
     float weight = 1.0f;  // An fma by 1 is an addition.
-    if (in.shared_gate != nullptr) {
-      weight = __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-in.shared_gate[token])));
+    if (params.shared_gate != nullptr) {
+      weight = __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-params.shared_gate[token])));
     }
 #pragma unroll
     for (int i = 0; i < LEN; i++) sum[i] = __fmaf_rn(weight, to_f32(shared.at[i]), sum[i]);
@@ -149,49 +164,26 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
   Vec<Elem> result;
 #pragma unroll
   for (int i = 0; i < LEN; i++) result.at[i] = from_f32<Elem>(__fmul_rn(sum[i], factor));
-  columns.store(y + token * args.hidden, result);
+  columns.store(params.y + token * args.hidden, result);
 }
 
 template <bool ROWS_WEIGHTED = false, typename Elem>
-__device__ __forceinline__ void combine_fwd(Elem* y,                     // [T, H] out
-                                            const Elem* yp,              // [R, H]
-                                            const float* weights,        // [T, K] or null
-                                            const Elem* x,               // [T, H], for identities
-                                            const Elem* output_bias,     // [H] or null
-                                            const Elem* shared,          // [T, H] or null
-                                            const float* shared_gate,    // [T] or null
-                                            const int* row_of_slot,      // [T, K], -1: inactive
-                                            const uint32_t* expert_ids,  // [T, K], for identities
-                                            const CombineArgs& args) {
-  const CombineInputs<Elem> in = {yp, row_of_slot, weights,    expert_ids,
-                                  x,  output_bias, shared, shared_gate};
-  if (args.vector) {
-    combine_columns<Elem, true, ROWS_WEIGHTED>(y, in, args);
+__device__ __forceinline__ void combine_fwd(const TypedCombineParams<Elem>& params) {
+  if (params.args.vector) {
+    combine_columns<Elem, true, ROWS_WEIGHTED>(params);
   } else {
-    combine_columns<Elem, false, ROWS_WEIGHTED>(y, in, args);
+    combine_columns<Elem, false, ROWS_WEIGHTED>(params);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
-moe_combine_fwd_f32(float* y, const float* yp, const float* weights, const float* x, const float* output_bias,
-                   const float* shared, const float* shared_gate, const int* row_of_slot,
-                   const uint32_t* expert_ids, const CombineArgs args) {
-  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
-}
+moe_combine_fwd_f32(const TypedCombineParams<float> params) { combine_fwd(params); }
 EXPORT_KERNEL(moe_combine_fwd_f32, COMBINE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
-moe_combine_fwd_f16(f16* y, const f16* yp, const float* weights, const f16* x, const f16* output_bias,
-                   const f16* shared, const float* shared_gate, const int* row_of_slot,
-                   const uint32_t* expert_ids, const CombineArgs args) {
-  combine_fwd<true>(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
-}
+moe_combine_fwd_f16(const TypedCombineParams<f16> params) { combine_fwd<true>(params); }
 EXPORT_KERNEL(moe_combine_fwd_f16, COMBINE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
-moe_combine_fwd_bf16(bf16* y, const bf16* yp, const float* weights, const bf16* x, const bf16* output_bias,
-                   const bf16* shared, const float* shared_gate, const int* row_of_slot,
-                   const uint32_t* expert_ids, const CombineArgs args) {
-  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
-}
+moe_combine_fwd_bf16(const TypedCombineParams<bf16> params) { combine_fwd(params); }
 EXPORT_KERNEL(moe_combine_fwd_bf16, COMBINE_THREADS)

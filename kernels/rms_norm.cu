@@ -15,6 +15,22 @@
 // Writers one per element, which is also the last that reads it: deterministic, and y may be x.
 #include "kernel.cuh"
 
+// RmsNormParams with typed pointers.
+template <typename Elem>
+struct TypedRmsNormParams {
+  Elem* y;                    // [R, H] out
+  const Elem* x;              // [R, H]
+  const Elem* weight;         // [H] or null
+  const int* expert_offsets;  // [E + 1] or null
+  RmsNormArgs args;
+};
+static_assert(sizeof(TypedRmsNormParams<float>) == sizeof(RmsNormParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, y);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, x);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, weight);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, expert_offsets);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, args);
+
 constexpr int RMS_NORM_WARPS = RMS_NORM_THREADS / WARP_SIZE;
 
 // A vector of columns as f32, 0 from H on.
@@ -68,16 +84,15 @@ __device__ __forceinline__ float block_sum(float part) {
 }
 
 template <typename Elem>
-__device__ __forceinline__ void rms_norm_fwd(Elem* y,                    // [R, H] out
-                                             const Elem* x,              // [R, H]
-                                             const Elem* weight,         // [H] or null
-                                             const int* expert_offsets,  // [E + 1] or null
-                                             const RmsNormArgs& args) {
+__device__ __forceinline__ void rms_norm_fwd(const TypedRmsNormParams<Elem>& params) {
   constexpr int LEN = Vec<Elem>::LEN;
+  const RmsNormArgs& args = params.args;
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * LEN, step = blockDim.x * LEN;
-  y += row * args.hidden;
-  x += row * args.hidden;
+  Elem* y = params.y + row * args.hidden;
+  const Elem* x = params.x + row * args.hidden;
+  const Elem* weight = params.weight;
+  const int* expert_offsets = params.expert_offsets;
   NormColumns<Elem> columns;
 
   if (expert_offsets != nullptr && row >= expert_offsets[args.num_experts]) {
@@ -109,22 +124,13 @@ __device__ __forceinline__ void rms_norm_fwd(Elem* y,                    // [R, 
 }
 
 extern "C" __global__ void __launch_bounds__(RMS_NORM_THREADS)
-moe_rms_norm_fwd_f32(float* y, const float* x, const float* weight, const int* expert_offsets,
-                    const RmsNormArgs args) {
-  rms_norm_fwd(y, x, weight, expert_offsets, args);
-}
+moe_rms_norm_fwd_f32(const TypedRmsNormParams<float> params) { rms_norm_fwd(params); }
 EXPORT_KERNEL(moe_rms_norm_fwd_f32, RMS_NORM_THREADS)
 
 extern "C" __global__ void __launch_bounds__(RMS_NORM_THREADS)
-moe_rms_norm_fwd_f16(f16* y, const f16* x, const f16* weight, const int* expert_offsets,
-                    const RmsNormArgs args) {
-  rms_norm_fwd(y, x, weight, expert_offsets, args);
-}
+moe_rms_norm_fwd_f16(const TypedRmsNormParams<f16> params) { rms_norm_fwd(params); }
 EXPORT_KERNEL(moe_rms_norm_fwd_f16, RMS_NORM_THREADS)
 
 extern "C" __global__ void __launch_bounds__(RMS_NORM_THREADS)
-moe_rms_norm_fwd_bf16(bf16* y, const bf16* x, const bf16* weight, const int* expert_offsets,
-                    const RmsNormArgs args) {
-  rms_norm_fwd(y, x, weight, expert_offsets, args);
-}
+moe_rms_norm_fwd_bf16(const TypedRmsNormParams<bf16> params) { rms_norm_fwd(params); }
 EXPORT_KERNEL(moe_rms_norm_fwd_bf16, RMS_NORM_THREADS)

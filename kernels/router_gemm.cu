@@ -22,6 +22,25 @@
 // Writers one per logit, and the order above: the result is deterministic.
 #include "kernel.cuh"
 
+// RouterGemmParams with typed pointers.
+template <typename Elem, typename Gate>
+struct TypedRouterGemmParams {
+  void* logits;             // [T, E] out, f32 or Elem
+  const Elem* x;            // [T, H]
+  const Gate* router_gate;  // [E, H]
+  const Gate* bias;         // [E] or null
+  RouterGemmArgs args;
+  int padding;
+};
+using MixedRouterGemmParams = TypedRouterGemmParams<bf16, float>;
+static_assert(sizeof(MixedRouterGemmParams) == sizeof(RouterGemmParams), "the same layout");
+ASSERT_SAME_OFFSET(MixedRouterGemmParams, RouterGemmParams, logits);
+ASSERT_SAME_OFFSET(MixedRouterGemmParams, RouterGemmParams, x);
+ASSERT_SAME_OFFSET(MixedRouterGemmParams, RouterGemmParams, router_gate);
+ASSERT_SAME_OFFSET(MixedRouterGemmParams, RouterGemmParams, bias);
+ASSERT_SAME_OFFSET(MixedRouterGemmParams, RouterGemmParams, args);
+ASSERT_SAME_OFFSET(MixedRouterGemmParams, RouterGemmParams, padding);
+
 constexpr int CHUNK = ROUTER_GEMM_CHUNK;
 constexpr int LANES = ROUTER_GEMM_LANES;
 constexpr int STEP = ROUTER_GEMM_STEP;
@@ -94,15 +113,16 @@ __device__ __forceinline__ void lanes_sum(float (&sum)[N]) {
 }
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void store_logit(void* logits, const Gate* bias, float sum, int token,
-                                            int expert, const RouterGemmArgs& args) {
+__device__ __forceinline__ void store_logit(const TypedRouterGemmParams<Elem, Gate>& params,
+                                            float sum, int token, int expert) {
+  const RouterGemmArgs& args = params.args;
   if (token >= args.num_tokens || expert >= args.num_experts) return;
-  if (bias != nullptr) sum = __fadd_rn(sum, to_f32(bias[expert]));
+  if (params.bias != nullptr) sum = __fadd_rn(sum, to_f32(params.bias[expert]));
   const int64_t at = (int64_t)token * args.num_experts + expert;
   if (args.f32_logits) {
-    static_cast<float*>(logits)[at] = sum;
+    static_cast<float*>(params.logits)[at] = sum;
   } else {
-    static_cast<Elem*>(logits)[at] = from_f32<Elem>(sum);
+    static_cast<Elem*>(params.logits)[at] = from_f32<Elem>(sum);
   }
 }
 
@@ -114,11 +134,8 @@ constexpr int ONE_BLOCKS = 1;
 
 // AHEAD steps are asked for before the first is used.
 template <int TOKENS, int EXPERTS, int AHEAD, bool VECTOR, typename Elem, typename Gate>
-__device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, f32 or Elem
-                                              const Elem* x,     // [T, H]
-                                              const Gate* router_gate,  // [E, H]
-                                              const Gate* bias,  // [E] or null
-                                              const RouterGemmArgs& args) {
+__device__ __forceinline__ void segments_body(const TypedRouterGemmParams<Elem, Gate>& params) {
+  const RouterGemmArgs& args = params.args;
   constexpr int N = TOKENS * EXPERTS;
   constexpr int SHARE = N == 1 ? 1 : N / LANES;
   static_assert(N <= ROUTER_GEMM_MIN_SEGMENTS * LANES, "a thread for each logit");
@@ -135,11 +152,12 @@ __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, 
   const Gate* gate_rows[EXPERTS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
-    x_rows[t] = x + (int64_t)min(first_token + t, args.num_tokens - 1) * args.hidden;
+    x_rows[t] = params.x + (int64_t)min(first_token + t, args.num_tokens - 1) * args.hidden;
   }
 #pragma unroll
   for (int e = 0; e < EXPERTS; e++) {
-    gate_rows[e] = router_gate + (int64_t)min(first_expert + e, args.num_experts - 1) * args.hidden;
+    const int expert = min(first_expert + e, args.num_experts - 1);
+    gate_rows[e] = params.router_gate + (int64_t)expert * args.hidden;
   }
 
   float total = 0.0f;
@@ -183,7 +201,7 @@ __device__ __forceinline__ void segments_body(void* logits,      // [T, E] out, 
   if (threadIdx.x < N) {
     const int token = first_token + threadIdx.x / EXPERTS;
     const int expert = first_expert + threadIdx.x % EXPERTS;
-    store_logit<Elem>(logits, bias, total, token, expert, args);
+    store_logit(params, total, token, expert);
   }
 }
 
@@ -257,11 +275,8 @@ static_assert(sizeof(RouterGemmStage<bf16, float>) ==
               "what the launch asks for");
 
 template <bool VECTOR, typename Elem, typename Gate>
-__device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 or Elem
-                                          const Elem* x,     // [T, H]
-                                          const Gate* router_gate,  // [E, H]
-                                          const Gate* bias,  // [E] or null
-                                          const RouterGemmArgs& args) {
+__device__ __forceinline__ void tile_body(const TypedRouterGemmParams<Elem, Gate>& params) {
+  const RouterGemmArgs& args = params.args;
   SHARED_DYNAMIC(shared);
   auto* stages = reinterpret_cast<RouterGemmStage<Elem, Gate>*>(shared);
   const int expert_blocks = (args.num_experts + ROUTER_GEMM_TILE_EXPERTS - 1) / ROUTER_GEMM_TILE_EXPERTS;
@@ -276,9 +291,10 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
   auto fill = [&](int step) {
     if (step < steps) {
       auto& stage = stages[step % ROUTER_GEMM_STAGES];
-      stage.x.template fill<VECTOR>(x, first_token, args.num_tokens, step * STEP, args.hidden);
-      stage.gate.template fill<VECTOR>(router_gate, first_expert, args.num_experts, step * STEP,
-                                       args.hidden);
+      stage.x.template fill<VECTOR>(params.x, first_token, args.num_tokens, step * STEP,
+                                    args.hidden);
+      stage.gate.template fill<VECTOR>(params.router_gate, first_expert, args.num_experts,
+                                       step * STEP, args.hidden);
     }
     ptx::cp_async_commit();
   };
@@ -312,144 +328,95 @@ __device__ __forceinline__ void tile_body(void* logits,      // [T, E] out, f32 
   // Of the group's 8 by 8 logits a lane has got those of one token.
 #pragma unroll
   for (int e = 0; e < TILE_ROWS; e++) {
-    store_logit<Elem>(logits, bias, total[e], first_token + token_row + lane,
-                      first_expert + expert_row + e, args);
+    store_logit(params, total[e], first_token + token_row + lane, first_expert + expert_row + e);
   }
 }
 
 // ---- The entries: for each body, a gate of the tokens' type and one of f32 ----------------------
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void router_gemm_one(void* logits, const Elem* x, const Gate* router_gate,
-                                            const Gate* bias, const RouterGemmArgs& args) {
-  if (args.vector) {
-    segments_body<1, 1, SEGMENT_STEPS, true>(logits, x, router_gate, bias, args);
+__device__ __forceinline__ void router_gemm_one(const TypedRouterGemmParams<Elem, Gate>& params) {
+  if (params.args.vector) {
+    segments_body<1, 1, SEGMENT_STEPS, true>(params);
   } else {
-    segments_body<1, 1, 1, false>(logits, x, router_gate, bias, args);
+    segments_body<1, 1, 1, false>(params);
   }
 }
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void router_gemm_few(void* logits, const Elem* x, const Gate* router_gate,
-                                            const Gate* bias, const RouterGemmArgs& args) {
-  if (args.vector) {
-    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, true>(logits, x, router_gate, bias, args);
+__device__ __forceinline__ void router_gemm_few(const TypedRouterGemmParams<Elem, Gate>& params) {
+  if (params.args.vector) {
+    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, true>(params);
   } else {
-    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, false>(logits, x, router_gate, bias, args);
+    segments_body<ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS, 1, false>(params);
   }
 }
 
 template <typename Elem, typename Gate>
-__device__ __forceinline__ void router_gemm_tile(void* logits, const Elem* x, const Gate* router_gate,
-                                             const Gate* bias, const RouterGemmArgs& args) {
-  if (args.vector) {
-    tile_body<true>(logits, x, router_gate, bias, args);
+__device__ __forceinline__ void router_gemm_tile(const TypedRouterGemmParams<Elem, Gate>& params) {
+  if (params.args.vector) {
+    tile_body<true>(params);
   } else {
-    tile_body<false>(logits, x, router_gate, bias, args);
+    tile_body<false>(params);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_f32(void* logits, const float* x, const float* router_gate, const float* bias,
-                        const RouterGemmArgs args) {
-  router_gemm_one(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_one_f32(const TypedRouterGemmParams<float, float> params) { router_gemm_one(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_f32, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_f16(void* logits, const f16* x, const f16* router_gate, const f16* bias,
-                        const RouterGemmArgs args) {
-  router_gemm_one(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_one_f16(const TypedRouterGemmParams<f16, f16> params) { router_gemm_one(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_bf16(void* logits, const bf16* x, const bf16* router_gate, const bf16* bias,
-                         const RouterGemmArgs args) {
-  router_gemm_one(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_one_bf16(const TypedRouterGemmParams<bf16, bf16> params) { router_gemm_one(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_gate32_f16(void* logits, const f16* x, const float* router_gate, const float* bias,
-                               const RouterGemmArgs args) {
-  router_gemm_one(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_one_gate32_f16(const TypedRouterGemmParams<f16, float> params) { router_gemm_one(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_gate32_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
-moe_router_gemm_fwd_one_gate32_bf16(void* logits, const bf16* x, const float* router_gate, const float* bias,
-                                const RouterGemmArgs args) {
-  router_gemm_one(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_one_gate32_bf16(const TypedRouterGemmParams<bf16, float> params) { router_gemm_one(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_gate32_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_f32(void* logits, const float* x, const float* router_gate, const float* bias,
-                        const RouterGemmArgs args) {
-  router_gemm_few(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_few_f32(const TypedRouterGemmParams<float, float> params) { router_gemm_few(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_f32, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_f16(void* logits, const f16* x, const f16* router_gate, const f16* bias,
-                        const RouterGemmArgs args) {
-  router_gemm_few(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_few_f16(const TypedRouterGemmParams<f16, f16> params) { router_gemm_few(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_bf16(void* logits, const bf16* x, const bf16* router_gate, const bf16* bias,
-                         const RouterGemmArgs args) {
-  router_gemm_few(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_few_bf16(const TypedRouterGemmParams<bf16, bf16> params) { router_gemm_few(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_gate32_f16(void* logits, const f16* x, const float* router_gate, const float* bias,
-                               const RouterGemmArgs args) {
-  router_gemm_few(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_few_gate32_f16(const TypedRouterGemmParams<f16, float> params) { router_gemm_few(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_gate32_f16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS)
-moe_router_gemm_fwd_few_gate32_bf16(void* logits, const bf16* x, const float* router_gate, const float* bias,
-                                const RouterGemmArgs args) {
-  router_gemm_few(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_few_gate32_bf16(const TypedRouterGemmParams<bf16, float> params) { router_gemm_few(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_few_gate32_bf16, ROUTER_GEMM_MAX_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_f32(void* logits, const float* x, const float* router_gate, const float* bias,
-                         const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_tile_f32(const TypedRouterGemmParams<float, float> params) { router_gemm_tile(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_f32, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_f16(void* logits, const f16* x, const f16* router_gate, const f16* bias,
-                         const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_tile_f16(const TypedRouterGemmParams<f16, f16> params) { router_gemm_tile(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_f16, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_bf16(void* logits, const bf16* x, const bf16* router_gate, const bf16* bias,
-                          const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_tile_bf16(const TypedRouterGemmParams<bf16, bf16> params) { router_gemm_tile(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_bf16, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_gate32_f16(void* logits, const f16* x, const float* router_gate, const float* bias,
-                                const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_tile_gate32_f16(const TypedRouterGemmParams<f16, float> params) { router_gemm_tile(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_f16, ROUTER_GEMM_TILE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
-moe_router_gemm_fwd_tile_gate32_bf16(void* logits, const bf16* x, const float* router_gate, const float* bias,
-                                 const RouterGemmArgs args) {
-  router_gemm_tile(logits, x, router_gate, bias, args);
-}
+moe_router_gemm_fwd_tile_gate32_bf16(const TypedRouterGemmParams<bf16, float> params) { router_gemm_tile(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_bf16, ROUTER_GEMM_TILE_THREADS)

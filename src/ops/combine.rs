@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 
-use crate::abi::{COMBINE_THREADS, CombineArgs};
+use crate::abi::{COMBINE_THREADS, CombineArgs, CombineParams};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     optional, reads, vector_rows, writes,
@@ -303,19 +303,20 @@ pub unsafe fn combine_fwd_raw(
         threads: threads as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&y),
-        Argument::of(&yp),
-        Argument::of(&routing_weights),
-        Argument::of(&x),
-        Argument::of(&output_bias),
-        Argument::of(&shared),
-        Argument::of(&shared_gate),
-        Argument::of(&row_of_slot),
-        Argument::of(&expert_ids),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_combine_fwd in kernels/combine.cu; the caller vouches for the
-    // buffers; the shape was checked above, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::CombineFwd, dtype, launch, &arguments) }
+    let params = CombineParams {
+        y,
+        yp,
+        routing_weights,
+        x,
+        output_bias,
+        shared,
+        shared_gate,
+        row_of_slot,
+        expert_ids,
+        args,
+        padding: 0,
+    };
+    // SAFETY: CombineParams is the parameter of moe_combine_fwd in kernels/combine.cu; the caller
+    // guarantees the buffers; the shape was checked above, so that num_tokens fits a grid.
+    unsafe { device.launch(stream, Kernel::CombineFwd, dtype, launch, &[Argument::of(&params)]) }
 }

@@ -3,7 +3,7 @@
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
-use crate::abi::{PERMUTE_THREADS, PermuteArgs};
+use crate::abi::{PERMUTE_THREADS, PermuteArgs, PermuteParams};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     reads, vector_rows, writes,
@@ -121,14 +121,8 @@ pub unsafe fn permute_fwd_raw(
         threads: PERMUTE_THREADS as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&xp),
-        Argument::of(&x),
-        Argument::of(&row_of_slot),
-        Argument::of(&expert_offsets),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_permute_fwd in kernels/permute.cu; the caller vouches for the
-    // buffers; the shape was checked above, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::PermuteFwd, dtype, launch, &arguments) }
+    let params = PermuteParams { xp, x, row_of_slot, expert_offsets, args };
+    // SAFETY: PermuteParams is the parameter of moe_permute_fwd in kernels/permute.cu; the caller
+    // guarantees the buffers; the shape was checked above, so that num_tokens fits a grid.
+    unsafe { device.launch(stream, Kernel::PermuteFwd, dtype, launch, &[Argument::of(&params)]) }
 }

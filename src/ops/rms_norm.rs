@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
-use crate::abi::{RMS_NORM_THREADS, RmsNormArgs};
+use crate::abi::{RMS_NORM_THREADS, RmsNormArgs, RmsNormParams};
 use crate::config::RmsNorm;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -206,14 +206,8 @@ pub unsafe fn rms_norm_fwd_raw(
     let columns = VECTOR_BYTES / dtype.size();
     let threads = hidden.div_ceil(columns).next_multiple_of(32).min(RMS_NORM_THREADS as usize);
     let launch = Launch { grid: [grid, 1, 1], threads: threads as u32, shared_bytes: 0 };
-    let arguments = [
-        Argument::of(&y),
-        Argument::of(&x),
-        Argument::of(&weight),
-        Argument::of(&expert_offsets),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_rms_norm_fwd in kernels/rms_norm.cu; the caller vouches for the
-    // buffers.
-    unsafe { device.launch(stream, Kernel::RmsNormFwd, dtype, launch, &arguments) }
+    let params = RmsNormParams { y, x, weight, expert_offsets, args };
+    // SAFETY: RmsNormParams is the parameter of moe_rms_norm_fwd in kernels/rms_norm.cu; the caller
+    // guarantees the buffers.
+    unsafe { device.launch(stream, Kernel::RmsNormFwd, dtype, launch, &[Argument::of(&params)]) }
 }

@@ -8,6 +8,7 @@ use crate::abi::{
     ROUTER_GEMM_FEW_EXPERTS, ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_LANES, ROUTER_GEMM_MAX_SEGMENTS,
     ROUTER_GEMM_MIN_SEGMENTS, ROUTER_GEMM_SEGMENT, ROUTER_GEMM_STAGES, ROUTER_GEMM_STEP,
     ROUTER_GEMM_TILE_EXPERTS, ROUTER_GEMM_TILE_THREADS, ROUTER_GEMM_TILE_TOKENS, RouterGemmArgs,
+    RouterGemmParams,
 };
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -271,17 +272,11 @@ pub unsafe fn router_gemm_fwd_with(
             Launch { grid: [grid, 1, 1], threads, shared_bytes: 0 }
         }
     };
-    let arguments = [
-        Argument::of(&logits),
-        Argument::of(&x),
-        Argument::of(&router_gate),
-        Argument::of(&bias),
-        Argument::of(&args),
-    ];
+    let params = RouterGemmParams { logits, x, router_gate, bias, args, padding: 0 };
     let kernel = body.kernel(types.router_gate != types.x);
-    // SAFETY: the arguments follow moe_router_gemm_fwd in kernels/router_gemm.cu; the caller vouches for the
-    // buffers; the entry is that of the types, which were checked above.
-    unsafe { device.launch(stream, kernel, types.x, launch, &arguments) }
+    // SAFETY: RouterGemmParams is the parameter of moe_router_gemm_fwd_* in kernels/router_gemm.cu; the
+    // caller guarantees the buffers; the entry is that of the types, which were checked above.
+    unsafe { device.launch(stream, kernel, types.x, launch, &[Argument::of(&params)]) }
 }
 
 /// Bytes of the stages of a tile.

@@ -46,21 +46,30 @@ void check(uint64_t seed) {
   const Buffer<float> gate(std::vector<float>(tokens, 0.0f));
   const Buffer<int> rows(r.row_of_slot);
   const Buffer<uint32_t> ids(r.expert_ids);
-  const CombineArgs args = {hidden,
-                            top_k,
-                            experts,
-                            all ? INT32_MAX : 0,
-                            all,
-                            rows_weighted,
-                            hidden * sizeof(Elem) % 16 == 0};
+  CombineParams params = {};
+  params.y = address(y);
+  params.yp = address(yp_device);
+  params.routing_weights = address(weights_device);
+  params.row_of_slot = address(rows);
+  if (all) {
+    params.x = address(x_device);
+    params.output_bias = address(bias_device);
+    params.shared = address(shared_device);
+    params.shared_gate = address(gate);
+    params.expert_ids = address(ids);
+  }
+  params.args = {hidden,
+                 top_k,
+                 experts,
+                 all ? INT32_MAX : 0,
+                 all,
+                 rows_weighted,
+                 hidden * sizeof(Elem) % 16 == 0};
   const int length = 16 / sizeof(Elem);
   const int threads = std::min(((hidden + length - 1) / length + 31) / 32 * 32, COMBINE_THREADS);
   const int blocks = (hidden + threads * length - 1) / (threads * length);
   testing::run_ok(std::string("moe_combine_fwd") + suffix<Elem>(),
-                  {dim3(tokens, blocks), dim3(threads), 0, seed}, y.get(), yp_device.get(),
-                  weights_device.get(), all ? x_device.get() : nullptr,
-                  all ? bias_device.get() : nullptr, all ? shared_device.get() : nullptr,
-                  all ? gate.get() : nullptr, rows.get(), all ? ids.get() : nullptr, args);
+                  {dim3(tokens, blocks), dim3(threads), 0, seed}, params);
   CHECK(same_bits(y.get(), want.data(), want.size() * sizeof(Elem)), "T %d K %d H %d, seed %llu",
         tokens, top_k, hidden, static_cast<unsigned long long>(seed));
 }

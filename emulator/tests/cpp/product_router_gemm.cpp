@@ -26,7 +26,6 @@ void check(uint64_t seed) {
   const Buffer<Elem> x_device(x);
   const Buffer<Gate> gate_device(gate), bias_device(bias);
   const bool vector = hidden * sizeof(Elem) % 16 == 0 && hidden * sizeof(Gate) % 16 == 0;
-  const RouterGemmArgs args = {tokens, experts, hidden, 1, vector};
   int segments = ROUTER_GEMM_MIN_SEGMENTS;
   while (segments * ROUTER_GEMM_SEGMENT < hidden) segments *= 2;
   auto blocks = [&](int block_tokens, int block_experts) {
@@ -49,9 +48,10 @@ void check(uint64_t seed) {
   const char* wide = std::is_same_v<Elem, Gate> ? "" : "_gate32";
   for (const Body& body : bodies) {
     const Buffer<float> logits(static_cast<size_t>(tokens) * experts);
+    const RouterGemmParams params = {address(logits), address(x_device), address(gate_device),
+                                     address(bias_device), {tokens, experts, hidden, 1, vector}, 0};
     testing::run_ok(std::string("moe_router_gemm_fwd_") + body.name + wide + suffix<Elem>(),
-                    {dim3(body.blocks), dim3(body.threads), body.shared_bytes, seed}, logits.get(),
-                    x_device.get(), gate_device.get(), bias_device.get(), args);
+                    {dim3(body.blocks), dim3(body.threads), body.shared_bytes, seed}, params);
     for (int i = 0; i < tokens * experts; i++) {
       const int token = i / experts, expert = i % experts;
       double want = to_f32(bias[expert]);
