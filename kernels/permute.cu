@@ -1,12 +1,14 @@
-// permute: copies each token's row to its top_k places in expert order.
+// permute: copies each token's row of x to the rows of its slots, which are grouped by expert.
 //   xp[row_of_slot[t*K + k], :] = x[t, :]
-//   Rows that no slot owns, those from expert_offsets[E] on, become zero, so xp is always written whole.
-//   A slot whose row is none of the T*K has no row, whatever bits stand there.
-// Launch  grid (T), block (PERMUTE_THREADS): one block per token. Block t also zeroes the rows t*K .. t*K + K - 1
-//         as far as nobody owns them: there are T*K rows, so every row has one block that answers for it.
+//   A slot whose row is outside 0 .. T*K - 1 is inactive and ignored. Unused rows (from
+//   expert_offsets[E] on) are zeroed, so xp is written whole.
+// Launch  grid (T), block (PERMUTE_THREADS): one block per token. Block t also zeroes the unused
+//         rows among t*K .. t*K + K - 1. xp has T*K rows, so each row belongs to one block.
 // Bytes   reads T*H*s + 4*T*K, writes R*H*s: at T4096 H7168 K8 bf16, 59 MB + 470 MB.
-// Why     one block per token, not per row: each row of x leaves memory once and is stored K times from registers.
-// Writers one per element of xp (row_of_slot is injective), so the result is deterministic, and exact as a copy is.
+// Why     one block per token, not per row: each row of x is read from memory once and stored K
+//         times from registers.
+// Writers one per element of xp, because row_of_slot is injective: the result is deterministic. As
+//         a copy it is exact.
 #include "kernel.cuh"
 
 // PermuteParams with typed pointers.
@@ -25,7 +27,7 @@ ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, row_of_slot);
 ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, expert_offsets);
 ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, args);
 
-// The block's threads together clear one row of xp.
+// The block zeroes one row of xp.
 template <typename Elem>
 __device__ __forceinline__ void zero_row(Elem* row, int hidden, bool vector) {
   if (vector) {
