@@ -1,4 +1,4 @@
-//! router_gemm: the router's product, with a gate of the tokens' type and logits in f32.
+//! router_gemm with a gate of the tokens' type and logits in f32.
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};

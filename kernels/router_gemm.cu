@@ -12,7 +12,7 @@
 //         lines, sums that stay in registers, and segments that warps sum in parallel.
 // Bodies  one   for up to a few tokens. A block per token and expert, eight lanes per segment.
 //         few   the same for 8 tokens times 4 experts, where tile would leave most SMs idle.
-//               Both load chunks from global memory, a chunk of f32 by two loads of one sector.
+//               Both load chunks from global memory, one of f32 by two loads of the same sectors.
 //         tile  a block per 64 tokens and 32 experts. Eight lanes compute 8 by 8 of its logits;
 //               steps of 64 columns pass through a pipeline of ROUTER_GEMM_STAGES stages in shared
 //               memory.

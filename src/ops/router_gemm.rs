@@ -1,4 +1,5 @@
-//! The router's product: tokens `x` `[T, H]` times `router_gate` `[E, H]` to `logits` `[T, E]`.
+//! The router's logits: the product of tokens `x` `[T, H]` and `router_gate` `[E, H]`, `logits`
+//! `[T, E]`.
 
 use std::sync::Arc;
 
@@ -20,8 +21,8 @@ use crate::shape::MAX_EXPERTS;
 
 const OP: &str = "router_gemm_fwd";
 
-/// What is multiplied. The gate is of the tokens' type or `f32`; its bias is of the gate's type, as both
-/// are parameters of one linear layer, which a checkpoint stores alike.
+/// The operands. The gate is of the tokens' type or `f32`, and its bias of the gate's type, because
+/// checkpoints store the two parameters of a linear layer in one type.
 pub struct RouterGemmInputs<'a, D, G = D> {
     /// `[T, H]`
     pub x: &'a CudaView<'a, D>,
@@ -47,11 +48,11 @@ pub struct RouterGemmBuffers {
 /// The types of [`router_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouterGemmTypes {
-    /// Of the tokens.
+    /// The type of the tokens.
     pub x: DType,
-    /// Of the gate and its bias: that of the tokens, or f32.
+    /// The type of the gate and its bias: that of the tokens, or f32.
     pub router_gate: DType,
-    /// Of the logits: that of the tokens, or f32.
+    /// The type of the logits: that of the tokens, or f32.
     pub logits: DType,
 }
 
@@ -66,25 +67,25 @@ pub struct RouterGemmShape {
     pub hidden: usize,
 }
 
-/// One of the kernel's bodies, which all give the same bits.
+/// A body of the kernel. All bodies compute the same bits.
 ///
-/// For tests and measurements; every other caller leaves the choice to the operation.
+/// For tests and measurements; the operation chooses one by the shape.
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RouterGemmBody {
-    /// A block for each logit.
+    /// A block per logit.
     One,
-    /// A block for 8 tokens and 4 experts.
+    /// A block per 8 tokens and 4 experts.
     Few,
-    /// A block for 64 tokens and 32 experts.
+    /// A block per 64 tokens and 32 experts.
     Tile,
 }
 
 impl RouterGemmBody {
-    /// The one that suits a shape best. It decides nothing but the time.
+    /// The fastest body for a shape.
     fn of(RouterGemmShape { num_tokens, num_experts, .. }: RouterGemmShape) -> Self {
-        /// Up to so many tokens weights are read once for each of them, mostly from cache, as more blocks
-        /// bring them in sooner.
+        /// Up to this many tokens, reading the gate once per token, mostly from cache, is faster:
+        /// more blocks load it sooner.
         const MAX_ONE_TOKENS: usize = 4;
         /// Fewer experts leave most of a tile idle, and fewer tiles most of a GPU.
         const MIN_TILE_EXPERTS: usize = ROUTER_GEMM_TILE_EXPERTS as usize / 2 + 1;
@@ -119,18 +120,18 @@ impl RouterGemmBody {
     }
 }
 
-/// `logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])`: products and sums in f32, never
-/// TF32, in an order that depends on `H` alone, rounded to the logits' type once.
+/// `logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])`: products and sums in
+/// f32, never TF32, in an order that depends on `H` alone, rounded to the logits' type once.
 ///
-/// So a token's logits are the same bits however many tokens there are, and wherever among them it
-/// stands. `x` is `[T, H]`, `gate` `[E, H]` with up to 4096 rows, any `H`; gate and logits are of the tokens'
-/// type or `f32`. With one row the product is a shared expert's gate. Rows of 16-byte multiples that start
-/// at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`.
+/// The bits of a token's logits depend neither on the number of tokens nor on its index. `x` is
+/// `[T, H]`, `router_gate` `[E, H]` with up to 4096 rows, any `H`; gate and logits are of the
+/// tokens' type or `f32`. A gate of one row computes a shared expert's gate. Fastest if rows start
+/// at 16-byte boundaries and are multiples of 16 bytes. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
-/// [`Error::Length`] for a buffer that does not fit, [`Error::Unsupported`] for a dimension out of range or
-/// types that do not go together, [`Error::Context`] for a stream or a buffer of another context, and what a launch
-/// can meet.
+/// [`Error::Length`] for a buffer that does not fit, [`Error::Unsupported`] for a dimension out of
+/// range or a combination of types without a kernel, [`Error::Context`] for a stream or a buffer of
+/// another context, and any launch error.
 pub fn router_gemm_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -166,7 +167,7 @@ pub fn router_gemm_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     unsafe { router_gemm_fwd_raw(device, stream.cu_stream(), types, shape, buffers) }
 }
 
-/// [`router_gemm_fwd_into`] a new buffer.
+/// [`router_gemm_fwd_into`] that allocates its output.
 ///
 /// # Errors
 /// Those of [`router_gemm_fwd_into`], and [`Error::Driver`] if the allocation fails.
@@ -189,13 +190,13 @@ pub fn router_gemm_fwd<D: Dtype, G: Dtype, L: Dtype + DeviceRepr>(
 /// [`router_gemm_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer that is not 0 has the elements that [`RouterGemmBuffers`] and `shape` give it, of the type in
-/// `types`, in memory of `device`'s context that stays valid until the kernel has run; `logits` overlaps none
-/// of the others; `stream` is a stream of that context.
+/// Each buffer that is not 0 has the elements that [`RouterGemmBuffers`] and `shape` give it, of
+/// the type in `types`, in memory of `device`'s context that stays valid until the kernel has run;
+/// `logits` overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a dimension out of range or types that do not go together,
-/// [`Error::Alignment`], and what a launch can meet.
+/// [`Error::Unsupported`] for a dimension out of range or a combination of types without a kernel,
+/// [`Error::Alignment`], and any launch error.
 pub unsafe fn router_gemm_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -203,13 +204,13 @@ pub unsafe fn router_gemm_fwd_raw(
     shape: RouterGemmShape,
     buffers: RouterGemmBuffers,
 ) -> Result<()> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees the same.
     unsafe {
         router_gemm_fwd_with(device, stream, RouterGemmBody::of(shape), types, shape, buffers)
     }
 }
 
-/// [`router_gemm_fwd_raw`] by a certain body.
+/// [`router_gemm_fwd_raw`] with the given body.
 ///
 /// # Safety
 /// That of [`router_gemm_fwd_raw`].
@@ -274,12 +275,12 @@ pub unsafe fn router_gemm_fwd_with(
     };
     let params = RouterGemmParams { logits, x, router_gate, bias, args, padding: 0 };
     let kernel = body.kernel(types.router_gate != types.x);
-    // SAFETY: RouterGemmParams is the parameter of moe_router_gemm_fwd_* in kernels/router_gemm.cu; the
-    // caller guarantees the buffers; the entry is that of the types, which were checked above.
+    // SAFETY: RouterGemmParams is the parameter of moe_router_gemm_fwd_* in kernels/router_gemm.cu;
+    // the caller guarantees the buffers; the entry is that of the types, which were checked above.
     unsafe { device.launch(stream, kernel, types.x, launch, &[Argument::of(&params)]) }
 }
 
-/// Bytes of the stages of a tile.
+/// Bytes of shared memory for the stages of body tile.
 fn tile_bytes(types: RouterGemmTypes) -> u32 {
     let row = |dtype: DType| ROUTER_GEMM_STEP as usize * dtype.size();
     let stage = ROUTER_GEMM_TILE_TOKENS as usize * row(types.x)

@@ -1,4 +1,4 @@
-//! The router's product: `logits[t, e] = sum over h of x[t, h] * router_gate[e, h] + bias[e]`.
+//! The router's logits: `logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])`.
 
 use super::accum::{Accum, Element, widened};
 use super::parallel::for_each;
@@ -6,7 +6,7 @@ use crate::error::{Error, Result, check_len, product, width};
 use crate::matmul::matmul_transposed;
 use crate::shape::MAX_EXPERTS;
 
-/// What [`router_gemm_fwd`] multiplies: the gate and its bias have a type of their own.
+/// The operands of [`router_gemm_fwd`]. The gate and its bias have a type of their own.
 #[derive(Debug, Clone)]
 pub struct RouterGemmInputs<'a, X, G = X> {
     /// `[T, H]`
@@ -17,10 +17,10 @@ pub struct RouterGemmInputs<'a, X, G = X> {
     pub bias: Option<&'a [G]>,
 }
 
-/// Rows of `x` of one task.
+/// Rows of `x` per task.
 const BLOCK_ROWS: usize = 64;
 
-/// The product of each token with each row of the gate, `[T, E]`.
+/// The product of each token and each row of the gate, plus the bias, `[T, E]`.
 ///
 /// # Errors
 /// `E` or `H` out of range, or a length that is not the shape's.
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn is_a_sum_over_columns() {
+    fn sums_products_over_columns() {
         let (num_tokens, num_experts, hidden) = (130, 5, 7);
         let mut sampler = Sampler::new(8);
         let x: Vec<bf16> = sampler.elements(num_tokens * hidden);
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_lengths() {
+    fn rejects_wrong_lengths() {
         let run = |num_experts, hidden, lens: [usize; 3]| {
             let [x, gate, bias] = lens.map(|len| vec![0f32; len]);
             let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: Some(&bias) };

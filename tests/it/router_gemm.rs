@@ -1,4 +1,5 @@
-//! router_gemm: all bodies give the same bits, those of the stated order, near the reference in f64.
+//! router_gemm: all bodies match the stated order bit for bit, and the reference in f64 within its
+//! bound.
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use half::{bf16, f16};
@@ -13,7 +14,7 @@ use crate::common::{Gpu, assert_within, config, gpu, values};
 const BODIES: [RouterGemmBody; 3] =
     [RouterGemmBody::One, RouterGemmBody::Few, RouterGemmBody::Tile];
 
-/// The bits of values, where all NaNs are one.
+/// The bits of values, with every NaN as the same NaN.
 fn bits<L: Dtype>(values: &[L]) -> Vec<u32> {
     let bits = |value: &L| value.to_f32();
     values.iter().map(bits).map(|v| if v.is_nan() { f32::NAN } else { v }.to_bits()).collect()
@@ -42,7 +43,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         self.x.len() / self.hidden
     }
 
-    /// By the body that the operation chooses.
+    /// Runs the body that the operation chooses.
     fn run<L: Dtype + DeviceRepr>(&self, gpu: &Gpu) -> Vec<L> {
         let (x, gate) = (gpu.upload(&self.x), gpu.upload(&self.gate));
         let bias = gpu.upload(self.bias.as_deref().unwrap_or_default());
@@ -65,7 +66,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         gpu.download(&logits.view())
     }
 
-    /// By a certain body; `x` and `gate` start so many elements into their buffers.
+    /// Runs the given body; `x` and `gate` start at these offsets in their buffers.
     fn run_with<L: Dtype + DeviceRepr>(
         &self,
         gpu: &Gpu,
@@ -111,7 +112,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         gpu.download(&logits.view())
     }
 
-    /// The kernel's own arithmetic, in the order that its header states.
+    /// The arithmetic of the kernel, in the order that its header states.
     fn exact(&self) -> Vec<f32> {
         let logit = |index: usize| {
             let (token, expert) = (index / self.num_experts, index % self.num_experts);
@@ -160,7 +161,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
     }
 }
 
-/// All pairs of types, with either type of logits.
+/// Checks all pairs of types; `seed` chooses the type of the logits.
 fn check(gpu: &Gpu, [num_tokens, num_experts, hidden]: [usize; 3], seed: u64) {
     let offsets = [(seed % 3) as usize, (seed / 3 % 3) as usize];
     macro_rules! pair {
@@ -194,9 +195,9 @@ proptest! {
     }
 }
 
-/// Around runs, steps, segments and slots; around each body's block.
+/// Dimensions around chunks, steps and segments, and around each body's block.
 #[test]
-fn edges() {
+fn edge_shapes_match_reference() {
     let gpu = gpu();
     for hidden in [1, 4, 7, 8, 9, 63, 64, 65, 128, 504, 512, 513, 520, 1024, 2048, 2056, 17000] {
         check(&gpu, [2, 3, hidden], 18 * hidden as u64);
@@ -209,10 +210,10 @@ fn edges() {
     check(&gpu, [1, 4096, 8], 0);
 }
 
-/// A token's logits do not depend on who stands beside it: not with any number of tokens, for which the
-/// operation chooses different bodies, nor at any place.
+/// The bits of a token's logits depend neither on the number of tokens, for which the operation
+/// chooses different bodies, nor on its index.
 #[test]
-fn a_tokens_bits_are_its_own() {
+fn logits_do_not_depend_on_other_tokens() {
     let gpu = gpu();
     let (num_experts, hidden) = (40, 1100);
     let all = Case::<bf16, f32>::new(3200, num_experts, hidden, 8);
@@ -231,7 +232,7 @@ fn a_tokens_bits_are_its_own() {
 
 /// Products that underflow, infinities and NaN.
 #[test]
-fn operands_of_any_bits() {
+fn handles_operands_of_any_bits() {
     let gpu = gpu();
     let mut case = Case::<f32, f32>::new(9, 9, 130, 4);
     for (i, x) in case.x.iter_mut().enumerate() {
@@ -276,7 +277,7 @@ fn schedules_do_not_change_bits() {
 }
 
 #[test]
-fn the_allocating_form_agrees() {
+fn allocating_form_matches() {
     let gpu = gpu();
     let case = Case::<bf16, f32>::new(6, 5, 48, 3);
     let (x, gate) = (gpu.upload(&case.x), gpu.upload(&case.gate));
@@ -289,7 +290,7 @@ fn the_allocating_form_agrees() {
 }
 
 #[test]
-fn errors_come_before_any_launch() {
+fn rejects_invalid_arguments_before_the_launch() {
     let gpu = gpu();
     let values = gpu.upload(&values::<f32>(64, 1.0, 0));
     let mut logits = gpu.poisoned::<f32>(64);
@@ -323,7 +324,7 @@ fn errors_come_before_any_launch() {
     unsupported(call(3, usize::MAX, [32, 24, 3, 12]), "hidden");
     unsupported(call(usize::MAX, 8, [32, 24, 3, 12]), "num_experts * hidden");
 
-    // Types that have no kernel together.
+    // Combinations of types without a kernel.
     let tokens = gpu.upload(&[f16::ONE; 8]);
     let gate = gpu.upload(&[bf16::ONE; 8]);
     let (tokens, gate) = (tokens.view(), gate.view());
@@ -337,7 +338,7 @@ fn errors_come_before_any_launch() {
 }
 
 #[test]
-fn raw_arguments_are_checked() {
+fn rejects_invalid_raw_arguments() {
     let gpu = gpu();
     let good = RouterGemmBuffers { logits: 256, x: 256, router_gate: 256, bias: 256 };
     let call = |num_tokens: usize, buffers: RouterGemmBuffers| {

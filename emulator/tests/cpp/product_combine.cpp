@@ -7,9 +7,9 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// y[t, h] = the sum of weight * row over the token's active slots, and with `all` of weight * token
-// over those of the experts from E on, of a bias and of half a shared row: f32, fma after fma, in the
-// order of k, so the result is the same bits.
+// y[t, h] is the sum of weight * row over the token's active slots. `all` adds weight * token for ids
+// from E on, a bias and half a shared row, and halves the sum. In f32, fma after fma, in the order of
+// k, so the bits are the same.
 template <class Elem>
 void check(uint64_t seed) {
   Random random(seed);
@@ -31,11 +31,11 @@ void check(uint64_t seed) {
         const int row = r.row_of_slot[slot];
         const size_t at = static_cast<size_t>(row < 0 ? token : row) * hidden + h;
         if (row < 0 && !all) continue;
-        // The rows of f16 may have their weights in them.
+        // Rows of f16 may already be weighted.
         const float weight = rows_weighted && row >= 0 ? 1.0f : weights[slot];
         sum = std::fma(weight, to_f32(row < 0 ? x[at] : yp[at]), sum);
       }
-      // A gate of 0 is a half.
+      // The sigmoid of gate 0 is 1/2.
       if (all) sum = std::fma(0.5f, to_f32(shared[want.size()]), sum + to_f32(bias[h]));
       want.push_back(from_f32<Elem>(all ? 0.5f * sum : sum));
     }

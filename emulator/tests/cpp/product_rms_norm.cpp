@@ -7,7 +7,8 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// In double, where a sum of squares has no order to speak of. Rows from the list's end on are zero.
+// The reference is in double, where the order of the sum of squares is negligible. Unused rows are
+// zero.
 template <class Elem>
 void check(uint64_t seed) {
   Random random(seed);

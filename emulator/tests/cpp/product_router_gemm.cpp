@@ -7,7 +7,7 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// Small integers: every order of summation gives the same number, which double has too.
+// Small integers: their sums are exact in f32 and double, in every order.
 template <class T>
 std::vector<T> integers(Random& random, size_t n) {
   std::vector<T> values(n);
