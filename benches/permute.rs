@@ -1,4 +1,4 @@
-//! permute: each token's row to its places in expert order.
+//! permute: copies each token's row to the rows of its slots.
 
 use moe_kernels::{ops, reference};
 

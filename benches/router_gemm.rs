@@ -1,4 +1,4 @@
-//! router_gemm: the router's product, with a gate of the tokens' type and logits in f32.
+//! router_gemm with a gate of the tokens' type and logits in f32.
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
@@ -20,7 +20,7 @@ pub(crate) fn on_gpu<'a, D: Element>(
     let mut logits = gpu.zeros::<f32>(draw.shape.logits())?;
     Ok(Workload::new(move |set| {
         let (x, gate) = (x.as_view(), weights[set].gate.as_view());
-        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: None };
+        let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: None };
         let logits = &mut logits.as_view_mut();
         router_gemm_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, logits)?;
         Ok(())
@@ -35,7 +35,7 @@ pub(crate) fn on_cpu<'a, D: Element>(
     let (num_experts, hidden) = (model.config.num_experts, model.config.hidden);
     let x = x::<D>(model, draw.shape.num_tokens);
     Ok(Workload::new(move |_| {
-        let inputs = reference::RouterGemmInputs { x: &x, gate: &weights.gate, bias: None };
+        let inputs = reference::RouterGemmInputs { x: &x, router_gate: &weights.gate, bias: None };
         std::hint::black_box(reference::router_gemm_fwd::<f32>(num_experts, hidden, &inputs)?);
         Ok(())
     }))

@@ -1,18 +1,20 @@
-// The one place where a constant or an argument struct that two languages share is written: nvcc,
-// the host compiler of the software device, and bindgen (src/abi.rs) all read this header.
-// Plain C. A section per operation, in the order of a forward pass.
+// The constants and structs that kernels and host code share. nvcc, the host compiler of the
+// software device, and bindgen (src/abi.rs) all read this header. Plain C, one section per
+// operation, in the order of a forward pass.
+// A kernel has one parameter, a struct <Op>Params: the device addresses, outputs first and null
+// where an operand is absent, then the struct <Op>Args of numbers, then explicit padding.
 #ifndef MOE_ABI_H
 #define MOE_ABI_H
 
-// The most experts that one layer may have.
+// The largest number of experts of a layer.
 #define MAX_EXPERTS 4096
 
-// The type of elements, for kernels that are not compiled for each of them.
+// The element type, for kernels that are not compiled once per type.
 #define ELEM_F32 0
 #define ELEM_F16 1
 #define ELEM_BF16 2
 
-// Both maps of the plan hold this where there is nothing: a slot without a row, a row without a token.
+// In the plan's maps: the row of an inactive slot, and the token of an unused row.
 #define INACTIVE (-1)
 
 // ---- route ------------------------------------------------------------------------------------
@@ -185,11 +187,19 @@ typedef struct JitterArgs {
 #define PERMUTE_THREADS 256
 
 typedef struct PermuteArgs {
-  int num_experts;  // E: expert_offsets[E] is the number of rows in use.
+  int num_experts;  // E; expert_offsets[E] is the number of rows in use.
   int hidden;       // H
   int top_k;        // K
   int vector;       // 1: every row of x and xp starts at a 16-byte boundary.
 } PermuteArgs;
+
+typedef struct PermuteParams {
+  unsigned long long xp;              // [R, H], written whole
+  unsigned long long x;               // [T, H]
+  unsigned long long row_of_slot;     // [T, K]; -1: the slot is inactive
+  unsigned long long expert_offsets;  // [E + 1]
+  PermuteArgs args;
+} PermuteParams;
 
 // ---- grouped_gemm -----------------------------------------------------------------------------
 
@@ -276,12 +286,26 @@ typedef struct GateUpArgs {
 typedef struct CombineArgs {
   int hidden;          // H
   int top_k;           // K
-  int first_identity;  // The ids of experts that return the token itself ...
-  int num_identity;    // ... and how many there are; with 0 nobody reads expert_ids and x.
-  int average;         // 1: what comes out is halved.
-  int rows_weighted;   // 1: rows have their weights in them; weights are of identities. f16 alone.
+  int first_identity;  // The first id of an identity expert, which returns the token itself.
+  int num_identity;    // The number of identity experts; if 0, expert_ids and x are not read.
+  int average;         // 1: the result is halved.
+  int rows_weighted;   // 1: yp is weighted already; weights are of identity experts only. f16 only.
   int vector;          // 1: every row of H elements starts at a 16-byte boundary.
 } CombineArgs;
+
+typedef struct CombineParams {
+  unsigned long long y;                // [T, H], written whole
+  unsigned long long yp;               // [R, H]
+  unsigned long long routing_weights;  // [T, K] or null
+  unsigned long long x;                // [T, H], for identity experts
+  unsigned long long output_bias;      // [H] or null
+  unsigned long long shared;           // [T, H] or null
+  unsigned long long shared_gate;      // [T] or null
+  unsigned long long row_of_slot;      // [T, K]; -1: the slot is inactive
+  unsigned long long expert_ids;       // [T, K], for identity experts
+  CombineArgs args;
+  int padding;
+} CombineParams;
 
 // ---- rms_norm ---------------------------------------------------------------------------------
 
@@ -289,28 +313,36 @@ typedef struct CombineArgs {
 
 typedef struct RmsNormArgs {
   int hidden;       // H
-  int num_experts;  // E: expert_offsets[E] is the number of rows in use, where there is such a list.
+  int num_experts;  // E; unless expert_offsets is null, expert_offsets[E] rows are in use.
   float epsilon;    // Added to the mean square.
   float offset;     // Added to every weight.
-  int scale_first;  // 1: rows are multiplied by their weights before the norm, not after it.
-  int vector;       // 1: every row, and the weights, start at a 16-byte boundary.
+  int scale_first;  // 1: x is multiplied by the weights before the norm, not after it.
+  int vector;       // 1: every row of x and y, and the weights, start at a 16-byte boundary.
 } RmsNormArgs;
 
-// ---- router_gemm ----------------------------------------------------------------------------------
+typedef struct RmsNormParams {
+  unsigned long long y;               // [R, H], written whole; may be x
+  unsigned long long x;               // [R, H]
+  unsigned long long weight;          // [H] or null
+  unsigned long long expert_offsets;  // [E + 1] or null
+  RmsNormArgs args;
+} RmsNormParams;
 
-// A sum over H in the one order that all bodies have: segments of columns, in them runs of columns
-// that ROUTER_GEMM_LANES lanes take in turns. A step is a run for each lane.
-#define ROUTER_GEMM_RUN 8
+// ---- router_gemm ------------------------------------------------------------------------------
+
+// All bodies sum over H in the same order: H is cut into segments of columns, and a segment into
+// chunks of columns that ROUTER_GEMM_LANES lanes take in turn. A step is one chunk per lane.
+#define ROUTER_GEMM_CHUNK 8
 #define ROUTER_GEMM_LANES 8
-#define ROUTER_GEMM_STEP (ROUTER_GEMM_RUN * ROUTER_GEMM_LANES)
+#define ROUTER_GEMM_STEP (ROUTER_GEMM_CHUNK * ROUTER_GEMM_LANES)
 #define ROUTER_GEMM_SEGMENT 512
-// one and few: the segments that a block sums side by side, a power of two.
-#define ROUTER_GEMM_MIN_SLOTS 4
-#define ROUTER_GEMM_MAX_SLOTS 32
-#define ROUTER_GEMM_MAX_THREADS (ROUTER_GEMM_MAX_SLOTS * ROUTER_GEMM_LANES)
+// one and few: the segments that a block sums in parallel, a power of two.
+#define ROUTER_GEMM_MIN_SEGMENTS 4
+#define ROUTER_GEMM_MAX_SEGMENTS 32
+#define ROUTER_GEMM_MAX_THREADS (ROUTER_GEMM_MAX_SEGMENTS * ROUTER_GEMM_LANES)
 #define ROUTER_GEMM_FEW_TOKENS 8
 #define ROUTER_GEMM_FEW_EXPERTS 4
-// tile: what a block computes, and the steps that its pipeline holds.
+// tile: the tokens and experts of a block, and the stages of its pipeline, one step each.
 #define ROUTER_GEMM_TILE_TOKENS 64
 #define ROUTER_GEMM_TILE_EXPERTS 32
 #define ROUTER_GEMM_TILE_THREADS 256
@@ -320,8 +352,17 @@ typedef struct RouterGemmArgs {
   int num_tokens;   // T
   int num_experts;  // E
   int hidden;       // H
-  int f32_logits;   // 1: logits are stored as f32, else as Elem.
-  int vector;       // 1: every row of x and gate starts at a 16-byte boundary.
+  int f32_logits;   // 1: logits are stored as f32; 0: as Elem.
+  int vector;       // 1: every row of x and router_gate starts at a 16-byte boundary.
 } RouterGemmArgs;
+
+typedef struct RouterGemmParams {
+  unsigned long long logits;       // [T, E], written whole
+  unsigned long long x;            // [T, H]
+  unsigned long long router_gate;  // [E, H]
+  unsigned long long bias;         // [E] or null
+  RouterGemmArgs args;
+  int padding;
+} RouterGemmParams;
 
 #endif  // MOE_ABI_H

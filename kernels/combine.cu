@@ -1,34 +1,64 @@
-// combine: each token's result is the weighted sum of its rows, and of what else the layer adds.
-//   y[t, h] = (sum over k = 0 .. K-1 of weights[t, k] * v[k, h]  + output_bias[h]
+// combine: each token's output is the weighted sum of its experts' rows, plus an output bias and
+// the output of a shared expert.
+//   y[t, h] = (sum over k = 0 .. K-1 of routing_weights[t, k] * v[k, h]  + output_bias[h]
 //              + sigmoid(shared_gate[t]) * shared[t, h]) * (average ? 1/2 : 1)
-//   v[k, :] is yp[row_of_slot[t*K + k], :]; a slot without a row whose id is an identity expert's has
-//   x[t, :] instead. Any other slot without a row is left out: neither a row nor its weight is looked
-//   at. What is none of the T*K rows, any bits, is no row. Rows of f16 may have been multiplied by their
-//   weights before (args.rows_weighted), which count for identity experts alone then. Without weights each
-//   is 1; bias, shared and its gate are left out where they are null.
-//   In f32: fma after fma from 0 in the order of k, then the bias is added, then the shared row (with
-//   a gate as one fma), then it is halved, and rounded to Elem once at the end. A token without
-//   anything to add gets 0.
-// Launch  grid (T, blocks to cover H), block (whole warps, at most COMBINE_THREADS): a thread has one
-//         vector of columns, or as many single elements where rows are not aligned.
-// Bytes   reads R*H*s + 8*T*K, writes T*H*s: at T4096 H7168 K8 bf16, 470 MB + 59 MB. Identity slots and
-//         the shared row read H*s more each.
-// Why     COMBINE_LOADS rows are asked for before the first is used, as memory is far away; more at
-//         once would take registers from threads that hide the rest. A lane looks up one slot and
-//         hands it to its warp, so that map and weights cost a load for 32 slots, not for each.
-// Writers one per element of y, and a fixed order of summation: the result is deterministic.
+//   v[k, :] is yp[row_of_slot[t*K + k], :]. For a slot without a row whose id is an identity
+//   expert's it is x[t, :]. Any other slot without a row is skipped: neither a row nor its weight
+//   is read. A slot has no row if row_of_slot is outside 0 .. T*K - 1.
+//   With args.rows_weighted (f16 only) the rows of yp are already weighted, and routing_weights
+//   apply to identity experts only. Without routing_weights each weight is 1; output_bias, shared
+//   and shared_gate are left out where null.
+//   In f32: fma after fma from 0 in the order of k, then the bias is added, then the shared row (as
+//   one fma with its gate), then the sum is halved, and rounded to Elem once. A token without any
+//   term gets 0.
+// Launch  grid (T, blocks to cover H), block (whole warps, at most COMBINE_THREADS): each thread
+//         has one vector of columns, or as many single elements where rows are not aligned.
+// Bytes   reads R*H*s + 8*T*K, writes T*H*s: at T4096 H7168 K8 bf16, 470 MB + 59 MB. Identity slots
+//         and the shared row read H*s more each.
+// Why     COMBINE_LOADS rows are loaded before the first is used, to hide the latency of memory;
+//         more would cost registers, and with them resident threads. Each lane looks up one slot
+//         and shares it by shuffle, so that map and weights cost one load per 32 slots.
+// Writers one per element of y, with a fixed order of summation: the result is deterministic.
 #include "kernel.cuh"
 
+// CombineParams with typed pointers.
+template <typename Elem>
+struct TypedCombineParams {
+  Elem* y;                       // [T, H] out
+  const Elem* yp;                // [R, H]
+  const float* routing_weights;  // [T, K] or null
+  const Elem* x;                 // [T, H], for identity experts
+  const Elem* output_bias;       // [H] or null
+  const Elem* shared;            // [T, H] or null
+  const float* shared_gate;      // [T] or null
+  const int* row_of_slot;        // [T, K]; -1: the slot is inactive
+  const uint32_t* expert_ids;    // [T, K], for identity experts
+  CombineArgs args;
+  int padding;
+};
+static_assert(sizeof(TypedCombineParams<float>) == sizeof(CombineParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, y);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, yp);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, x);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, output_bias);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, shared);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, shared_gate);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, row_of_slot);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, args);
+ASSERT_SAME_OFFSET(TypedCombineParams<float>, CombineParams, padding);
+
 constexpr int COMBINE_LOADS = 4;
-constexpr int COMBINE_BLOCKS = 4;  // On an SM side by side: the registers of a thread follow.
-static_assert(WARP_SIZE % COMBINE_LOADS == 0, "a group of loads is of one look-up");
+constexpr int COMBINE_BLOCKS = 4;  // Resident blocks per SM, which bound the registers of a thread.
+static_assert(WARP_SIZE % COMBINE_LOADS == 0, "one look-up serves a group of loads");
 
-// In the place of a row: the token itself.
+// Marks a slot of an identity expert, in the place of a row.
 constexpr int IDENTITY = -2;
-static_assert(IDENTITY != INACTIVE, "two kinds of slots without a row");
+static_assert(IDENTITY != INACTIVE, "identity slots differ from inactive ones");
 
-// A thread's columns of a row: one vector, or as many single elements, a block apart so that warps
-// read runs. In the place of columns past H it reads some of the row, and stores nothing.
+// A thread's columns of a row: one vector, or as many single elements, a block apart so that loads
+// coalesce. For columns past H it loads other elements of the row, and stores nothing.
 template <typename Elem, bool VECTOR>
 struct Columns {
   static constexpr int LEN = Vec<Elem>::LEN;
@@ -39,7 +69,7 @@ struct Columns {
         stride(blockDim.x),
         hidden(hidden) {}
 
-  // Where `load` starts from, in the place of the row's first element.
+  // The address that `load` takes: that of the thread's first column in vectors, else of the row.
   __device__ __forceinline__ const Elem* of(const Elem* row) const {
     return VECTOR && first < hidden ? row + first : row;
   }
@@ -68,44 +98,34 @@ struct Columns {
   }
 };
 
-// The rows of a combination; those after row_of_slot may be null.
-template <typename Elem>
-struct CombineInputs {
-  const Elem* yp;
-  const int* row_of_slot;
-  const float* weights;
-  const uint32_t* expert_ids;
-  const Elem* x;
-  const Elem* output_bias;
-  const Elem* shared;
-  const float* shared_gate;
-};
-
-// ROWS_WEIGHTED: whether args.rows_weighted is looked at.
+// ROWS_WEIGHTED: whether args.rows_weighted is read.
 template <typename Elem, bool VECTOR, bool ROWS_WEIGHTED>
-__device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Elem>& in,
-                                                const CombineArgs& args) {
+__device__ __forceinline__ void combine_columns(const TypedCombineParams<Elem>& params) {
+  const CombineArgs& args = params.args;
   constexpr int LEN = Vec<Elem>::LEN;
-  constexpr int LOADS = VECTOR ? COMBINE_LOADS : 1;  // A row of single elements is LEN loads.
+  constexpr int LOADS = VECTOR ? COMBINE_LOADS : 1;  // Single elements take LEN loads per row.
   const int64_t token = blockIdx.x;
   const int64_t first_slot = token * args.top_k;
   const uint32_t rows = gridDim.x * (uint32_t)args.top_k;
   const Columns<Elem, VECTOR> columns(args.hidden);
-  const Elem* yp = columns.of(in.yp);
-  const Elem* x = args.num_identity != 0 ? columns.of(in.x) + token * args.hidden : nullptr;
+  const Elem* yp = columns.of(params.yp);
+  const Elem* x = args.num_identity != 0 ? columns.of(params.x) + token * args.hidden : nullptr;
   float sum[LEN] = {};
 
-  // Threads past H stay: their lanes look up slots for the others.
+  // Threads past H take part, because their lanes look up slots for the others.
   for (int begin = 0; begin < args.top_k; begin += WARP_SIZE) {
     const int lane = begin + threadIdx.x % WARP_SIZE;
     int lane_row = INACTIVE;
     float lane_weight = 1.0f;
     if (lane < args.top_k) {
-      lane_row = in.row_of_slot[first_slot + lane];
+      lane_row = params.row_of_slot[first_slot + lane];
       if ((uint32_t)lane_row >= rows) lane_row = INACTIVE;
-      if (in.weights != nullptr) lane_weight = in.weights[first_slot + lane];
+      if (params.routing_weights != nullptr) {
+        lane_weight = params.routing_weights[first_slot + lane];
+      }
       if (lane_row == INACTIVE && args.num_identity != 0) {
-        const uint32_t identity = in.expert_ids[first_slot + lane] - (uint32_t)args.first_identity;
+        const uint32_t id = params.expert_ids[first_slot + lane];
+        const uint32_t identity = id - (uint32_t)args.first_identity;
         if (identity < (uint32_t)args.num_identity) lane_row = IDENTITY;
       }
       if (ROWS_WEIGHTED && args.rows_weighted && lane_row != IDENTITY) lane_weight = 1.0f;
@@ -116,7 +136,7 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
       Vec<Elem> value[LOADS];
 #pragma unroll
       for (int j = 0; j < LOADS; j++) {
-        row[j] = __shfl_sync(FULL_WARP, lane_row, k + j);  // INACTIVE past the last slot
+        row[j] = __shfl_sync(FULL_WARP, lane_row, k + j);  // INACTIVE past the last slot.
         if (row[j] == INACTIVE) continue;
         const int64_t offset = (uint64_t)(uint32_t)row[j] * (uint32_t)args.hidden;
         value[j] = columns.load(row[j] == IDENTITY ? x : yp + offset);
@@ -131,16 +151,16 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
     }
   }
 
-  if (in.output_bias != nullptr) {
-    const Vec<Elem> bias = columns.load(columns.of(in.output_bias));
+  if (params.output_bias != nullptr) {
+    const Vec<Elem> bias = columns.load(columns.of(params.output_bias));
 #pragma unroll
     for (int i = 0; i < LEN; i++) sum[i] = __fadd_rn(sum[i], to_f32(bias.at[i]));
   }
-  if (in.shared != nullptr) {
-    const Vec<Elem> shared = columns.load(columns.of(in.shared) + token * args.hidden);
+  if (params.shared != nullptr) {
+    const Vec<Elem> shared = columns.load(columns.of(params.shared) + token * args.hidden);
     float weight = 1.0f;  // An fma by 1 is an addition.
-    if (in.shared_gate != nullptr) {
-      weight = __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-in.shared_gate[token])));
+    if (params.shared_gate != nullptr) {
+      weight = __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-params.shared_gate[token])));
     }
 #pragma unroll
     for (int i = 0; i < LEN; i++) sum[i] = __fmaf_rn(weight, to_f32(shared.at[i]), sum[i]);
@@ -149,49 +169,26 @@ __device__ __forceinline__ void combine_columns(Elem* y, const CombineInputs<Ele
   Vec<Elem> result;
 #pragma unroll
   for (int i = 0; i < LEN; i++) result.at[i] = from_f32<Elem>(__fmul_rn(sum[i], factor));
-  columns.store(y + token * args.hidden, result);
+  columns.store(params.y + token * args.hidden, result);
 }
 
 template <bool ROWS_WEIGHTED = false, typename Elem>
-__device__ __forceinline__ void combine_fwd(Elem* y,                     // [T, H] out
-                                            const Elem* yp,              // [R, H]
-                                            const float* weights,        // [T, K] or null
-                                            const Elem* x,               // [T, H], for identities
-                                            const Elem* output_bias,     // [H] or null
-                                            const Elem* shared,          // [T, H] or null
-                                            const float* shared_gate,    // [T] or null
-                                            const int* row_of_slot,      // [T, K], -1: inactive
-                                            const uint32_t* expert_ids,  // [T, K], for identities
-                                            const CombineArgs& args) {
-  const CombineInputs<Elem> in = {yp, row_of_slot, weights,    expert_ids,
-                                  x,  output_bias, shared, shared_gate};
-  if (args.vector) {
-    combine_columns<Elem, true, ROWS_WEIGHTED>(y, in, args);
+__device__ __forceinline__ void combine_fwd(const TypedCombineParams<Elem>& params) {
+  if (params.args.vector) {
+    combine_columns<Elem, true, ROWS_WEIGHTED>(params);
   } else {
-    combine_columns<Elem, false, ROWS_WEIGHTED>(y, in, args);
+    combine_columns<Elem, false, ROWS_WEIGHTED>(params);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
-moe_combine_fwd_f32(float* y, const float* yp, const float* weights, const float* x, const float* output_bias,
-                   const float* shared, const float* shared_gate, const int* row_of_slot,
-                   const uint32_t* expert_ids, const CombineArgs args) {
-  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
-}
+moe_combine_fwd_f32(const TypedCombineParams<float> params) { combine_fwd(params); }
 EXPORT_KERNEL(moe_combine_fwd_f32, COMBINE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
-moe_combine_fwd_f16(f16* y, const f16* yp, const float* weights, const f16* x, const f16* output_bias,
-                   const f16* shared, const float* shared_gate, const int* row_of_slot,
-                   const uint32_t* expert_ids, const CombineArgs args) {
-  combine_fwd<true>(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
-}
+moe_combine_fwd_f16(const TypedCombineParams<f16> params) { combine_fwd<true>(params); }
 EXPORT_KERNEL(moe_combine_fwd_f16, COMBINE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
-moe_combine_fwd_bf16(bf16* y, const bf16* yp, const float* weights, const bf16* x, const bf16* output_bias,
-                   const bf16* shared, const float* shared_gate, const int* row_of_slot,
-                   const uint32_t* expert_ids, const CombineArgs args) {
-  combine_fwd(y, yp, weights, x, output_bias, shared, shared_gate, row_of_slot, expert_ids, args);
-}
+moe_combine_fwd_bf16(const TypedCombineParams<bf16> params) { combine_fwd(params); }
 EXPORT_KERNEL(moe_combine_fwd_bf16, COMBINE_THREADS)

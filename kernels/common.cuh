@@ -1,4 +1,4 @@
-// The vocabulary that several kernels share: element types, 16-byte vectors, reductions.
+// Definitions shared by the kernels: element types, 16-byte vectors, reductions, selection.
 #pragma once
 
 using bf16 = __nv_bfloat16;
@@ -7,7 +7,7 @@ using f16 = __half;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr int WARP_SIZE = 32;
 
-// The id of a slot that belongs to no expert.
+// The expert id of an inactive slot.
 constexpr uint32_t NO_EXPERT = 0xffffffffu;
 
 // ---- Elem: the type of activations and weights ------------------------------------------------
@@ -32,7 +32,7 @@ __device__ __forceinline__ f16 from_f32<f16>(float value) {
   return __float2half_rn(value);
 }
 
-// ---- Vec: 16 bytes of Elem, the widest load there is ------------------------------------------
+// ---- Vec: 16 bytes of Elem, the width of a vector load ----------------------------------------
 
 template <typename Elem>
 struct alignas(16) Vec {
@@ -40,7 +40,7 @@ struct alignas(16) Vec {
   Elem at[LEN];
 };
 
-// `source` must be 16-byte aligned; so must `target` below.
+// `source`, and `target` below, must be 16-byte aligned.
 template <typename Elem>
 __device__ __forceinline__ Vec<Elem> load_vec(const Elem* source) {
   return *reinterpret_cast<const Vec<Elem>*>(source);
@@ -51,7 +51,9 @@ __device__ __forceinline__ void store_vec(Elem* target, const Vec<Elem>& value) 
   *reinterpret_cast<Vec<Elem>*>(target) = value;
 }
 
-// ---- Reductions over a warp; every lane gets the result, in a fixed order ----------------------
+// ---- Reductions over a warp, in a fixed order ---------------------------------------------------
+
+// The sum of `value` over the lanes, in every lane.
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -72,7 +74,7 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
   return value;
 }
 
-// ---- Selection: the smallest keys among many, by their digits ------------------------------------
+// ---- Selection of the smallest keys, by radix ---------------------------------------------------
 
 constexpr int DIGIT_BITS = 8;
 constexpr int DIGITS = 1 << DIGIT_BITS;
@@ -84,27 +86,29 @@ __device__ __forceinline__ uint32_t order_of(float value) {
   return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
 }
 
-// Finds for each of COLUMNS sets of keys the largest of its wanted[column] smallest ones, digit by
-// digit from the top, and stops where all keys with the digits found so far are wanted: a key of
-// the set is among the smallest where it is at most last[column]. In shared memory, all COLUMNS
-// long: `last` is 0 before, and `wanted` 0 or at most the number of keys; it is 0 after. `counters`
-// has COLUMNS * DIGITS. Keys of a set are distinct and have key_bits bits. `for_each_key(visit)`
-// calls visit(column, key) for each key, each thread with its part of them. The whole block takes
-// part; there is a barrier at the start and at the end.
+// For each of COLUMNS sets of keys, computes a threshold last[column]: a key is one of the
+// wanted[column] smallest of its set if and only if it is at most last[column]. Works digit by
+// digit from the most significant one, and stops as soon as all keys with the digits found so far
+// are selected. Keys of a set are distinct and have key_bits bits.
+//   last     [COLUMNS], shared: 0 on entry.
+//   wanted   [COLUMNS], shared: at most the number of keys of the set on entry, 0 on return.
+//   counters [COLUMNS, DIGITS], shared.
+//   for_each_key(visit) calls visit(column, key) for each key, each thread for its share of them.
+// All threads of the block must call it. It begins and ends with a barrier.
 template <int COLUMNS, typename ForEachKey>
 __device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int* counters,
                                                 int key_bits, ForEachKey for_each_key) {
   const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
   const int warps = blockDim.x / WARP_SIZE;
   constexpr int LANE_DIGITS = DIGITS / WARP_SIZE;
-  // Bits from `above` on are found; the next digit has `bits` bits from `shift` on, the last one
-  // perhaps fewer than others.
+  // Bits from `above` on are known. The next digit has `bits` bits from bit `shift` on; the last
+  // digit may be shorter than DIGIT_BITS.
   for (int above = key_bits; above > 0; above -= DIGIT_BITS) {
     const int bits = min(above, DIGIT_BITS), shift = above - bits;
     for (int i = threadIdx.x; i < COLUMNS * DIGITS; i += blockDim.x) counters[i] = 0;
     __syncthreads();
     for_each_key([=](int column, uint64_t key) {
-      // Two shifts, as one of 64 bits is none.
+      // Two shifts, because a shift by 64 is undefined.
       const bool same_digits = ((key ^ last[column]) >> shift >> bits) == 0;
       if (wanted[column] == 0 || !same_digits) return;
       atomicAdd(&counters[column * DIGITS + (int)(key >> shift & ((1 << bits) - 1))], 1);
@@ -121,7 +125,7 @@ __device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int
       int before = inclusive - sum;
       __syncwarp();  // Every lane has read wanted[column].
       if (before >= rank || rank > inclusive) continue;
-      // One lane has the digit of the key with this rank.
+      // A single lane's range of digits contains this rank.
       int i = 0;
       for (; before + counts[i] < rank; i++) before += counts[i];
       uint64_t digits = last[column] | (uint64_t)(lane * LANE_DIGITS + i) << shift;
@@ -138,3 +142,11 @@ __device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int
   }
   __syncthreads();
 }
+
+// ---- Parameters ---------------------------------------------------------------------------------
+// A kernel has one parameter. abi.h has the addresses as integers, which Rust fills in; the
+// kernel's twin of that struct has typed pointers, so that the compiler knows that they are of
+// global memory.
+
+#define ASSERT_SAME_OFFSET(Twin, Params, field) \
+  static_assert(offsetof(Twin, field) == offsetof(Params, field), "the same layout")

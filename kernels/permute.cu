@@ -1,15 +1,33 @@
-// permute: copies each token's row to its top_k places in expert order.
+// permute: copies each token's row of x to the rows of its slots, which are grouped by expert.
 //   xp[row_of_slot[t*K + k], :] = x[t, :]
-//   Rows that no slot owns, those from expert_offsets[E] on, become zero, so xp is always written whole.
-//   A slot whose row is none of the T*K has no row, whatever bits stand there.
-// Launch  grid (T), block (PERMUTE_THREADS): one block per token. Block t also zeroes the rows t*K .. t*K + K - 1
-//         as far as nobody owns them: there are T*K rows, so every row has one block that answers for it.
+//   A slot whose row is outside 0 .. T*K - 1 is inactive and ignored. Unused rows (from
+//   expert_offsets[E] on) are zeroed, so xp is written whole.
+// Launch  grid (T), block (PERMUTE_THREADS): one block per token. Block t also zeroes the unused
+//         rows among t*K .. t*K + K - 1. xp has T*K rows, so each row belongs to one block.
 // Bytes   reads T*H*s + 4*T*K, writes R*H*s: at T4096 H7168 K8 bf16, 59 MB + 470 MB.
-// Why     one block per token, not per row: each row of x leaves memory once and is stored K times from registers.
-// Writers one per element of xp (row_of_slot is injective), so the result is deterministic, and exact as a copy is.
+// Why     one block per token, not per row: each row of x is read from memory once and stored K
+//         times from registers.
+// Writers one per element of xp, because row_of_slot is injective: the result is deterministic. As
+//         a copy it is exact.
 #include "kernel.cuh"
 
-// The block's threads together clear one row of xp.
+// PermuteParams with typed pointers.
+template <typename Elem>
+struct TypedPermuteParams {
+  Elem* xp;                   // [R, H] out
+  const Elem* x;              // [T, H]
+  const int* row_of_slot;     // [T, K]; -1: the slot is inactive
+  const int* expert_offsets;  // [E + 1]
+  PermuteArgs args;
+};
+static_assert(sizeof(TypedPermuteParams<float>) == sizeof(PermuteParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, xp);
+ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, x);
+ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, row_of_slot);
+ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, expert_offsets);
+ASSERT_SAME_OFFSET(TypedPermuteParams<float>, PermuteParams, args);
+
+// The block zeroes one row of xp.
 template <typename Elem>
 __device__ __forceinline__ void zero_row(Elem* row, int hidden, bool vector) {
   if (vector) {
@@ -25,16 +43,15 @@ __device__ __forceinline__ void zero_row(Elem* row, int hidden, bool vector) {
 }
 
 template <typename Elem>
-__device__ __forceinline__ void permute_fwd(Elem* xp,                   // [R, H] out
-                                            const Elem* x,              // [T, H]
-                                            const int* row_of_slot,     // [T, K], -1: the slot is inactive
-                                            const int* expert_offsets,  // [E + 1]
-                                            const PermuteArgs& args) {
+__device__ __forceinline__ void permute_fwd(const TypedPermuteParams<Elem>& params) {
+  const PermuteArgs& args = params.args;
   const int hidden = args.hidden;
+  Elem* xp = params.xp;
+  const int* row_of_slot = params.row_of_slot;
   const int64_t token = blockIdx.x;
   const int64_t first_slot = token * args.top_k;
   const uint32_t rows = gridDim.x * (uint32_t)args.top_k;
-  const Elem* source = x + token * hidden;
+  const Elem* source = params.x + token * hidden;
 
   if (args.vector) {
     for (int h = threadIdx.x * Vec<Elem>::LEN; h < hidden; h += PERMUTE_THREADS * Vec<Elem>::LEN) {
@@ -54,7 +71,7 @@ __device__ __forceinline__ void permute_fwd(Elem* xp,                   // [R, H
     }
   }
 
-  const int rows_in_use = expert_offsets[args.num_experts];
+  const int rows_in_use = params.expert_offsets[args.num_experts];
   for (int k = 0; k < args.top_k; k++) {
     const int64_t row = first_slot + k;
     if (row >= rows_in_use) zero_row(xp + row * hidden, hidden, args.vector);
@@ -62,22 +79,13 @@ __device__ __forceinline__ void permute_fwd(Elem* xp,                   // [R, H
 }
 
 extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
-moe_permute_fwd_f32(float* xp, const float* x, const int* row_of_slot, const int* expert_offsets,
-                    const PermuteArgs args) {
-  permute_fwd(xp, x, row_of_slot, expert_offsets, args);
-}
+moe_permute_fwd_f32(const TypedPermuteParams<float> params) { permute_fwd(params); }
 EXPORT_KERNEL(moe_permute_fwd_f32, PERMUTE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
-moe_permute_fwd_f16(f16* xp, const f16* x, const int* row_of_slot, const int* expert_offsets,
-                    const PermuteArgs args) {
-  permute_fwd(xp, x, row_of_slot, expert_offsets, args);
-}
+moe_permute_fwd_f16(const TypedPermuteParams<f16> params) { permute_fwd(params); }
 EXPORT_KERNEL(moe_permute_fwd_f16, PERMUTE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
-moe_permute_fwd_bf16(bf16* xp, const bf16* x, const int* row_of_slot, const int* expert_offsets,
-                     const PermuteArgs args) {
-  permute_fwd(xp, x, row_of_slot, expert_offsets, args);
-}
+moe_permute_fwd_bf16(const TypedPermuteParams<bf16> params) { permute_fwd(params); }
 EXPORT_KERNEL(moe_permute_fwd_bf16, PERMUTE_THREADS)

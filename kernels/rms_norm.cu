@@ -1,23 +1,42 @@
-// rms_norm: divides each row by the root of its mean square, and multiplies it by weights.
+// rms_norm: divides each row by the root of its mean square and multiplies it by weights.
 //   y[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + epsilon) * s[:], with s = offset + weight[:]
-//   scale_first: the same of x[r, :] * s[:] with s = 1. Without weights s is 1 everywhere.
-//   All in f32, rounded to Elem once: every operation is correctly rounded and in a stated order, so
-//   the result is the same bits on every device. A square past f32's range makes the row 0, as it
-//   does in the models' own code, but for elements that are infinite or NaN.
-//   Where there is a list of expert_offsets, rows from expert_offsets[E] on are nobody's: they are
-//   not read and become 0, so y is always written whole. y may be x itself.
-// Launch  grid (R), block (whole warps, at most RMS_NORM_THREADS): a block per row.
-// Order   the row is cut into 16-byte vectors, a thread takes every threads-th of them and adds up
-//         their squares by fma in the order of columns; then the lanes of each warp (xor 16, 8, 4, 2,
-//         1), then the warps in order. It depends on H and the size of Elem, not on alignment.
-// Bytes   reads R*H*s, writes R*H*s: at R32768 H2048 bf16, 134 MB + 134 MB. A row is read a second
-//         time when its sum is known, from L1.
-// Writers one per element, which is also the last that reads it: deterministic, and y may be x.
+//   scale_first: x[r, :] * s[:] takes the place of x[r, :], and there is no factor after the norm.
+//   Without weights s is 1.
+//   Computed in f32 and rounded to Elem once. Every operation is correctly rounded and in a stated
+//   order, so the bits are the same on every device. If the sum of squares overflows f32, finite
+//   elements of the row become 0, as in the models' own code, and infinite elements NaN. NaN
+//   propagates to its whole row.
+//   If expert_offsets is not null, unused rows (from expert_offsets[E] on) are not read and are
+//   zeroed, so y is written whole. y may be x.
+// Launch  grid (R), block (whole warps, at most RMS_NORM_THREADS): one block per row.
+// Order   a row is cut into 16-byte vectors. Each thread takes every blockDim-th vector and sums
+//         its squares by fma in the order of columns; then the lanes of a warp are summed (xor 16,
+//         8, 4, 2, 1), then the warps in order. The order depends on H and the size of Elem, not on
+//         alignment.
+// Bytes   reads R*H*s, writes R*H*s: at R32768 H2048 bf16, 134 MB + 134 MB. The second pass over a
+//         row reads it from L1.
+// Writers one per element, the last thread that reads it: deterministic, and y may be x.
 #include "kernel.cuh"
+
+// RmsNormParams with typed pointers.
+template <typename Elem>
+struct TypedRmsNormParams {
+  Elem* y;                    // [R, H] out
+  const Elem* x;              // [R, H]
+  const Elem* weight;         // [H] or null
+  const int* expert_offsets;  // [E + 1] or null
+  RmsNormArgs args;
+};
+static_assert(sizeof(TypedRmsNormParams<float>) == sizeof(RmsNormParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, y);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, x);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, weight);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, expert_offsets);
+ASSERT_SAME_OFFSET(TypedRmsNormParams<float>, RmsNormParams, args);
 
 constexpr int RMS_NORM_WARPS = RMS_NORM_THREADS / WARP_SIZE;
 
-// A vector of columns as f32, 0 from H on.
+// One 16-byte vector of columns, converted to f32; 0 from column H on.
 template <typename Elem>
 struct NormColumns {
   static constexpr int LEN = Vec<Elem>::LEN;
@@ -56,28 +75,28 @@ struct NormColumns {
   }
 };
 
-// The sum over the block, which every thread gets.
+// The sum of `part` over the block, in every thread.
 __device__ __forceinline__ float block_sum(float part) {
   SHARED_ARRAY(float, warp_sums, RMS_NORM_WARPS);
   part = warp_sum(part);
   if (threadIdx.x % WARP_SIZE == 0) warp_sums[threadIdx.x / WARP_SIZE] = part;
   __syncthreads();
   float sum = 0.0f;
-  for (int warp = 0; warp < (int)blockDim.x / WARP_SIZE; warp++) sum = __fadd_rn(sum, warp_sums[warp]);
+  const int warps = blockDim.x / WARP_SIZE;
+  for (int warp = 0; warp < warps; warp++) sum = __fadd_rn(sum, warp_sums[warp]);
   return sum;
 }
 
 template <typename Elem>
-__device__ __forceinline__ void rms_norm_fwd(Elem* y,                    // [R, H] out
-                                             const Elem* x,              // [R, H]
-                                             const Elem* weight,         // [H] or null
-                                             const int* expert_offsets,  // [E + 1] or null
-                                             const RmsNormArgs& args) {
+__device__ __forceinline__ void rms_norm_fwd(const TypedRmsNormParams<Elem>& params) {
   constexpr int LEN = Vec<Elem>::LEN;
+  const RmsNormArgs& args = params.args;
   const int64_t row = blockIdx.x;
   const int first = threadIdx.x * LEN, step = blockDim.x * LEN;
-  y += row * args.hidden;
-  x += row * args.hidden;
+  Elem* y = params.y + row * args.hidden;
+  const Elem* x = params.x + row * args.hidden;
+  const Elem* weight = params.weight;
+  const int* expert_offsets = params.expert_offsets;
   NormColumns<Elem> columns;
 
   if (expert_offsets != nullptr && row >= expert_offsets[args.num_experts]) {
@@ -109,22 +128,13 @@ __device__ __forceinline__ void rms_norm_fwd(Elem* y,                    // [R, 
 }
 
 extern "C" __global__ void __launch_bounds__(RMS_NORM_THREADS)
-moe_rms_norm_fwd_f32(float* y, const float* x, const float* weight, const int* expert_offsets,
-                    const RmsNormArgs args) {
-  rms_norm_fwd(y, x, weight, expert_offsets, args);
-}
+moe_rms_norm_fwd_f32(const TypedRmsNormParams<float> params) { rms_norm_fwd(params); }
 EXPORT_KERNEL(moe_rms_norm_fwd_f32, RMS_NORM_THREADS)
 
 extern "C" __global__ void __launch_bounds__(RMS_NORM_THREADS)
-moe_rms_norm_fwd_f16(f16* y, const f16* x, const f16* weight, const int* expert_offsets,
-                    const RmsNormArgs args) {
-  rms_norm_fwd(y, x, weight, expert_offsets, args);
-}
+moe_rms_norm_fwd_f16(const TypedRmsNormParams<f16> params) { rms_norm_fwd(params); }
 EXPORT_KERNEL(moe_rms_norm_fwd_f16, RMS_NORM_THREADS)
 
 extern "C" __global__ void __launch_bounds__(RMS_NORM_THREADS)
-moe_rms_norm_fwd_bf16(bf16* y, const bf16* x, const bf16* weight, const int* expert_offsets,
-                    const RmsNormArgs args) {
-  rms_norm_fwd(y, x, weight, expert_offsets, args);
-}
+moe_rms_norm_fwd_bf16(const TypedRmsNormParams<bf16> params) { rms_norm_fwd(params); }
 EXPORT_KERNEL(moe_rms_norm_fwd_bf16, RMS_NORM_THREADS)

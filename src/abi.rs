@@ -56,12 +56,12 @@ pub const ACTIVATION_RELU_SQUARED: i32 = 4;
 pub const ACTIVATION_SILU_SOFT_CAP: i32 = 5;
 pub const COMBINE_THREADS: i32 = 256;
 pub const RMS_NORM_THREADS: i32 = 256;
-pub const ROUTER_GEMM_RUN: i32 = 8;
+pub const ROUTER_GEMM_CHUNK: i32 = 8;
 pub const ROUTER_GEMM_LANES: i32 = 8;
 pub const ROUTER_GEMM_STEP: i32 = 64;
 pub const ROUTER_GEMM_SEGMENT: i32 = 512;
-pub const ROUTER_GEMM_MIN_SLOTS: i32 = 4;
-pub const ROUTER_GEMM_MAX_SLOTS: i32 = 32;
+pub const ROUTER_GEMM_MIN_SEGMENTS: i32 = 4;
+pub const ROUTER_GEMM_MAX_SEGMENTS: i32 = 32;
 pub const ROUTER_GEMM_MAX_THREADS: i32 = 256;
 pub const ROUTER_GEMM_FEW_TOKENS: i32 = 8;
 pub const ROUTER_GEMM_FEW_EXPERTS: i32 = 4;
@@ -497,6 +497,35 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PermuteParams {
+    pub xp: ::core::ffi::c_ulonglong,
+    pub x: ::core::ffi::c_ulonglong,
+    pub row_of_slot: ::core::ffi::c_ulonglong,
+    pub expert_offsets: ::core::ffi::c_ulonglong,
+    pub args: PermuteArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PermuteParams"][::core::mem::size_of::<PermuteParams>() - 48usize];
+    ["Alignment of PermuteParams"][::core::mem::align_of::<PermuteParams>() - 8usize];
+    [
+        "Offset of field: PermuteParams::xp",
+    ][::core::mem::offset_of!(PermuteParams, xp) - 0usize];
+    [
+        "Offset of field: PermuteParams::x",
+    ][::core::mem::offset_of!(PermuteParams, x) - 8usize];
+    [
+        "Offset of field: PermuteParams::row_of_slot",
+    ][::core::mem::offset_of!(PermuteParams, row_of_slot) - 16usize];
+    [
+        "Offset of field: PermuteParams::expert_offsets",
+    ][::core::mem::offset_of!(PermuteParams, expert_offsets) - 24usize];
+    [
+        "Offset of field: PermuteParams::args",
+    ][::core::mem::offset_of!(PermuteParams, args) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GemmTile {
     pub expert: ::core::ffi::c_int,
     pub first_row: ::core::ffi::c_int,
@@ -718,6 +747,59 @@ const _: () = {
     ][::core::mem::offset_of!(CombineArgs, vector) - 24usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CombineParams {
+    pub y: ::core::ffi::c_ulonglong,
+    pub yp: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub x: ::core::ffi::c_ulonglong,
+    pub output_bias: ::core::ffi::c_ulonglong,
+    pub shared: ::core::ffi::c_ulonglong,
+    pub shared_gate: ::core::ffi::c_ulonglong,
+    pub row_of_slot: ::core::ffi::c_ulonglong,
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub args: CombineArgs,
+    pub padding: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of CombineParams"][::core::mem::size_of::<CombineParams>() - 104usize];
+    ["Alignment of CombineParams"][::core::mem::align_of::<CombineParams>() - 8usize];
+    [
+        "Offset of field: CombineParams::y",
+    ][::core::mem::offset_of!(CombineParams, y) - 0usize];
+    [
+        "Offset of field: CombineParams::yp",
+    ][::core::mem::offset_of!(CombineParams, yp) - 8usize];
+    [
+        "Offset of field: CombineParams::routing_weights",
+    ][::core::mem::offset_of!(CombineParams, routing_weights) - 16usize];
+    [
+        "Offset of field: CombineParams::x",
+    ][::core::mem::offset_of!(CombineParams, x) - 24usize];
+    [
+        "Offset of field: CombineParams::output_bias",
+    ][::core::mem::offset_of!(CombineParams, output_bias) - 32usize];
+    [
+        "Offset of field: CombineParams::shared",
+    ][::core::mem::offset_of!(CombineParams, shared) - 40usize];
+    [
+        "Offset of field: CombineParams::shared_gate",
+    ][::core::mem::offset_of!(CombineParams, shared_gate) - 48usize];
+    [
+        "Offset of field: CombineParams::row_of_slot",
+    ][::core::mem::offset_of!(CombineParams, row_of_slot) - 56usize];
+    [
+        "Offset of field: CombineParams::expert_ids",
+    ][::core::mem::offset_of!(CombineParams, expert_ids) - 64usize];
+    [
+        "Offset of field: CombineParams::args",
+    ][::core::mem::offset_of!(CombineParams, args) - 72usize];
+    [
+        "Offset of field: CombineParams::padding",
+    ][::core::mem::offset_of!(CombineParams, padding) - 100usize];
+};
+#[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RmsNormArgs {
     pub hidden: ::core::ffi::c_int,
@@ -751,6 +833,35 @@ const _: () = {
     ][::core::mem::offset_of!(RmsNormArgs, vector) - 20usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RmsNormParams {
+    pub y: ::core::ffi::c_ulonglong,
+    pub x: ::core::ffi::c_ulonglong,
+    pub weight: ::core::ffi::c_ulonglong,
+    pub expert_offsets: ::core::ffi::c_ulonglong,
+    pub args: RmsNormArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RmsNormParams"][::core::mem::size_of::<RmsNormParams>() - 56usize];
+    ["Alignment of RmsNormParams"][::core::mem::align_of::<RmsNormParams>() - 8usize];
+    [
+        "Offset of field: RmsNormParams::y",
+    ][::core::mem::offset_of!(RmsNormParams, y) - 0usize];
+    [
+        "Offset of field: RmsNormParams::x",
+    ][::core::mem::offset_of!(RmsNormParams, x) - 8usize];
+    [
+        "Offset of field: RmsNormParams::weight",
+    ][::core::mem::offset_of!(RmsNormParams, weight) - 16usize];
+    [
+        "Offset of field: RmsNormParams::expert_offsets",
+    ][::core::mem::offset_of!(RmsNormParams, expert_offsets) - 24usize];
+    [
+        "Offset of field: RmsNormParams::args",
+    ][::core::mem::offset_of!(RmsNormParams, args) - 32usize];
+};
+#[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RouterGemmArgs {
     pub num_tokens: ::core::ffi::c_int,
@@ -778,4 +889,39 @@ const _: () = {
     [
         "Offset of field: RouterGemmArgs::vector",
     ][::core::mem::offset_of!(RouterGemmArgs, vector) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RouterGemmParams {
+    pub logits: ::core::ffi::c_ulonglong,
+    pub x: ::core::ffi::c_ulonglong,
+    pub router_gate: ::core::ffi::c_ulonglong,
+    pub bias: ::core::ffi::c_ulonglong,
+    pub args: RouterGemmArgs,
+    pub padding: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RouterGemmParams"][::core::mem::size_of::<RouterGemmParams>() - 56usize];
+    [
+        "Alignment of RouterGemmParams",
+    ][::core::mem::align_of::<RouterGemmParams>() - 8usize];
+    [
+        "Offset of field: RouterGemmParams::logits",
+    ][::core::mem::offset_of!(RouterGemmParams, logits) - 0usize];
+    [
+        "Offset of field: RouterGemmParams::x",
+    ][::core::mem::offset_of!(RouterGemmParams, x) - 8usize];
+    [
+        "Offset of field: RouterGemmParams::router_gate",
+    ][::core::mem::offset_of!(RouterGemmParams, router_gate) - 16usize];
+    [
+        "Offset of field: RouterGemmParams::bias",
+    ][::core::mem::offset_of!(RouterGemmParams, bias) - 24usize];
+    [
+        "Offset of field: RouterGemmParams::args",
+    ][::core::mem::offset_of!(RouterGemmParams, args) - 32usize];
+    [
+        "Offset of field: RouterGemmParams::padding",
+    ][::core::mem::offset_of!(RouterGemmParams, padding) - 52usize];
 };

@@ -272,7 +272,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let (act, rows) = (act.as_view(), Rows::Grouped);
         grouped_gemm_fwd_into(device, stream, dense, hidden, intermediate, rows, &act, down, y)?;
         let Some(gate) = &weights.sigmoid_gate else { return Ok(()) };
-        let inputs = RouterGemmInputs { x, gate, bias: None };
+        let inputs = RouterGemmInputs { x, router_gate: gate, bias: None };
         router_gemm_fwd_into(device, stream, 1, hidden, &inputs, gate_logits)
     }
 

@@ -186,21 +186,24 @@ impl<D: Dtype> Pass<'_, '_, D> {
                         )
                     }
                     _ => {
-                        let inputs = RouterGemmInputs { x, gate, bias };
+                        let inputs = RouterGemmInputs { x, router_gate: gate, bias };
                         router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
                     }
                 }
             }
             (Typed::Element(gate), Typed::F32(logits)) => {
-                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::element) };
+                let inputs =
+                    RouterGemmInputs { x, router_gate: gate, bias: bias.and_then(Typed::element) };
                 router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
             (Typed::F32(gate), Typed::Element(logits)) => {
-                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                let inputs =
+                    RouterGemmInputs { x, router_gate: gate, bias: bias.and_then(Typed::f32) };
                 router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
             (Typed::F32(gate), Typed::F32(logits)) => {
-                let inputs = RouterGemmInputs { x, gate, bias: bias.and_then(Typed::f32) };
+                let inputs =
+                    RouterGemmInputs { x, router_gate: gate, bias: bias.and_then(Typed::f32) };
                 router_gemm_fwd_into(device, stream, experts, hidden, &inputs, logits)
             }
         }

@@ -1,12 +1,12 @@
-//! Adds up what each token gets: its experts' rows `yp` `[R, H]` with `routing_weights` `[T, K]`, and what the
-//! layer has beside them, to `y` `[T, H]`.
+//! Computes each token's output `y` `[T, H]`: the sum of its experts' rows `yp` `[R, H]` weighted
+//! by `routing_weights` `[T, K]`, plus identity experts, an output bias and a shared expert.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 
-use crate::abi::{COMBINE_THREADS, CombineArgs};
+use crate::abi::{COMBINE_THREADS, CombineArgs, CombineParams};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     optional, reads, vector_rows, writes,
@@ -18,52 +18,53 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "combine_fwd";
 
-/// Bytes of a row that a thread has.
+/// Bytes of a row that each thread handles.
 const VECTOR_BYTES: usize = 16;
 
-/// The second dimension of a grid.
+/// The largest second dimension of a grid.
 const MAX_GRID_Y: usize = 65535;
 
-/// What is added up.
+/// The terms of the sum.
 pub struct CombineInputs<'a, D> {
     /// `[R, H]`, the experts' outputs.
     pub yp: &'a CudaView<'a, D>,
-    /// `[T, K]`; each is 1 where there are none, as for weights that the experts' inputs were multiplied by.
+    /// `[T, K]`. Without them each weight is 1, for experts whose inputs or rows are already
+    /// weighted.
     pub routing_weights: Option<&'a CudaView<'a, f32>>,
     /// Experts that return the token itself.
     pub identity: Option<Identity<'a, D>>,
-    /// `[H]`, which no weight multiplies.
+    /// `[H]`, added without a weight.
     pub output_bias: Option<&'a CudaView<'a, D>>,
-    /// The expert that every token goes to.
+    /// The shared expert's output, added to every token.
     pub shared: Option<Shared<'a, D>>,
 }
 
 /// Experts without weights that return the token.
 pub struct Identity<'a, D> {
-    /// Their ids.
+    /// The ids of the identity experts.
     pub experts: Range<u32>,
-    /// `[T, K]`, looked at where a slot has no row.
+    /// `[T, K]`, read for slots without a row.
     pub expert_ids: &'a CudaView<'a, u32>,
     /// `[T, H]`
     pub x: &'a CudaView<'a, D>,
-    /// `[T, K]`: their weights, where [`CombineInputs::weights`] are none because the rows have been multiplied by
-    /// theirs. For f16 alone.
+    /// `[T, K]`: the weights of identity experts, for rows that are already weighted. Only for f16,
+    /// and only without [`CombineInputs::routing_weights`].
     pub routing_weights: Option<&'a CudaView<'a, f32>>,
 }
 
-/// A shared expert's part.
+/// The output of a shared expert.
 pub struct Shared<'a, D> {
-    /// `[T, H]`, its output.
+    /// `[T, H]`
     pub y: &'a CudaView<'a, D>,
-    /// `[T]`: its output is multiplied by the sigmoid of these, as
-    /// [`router_gemm_fwd`](crate::ops::router_gemm) makes them with one row for a gate.
+    /// `[T]`: `y` is multiplied by the sigmoid of these.
+    /// [`router_gemm_fwd`](crate::ops::router_gemm) with a gate of one row computes them.
     pub gate: Option<&'a CudaView<'a, f32>>,
-    /// The result is the mean of both parts, not their sum.
+    /// The result is the mean of the routed and the shared part, not their sum.
     pub average: bool,
 }
 
 impl<'a, D> CombineInputs<'a, D> {
-    /// Rows and weights alone.
+    /// Rows and weights only.
     pub fn new(yp: &'a CudaView<'a, D>, routing_weights: &'a CudaView<'a, f32>) -> Self {
         Self {
             yp,
@@ -75,7 +76,7 @@ impl<'a, D> CombineInputs<'a, D> {
     }
 }
 
-/// Device addresses for [`combine_fwd_raw`]; 0 where one may be left out.
+/// Device addresses for [`combine_fwd_raw`]; 0 for an absent operand.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CombineBuffers {
     /// `[T, H]`, written whole.
@@ -94,34 +95,36 @@ pub struct CombineBuffers {
     pub output_bias: CUdeviceptr,
     /// `[T, H]`, or 0.
     pub shared: CUdeviceptr,
-    /// `[T]` `f32`, or 0; only beside `shared`.
+    /// `[T]` `f32`, or 0; requires `shared`.
     pub shared_gate: CUdeviceptr,
 }
 
-/// The numbers beside them.
+/// The options of [`combine_fwd_raw`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CombineOptions {
     /// Ids of experts that return the token itself.
     pub identity: Range<u32>,
-    /// The result is halved: the mean of the routed and the shared part.
+    /// The result is halved: the mean of the routed and the shared part. Requires `shared`.
     pub average: bool,
-    /// `routing_weights` are those of identity experts alone: the rows have theirs in them. For f16 alone.
+    /// The rows are already weighted, and `routing_weights` apply to identity experts only. Only
+    /// for f16.
     pub rows_weighted: bool,
 }
 
-/// `y[t, :] = sum over k of weights[t, k] * yp[row_of_slot[t * K + k], :]`, plus what else there is: in
-/// f32, in the order of `k`, then the bias, then the shared row, rounded once.
+/// `y[t, :] = sum over k of routing_weights[t, k] * yp[row_of_slot[t * K + k], :]`, plus the
+/// optional terms of [`CombineInputs`]: in f32, in the order of `k`, then the bias, then the shared
+/// row, rounded once.
 ///
-/// `yp` is `[T * K, H]` and `y` is `[T, H]`, any `H`. A slot without a row adds its weight times `x` if its
-/// id is an identity expert's; otherwise it is left out: neither its weight nor any row is looked at. A
-/// token without anything to add becomes 0. Rows of 16-byte multiples that start at 16-byte boundaries
-/// move fastest. Asynchronous, ordered on `stream`.
+/// `yp` is `[T * K, H]` and `y` is `[T, H]`, any `H`. A slot without a row adds its weight times
+/// `x` if its id is an identity expert's; otherwise it is skipped, and neither its weight nor any
+/// row is read. A token without any term becomes 0. Fastest if rows start at 16-byte boundaries and
+/// are multiples of 16 bytes. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
-/// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for `H` of more
-/// than a grid reaches and for weights of identity experts alone in another type than f16, [`Error::Mismatch`] for
-/// those beside weights of all, [`Error::Context`] for a stream or a buffer of another context, and what a launch can
-/// meet.
+/// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for an
+/// `H` past a grid's limit and for `identity.routing_weights` of another type than f16,
+/// [`Error::Mismatch`] for those together with `routing_weights`, [`Error::Context`] for a stream
+/// or a buffer of another context, and any launch error.
 pub fn combine_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -146,7 +149,7 @@ pub fn combine_fwd_into<D: Dtype>(
     let of_identities = identity.as_ref().and_then(|identity| identity.routing_weights);
     check("identity.routing_weights", of_identities.map(CudaView::len), slots)?;
     if routing_weights.is_some() && of_identities.is_some() {
-        let why = "there are `routing_weights` of all experts, and `identity.routing_weights` beside them".into();
+        let why = "`identity.routing_weights` are given together with `routing_weights`".into();
         return Err(Error::Mismatch { op: OP, why });
     }
     check("output_bias", output_bias.map(CudaView::len), hidden)?;
@@ -185,14 +188,14 @@ pub fn combine_fwd_into<D: Dtype>(
         average: shared.as_ref().is_some_and(|shared| shared.average),
         rows_weighted: of_identities.is_some(),
     };
-    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
-    // guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a
+    // RoutingPlan. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         combine_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, &options, buffers)
     }
 }
 
-/// [`combine_fwd_into`] a new buffer.
+/// [`combine_fwd_into`] that allocates its output.
 ///
 /// # Errors
 /// Those of [`combine_fwd_into`], and [`Error::Driver`] if the allocation fails.
@@ -213,14 +216,14 @@ pub fn combine_fwd<D: Dtype + DeviceRepr>(
 /// [`combine_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer that is not 0 has the elements that [`CombineBuffers`] and `shape` give it, of `dtype` or the
-/// type that stands there, in memory of `device`'s context that stays valid until the kernel has run;
-/// `row_of_slot` holds values below `shape.slots()`, or -1; `y` overlaps none of the others; `stream` is a
-/// stream of that context.
+/// Each buffer that is not 0 has the elements that [`CombineBuffers`] and `shape` give it, of
+/// `dtype` or the type stated there, in memory of `device`'s context that stays valid until the
+/// kernel has run; `row_of_slot` contains values below `shape.slots()`, or -1; `y` overlaps none of
+/// the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a shape or an `H` out of range, [`Error::Alignment`],
-/// [`Error::Mismatch`] where an option lacks its buffer, and what a launch can meet.
+/// [`Error::Mismatch`] for an option without its buffer, and any launch error.
 pub unsafe fn combine_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -262,18 +265,18 @@ pub unsafe fn combine_fwd_raw(
     let identity = &options.identity;
     let some = identity.is_empty() || expert_ids != 0 && x != 0;
     needs(some, "identity experts need expert_ids and x")?;
-    needs(shared_gate == 0 || shared != 0, "a shared gate needs shared")?;
-    needs(!options.average || shared != 0, "an average needs shared")?;
+    needs(shared_gate == 0 || shared != 0, "shared_gate needs shared")?;
+    needs(!options.average || shared != 0, "average needs shared")?;
     if options.rows_weighted && dtype != DType::F16 {
         return Err(Error::Unsupported {
             op: OP,
             argument: "identity.routing_weights",
-            wanted: "none but for f16".into(),
+            wanted: "rows of f16".into(),
             got: dtype.to_string(),
         });
     }
 
-    // Blocks no wider than the row needs, in whole warps.
+    // Whole warps, and no more of them than a row needs.
     let columns = VECTOR_BYTES / dtype.size();
     let threads = hidden.div_ceil(columns).next_multiple_of(32).min(COMBINE_THREADS as usize);
     let blocks = hidden.div_ceil(columns * threads.max(1));
@@ -303,19 +306,20 @@ pub unsafe fn combine_fwd_raw(
         threads: threads as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&y),
-        Argument::of(&yp),
-        Argument::of(&routing_weights),
-        Argument::of(&x),
-        Argument::of(&output_bias),
-        Argument::of(&shared),
-        Argument::of(&shared_gate),
-        Argument::of(&row_of_slot),
-        Argument::of(&expert_ids),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_combine_fwd in kernels/combine.cu; the caller vouches for the
-    // buffers; the shape was checked above, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::CombineFwd, dtype, launch, &arguments) }
+    let params = CombineParams {
+        y,
+        yp,
+        routing_weights,
+        x,
+        output_bias,
+        shared,
+        shared_gate,
+        row_of_slot,
+        expert_ids,
+        args,
+        padding: 0,
+    };
+    // SAFETY: CombineParams is the parameter of moe_combine_fwd in kernels/combine.cu; the caller
+    // guarantees the buffers; the shape was checked above, so that num_tokens fits a grid.
+    unsafe { device.launch(stream, Kernel::CombineFwd, dtype, launch, &[Argument::of(&params)]) }
 }

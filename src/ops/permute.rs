@@ -1,9 +1,10 @@
-//! Copies each token's row to its places in expert order: `x` `[T, H]` to `xp` `[R, H]`.
+//! Copies each token's row to the rows of its slots, in expert order: `x` `[T, H]` to `xp`
+//! `[R, H]`.
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
-use crate::abi::{PERMUTE_THREADS, PermuteArgs};
+use crate::abi::{PERMUTE_THREADS, PermuteArgs, PermuteParams};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     reads, vector_rows, writes,
@@ -24,18 +25,20 @@ pub struct PermuteBuffers {
     pub x: CUdeviceptr,
     /// `[T, K]` `i32`: distinct rows below `T * K`, or -1.
     pub row_of_slot: CUdeviceptr,
-    /// `[E + 1]` `i32`; the last is the number of rows that slots own.
+    /// `[E + 1]` `i32`; the last is the number of rows in use.
     pub expert_offsets: CUdeviceptr,
 }
 
-/// `xp[row_of_slot[s], :] = x[s / K, :]` for every slot `s`; rows that no slot owns become zero.
+/// `xp[row_of_slot[s], :] = x[s / K, :]` for every slot `s` that has a row. Unused rows (from
+/// `expert_offsets[E]` on) are zeroed.
 ///
-/// `x` is `[T, H]` and `xp` is `[T * K, H]`, `H` from 1 to 2^30. Rows of 16-byte multiples that start at
-/// 16-byte boundaries move fastest. Asynchronous, ordered on `stream`. Exact.
+/// `x` is `[T, H]` and `xp` is `[T * K, H]`, `H` from 1 to 2^30. Fastest if rows start at 16-byte
+/// boundaries and are multiples of 16 bytes. Asynchronous, ordered on `stream`. Exact.
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn permute_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -55,15 +58,16 @@ pub fn permute_fwd_into<D: Dtype>(
     let (row_of_slot, _rows_guard) = row_of_slot.device_ptr(stream);
     let (expert_offsets, _offsets_guard) = expert_offsets.device_ptr(stream);
     let buffers = PermuteBuffers { xp, x, row_of_slot, expert_offsets };
-    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
-    // guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a
+    // RoutingPlan. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe { permute_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, hidden, buffers) }
 }
 
-/// [`permute_fwd_into`] a new buffer.
+/// [`permute_fwd_into`] that allocates its output.
 ///
 /// # Errors
-/// Those of [`permute_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`permute_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
+/// fails.
 pub fn permute_fwd<D: Dtype + DeviceRepr>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -81,14 +85,14 @@ pub fn permute_fwd<D: Dtype + DeviceRepr>(
 /// [`permute_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`PermuteBuffers`] and `shape` give it, of `dtype` or `i32`, in
-/// memory of `device`'s context that stays valid until the kernel has run; `row_of_slot` holds
-/// distinct values below `shape.slots()`, or -1; `xp` overlaps none of the others; `stream` is a
-/// stream of that context.
+/// Each buffer has the elements that [`PermuteBuffers`] and `shape` give it, of `dtype` or `i32`,
+/// in memory of `device`'s context that stays valid until the kernel has run; `row_of_slot`
+/// contains distinct values below `shape.slots()`, or -1; `xp` overlaps none of the others;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn permute_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -121,14 +125,8 @@ pub unsafe fn permute_fwd_raw(
         threads: PERMUTE_THREADS as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&xp),
-        Argument::of(&x),
-        Argument::of(&row_of_slot),
-        Argument::of(&expert_offsets),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_permute_fwd in kernels/permute.cu; the caller vouches for the
-    // buffers; the shape was checked above, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::PermuteFwd, dtype, launch, &arguments) }
+    let params = PermuteParams { xp, x, row_of_slot, expert_offsets, args };
+    // SAFETY: PermuteParams is the parameter of moe_permute_fwd in kernels/permute.cu; the caller
+    // guarantees the buffers; the shape was checked above, so that num_tokens fits a grid.
+    unsafe { device.launch(stream, Kernel::PermuteFwd, dtype, launch, &[Argument::of(&params)]) }
 }

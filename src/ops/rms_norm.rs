@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
-use crate::abi::{RMS_NORM_THREADS, RmsNormArgs};
+use crate::abi::{RMS_NORM_THREADS, RmsNormArgs, RmsNormParams};
 use crate::config::RmsNorm;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -16,15 +16,15 @@ use crate::routing_plan::RoutingPlan;
 
 const OP: &str = "rms_norm_fwd";
 
-/// Bytes of a row that a thread has.
+/// Bytes of a row that each thread handles at a time.
 const VECTOR_BYTES: usize = 16;
 
-/// What is beside the rows.
+/// The optional operands.
 #[derive(Clone, Copy)]
 pub struct RmsNormInputs<'a, D> {
-    /// `[H]`; without it there is neither a weight nor an offset.
+    /// `[H]`; without it rows are multiplied neither by a weight nor by the offset.
     pub weight: Option<&'a CudaView<'a, D>>,
-    /// The rows are a plan's: those that no slot owns are not read, and become 0.
+    /// If given, rows are those of this plan: its unused rows are not read, and are zeroed.
     pub plan: Option<&'a RoutingPlan<'a>>,
 }
 
@@ -37,13 +37,13 @@ impl<D> Default for RmsNormInputs<'_, D> {
 /// Device addresses for [`rms_norm_fwd_raw`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RmsNormBuffers {
-    /// `[R, H]`, written whole; it may be `x`.
+    /// `[R, H]`, written whole; may be `x`.
     pub y: CUdeviceptr,
     /// `[R, H]`
     pub x: CUdeviceptr,
     /// `[H]`, or 0.
     pub weight: CUdeviceptr,
-    /// `[E + 1]` `i32`, or 0: rows from the last of them on become 0.
+    /// `[E + 1]` `i32`, or 0: unused rows (from `expert_offsets[E]` on) are zeroed.
     pub expert_offsets: CUdeviceptr,
 }
 
@@ -54,20 +54,22 @@ pub struct RmsNormShape {
     pub rows: usize,
     /// `H`
     pub hidden: usize,
-    /// `E` of `expert_offsets`; without them nobody looks at it.
+    /// `E` of `expert_offsets`; ignored without them.
     pub num_experts: usize,
 }
 
-/// `y[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + epsilon) * (offset + weight[:])` for each row of `x`, or the
-/// same of `x * (offset + weight)` without a factor behind it; in f32, rounded once.
+/// `y[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + epsilon) * (offset + weight[:])` for each row of
+/// `x`. With `scale_first`, `x * (offset + weight)` takes the place of `x`, and there is no factor
+/// after the norm. Computed in f32 and rounded once.
 ///
-/// `x` and `y` are `[R, H]`, any `H`. Rows of 16-byte multiples that start at 16-byte boundaries move
-/// fastest. Asynchronous, ordered on `stream`.
+/// `x` and `y` are `[R, H]`, any `H`. Fastest if rows start at 16-byte boundaries and are multiples
+/// of 16 bytes. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that is not whole rows or not the plan's,
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a norm or an `H` out of range,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn rms_norm_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -87,7 +89,7 @@ pub fn rms_norm_fwd_into<D: Dtype>(
     unsafe { enqueue::<D>(device, stream, norm, shape, inputs, buffers) }
 }
 
-/// [`rms_norm_fwd_into`] the rows themselves.
+/// [`rms_norm_fwd_into`] in place: `y` is `x`.
 ///
 /// # Errors
 /// Those of [`rms_norm_fwd_into`].
@@ -102,14 +104,15 @@ pub fn rms_norm_fwd_in_place<D: Dtype>(
     let shape = check(device, stream, hidden, x.len(), inputs)?;
     let (x, _x_guard) = writes(OP, "x", x, stream)?;
     let buffers = RmsNormBuffers { y: x, x, weight: 0, expert_offsets: 0 };
-    // SAFETY: as above; the kernel's y may be its x.
+    // SAFETY: as above; y may be x.
     unsafe { enqueue::<D>(device, stream, norm, shape, inputs, buffers) }
 }
 
-/// [`rms_norm_fwd_into`] a new buffer.
+/// [`rms_norm_fwd_into`] that allocates its output.
 ///
 /// # Errors
-/// Those of [`rms_norm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`rms_norm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
+/// fails.
 pub fn rms_norm_fwd<D: Dtype + DeviceRepr>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -146,10 +149,10 @@ fn check<D>(
     Ok(RmsNormShape { rows, hidden, num_experts })
 }
 
-/// Fills in the addresses of what may be left out.
+/// Adds the addresses of the optional operands to `buffers` and launches.
 ///
 /// # Safety
-/// That of [`rms_norm_fwd_raw`], for what `buffers` has already.
+/// That of [`rms_norm_fwd_raw`], for the addresses that `buffers` already contains.
 unsafe fn enqueue<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -162,20 +165,21 @@ unsafe fn enqueue<D: Dtype>(
     let (weight, _weight_guard) = optional(OP, "weight", inputs.weight, stream)?;
     let (expert_offsets, _offsets_guard) = optional(OP, "plan", offsets.as_ref(), stream)?;
     let buffers = RmsNormBuffers { weight, expert_offsets, ..buffers };
-    // SAFETY: the caller's promise; the weight's length was checked, and the kernel compares rows with a plan's offsets.
+    // SAFETY: the caller guarantees the rest; the weight's length was checked, and the kernel only
+    // compares rows with the plan's offsets.
     unsafe { rms_norm_fwd_raw(device, stream.cu_stream(), D::DTYPE, norm, shape, buffers) }
 }
 
 /// [`rms_norm_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer that is not 0 has the elements that [`RmsNormBuffers`] and `shape` give it, of `dtype` or
-/// `i32`, in memory of `device`'s context that stays valid until the kernel has run; `y` is `x`, or overlaps
-/// none of the others; `stream` is a stream of that context.
+/// Each buffer that is not 0 has the elements that [`RmsNormBuffers`] and `shape` give it, of
+/// `dtype` or `i32`, in memory of `device`'s context that stays valid until the kernel has run; `y`
+/// is `x`, or overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a norm or a shape out of range,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn rms_norm_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -206,14 +210,8 @@ pub unsafe fn rms_norm_fwd_raw(
     let columns = VECTOR_BYTES / dtype.size();
     let threads = hidden.div_ceil(columns).next_multiple_of(32).min(RMS_NORM_THREADS as usize);
     let launch = Launch { grid: [grid, 1, 1], threads: threads as u32, shared_bytes: 0 };
-    let arguments = [
-        Argument::of(&y),
-        Argument::of(&x),
-        Argument::of(&weight),
-        Argument::of(&expert_offsets),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_rms_norm_fwd in kernels/rms_norm.cu; the caller vouches for the
-    // buffers.
-    unsafe { device.launch(stream, Kernel::RmsNormFwd, dtype, launch, &arguments) }
+    let params = RmsNormParams { y, x, weight, expert_offsets, args };
+    // SAFETY: RmsNormParams is the parameter of moe_rms_norm_fwd in kernels/rms_norm.cu; the caller
+    // guarantees the buffers.
+    unsafe { device.launch(stream, Kernel::RmsNormFwd, dtype, launch, &[Argument::of(&params)]) }
 }

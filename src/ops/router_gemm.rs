@@ -1,13 +1,15 @@
-//! The router's product: tokens `x` `[T, H]` times `gate` `[E, H]` to `logits` `[T, E]`.
+//! The router's logits: the product of tokens `x` `[T, H]` and `router_gate` `[E, H]`, `logits`
+//! `[T, E]`.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
 use crate::abi::{
-    ROUTER_GEMM_FEW_EXPERTS, ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_LANES, ROUTER_GEMM_MAX_SLOTS,
-    ROUTER_GEMM_MIN_SLOTS, ROUTER_GEMM_SEGMENT, ROUTER_GEMM_STAGES, ROUTER_GEMM_STEP,
+    ROUTER_GEMM_FEW_EXPERTS, ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_LANES, ROUTER_GEMM_MAX_SEGMENTS,
+    ROUTER_GEMM_MIN_SEGMENTS, ROUTER_GEMM_SEGMENT, ROUTER_GEMM_STAGES, ROUTER_GEMM_STEP,
     ROUTER_GEMM_TILE_EXPERTS, ROUTER_GEMM_TILE_THREADS, ROUTER_GEMM_TILE_TOKENS, RouterGemmArgs,
+    RouterGemmParams,
 };
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -19,13 +21,13 @@ use crate::shape::MAX_EXPERTS;
 
 const OP: &str = "router_gemm_fwd";
 
-/// What is multiplied. The gate is of the tokens' type or `f32`; its bias is of the gate's type, as both
-/// are parameters of one linear layer, which a checkpoint stores alike.
+/// The operands. The gate is of the tokens' type or `f32`, and its bias of the gate's type, because
+/// checkpoints store the two parameters of a linear layer in one type.
 pub struct RouterGemmInputs<'a, D, G = D> {
     /// `[T, H]`
     pub x: &'a CudaView<'a, D>,
     /// `[E, H]`
-    pub gate: &'a CudaView<'a, G>,
+    pub router_gate: &'a CudaView<'a, G>,
     /// `[E]`
     pub bias: Option<&'a CudaView<'a, G>>,
 }
@@ -38,7 +40,7 @@ pub struct RouterGemmBuffers {
     /// `[T, H]`
     pub x: CUdeviceptr,
     /// `[E, H]`
-    pub gate: CUdeviceptr,
+    pub router_gate: CUdeviceptr,
     /// `[E]`, or 0.
     pub bias: CUdeviceptr,
 }
@@ -46,11 +48,11 @@ pub struct RouterGemmBuffers {
 /// The types of [`router_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouterGemmTypes {
-    /// Of the tokens.
+    /// The type of the tokens.
     pub x: DType,
-    /// Of the gate and its bias: that of the tokens, or f32.
-    pub gate: DType,
-    /// Of the logits: that of the tokens, or f32.
+    /// The type of the gate and its bias: that of the tokens, or f32.
+    pub router_gate: DType,
+    /// The type of the logits: that of the tokens, or f32.
     pub logits: DType,
 }
 
@@ -65,25 +67,25 @@ pub struct RouterGemmShape {
     pub hidden: usize,
 }
 
-/// One of the kernel's bodies, which all give the same bits.
+/// A body of the kernel. All bodies compute the same bits.
 ///
-/// For tests and measurements; every other caller leaves the choice to the operation.
+/// For tests and measurements; the operation chooses one by the shape.
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RouterGemmBody {
-    /// A block for each logit.
+    /// A block per logit.
     One,
-    /// A block for 8 tokens and 4 experts.
+    /// A block per 8 tokens and 4 experts.
     Few,
-    /// A block for 64 tokens and 32 experts.
+    /// A block per 64 tokens and 32 experts.
     Tile,
 }
 
 impl RouterGemmBody {
-    /// The one that suits a shape best. It decides nothing but the time.
+    /// The fastest body for a shape.
     fn of(RouterGemmShape { num_tokens, num_experts, .. }: RouterGemmShape) -> Self {
-        /// Up to so many tokens weights are read once for each of them, mostly from cache, as more blocks
-        /// bring them in sooner.
+        /// Up to this many tokens, reading the gate once per token, mostly from cache, is faster:
+        /// more blocks load it sooner.
         const MAX_ONE_TOKENS: usize = 4;
         /// Fewer experts leave most of a tile idle, and fewer tiles most of a GPU.
         const MIN_TILE_EXPERTS: usize = ROUTER_GEMM_TILE_EXPERTS as usize / 2 + 1;
@@ -118,18 +120,18 @@ impl RouterGemmBody {
     }
 }
 
-/// `logits[t, e] = sum over h of x[t, h] * gate[e, h]  (+ bias[e])`: products and sums in f32, never
-/// TF32, in an order that depends on `H` alone, rounded to the logits' type once.
+/// `logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])`: products and sums in
+/// f32, never TF32, in an order that depends on `H` alone, rounded to the logits' type once.
 ///
-/// So a token's logits are the same bits however many tokens there are, and wherever among them it
-/// stands. `x` is `[T, H]`, `gate` `[E, H]` with up to 4096 rows, any `H`; gate and logits are of the tokens'
-/// type or `f32`. With one row the product is a shared expert's gate. Rows of 16-byte multiples that start
-/// at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`.
+/// The bits of a token's logits depend neither on the number of tokens nor on its index. `x` is
+/// `[T, H]`, `router_gate` `[E, H]` with up to 4096 rows, any `H`; gate and logits are of the
+/// tokens' type or `f32`. A gate of one row computes a shared expert's gate. Fastest if rows start
+/// at 16-byte boundaries and are multiples of 16 bytes. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
-/// [`Error::Length`] for a buffer that does not fit, [`Error::Unsupported`] for a dimension out of range or
-/// types that do not go together, [`Error::Context`] for a stream or a buffer of another context, and what a launch
-/// can meet.
+/// [`Error::Length`] for a buffer that does not fit, [`Error::Unsupported`] for a dimension out of
+/// range or a combination of types without a kernel, [`Error::Context`] for a stream or a buffer of
+/// another context, and any launch error.
 pub fn router_gemm_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -138,29 +140,34 @@ pub fn router_gemm_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
     inputs: &RouterGemmInputs<'_, D, G>,
     logits: &mut CudaViewMut<'_, L>,
 ) -> Result<()> {
-    let RouterGemmInputs { x, gate, bias } = *inputs;
+    let RouterGemmInputs { x, router_gate, bias } = *inputs;
     check_stream(OP, device, stream)?;
     width(OP, "hidden", hidden)?;
     let shape = RouterGemmShape { num_tokens: x.len() / hidden, num_experts, hidden };
     check_len(OP, "x", x.len(), shape.num_tokens * hidden)?;
-    check_len(OP, "gate", gate.len(), product(OP, "num_experts * hidden", num_experts, hidden)?)?;
+    check_len(
+        OP,
+        "router_gate",
+        router_gate.len(),
+        product(OP, "num_experts * hidden", num_experts, hidden)?,
+    )?;
     if let Some(bias) = bias {
         check_len(OP, "bias", bias.len(), num_experts)?;
     }
     let len = product(OP, "num_tokens * num_experts", shape.num_tokens, num_experts)?;
     check_len(OP, "logits", logits.len(), len)?;
-    let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
+    let types = RouterGemmTypes { x: D::DTYPE, router_gate: G::DTYPE, logits: L::DTYPE };
     let (logits, _logits_guard) = writes(OP, "logits", logits, stream)?;
     let (x, _x_guard) = reads(OP, "x", x, stream)?;
-    let (gate, _gate_guard) = reads(OP, "gate", gate, stream)?;
+    let (router_gate, _gate_guard) = reads(OP, "router_gate", router_gate, stream)?;
     let (bias, _bias_guard) = optional(OP, "bias", bias, stream)?;
-    let buffers = RouterGemmBuffers { logits, x, gate, bias };
+    let buffers = RouterGemmBuffers { logits, x, router_gate, bias };
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
     unsafe { router_gemm_fwd_raw(device, stream.cu_stream(), types, shape, buffers) }
 }
 
-/// [`router_gemm_fwd_into`] a new buffer.
+/// [`router_gemm_fwd_into`] that allocates its output.
 ///
 /// # Errors
 /// Those of [`router_gemm_fwd_into`], and [`Error::Driver`] if the allocation fails.
@@ -183,13 +190,13 @@ pub fn router_gemm_fwd<D: Dtype, G: Dtype, L: Dtype + DeviceRepr>(
 /// [`router_gemm_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer that is not 0 has the elements that [`RouterGemmBuffers`] and `shape` give it, of the type in
-/// `types`, in memory of `device`'s context that stays valid until the kernel has run; `logits` overlaps none
-/// of the others; `stream` is a stream of that context.
+/// Each buffer that is not 0 has the elements that [`RouterGemmBuffers`] and `shape` give it, of
+/// the type in `types`, in memory of `device`'s context that stays valid until the kernel has run;
+/// `logits` overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a dimension out of range or types that do not go together,
-/// [`Error::Alignment`], and what a launch can meet.
+/// [`Error::Unsupported`] for a dimension out of range or a combination of types without a kernel,
+/// [`Error::Alignment`], and any launch error.
 pub unsafe fn router_gemm_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -197,13 +204,13 @@ pub unsafe fn router_gemm_fwd_raw(
     shape: RouterGemmShape,
     buffers: RouterGemmBuffers,
 ) -> Result<()> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees the same.
     unsafe {
         router_gemm_fwd_with(device, stream, RouterGemmBody::of(shape), types, shape, buffers)
     }
 }
 
-/// [`router_gemm_fwd_raw`] by a certain body.
+/// [`router_gemm_fwd_raw`] with the given body.
 ///
 /// # Safety
 /// That of [`router_gemm_fwd_raw`].
@@ -220,11 +227,11 @@ pub unsafe fn router_gemm_fwd_with(
     buffers: RouterGemmBuffers,
 ) -> Result<()> {
     let RouterGemmShape { num_tokens, num_experts, hidden } = shape;
-    let RouterGemmBuffers { logits, x, gate, bias } = buffers;
+    let RouterGemmBuffers { logits, x, router_gate, bias } = buffers;
     let unsupported = |argument, wanted: String, got: String| {
         Err(Error::Unsupported { op: OP, argument, wanted, got })
     };
-    for (argument, dtype) in [("gate", types.gate), ("logits", types.logits)] {
+    for (argument, dtype) in [("router_gate", types.router_gate), ("logits", types.logits)] {
         if dtype != types.x && dtype != DType::F32 {
             return unsupported(argument, format!("{} or f32", types.x), dtype.to_string());
         }
@@ -235,15 +242,15 @@ pub unsafe fn router_gemm_fwd_with(
     }
     check_aligned(OP, "logits", logits, types.logits.size())?;
     check_aligned(OP, "x", x, types.x.size())?;
-    check_aligned(OP, "gate", gate, types.gate.size())?;
-    check_aligned(OP, "bias", bias, types.gate.size())?;
+    check_aligned(OP, "router_gate", router_gate, types.router_gate.size())?;
+    check_aligned(OP, "bias", bias, types.router_gate.size())?;
     let rows_of = |dtype: DType, address| vector_rows(hidden * dtype.size(), &[address]);
     let args = RouterGemmArgs {
         num_tokens: int(OP, "num_tokens", num_tokens)?,
         num_experts: int(OP, "num_experts", num_experts)?,
         hidden: width(OP, "hidden", hidden)?,
         f32_logits: (types.logits == DType::F32).into(),
-        vector: (rows_of(types.x, x) && rows_of(types.gate, gate)).into(),
+        vector: (rows_of(types.x, x) && rows_of(types.router_gate, router_gate)).into(),
     };
     let (tokens, experts) = body.block();
     let blocks = product(OP, "blocks", num_tokens.div_ceil(tokens), num_experts.div_ceil(experts))?;
@@ -259,29 +266,24 @@ pub unsafe fn router_gemm_fwd_with(
         },
         RouterGemmBody::One | RouterGemmBody::Few => {
             let segments = hidden.div_ceil(ROUTER_GEMM_SEGMENT as usize) as u32;
-            let slots = segments.next_power_of_two();
-            let slots = slots.clamp(ROUTER_GEMM_MIN_SLOTS as u32, ROUTER_GEMM_MAX_SLOTS as u32);
-            let threads = slots * ROUTER_GEMM_LANES as u32;
+            let side_by_side = segments
+                .next_power_of_two()
+                .clamp(ROUTER_GEMM_MIN_SEGMENTS as u32, ROUTER_GEMM_MAX_SEGMENTS as u32);
+            let threads = side_by_side * ROUTER_GEMM_LANES as u32;
             Launch { grid: [grid, 1, 1], threads, shared_bytes: 0 }
         }
     };
-    let arguments = [
-        Argument::of(&logits),
-        Argument::of(&x),
-        Argument::of(&gate),
-        Argument::of(&bias),
-        Argument::of(&args),
-    ];
-    let kernel = body.kernel(types.gate != types.x);
-    // SAFETY: the arguments follow moe_router_gemm_fwd in kernels/router_gemm.cu; the caller vouches for the
-    // buffers; the entry is that of the types, which were checked above.
-    unsafe { device.launch(stream, kernel, types.x, launch, &arguments) }
+    let params = RouterGemmParams { logits, x, router_gate, bias, args, padding: 0 };
+    let kernel = body.kernel(types.router_gate != types.x);
+    // SAFETY: RouterGemmParams is the parameter of moe_router_gemm_fwd_* in kernels/router_gemm.cu;
+    // the caller guarantees the buffers; the entry is that of the types, which were checked above.
+    unsafe { device.launch(stream, kernel, types.x, launch, &[Argument::of(&params)]) }
 }
 
-/// Bytes of the stages of a tile.
+/// Bytes of shared memory for the stages of body tile.
 fn tile_bytes(types: RouterGemmTypes) -> u32 {
     let row = |dtype: DType| ROUTER_GEMM_STEP as usize * dtype.size();
     let stage = ROUTER_GEMM_TILE_TOKENS as usize * row(types.x)
-        + ROUTER_GEMM_TILE_EXPERTS as usize * row(types.gate);
+        + ROUTER_GEMM_TILE_EXPERTS as usize * row(types.router_gate);
     (ROUTER_GEMM_STAGES as usize * stage) as u32
 }

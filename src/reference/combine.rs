@@ -1,9 +1,11 @@
-//! What a token gets: the weighted sum of its experts, and what stands beside them.
+//! Each token's output: the weighted sum of its experts' rows, an output bias and a shared expert's
+//! row.
 //!
-//! `y[t, :] = sum over k of weights[t, k] * yp[row, :]` with `row = row_of_slot[t*K + k]`, in the order
-//! `k = 0..K`, plus `output_bias`, plus the shared expert's row, which a sigmoid may gate; halved where
-//! the two are averaged. A slot without a row that names an identity expert adds `weights[t, k] * x[t, :]`;
-//! any other slot without a row contributes nothing, not even `0 * yp`.
+//! `y[t, :] = sum over k of routing_weights[t, k] * yp[row, :]` with `row = row_of_slot[t*K + k]`,
+//! in the order `k = 0..K`, plus `output_bias`, plus the shared expert's row, gated by a sigmoid if
+//! there is a gate; halved if the two parts are averaged. A slot without a row whose id is an
+//! identity expert's adds `routing_weights[t, k] * x[t, :]`. Any other slot without a row is
+//! skipped: it does not add `0 * yp`.
 
 use std::ops::Range;
 
@@ -12,56 +14,56 @@ use super::plan::Plan;
 use crate::error::{Error, Result, check_len, product};
 use crate::shape::RoutingShape;
 
-/// What [`combine_fwd`] adds up. Rows may be unrounded results (`Y`), tokens and biases are what a
-/// checkpoint or a caller has (`D`).
+/// The terms of [`combine_fwd`]. Rows may be unrounded results (`Y`); tokens and biases are of the
+/// caller's or the checkpoint's type (`D`).
 #[derive(Debug, Clone)]
 pub struct CombineInputs<'a, Y, W = f32, D = Y> {
     /// `[R, H]`, the experts' outputs.
     pub yp: &'a [Y],
-    /// `[T, K]`; each is 1 where there are none.
+    /// `[T, K]`; without them each weight is 1.
     pub routing_weights: Option<&'a [W]>,
     /// Experts that return the token itself.
     pub identity: Option<Identity<'a, D, W>>,
-    /// `[H]`, which no weight multiplies.
+    /// `[H]`, added without a weight.
     pub output_bias: Option<&'a [D]>,
-    /// The expert that every token goes to.
+    /// The shared expert's output, added to every token.
     pub shared: Option<Shared<'a, Y, W>>,
 }
 
 /// Experts without weights that return the token.
 #[derive(Debug, Clone)]
 pub struct Identity<'a, D, W = f32> {
-    /// Their ids.
+    /// The ids of the identity experts.
     pub experts: Range<u32>,
     /// `[T, K]`
     pub expert_ids: &'a [u32],
     /// `[T, H]`
     pub x: &'a [D],
-    /// `[T, K]`: their weights, where the rows have been multiplied by theirs and the inputs have none.
+    /// `[T, K]`: the weights of identity experts, for rows that are already weighted.
     pub routing_weights: Option<&'a [W]>,
 }
 
 impl<'a, D, W> Identity<'a, D, W> {
-    /// The same with weights of their own, or with none.
+    /// The same experts with the given weights of their own.
     pub(super) fn with_weights<V>(&self, routing_weights: Option<&'a [V]>) -> Identity<'a, D, V> {
         let Self { experts, expert_ids, x, .. } = self;
         Identity { experts: experts.clone(), expert_ids, x, routing_weights }
     }
 }
 
-/// A shared expert's part.
+/// The output of a shared expert.
 #[derive(Debug, Clone)]
 pub struct Shared<'a, Y, W = f32> {
-    /// `[T, H]`, its output.
+    /// `[T, H]`
     pub y: &'a [Y],
-    /// `[T]`: its output is multiplied by the sigmoid of these.
+    /// `[T]`: `y` is multiplied by the sigmoid of these.
     pub gate: Option<&'a [W]>,
-    /// The result is the mean of both parts, not their sum.
+    /// The result is the mean of the routed and the shared part, not their sum.
     pub average: bool,
 }
 
 impl<'a, Y, W> CombineInputs<'a, Y, W> {
-    /// Rows and weights alone.
+    /// Rows and weights only.
     pub fn new(yp: &'a [Y], routing_weights: &'a [W]) -> Self {
         Self {
             yp,
@@ -73,7 +75,7 @@ impl<'a, Y, W> CombineInputs<'a, Y, W> {
     }
 }
 
-/// Adds up what each token gets, to `[T, H]`.
+/// The output of each token, `[T, H]`.
 ///
 /// # Errors
 /// A length that is not the shape's, or a plan of another shape.
@@ -128,7 +130,7 @@ pub(super) fn sigmoid<A: Accum>(z: A) -> A {
     A::ONE / (A::ONE + (-z).exp())
 }
 
-/// Holds every length against the shape; returns `T * H`.
+/// Checks every length against the shape; returns `T * H`.
 fn check<Y, W, D>(
     shape: &RoutingShape,
     plan: &Plan,
@@ -153,7 +155,7 @@ fn check<Y, W, D>(
         if let Some(routing_weights) = identity.routing_weights {
             check_len(OP, "identity.routing_weights", routing_weights.len(), slots)?;
             if inputs.routing_weights.is_some() {
-                let why = "there are `routing_weights` of all experts, and `identity.routing_weights` beside them";
+                let why = "`identity.routing_weights` are given together with `routing_weights`";
                 return Err(Error::Mismatch { op: OP, why: why.into() });
             }
         }
@@ -178,9 +180,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn by_hand() {
+    fn sums_weighted_rows() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 3, top_k: 2 };
-        // Token 0 goes to experts 2 and 0, token 1 to expert 1 and to nobody.
+        // Token 0 goes to experts 2 and 0, token 1 to expert 1; its other slot is inactive.
         let plan = plan_fwd(&shape, &[2, 0, 1, 7]).unwrap();
         let inf = f32::INFINITY;
         let yp = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, inf, inf].map(bf16::from_f32);
@@ -194,9 +196,9 @@ mod tests {
     }
 
     #[test]
-    fn everything_by_hand() {
+    fn sums_all_terms() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 3, top_k: 2 };
-        // Token 0 goes to expert 2 and to the identity 4, token 1 to expert 1 and to 5, which is none.
+        // Token 0 goes to expert 2 and identity expert 4, token 1 to expert 1; id 5 is inactive.
         let ids = [2, 4, 1, 5];
         let plan = plan_fwd(&shape, &ids).unwrap();
         let inputs = CombineInputs {
@@ -217,20 +219,20 @@ mod tests {
         let unweighted = CombineInputs { routing_weights: None, shared: None, ..inputs };
         let y = combine_fwd::<f64>(&shape, &plan, 1, &unweighted).unwrap();
         assert_eq!(y, [2.0 + 8.0 + 100.0, 1.0 + 100.0]);
-        // Rows that have been multiplied, beside identities that have not.
-        let mut apart = unweighted.clone();
-        if let Some(identity) = &mut apart.identity {
+        // Rows that are already weighted, and identity experts with weights of their own.
+        let mut rows_weighted = unweighted.clone();
+        if let Some(identity) = &mut rows_weighted.identity {
             identity.routing_weights = Some(&[f64::NAN, 0.5, f64::NAN, f64::NAN]);
         }
-        let y = combine_fwd::<f64>(&shape, &plan, 1, &apart).unwrap();
+        let y = combine_fwd::<f64>(&shape, &plan, 1, &rows_weighted).unwrap();
         assert_eq!(y, [2.0 + 4.0 + 100.0, 1.0 + 100.0]);
-        let twice = CombineInputs { routing_weights: Some(&[1.0; 4]), ..apart };
+        let twice = CombineInputs { routing_weights: Some(&[1.0; 4]), ..rows_weighted };
         assert!(combine_fwd::<f64>(&shape, &plan, 1, &twice).is_err());
     }
 
-    /// In f32 `(1e8 + 1) - 1e8` is 0: the order of slots shows.
+    /// In f32 `(1e8 + 1) - 1e8` is 0, so the result depends on the order of slots.
     #[test]
-    fn order_is_that_of_slots() {
+    fn sums_in_the_order_of_slots() {
         let shape = RoutingShape { num_tokens: 1, num_experts: 3, top_k: 3 };
         let plan = plan_fwd(&shape, &[2, 0, 1]).unwrap();
         // Rows are in the order of experts 0, 1, 2, slots in the order 2, 0, 1.

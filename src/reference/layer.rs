@@ -439,7 +439,7 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
     }
 
     fn gate(&self, hidden: usize, x: &Vec<A>, gate: &[D]) -> Result<Vec<A>> {
-        router_gemm_fwd(1, hidden, &RouterGemmInputs { x, gate, bias: None })
+        router_gemm_fwd(1, hidden, &RouterGemmInputs { x, router_gate: gate, bias: None })
     }
 
     fn combine(

@@ -1,4 +1,4 @@
-//! Token rows in the order of experts: `xp[row_of_slot[t*K + k], :] = x[t, :]`.
+//! Copies token rows into expert order: `xp[row_of_slot[t*K + k], :] = x[t, :]`.
 
 use bytemuck::Pod;
 
@@ -6,8 +6,8 @@ use super::plan::Plan;
 use crate::error::{Result, check_len, product};
 use crate::shape::RoutingShape;
 
-/// Copies each token's row to its places in expert order: `x` `[T, H]` to `[R, H]`. Rows past those
-/// in use are zero.
+/// Copies each token's row to the rows of its slots: `x` `[T, H]` to `[R, H]`. Unused rows (from
+/// `expert_offsets[E]` on) are zero.
 ///
 /// # Errors
 /// A length that is not the shape's, or a plan of another shape.
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn by_hand() {
+    fn copies_rows_into_expert_order() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 2, top_k: 2 };
         let plan = plan_fwd(&shape, &[1, 0, 9, 1, 0, 9]).unwrap();
         let xp = permute_fwd(&shape, &plan, 2, &[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
@@ -46,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_lengths() {
+    fn rejects_wrong_lengths() {
         let shape = RoutingShape { num_tokens: 1, num_experts: 2, top_k: 1 };
         let plan = plan_fwd(&shape, &[1]).unwrap();
         assert!(permute_fwd(&shape, &plan, 2, &[1.0f32]).is_err());

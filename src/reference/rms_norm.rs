@@ -1,26 +1,26 @@
-//! The RMS norm of each row: `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`, or the same with the
-//! factor before the mean square is taken.
+//! The RMS norm of each row: `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`, or, with
+//! `scale_first`, the norm of `x * (offset + weight)`.
 
 use super::accum::{Accum, Element};
 use super::plan::Plan;
 use crate::config::RmsNorm;
 use crate::error::{Result, check_len, product};
 
-/// What [`rms_norm_fwd`] reads.
+/// The operands of [`rms_norm_fwd`].
 #[derive(Debug, Clone)]
 pub struct RmsNormInputs<'a, X, D = X> {
     /// `[R, H]`
     pub x: &'a [X],
-    /// `[H]`; without it there is neither a weight nor an offset.
+    /// `[H]`; without it rows are multiplied neither by a weight nor by the offset.
     pub weight: Option<&'a [D]>,
-    /// The rows are a plan's: those that no slot owns become 0.
+    /// If given, rows are those of this plan, and its unused rows are zeroed.
     pub plan: Option<&'a Plan>,
 }
 
-/// Norms each row of `x` `[R, H]`.
+/// Normalizes each row of `x` `[R, H]`.
 ///
 /// # Errors
-/// A length that is not a whole number of rows, or a plan of other rows.
+/// A length that is not a whole number of rows, or a plan with another number of rows.
 pub fn rms_norm_fwd<A: Accum>(
     norm: &RmsNorm,
     hidden: usize,
@@ -57,7 +57,7 @@ fn rms_norm_row<A: Accum>(
     }
 }
 
-/// Holds every length; returns `R`.
+/// Checks every length; returns `R`.
 fn check<X, D>(norm: &RmsNorm, hidden: usize, inputs: &RmsNormInputs<'_, X, D>) -> Result<usize> {
     const OP: &str = "rms_norm_fwd";
     norm.check(OP, "norm")?;
@@ -83,7 +83,7 @@ mod tests {
     const PLAIN: RmsNorm = RmsNorm { epsilon: 0.0, offset: 0.0, scale_first: false };
 
     #[test]
-    fn by_hand() {
+    fn divides_by_the_root_mean_square() {
         // The mean squares are 10 and 1.
         let x = [2.0f32, -4.0, 1.0, 1.0];
         let run = |norm: RmsNorm, weight: Option<&[f32]>| {
@@ -96,21 +96,21 @@ mod tests {
         let weight = [4.0f32, 9.0];
         let centred = RmsNorm { offset: 1.0, ..plus(6.0) };
         assert_eq!(run(centred, Some(&weight))[..2], [2.5, -10.0]);
-        // Without weights there is no factor at all.
+        // Without weights the offset is ignored.
         assert_eq!(run(centred, None), run(plus(6.0), None));
     }
 
     #[test]
-    fn the_factor_may_come_first() {
+    fn scale_first_multiplies_before_the_norm() {
         let x = [2.0f32, 1.0];
         let norm = RmsNorm { scale_first: true, offset: 1.0, epsilon: 39.0 };
         let inputs = RmsNormInputs { x: &x, weight: Some(&[-0.5f32, 6.0]), plan: None };
-        // 1 and 7, whose mean square is 25 without epsilon.
+        // The scaled row is 1 and 7, whose mean square is 25 without epsilon.
         assert_eq!(rms_norm_fwd::<f64>(&norm, 2, &inputs).unwrap(), [0.125, 0.875]);
     }
 
     #[test]
-    fn nobodys_rows_are_zero() {
+    fn unused_rows_are_zero() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let plan = plan_fwd(&shape, &[7, 1]).unwrap();
         let inputs =
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_lengths() {
+    fn rejects_wrong_lengths() {
         let run = |hidden, x: &[f32], weight: &[f32]| {
             let inputs = RmsNormInputs { x, weight: Some(weight), plan: None };
             rms_norm_fwd::<f32>(&PLAIN, hidden, &inputs).is_ok()

@@ -1,4 +1,4 @@
-//! The router's product: `logits[t, e] = sum over h of x[t, h] * gate[e, h] + bias[e]`.
+//! The router's logits: `logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])`.
 
 use super::accum::{Accum, Element, widened};
 use super::parallel::for_each;
@@ -6,21 +6,21 @@ use crate::error::{Error, Result, check_len, product, width};
 use crate::matmul::matmul_transposed;
 use crate::shape::MAX_EXPERTS;
 
-/// What [`router_gemm_fwd`] multiplies: the gate and its bias have a type of their own.
+/// The operands of [`router_gemm_fwd`]. The gate and its bias have a type of their own.
 #[derive(Debug, Clone)]
 pub struct RouterGemmInputs<'a, X, G = X> {
     /// `[T, H]`
     pub x: &'a [X],
     /// `[E, H]`
-    pub gate: &'a [G],
+    pub router_gate: &'a [G],
     /// `[E]`
     pub bias: Option<&'a [G]>,
 }
 
-/// Rows of `x` of one task.
+/// Rows of `x` per task.
 const BLOCK_ROWS: usize = 64;
 
-/// The product of each token with each row of the gate, `[T, E]`.
+/// The product of each token and each row of the gate, plus the bias, `[T, E]`.
 ///
 /// # Errors
 /// `E` or `H` out of range, or a length that is not the shape's.
@@ -30,25 +30,30 @@ pub fn router_gemm_fwd<A: Accum>(
     inputs: &RouterGemmInputs<'_, impl Element<A>, impl Element<A>>,
 ) -> Result<Vec<A>> {
     const OP: &str = "router_gemm_fwd";
-    let RouterGemmInputs { x, gate, bias } = *inputs;
+    let RouterGemmInputs { x, router_gate, bias } = *inputs;
     if !(1..=MAX_EXPERTS).contains(&num_experts) {
         let (wanted, got) = (format!("1 to {MAX_EXPERTS}"), num_experts.to_string());
         return Err(Error::Unsupported { op: OP, argument: "num_experts", wanted, got });
     }
     width(OP, "hidden", hidden)?;
     check_len(OP, "x", x.len(), x.len() / hidden * hidden)?;
-    check_len(OP, "gate", gate.len(), product(OP, "num_experts * hidden", num_experts, hidden)?)?;
+    check_len(
+        OP,
+        "router_gate",
+        router_gate.len(),
+        product(OP, "num_experts * hidden", num_experts, hidden)?,
+    )?;
     if let Some(bias) = bias {
         check_len(OP, "bias", bias.len(), num_experts)?;
     }
     let mut buffer = Vec::new();
-    let gate = widened::<A, _>(gate, &mut buffer);
+    let router_gate = widened::<A, _>(router_gate, &mut buffer);
     let mut logits = vec![A::ZERO; x.len() / hidden * num_experts];
     let blocks = x.chunks(BLOCK_ROWS * hidden);
     for_each(blocks.zip(logits.chunks_mut(BLOCK_ROWS * num_experts)), |(x, logits)| {
         let mut buffer = Vec::new();
         let x = widened::<A, _>(x, &mut buffer);
-        matmul_transposed([x.len() / hidden, num_experts, hidden], x, gate, logits)?;
+        matmul_transposed([x.len() / hidden, num_experts, hidden], x, router_gate, logits)?;
         if let Some(bias) = bias {
             for (logit, bias) in logits.iter_mut().zip(bias.iter().cycle()) {
                 *logit += bias.widen();
@@ -67,13 +72,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn is_a_sum_over_columns() {
+    fn sums_products_over_columns() {
         let (num_tokens, num_experts, hidden) = (130, 5, 7);
         let mut sampler = Sampler::new(8);
         let x: Vec<bf16> = sampler.elements(num_tokens * hidden);
         let gate: Vec<f32> = sampler.elements(num_experts * hidden);
         let bias: Vec<f32> = sampler.elements(num_experts);
-        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: Some(&bias) };
         let logits = router_gemm_fwd::<f64>(num_experts, hidden, &inputs).unwrap();
         assert_eq!(logits.len(), num_tokens * num_experts);
         for (i, logit) in logits.iter().enumerate() {
@@ -87,10 +92,10 @@ mod tests {
     }
 
     #[test]
-    fn wrong_lengths() {
+    fn rejects_wrong_lengths() {
         let run = |num_experts, hidden, lens: [usize; 3]| {
             let [x, gate, bias] = lens.map(|len| vec![0f32; len]);
-            let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+            let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: Some(&bias) };
             router_gemm_fwd::<f32>(num_experts, hidden, &inputs).is_ok()
         };
         assert!(run(3, 2, [4, 6, 3]));

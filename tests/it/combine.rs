@@ -1,4 +1,4 @@
-//! combine: a short sum in f32, in a stated order.
+//! combine: matches its stated order bit for bit, and the reference in f64 within its bound.
 
 use half::{bf16, f16};
 use moe_kernels::ops::combine::{
@@ -11,23 +11,23 @@ use proptest::prelude::*;
 use crate::common::{Gpu, Skew, assert_within, bits, config, gpu, routing_ids, skew, values};
 use cudarc::driver::DeviceRepr;
 
-/// What there is beside rows and weights.
+/// The terms besides rows and weights.
 #[derive(Debug, Clone, Copy, Default)]
 struct Options {
     /// Every weight is 1.
     unweighted: bool,
-    /// The two ids behind the experts' return the token.
+    /// The two ids from E on are identity experts.
     identity: bool,
     output_bias: bool,
     shared: bool,
     shared_gate: bool,
     average: bool,
-    /// The weights are those of identities alone; only for f16.
+    /// The weights are those of identity experts only; f16 only.
     rows_weighted: bool,
 }
 
 impl Options {
-    /// The bits of a number, each an option.
+    /// Each bit of `number` is an option.
     fn new(number: u64) -> Self {
         let bit = |bit: u32| number >> bit & 1 == 1;
         let shared = bit(3);
@@ -42,18 +42,19 @@ impl Options {
         }
     }
 
-    /// Whether there are weights of all experts, and whether there are those of identities alone.
-    fn of_all(self) -> bool {
+    /// True if the weights are those of all experts.
+    fn weights_all(self) -> bool {
         !self.unweighted && !self.rows_weighted
     }
 
-    fn of_identities(self) -> bool {
+    /// True if the weights are those of identity experts only.
+    fn weights_identities(self) -> bool {
         !self.unweighted && self.rows_weighted
     }
 }
 
-/// What one combination starts from. Rows in no use, weights of inactive slots and tokens without
-/// identities are NaN: nobody may look at them.
+/// The inputs of one combination. Unused rows, weights of inactive slots, and tokens without
+/// identity experts are NaN, because they must not be read.
 struct Case<D> {
     shape: RoutingShape,
     hidden: usize,
@@ -76,7 +77,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
     fn with(shape: RoutingShape, skew: Skew, hidden: usize, seed: u64, options: Options) -> Self {
         let mut ids = routing_ids(shape, skew, seed);
         if options.identity {
-            // Two identities, and one past them.
+            // Two identity experts, and the id after them.
             for (slot, id) in ids.iter_mut().enumerate().skip(seed as usize % 2).step_by(4) {
                 *id = (shape.num_experts + slot / 4 % 3) as u32;
             }
@@ -116,13 +117,13 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         self.options.identity && (experts..experts + 2).contains(&self.ids[slot])
     }
 
-    /// Combines with `yp` and `y` starting `offset` elements into their buffers; checks what lies before.
+    /// Runs the operation with all buffers at `offset`; checks that nothing before `y` is written.
     fn run(&self, gpu: &Gpu, offset: usize) -> Vec<D> {
-        self.run_apart(gpu, [offset; 5])
+        self.run_at(gpu, [offset; 5])
     }
 
-    /// The same, with an offset for each of `yp`, `y`, `x`, `output_bias` and `shared`.
-    fn run_apart(&self, gpu: &Gpu, offsets: [usize; 5]) -> Vec<D> {
+    /// The same, with one offset for each of `yp`, `y`, `x`, `output_bias` and `shared`.
+    fn run_at(&self, gpu: &Gpu, offsets: [usize; 5]) -> Vec<D> {
         let upload = |offset: usize, values: &[D]| {
             gpu.upload(&[&vec![D::from_f32(f32::NAN); offset], values].concat())
         };
@@ -142,12 +143,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let experts = self.shape.num_experts as u32;
         let inputs = CombineInputs {
             yp: &yp,
-            routing_weights: options.of_all().then_some(&weights),
+            routing_weights: options.weights_all().then_some(&weights),
             identity: options.identity.then_some(Identity {
                 experts: experts..experts + 2,
                 expert_ids: &ids,
                 x: &x,
-                routing_weights: options.of_identities().then_some(&weights),
+                routing_weights: options.weights_identities().then_some(&weights),
             }),
             output_bias: options.output_bias.then_some(&output_bias),
             shared: options.shared.then_some(Shared {
@@ -170,12 +171,12 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let mut got = gpu.download(&y.view());
         assert!(
             got[..offset].iter().all(|value| value.to_f32().is_nan()),
-            "what lies before is left alone"
+            "writes before the view"
         );
         got.split_off(offset)
     }
 
-    /// The kernel's own arithmetic: one fma after the other, rounded once.
+    /// The arithmetic of the kernel: fma after fma, rounded once.
     fn exact(&self) -> Vec<D> {
         let (k, hidden, options) = (self.shape.top_k, self.hidden, self.options);
         let element = |index: usize| {
@@ -183,7 +184,9 @@ impl<D: Dtype + DeviceRepr> Case<D> {
             let mut sum = 0.0f32;
             for slot in token * k..(token + 1) * k {
                 let (value, weighted) = match self.plan.row_of_slot[slot] {
-                    row if row >= 0 => (self.yp[row as usize * hidden + column], options.of_all()),
+                    row if row >= 0 => {
+                        (self.yp[row as usize * hidden + column], options.weights_all())
+                    }
                     _ if self.is_identity(slot) => (self.x[index], !options.unweighted),
                     _ => continue,
                 };
@@ -208,18 +211,18 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let what =
             format!("{} H{} {} offset {offset} {options:?}", self.shape, self.hidden, D::DTYPE);
         let got = self.run(gpu, offset);
-        // The bound sums magnitudes, of inactive slots' weights too, so they get numbers there.
+        // The bound sums the magnitudes of all weights, so those of inactive slots must not be NaN.
         let weights: Vec<f32> =
             self.weights.iter().map(|w| if w.is_nan() { 0.0 } else { *w }).collect();
         let experts = self.shape.num_experts as u32;
         let inputs = reference::CombineInputs {
             yp: &self.yp[..],
-            routing_weights: options.of_all().then_some(&weights[..]),
+            routing_weights: options.weights_all().then_some(&weights[..]),
             identity: options.identity.then_some(reference::Identity {
                 experts: experts..experts + 2,
                 expert_ids: &self.ids,
                 x: &self.x[..],
-                routing_weights: options.of_identities().then_some(&weights[..]),
+                routing_weights: options.weights_identities().then_some(&weights[..]),
             }),
             output_bias: options.output_bias.then_some(&self.output_bias[..]),
             shared: options.shared.then_some(reference::Shared {
@@ -231,7 +234,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let (shape, plan) = (&self.shape, &self.plan);
         let want = reference::bound::combine(shape, plan, self.hidden, &inputs, D::DTYPE).unwrap();
         assert_within(&got, &want, &what);
-        // A GPU has another exp than the host.
+        // A GPU's expf differs from the host's.
         if gpu.emulated || !options.shared_gate {
             assert_eq!(bits(&got), bits(&self.exact()), "{what}: the order of summation");
         }
@@ -268,9 +271,9 @@ proptest! {
     }
 }
 
-/// Aligned rows and others, rows of one block and of several, and every K around the unrolling.
+/// Aligned and unaligned rows, rows of one and of several blocks, and K around the unrolling.
 #[test]
-fn edges() {
+fn edge_shapes_match_reference() {
     let (gpu, plain, all) = (gpu(), Options::default(), Options::new(0b11_1110));
     for hidden in [1, 7, 8, 248, 256, 1024, 1032, 2048, 2049, 4104] {
         for k in [1, 3, 4, 5, 8, 9] {
@@ -283,11 +286,11 @@ fn edges() {
     for rows_weighted in [0b100_0010, 0b100_1110] {
         let shape = RoutingShape::new(7, 9, 5).unwrap();
         let options = Options::new(rows_weighted);
-        assert!(options.of_identities());
+        assert!(options.weights_identities());
         check::<f16>(&gpu, shape, Skew::Uniform, 256, 1, options);
         check::<f16>(&gpu, shape, Skew::Inactive, 33, 2, options);
     }
-    // More slots than a warp looks up at once.
+    // K around the 32 slots that a warp looks up at once.
     for k in [31, 32, 33, 64, 65] {
         let shape = RoutingShape::new(3, 65, k).unwrap();
         check::<bf16>(&gpu, shape, Skew::Inactive, 72, 6, all);
@@ -297,21 +300,21 @@ fn edges() {
     check::<f16>(&gpu, RoutingShape::new(1, 1, 1).unwrap(), Skew::Uniform, 16, 0, plain);
 }
 
-/// Rows of whole vectors, of which one buffer's alone do not start at a 16-byte boundary.
+/// Rows of whole vectors, where one buffer does not start at a 16-byte boundary.
 #[test]
-fn any_view_may_start_anywhere() {
+fn accepts_views_at_any_offset() {
     let gpu = gpu();
     let shape = RoutingShape::new(4, 5, 3).unwrap();
     let case = Case::<bf16>::with(shape, Skew::Uniform, 64, 4, Options::new(0b10_1110));
     for buffer in 0..5 {
         let mut offsets = [0; 5];
         offsets[buffer] = 1;
-        assert_eq!(bits(&case.run_apart(&gpu, offsets)), bits(&case.exact()), "buffer {buffer}");
+        assert_eq!(bits(&case.run_at(&gpu, offsets)), bits(&case.exact()), "buffer {buffer}");
     }
 }
 
 #[test]
-fn a_token_without_experts_is_zero() {
+fn token_without_experts_is_zero() {
     let gpu = gpu();
     let (shape, hidden) = (RoutingShape::new(3, 4, 2).unwrap(), 40);
     let mut case = Case::<bf16>::new(shape, Skew::Uniform, hidden, 1);
@@ -324,9 +327,9 @@ fn a_token_without_experts_is_zero() {
     assert_eq!(bits(&y), bits(&case.exact()));
 }
 
-/// Ids next to the identities, and those that no `int` holds, are nobody's.
+/// Ids next to the identity experts, and ids past `i32::MAX`, are inactive.
 #[test]
-fn identities_are_a_range_of_ids() {
+fn identity_experts_are_a_range_of_ids() {
     let gpu = gpu();
     let (shape, hidden) = (RoutingShape::new(6, 4, 1).unwrap(), 8);
     let options = Options { identity: true, unweighted: true, ..Options::default() };
@@ -341,9 +344,9 @@ fn identities_are_a_range_of_ids() {
     assert_eq!(bits(&y[2 * hidden..]), vec![0; 4 * hidden]);
 }
 
-/// Gates whose exponential overflows, and those that are no numbers.
+/// Gates whose exponential overflows, infinite gates, and NaN.
 #[test]
-fn shared_gates_of_any_bits() {
+fn shared_gate_handles_any_bits() {
     let gpu = gpu();
     let (shape, hidden) = (RoutingShape::new(8, 3, 2).unwrap(), 16);
     let options = Options { shared: true, shared_gate: true, ..Options::default() };
@@ -355,9 +358,9 @@ fn shared_gates_of_any_bits() {
     assert!(case.run(&gpu, 0).iter().all(|y| y.is_nan()));
 }
 
-/// A NaN or an infinity in a row that a token does use belongs into its result, and nowhere else.
+/// NaN in a row propagates to the result of its token, and to no other.
 #[test]
-fn undefined_rows_stay_with_their_token() {
+fn nan_propagates_to_its_token_only() {
     let gpu = gpu();
     let (shape, hidden) = (RoutingShape::new(8, 8, 2).unwrap(), 24);
     let mut case = Case::<f32>::new(shape, Skew::Uniform, hidden, 6);
@@ -384,7 +387,7 @@ fn schedules_do_not_change_bits() {
 }
 
 #[test]
-fn the_allocating_form_agrees() {
+fn allocating_form_matches() {
     let gpu = gpu();
     let case = Case::<f16>::new(RoutingShape::new(6, 5, 2).unwrap(), Skew::Uniform, 48, 3);
     let plan = plan::plan_fwd(&gpu.device, &gpu.stream, case.shape, &gpu.upload(&case.ids).view())
@@ -397,7 +400,7 @@ fn the_allocating_form_agrees() {
 }
 
 #[test]
-fn errors_come_before_any_launch() {
+fn rejects_invalid_arguments_before_the_launch() {
     let gpu = gpu();
     let shape = RoutingShape::new(4, 4, 2).unwrap();
     let ids = gpu.upload(&routing_ids(shape, Skew::Uniform, 0));
@@ -428,7 +431,7 @@ fn errors_come_before_any_launch() {
     };
     let good = [64, 8, 32, 8, 32, 8, 32, 4];
     for (at, argument) in
-        ["yp", "weights", "y", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"]
+        ["yp", "routing_weights", "y", "expert_ids", "x", "output_bias", "shared.y", "shared.gate"]
             .into_iter()
             .enumerate()
     {
@@ -445,7 +448,7 @@ fn errors_come_before_any_launch() {
 }
 
 #[test]
-fn raw_arguments_are_checked() {
+fn rejects_invalid_raw_arguments() {
     let gpu = gpu();
     let shape = RoutingShape::new(1, 4, 2).unwrap();
     let good = CombineBuffers { y: 256, yp: 256, row_of_slot: 256, ..CombineBuffers::default() };
@@ -464,7 +467,7 @@ fn raw_arguments_are_checked() {
         ("output_bias", CombineBuffers { output_bias: 257, ..good }),
         ("shared", CombineBuffers { shared: 257, ..good }),
         ("row_of_slot", CombineBuffers { row_of_slot: 258, ..good }),
-        ("weights", CombineBuffers { routing_weights: 258, ..good }),
+        ("routing_weights", CombineBuffers { routing_weights: 258, ..good }),
         ("expert_ids", CombineBuffers { expert_ids: 258, ..good }),
         ("shared_gate", CombineBuffers { shared: 256, shared_gate: 258, ..good }),
     ] {
@@ -483,7 +486,7 @@ fn raw_arguments_are_checked() {
         let result = unsafe {
             combine::combine_fwd_raw(device, stream, dtype, shape, 8, &rows_weighted, good)
         };
-        let refused = |argument| argument == "identity.weights";
+        let refused = |argument| argument == "identity.routing_weights";
         assert!(matches!(result, Err(Error::Unsupported { argument, .. }) if refused(argument)));
     }
     for (options, buffers) in [
@@ -494,7 +497,7 @@ fn raw_arguments_are_checked() {
     ] {
         assert!(matches!(call(8, options, buffers), Err(Error::Mismatch { .. })));
     }
-    // More than a grid has blocks for, and more than an int holds.
+    // Past the grid's limit, and past an int.
     for hidden in [1 << 30, 1 << 40] {
         let too_wide = call(hidden, &none, good);
         assert!(

@@ -190,12 +190,12 @@ fn foreign_buffers_of_dense_operations_are_errors() {
         let (x, u) = (x.as_view(), u.as_view());
         jitter::jitter_fwd_into(&gpu.device, &gpu.stream, 0.1, &x, &u, &mut to.as_view_mut())
     });
-    check("router_gemm_fwd", &["logits", "x", "gate", "bias"], |buffers| {
+    check("router_gemm_fwd", &["logits", "x", "router_gate", "bias"], |buffers| {
         let Buffers { gpu, .. } = buffers;
-        let (x, gate) = (buffers.of::<f32>("x", 8), buffers.of::<f32>("gate", 6));
+        let (x, gate) = (buffers.of::<f32>("x", 8), buffers.of::<f32>("router_gate", 6));
         let (bias, mut to) = (buffers.of("bias", 3), buffers.of::<f32>("logits", 12));
         let (x, gate, bias) = (x.as_view(), gate.as_view(), bias.as_view());
-        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: Some(&bias) };
         router_gemm::router_gemm_fwd_into(
             &gpu.device,
             &gpu.stream,

@@ -140,7 +140,7 @@ fn every_operation_checks_the_contexts_of_device_stream_and_plan() {
     let one_row = CapacityConfig::new(limit, Priority::Token);
     let norm = RmsNorm { epsilon: 0.0, offset: 0.0, scale_first: false };
     let with_plan = RmsNormInputs { plan: Some(&plan), ..RmsNormInputs::default() };
-    let projected = RouterGemmInputs { x: &four, gate: &four, bias: None };
+    let projected = RouterGemmInputs { x: &four, router_gate: &four, bias: None };
     let mut errors = vec![
         route::route_fwd(device, &gpu.stream, shape, &router, &route::RouteInputs::new(&four))
             .err(),

@@ -1,4 +1,4 @@
-//! permute: a copy, so device and reference agree bit for bit.
+//! permute: it is a copy, so the device matches the reference bit for bit.
 
 use half::{bf16, f16};
 use moe_kernels::ops::permute::PermuteBuffers;
@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use crate::common::{Gpu, Skew, bits, config, gpu, routing_ids, skew, values};
 use cudarc::driver::DeviceRepr;
 
-/// Runs the operation on `x` and holds it against the reference; returns the bits that came out.
+/// Runs the operation on `x` and checks it against the reference; returns the bits of the result.
 fn check<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
     shape: RoutingShape,
@@ -58,7 +58,7 @@ proptest! {
 }
 
 #[test]
-fn edges() {
+fn edge_shapes_match_reference() {
     let gpu = gpu();
     for (t, e, k, hidden) in [
         (0, 4, 2, 16),
@@ -89,7 +89,7 @@ fn schedules_do_not_change_bits() {
 }
 
 #[test]
-fn a_view_may_start_anywhere() {
+fn accepts_views_at_any_offset() {
     let gpu = gpu();
     let (shape, hidden) = (RoutingShape::new(11, 5, 2).unwrap(), 64);
     let ids = routing_ids(shape, Skew::Uniform, 3);
@@ -112,15 +112,12 @@ fn a_view_may_start_anywhere() {
         .unwrap();
         let got = gpu.download(&xp.view());
         assert_eq!(bits(&got[xp_offset..]), bits(&want));
-        assert!(
-            got[..xp_offset].iter().all(|value| value.is_nan()),
-            "what lies before the view is left alone"
-        );
+        assert!(got[..xp_offset].iter().all(|value| value.is_nan()), "writes before the view");
     }
 }
 
 #[test]
-fn raw_addresses_must_be_aligned() {
+fn rejects_misaligned_addresses() {
     let gpu = gpu();
     let shape = RoutingShape::new(1, 4, 2).unwrap();
     let good = PermuteBuffers { xp: 256, x: 256, row_of_slot: 256, expert_offsets: 256 };
@@ -149,7 +146,7 @@ fn raw_addresses_must_be_aligned() {
 }
 
 #[test]
-fn errors_come_before_any_launch() {
+fn rejects_invalid_arguments_before_the_launch() {
     let gpu = gpu();
     let shape = RoutingShape::new(4, 4, 2).unwrap();
     let ids = gpu.upload(&routing_ids(shape, Skew::Uniform, 0));

@@ -1,4 +1,4 @@
-//! rms_norm: the same bits as its stated order, near the reference in f64.
+//! rms_norm: matches its stated order bit for bit, and the reference in f64 within its bound.
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
@@ -16,7 +16,7 @@ struct Case<D> {
     hidden: usize,
     x: Vec<D>,
     weight: Option<Vec<D>>,
-    /// With the plan that its rows belong to.
+    /// The routing of the rows, and its plan.
     routing: Option<(RoutingShape, Vec<u32>, reference::Plan)>,
 }
 
@@ -27,7 +27,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         Self { norm, hidden, x, weight, routing: None }
     }
 
-    /// Rows of a plan, of which those in no use are NaN.
+    /// Rows of a plan; unused rows are NaN.
     fn planned(norm: RmsNorm, shape: RoutingShape, hidden: usize, seed: u64) -> Self {
         let mut case = Self::new(norm, shape.slots(), hidden, seed);
         let ids = routing_ids(shape, Skew::Inactive, seed);
@@ -37,7 +37,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         case
     }
 
-    /// `x`, `weight` and `y` start so many elements into their buffers; in place, `y` is `x`.
+    /// `x`, `weight` and `y` start at these offsets in their buffers; in place, `y` is `x`.
     fn run(&self, gpu: &Gpu, offsets: [usize; 3], in_place: bool) -> Vec<D> {
         let nan = |offset: usize| vec![D::from_f32(f32::NAN); offset];
         let mut x = gpu.upload(&[&nan(offsets[0]), &self.x[..]].concat());
@@ -65,11 +65,11 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let x = &x.slice(offsets[0]..);
         rms_norm::rms_norm_fwd_into(device, stream, norm, hidden, x, &inputs, to).unwrap();
         let mut got = gpu.download(&y.view());
-        assert!(got[..offsets[2]].iter().all(|y| y.to_f32().is_nan()), "what lies before");
+        assert!(got[..offsets[2]].iter().all(|y| y.to_f32().is_nan()), "writes before the view");
         got.split_off(offsets[2])
     }
 
-    /// The kernel's own arithmetic, in the order that its header states.
+    /// The arithmetic of the kernel, in the order that its header states.
     fn exact(&self) -> Vec<D> {
         let used = self.routing.as_ref().map_or(usize::MAX, |(_, _, plan)| plan.rows_in_use());
         let rows = self.x.chunks_exact(self.hidden).enumerate();
@@ -124,7 +124,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
     }
 }
 
-/// Every option from the bits of a number.
+/// Checks one case; each bit of `options` is an option.
 fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, rows: usize, hidden: usize, options: u64, seed: u64) {
     let bit = |bit: u32| options >> bit & 1 == 1;
     let norm = RmsNorm {
@@ -161,9 +161,9 @@ proptest! {
     }
 }
 
-/// One thread's part, a warp's, a block's, and more; with tails and without.
+/// Widths around those of a thread, a warp and a block, with and without tails.
 #[test]
-fn edges() {
+fn edge_widths_match_reference() {
     let gpu = gpu();
     for hidden in [1, 3, 4, 7, 8, 9, 128, 248, 256, 264, 1024, 1025, 2048, 2056, 4104, 7168] {
         for options in [0b00_0010, 0b00_0111, 0b01_0000, 0b10_1010] {
@@ -177,7 +177,7 @@ fn edges() {
 }
 
 #[test]
-fn any_view_may_start_anywhere() {
+fn accepts_views_at_any_offset() {
     let gpu = gpu();
     let case = Case::<bf16>::new(PLAIN, 5, 64, 4);
     for offsets in [[1, 0, 0], [0, 1, 0], [0, 0, 1]] {
@@ -185,9 +185,9 @@ fn any_view_may_start_anywhere() {
     }
 }
 
-/// Rows without a square, past f32's range, and undefined ones: each alone.
+/// Rows of zeros, rows whose squares overflow or underflow, and rows with NaN or infinity.
 #[test]
-fn odd_rows_stay_alone() {
+fn rows_do_not_affect_each_other() {
     let gpu = gpu();
     let mut case = Case::<f32>::new(PLAIN, 6, 40, 9);
     case.weight = None;
@@ -210,7 +210,7 @@ fn odd_rows_stay_alone() {
     assert!(rows[3].iter().enumerate().all(|(h, y)| if h == 7 { y.is_nan() } else { *y == 0.0 }));
     assert!(rows[4].iter().all(|y| *y > 0.0 && *y < 1e-26));
     assert_eq!(bits(rows[5]), bits(&case.exact()[5 * 40..]));
-    // Without an epsilon there is nothing to divide zeros by.
+    // Without an epsilon a row of zeros is 0 / 0.
     case.norm.epsilon = 0.0;
     assert!(case.run(&gpu, [0; 3], false)[..40].iter().all(|y| y.is_nan()));
 }
@@ -230,7 +230,7 @@ fn schedules_do_not_change_bits() {
 }
 
 #[test]
-fn the_allocating_form_agrees() {
+fn allocating_form_matches() {
     let gpu = gpu();
     let case = Case::<f16>::new(PLAIN, 6, 48, 3);
     let (x, weight) = (gpu.upload(&case.x), gpu.upload(case.weight.as_deref().unwrap()));
@@ -241,7 +241,7 @@ fn the_allocating_form_agrees() {
 }
 
 #[test]
-fn errors_come_before_any_launch() {
+fn rejects_invalid_arguments_before_the_launch() {
     let gpu = gpu();
     let shape = RoutingShape::new(2, 4, 2).unwrap();
     let ids = gpu.upload(&routing_ids(shape, Skew::Uniform, 0));
@@ -274,7 +274,7 @@ fn errors_come_before_any_launch() {
 }
 
 #[test]
-fn raw_arguments_are_checked() {
+fn rejects_invalid_raw_arguments() {
     let gpu = gpu();
     let good = RmsNormBuffers { y: 256, x: 256, ..RmsNormBuffers::default() };
     let call = |rows: usize, buffers: RmsNormBuffers| {

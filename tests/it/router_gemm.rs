@@ -1,4 +1,5 @@
-//! router_gemm: all bodies give the same bits, those of the stated order, near the reference in f64.
+//! router_gemm: all bodies match the stated order bit for bit, and the reference in f64 within its
+//! bound.
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
 use half::{bf16, f16};
@@ -13,7 +14,7 @@ use crate::common::{Gpu, assert_within, config, gpu, values};
 const BODIES: [RouterGemmBody; 3] =
     [RouterGemmBody::One, RouterGemmBody::Few, RouterGemmBody::Tile];
 
-/// The bits of values, where all NaNs are one.
+/// The bits of values, with every NaN as the same NaN.
 fn bits<L: Dtype>(values: &[L]) -> Vec<u32> {
     let bits = |value: &L| value.to_f32();
     values.iter().map(bits).map(|v| if v.is_nan() { f32::NAN } else { v }.to_bits()).collect()
@@ -42,13 +43,16 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         self.x.len() / self.hidden
     }
 
-    /// By the body that the operation chooses.
+    /// Runs the body that the operation chooses.
     fn run<L: Dtype + DeviceRepr>(&self, gpu: &Gpu) -> Vec<L> {
         let (x, gate) = (gpu.upload(&self.x), gpu.upload(&self.gate));
         let bias = gpu.upload(self.bias.as_deref().unwrap_or_default());
         let (x, gate, bias) = (x.view(), gate.view(), bias.view());
-        let inputs =
-            RouterGemmInputs { x: &x, gate: &gate, bias: self.bias.is_some().then_some(&bias) };
+        let inputs = RouterGemmInputs {
+            x: &x,
+            router_gate: &gate,
+            bias: self.bias.is_some().then_some(&bias),
+        };
         let mut logits = gpu.poisoned::<L>(self.num_tokens() * self.num_experts);
         router_gemm::router_gemm_fwd_into(
             &gpu.device,
@@ -62,7 +66,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         gpu.download(&logits.view())
     }
 
-    /// By a certain body; `x` and `gate` start so many elements into their buffers.
+    /// Runs the given body; `x` and `gate` start at these offsets in their buffers.
     fn run_with<L: Dtype + DeviceRepr>(
         &self,
         gpu: &Gpu,
@@ -86,9 +90,13 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
             let (logits, _logits) = view.device_ptr_mut(stream);
             let (x, _x) = x.device_ptr(stream);
             let (gate, _gate) = gate.device_ptr(stream);
-            let buffers =
-                RouterGemmBuffers { logits, x, gate, bias: bias.as_ref().map_or(0, |(at, _)| *at) };
-            let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: L::DTYPE };
+            let buffers = RouterGemmBuffers {
+                logits,
+                x,
+                router_gate: gate,
+                bias: bias.as_ref().map_or(0, |(at, _)| *at),
+            };
+            let types = RouterGemmTypes { x: D::DTYPE, router_gate: G::DTYPE, logits: L::DTYPE };
             let shape = RouterGemmShape {
                 num_tokens: self.num_tokens(),
                 num_experts: self.num_experts,
@@ -104,7 +112,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         gpu.download(&logits.view())
     }
 
-    /// The kernel's own arithmetic, in the order that its header states.
+    /// The arithmetic of the kernel, in the order that its header states.
     fn exact(&self) -> Vec<f32> {
         let logit = |index: usize| {
             let (token, expert) = (index / self.num_experts, index % self.num_experts);
@@ -137,7 +145,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         );
         let inputs = reference::RouterGemmInputs {
             x: &self.x[..],
-            gate: &self.gate[..],
+            router_gate: &self.gate[..],
             bias: self.bias.as_deref(),
         };
         let want = reference::bound::router_gemm(self.num_experts, self.hidden, &inputs, L::DTYPE)
@@ -153,7 +161,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
     }
 }
 
-/// All pairs of types, with either type of logits.
+/// Checks all pairs of types; `seed` chooses the type of the logits.
 fn check(gpu: &Gpu, [num_tokens, num_experts, hidden]: [usize; 3], seed: u64) {
     let offsets = [(seed % 3) as usize, (seed / 3 % 3) as usize];
     macro_rules! pair {
@@ -187,9 +195,9 @@ proptest! {
     }
 }
 
-/// Around runs, steps, segments and slots; around each body's block.
+/// Dimensions around chunks, steps and segments, and around each body's block.
 #[test]
-fn edges() {
+fn edge_shapes_match_reference() {
     let gpu = gpu();
     for hidden in [1, 4, 7, 8, 9, 63, 64, 65, 128, 504, 512, 513, 520, 1024, 2048, 2056, 17000] {
         check(&gpu, [2, 3, hidden], 18 * hidden as u64);
@@ -202,10 +210,10 @@ fn edges() {
     check(&gpu, [1, 4096, 8], 0);
 }
 
-/// A token's logits do not depend on who stands beside it: not with any number of tokens, for which the
-/// operation chooses different bodies, nor at any place.
+/// The bits of a token's logits depend neither on the number of tokens, for which the operation
+/// chooses different bodies, nor on its index.
 #[test]
-fn a_tokens_bits_are_its_own() {
+fn logits_do_not_depend_on_other_tokens() {
     let gpu = gpu();
     let (num_experts, hidden) = (40, 1100);
     let all = Case::<bf16, f32>::new(3200, num_experts, hidden, 8);
@@ -224,7 +232,7 @@ fn a_tokens_bits_are_its_own() {
 
 /// Products that underflow, infinities and NaN.
 #[test]
-fn operands_of_any_bits() {
+fn handles_operands_of_any_bits() {
     let gpu = gpu();
     let mut case = Case::<f32, f32>::new(9, 9, 130, 4);
     for (i, x) in case.x.iter_mut().enumerate() {
@@ -269,12 +277,12 @@ fn schedules_do_not_change_bits() {
 }
 
 #[test]
-fn the_allocating_form_agrees() {
+fn allocating_form_matches() {
     let gpu = gpu();
     let case = Case::<bf16, f32>::new(6, 5, 48, 3);
     let (x, gate) = (gpu.upload(&case.x), gpu.upload(&case.gate));
     let (x, gate) = (x.view(), gate.view());
-    let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: None };
+    let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: None };
     let logits =
         router_gemm::router_gemm_fwd::<_, _, bf16>(&gpu.device, &gpu.stream, 5, 48, &inputs)
             .unwrap();
@@ -282,14 +290,14 @@ fn the_allocating_form_agrees() {
 }
 
 #[test]
-fn errors_come_before_any_launch() {
+fn rejects_invalid_arguments_before_the_launch() {
     let gpu = gpu();
     let values = gpu.upload(&values::<f32>(64, 1.0, 0));
     let mut logits = gpu.poisoned::<f32>(64);
     let mut call = |num_experts: usize, hidden: usize, lens: [usize; 4]| {
         let values = values.view();
         let [x, gate, bias] = [0, 1, 2].map(|at| values.slice(..lens[at]));
-        let inputs = RouterGemmInputs { x: &x, gate: &gate, bias: Some(&bias) };
+        let inputs = RouterGemmInputs { x: &x, router_gate: &gate, bias: Some(&bias) };
         let view = &mut logits.view_mut();
         let logits = &mut view.slice_mut(..lens[3]);
         router_gemm::router_gemm_fwd_into(
@@ -304,7 +312,7 @@ fn errors_come_before_any_launch() {
     let length =
         |argument, wanted, got| Err(Error::Length { op: "router_gemm_fwd", argument, wanted, got });
     assert_eq!(call(3, 8, [31, 24, 3, 12]), length("x", 24, 31));
-    assert_eq!(call(3, 8, [32, 23, 3, 12]), length("gate", 24, 23));
+    assert_eq!(call(3, 8, [32, 23, 3, 12]), length("router_gate", 24, 23));
     assert_eq!(call(3, 8, [32, 24, 2, 12]), length("bias", 3, 2));
     assert_eq!(call(3, 8, [32, 24, 3, 11]), length("logits", 12, 11));
     assert!(call(3, 8, [32, 24, 3, 12]).is_ok());
@@ -316,25 +324,25 @@ fn errors_come_before_any_launch() {
     unsupported(call(3, usize::MAX, [32, 24, 3, 12]), "hidden");
     unsupported(call(usize::MAX, 8, [32, 24, 3, 12]), "num_experts * hidden");
 
-    // Types that have no kernel together.
+    // Combinations of types without a kernel.
     let tokens = gpu.upload(&[f16::ONE; 8]);
     let gate = gpu.upload(&[bf16::ONE; 8]);
     let (tokens, gate) = (tokens.view(), gate.view());
     let (device, stream) = (&gpu.device, &gpu.stream);
-    let inputs = RouterGemmInputs { x: &tokens, gate: &gate, bias: None };
+    let inputs = RouterGemmInputs { x: &tokens, router_gate: &gate, bias: None };
     let mixed = router_gemm::router_gemm_fwd::<_, _, f32>(device, stream, 1, 8, &inputs);
-    assert!(matches!(mixed, Err(Error::Unsupported { argument: "gate", .. })), "{mixed:?}");
-    let inputs = RouterGemmInputs { x: &tokens, gate: &tokens, bias: None };
+    assert!(matches!(mixed, Err(Error::Unsupported { argument: "router_gate", .. })), "{mixed:?}");
+    let inputs = RouterGemmInputs { x: &tokens, router_gate: &tokens, bias: None };
     let mixed = router_gemm::router_gemm_fwd::<_, _, bf16>(device, stream, 1, 8, &inputs);
     assert!(matches!(mixed, Err(Error::Unsupported { argument: "logits", .. })), "{mixed:?}");
 }
 
 #[test]
-fn raw_arguments_are_checked() {
+fn rejects_invalid_raw_arguments() {
     let gpu = gpu();
-    let good = RouterGemmBuffers { logits: 256, x: 256, gate: 256, bias: 256 };
+    let good = RouterGemmBuffers { logits: 256, x: 256, router_gate: 256, bias: 256 };
     let call = |num_tokens: usize, buffers: RouterGemmBuffers| {
-        let types = RouterGemmTypes { x: DType::F16, gate: DType::F32, logits: DType::F32 };
+        let types = RouterGemmTypes { x: DType::F16, router_gate: DType::F32, logits: DType::F32 };
         let shape = RouterGemmShape { num_tokens, num_experts: 4, hidden: 8 };
         let (device, stream) = (&gpu.device, gpu.stream.cu_stream());
         // SAFETY: every call here fails before it launches anything.
@@ -343,7 +351,7 @@ fn raw_arguments_are_checked() {
     for (argument, buffers) in [
         ("logits", RouterGemmBuffers { logits: 258, ..good }),
         ("x", RouterGemmBuffers { x: 257, ..good }),
-        ("gate", RouterGemmBuffers { gate: 258, ..good }),
+        ("router_gate", RouterGemmBuffers { router_gate: 258, ..good }),
         ("bias", RouterGemmBuffers { bias: 258, ..good }),
     ] {
         let result = call(4, buffers);

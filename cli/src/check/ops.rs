@@ -366,10 +366,10 @@ fn project_by<D: Element, G: Element>(gpu: &Gpu, case: &Case<D>, gate: &[G]) -> 
     let (x, gate_device) = (gpu.upload(&case.x)?, gpu.upload(gate)?);
     let (x, gate_device) = (x.as_view(), gate_device.as_view());
     let mut logits = gpu.poisoned::<f32>(case.shape.logits())?;
-    let inputs = RouterGemmInputs { x: &x, gate: &gate_device, bias: None };
+    let inputs = RouterGemmInputs { x: &x, router_gate: &gate_device, bias: None };
     let to = &mut logits.as_view_mut();
     router_gemm_fwd_into(&gpu.device, &gpu.stream, num_experts, hidden, &inputs, to)?;
-    let inputs = reference::RouterGemmInputs { x: &case.x[..], gate, bias: None };
+    let inputs = reference::RouterGemmInputs { x: &case.x[..], router_gate: gate, bias: None };
     let wanted = bound::router_gemm(num_experts, hidden, &inputs, DType::F32)?;
     Ok(Worst::of_bounded("logits", &gpu.download(&logits.as_view())?, &wanted))
 }

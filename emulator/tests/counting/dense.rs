@@ -43,12 +43,12 @@ impl Case {
         let x = self.zeros::<D>(num_tokens * hidden);
         let gate = self.zeros::<G>(num_experts * hidden);
         let mut logits = self.zeros::<f32>(num_tokens * num_experts);
-        let types = RouterGemmTypes { x: D::DTYPE, gate: G::DTYPE, logits: f32::DTYPE };
+        let types = RouterGemmTypes { x: D::DTYPE, router_gate: G::DTYPE, logits: f32::DTYPE };
         self.counting.traffic_of_one(|| {
             let (x, _x) = x.device_ptr(&self.stream);
             let (gate, _gate) = gate.device_ptr(&self.stream);
             let (logits, _logits) = logits.device_ptr_mut(&self.stream);
-            let buffers = RouterGemmBuffers { logits, x, gate, bias: 0 };
+            let buffers = RouterGemmBuffers { logits, x, router_gate: gate, bias: 0 };
             let stream = self.stream.cu_stream();
             // SAFETY: the buffers have the shape's lengths, and the caller waits for the kernel.
             unsafe { router_gemm_fwd_with(&self.device, stream, body, types, shape, buffers) }

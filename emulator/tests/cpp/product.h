@@ -62,6 +62,12 @@ class Random {
   std::mt19937 engine_;
 };
 
+// A buffer's address, as the parameter structs of abi.h have it.
+template <class T>
+unsigned long long address(const testing::Buffer<T>& buffer) {
+  return reinterpret_cast<uintptr_t>(buffer.get());
+}
+
 inline bool same_bits(const void* a, const void* b, size_t bytes) {
   return std::memcmp(a, b, bytes) == 0;
 }

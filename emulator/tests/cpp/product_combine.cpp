@@ -7,9 +7,9 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// y[t, h] = the sum of weight * row over the token's active slots, and with `all` of weight * token
-// over those of the experts from E on, of a bias and of half a shared row: f32, fma after fma, in the
-// order of k, so the result is the same bits.
+// y[t, h] is the sum of weight * row over the token's active slots. `all` adds weight * token for ids
+// from E on, a bias and half a shared row, and halves the sum. In f32, fma after fma, in the order of
+// k, so the bits are the same.
 template <class Elem>
 void check(uint64_t seed) {
   Random random(seed);
@@ -31,11 +31,11 @@ void check(uint64_t seed) {
         const int row = r.row_of_slot[slot];
         const size_t at = static_cast<size_t>(row < 0 ? token : row) * hidden + h;
         if (row < 0 && !all) continue;
-        // The rows of f16 may have their weights in them.
+        // Rows of f16 may already be weighted.
         const float weight = rows_weighted && row >= 0 ? 1.0f : weights[slot];
         sum = std::fma(weight, to_f32(row < 0 ? x[at] : yp[at]), sum);
       }
-      // A gate of 0 is a half.
+      // The sigmoid of gate 0 is 1/2.
       if (all) sum = std::fma(0.5f, to_f32(shared[want.size()]), sum + to_f32(bias[h]));
       want.push_back(from_f32<Elem>(all ? 0.5f * sum : sum));
     }
@@ -46,21 +46,30 @@ void check(uint64_t seed) {
   const Buffer<float> gate(std::vector<float>(tokens, 0.0f));
   const Buffer<int> rows(r.row_of_slot);
   const Buffer<uint32_t> ids(r.expert_ids);
-  const CombineArgs args = {hidden,
-                            top_k,
-                            experts,
-                            all ? INT32_MAX : 0,
-                            all,
-                            rows_weighted,
-                            hidden * sizeof(Elem) % 16 == 0};
+  CombineParams params = {};
+  params.y = address(y);
+  params.yp = address(yp_device);
+  params.routing_weights = address(weights_device);
+  params.row_of_slot = address(rows);
+  if (all) {
+    params.x = address(x_device);
+    params.output_bias = address(bias_device);
+    params.shared = address(shared_device);
+    params.shared_gate = address(gate);
+    params.expert_ids = address(ids);
+  }
+  params.args = {hidden,
+                 top_k,
+                 experts,
+                 all ? INT32_MAX : 0,
+                 all,
+                 rows_weighted,
+                 hidden * sizeof(Elem) % 16 == 0};
   const int length = 16 / sizeof(Elem);
   const int threads = std::min(((hidden + length - 1) / length + 31) / 32 * 32, COMBINE_THREADS);
   const int blocks = (hidden + threads * length - 1) / (threads * length);
   testing::run_ok(std::string("moe_combine_fwd") + suffix<Elem>(),
-                  {dim3(tokens, blocks), dim3(threads), 0, seed}, y.get(), yp_device.get(),
-                  weights_device.get(), all ? x_device.get() : nullptr,
-                  all ? bias_device.get() : nullptr, all ? shared_device.get() : nullptr,
-                  all ? gate.get() : nullptr, rows.get(), all ? ids.get() : nullptr, args);
+                  {dim3(tokens, blocks), dim3(threads), 0, seed}, params);
   CHECK(same_bits(y.get(), want.data(), want.size() * sizeof(Elem)), "T %d K %d H %d, seed %llu",
         tokens, top_k, hidden, static_cast<unsigned long long>(seed));
 }

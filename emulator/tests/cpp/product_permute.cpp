@@ -22,10 +22,10 @@ void check(uint64_t seed) {
   }
   const Buffer<Elem> xp(want.size()), x_device(x);
   const Buffer<int> rows(r.row_of_slot), offsets(r.expert_offsets);
-  const PermuteArgs args = {experts, hidden, top_k, hidden * sizeof(Elem) % 16 == 0};
+  const PermuteParams params = {address(xp), address(x_device), address(rows), address(offsets),
+                                {experts, hidden, top_k, hidden * sizeof(Elem) % 16 == 0}};
   testing::run_ok(std::string("moe_permute_fwd") + suffix<Elem>(),
-                  {dim3(tokens), dim3(PERMUTE_THREADS), 0, seed}, xp.get(), x_device.get(),
-                  rows.get(), offsets.get(), args);
+                  {dim3(tokens), dim3(PERMUTE_THREADS), 0, seed}, params);
   CHECK(same_bits(xp.get(), want.data(), want.size() * sizeof(Elem)),
         "T %d K %d E %d H %d, seed %llu", tokens, top_k, experts, hidden,
         static_cast<unsigned long long>(seed));

@@ -7,7 +7,8 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// In double, where a sum of squares has no order to speak of. Rows from the list's end on are zero.
+// The reference is in double, where the order of the sum of squares is negligible. Unused rows are
+// zero.
 template <class Elem>
 void check(uint64_t seed) {
   Random random(seed);
@@ -18,13 +19,13 @@ void check(uint64_t seed) {
   const std::vector<Elem> weight = random.vector<Elem>(hidden);
   const Buffer<Elem> y(x.size()), x_device(x), weight_device(weight);
   const Buffer<int> offsets(std::vector<int>{0, used});
-  const RmsNormArgs args = {
-      hidden, 1, 0.25f, 1.0f, scale_first, hidden * sizeof(Elem) % 16 == 0};
+  const RmsNormParams params = {
+      address(y), address(x_device), address(weight_device), seed % 2 ? address(offsets) : 0,
+      {hidden, 1, 0.25f, 1.0f, scale_first, hidden * sizeof(Elem) % 16 == 0}};
   const int length = 16 / sizeof(Elem);
   const int threads = std::min(((hidden + length - 1) / length + 31) / 32 * 32, RMS_NORM_THREADS);
   testing::run_ok(std::string("moe_rms_norm_fwd") + suffix<Elem>(),
-                  {dim3(rows), dim3(threads), 0, seed}, y.get(), x_device.get(),
-                  weight_device.get(), seed % 2 ? offsets.get() : nullptr, args);
+                  {dim3(rows), dim3(threads), 0, seed}, params);
   for (int row = 0; row < rows; row++) {
     double squares = 0.0;
     auto value = [&](int h) {

@@ -7,7 +7,7 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// Small integers: every order of summation gives the same number, which double has too.
+// Small integers: their sums are exact in f32 and double, in every order.
 template <class T>
 std::vector<T> integers(Random& random, size_t n) {
   std::vector<T> values(n);
@@ -26,9 +26,8 @@ void check(uint64_t seed) {
   const Buffer<Elem> x_device(x);
   const Buffer<Gate> gate_device(gate), bias_device(bias);
   const bool vector = hidden * sizeof(Elem) % 16 == 0 && hidden * sizeof(Gate) % 16 == 0;
-  const RouterGemmArgs args = {tokens, experts, hidden, 1, vector};
-  int slots = ROUTER_GEMM_MIN_SLOTS;
-  while (slots * ROUTER_GEMM_SEGMENT < hidden) slots *= 2;
+  int segments = ROUTER_GEMM_MIN_SEGMENTS;
+  while (segments * ROUTER_GEMM_SEGMENT < hidden) segments *= 2;
   auto blocks = [&](int block_tokens, int block_experts) {
     return (tokens + block_tokens - 1) / block_tokens *
            ((experts + block_experts - 1) / block_experts);
@@ -41,17 +40,18 @@ void check(uint64_t seed) {
   const unsigned stage =
       ROUTER_GEMM_STEP * (ROUTER_GEMM_TILE_TOKENS * sizeof(Elem) + ROUTER_GEMM_TILE_EXPERTS * sizeof(Gate));
   const Body bodies[] = {
-      {"one", blocks(1, 1), slots * ROUTER_GEMM_LANES, 0},
-      {"few", blocks(ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS), slots * ROUTER_GEMM_LANES, 0},
+      {"one", blocks(1, 1), segments * ROUTER_GEMM_LANES, 0},
+      {"few", blocks(ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS), segments * ROUTER_GEMM_LANES, 0},
       {"tile", blocks(ROUTER_GEMM_TILE_TOKENS, ROUTER_GEMM_TILE_EXPERTS), ROUTER_GEMM_TILE_THREADS,
        ROUTER_GEMM_STAGES * stage},
   };
   const char* wide = std::is_same_v<Elem, Gate> ? "" : "_gate32";
   for (const Body& body : bodies) {
     const Buffer<float> logits(static_cast<size_t>(tokens) * experts);
+    const RouterGemmParams params = {address(logits), address(x_device), address(gate_device),
+                                     address(bias_device), {tokens, experts, hidden, 1, vector}, 0};
     testing::run_ok(std::string("moe_router_gemm_fwd_") + body.name + wide + suffix<Elem>(),
-                    {dim3(body.blocks), dim3(body.threads), body.shared_bytes, seed}, logits.get(),
-                    x_device.get(), gate_device.get(), bias_device.get(), args);
+                    {dim3(body.blocks), dim3(body.threads), body.shared_bytes, seed}, params);
     for (int i = 0; i < tokens * experts; i++) {
       const int token = i / experts, expert = i % experts;
       double want = to_f32(bias[expert]);

@@ -1,4 +1,4 @@
-//! Bounds of the operations that work on rows and tokens, not on experts: combine, norm and projection.
+//! Error bounds of combine, rms_norm and router_gemm.
 
 use super::{Bounded, U, magnitudes, stored, sum_error};
 use crate::config::RmsNorm;
@@ -29,7 +29,7 @@ pub fn combine(
     let of_identities = inputs.identity.as_ref().and_then(|i| i.routing_weights).map(magnitudes);
     let output_bias = inputs.output_bias.map(magnitudes);
     let shared = inputs.shared.as_ref().map(|shared| magnitudes(shared.y));
-    // Gates stay as they are: a sigmoid is positive.
+    // Gates are not replaced by their magnitudes, because a sigmoid is positive.
     let gate: Option<Vec<f64>> = inputs.shared.as_ref().and_then(|shared| shared.gate).map(widen);
     let magnitude = CombineInputs {
         yp: &yp,
@@ -61,17 +61,17 @@ pub fn combine(
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }
 
-/// How far a sigmoid in f32 is off: three operations of few units each, and where `exp(-z)` overflows it
-/// comes out as 0.
+/// The error of a sigmoid in f32: three operations of a few units each; if `exp(-z)` overflows, the
+/// result is 0.
 fn sigmoid_error(z: f64) -> f64 {
     8.0 * U * sigmoid(z) + 2f64.powi(-125)
 }
 
 /// [`rms_norm_fwd`] with its result stored as `out`.
 ///
-/// The mean square is a sum of `H` squares, and its root halves what that is off; the factor, its
-/// product and those with the root and its inverse round a few times more. A square that is no normal
-/// number, or past f32's range, is not covered.
+/// The mean square is a sum of `H` squares, and the root halves its relative error. The factor, its
+/// product, the root, its inverse and the product with it round a few times more. Subnormal squares
+/// and squares past f32's range are not covered.
 ///
 /// # Errors
 /// Those of [`rms_norm_fwd`].
@@ -82,7 +82,8 @@ pub fn rms_norm(
     out: DType,
 ) -> Result<Bounded> {
     let value = rms_norm_fwd::<f64>(norm, hidden, inputs)?;
-    // `offset + weight` may cancel: its rounding is relative to the sum, which is exact but for one.
+    // `offset + weight` may cancel, but it is one rounded operation: its error is relative to the
+    // sum.
     let units = super::SUM * (hidden as f64).sqrt() / 2.0 + 10.0;
     let errors = value.iter().map(|y| units * U * y.abs() + DType::F32.min_positive()).collect();
     Ok(Bounded { bound: stored(&value, errors, out), value })
@@ -99,9 +100,9 @@ pub fn router_gemm(
     out: DType,
 ) -> Result<Bounded> {
     let value = router_gemm_fwd::<f64>(num_experts, hidden, inputs)?;
-    let (x, gate) = (magnitudes(inputs.x), magnitudes(inputs.gate));
+    let (x, gate) = (magnitudes(inputs.x), magnitudes(inputs.router_gate));
     let bias = inputs.bias.map(magnitudes);
-    let magnitude = RouterGemmInputs { x: &x, gate: &gate, bias: bias.as_deref() };
+    let magnitude = RouterGemmInputs { x: &x, router_gate: &gate, bias: bias.as_deref() };
     let magnitude = router_gemm_fwd::<f64>(num_experts, hidden, &magnitude)?;
     let errors = magnitude.iter().map(|s| sum_error(hidden + 1, *s)).collect();
     Ok(Bounded { bound: stored(&value, errors, out), value })

@@ -113,11 +113,11 @@ fn router_gemm<A: Accum, D: Dtype>(
     match matrix {
         Typed::Element(gate) => {
             let bias = bias.as_ref().and_then(Typed::element).copied();
-            router_gemm_fwd(experts, hidden, &RouterGemmInputs { x, gate, bias })
+            router_gemm_fwd(experts, hidden, &RouterGemmInputs { x, router_gate: gate, bias })
         }
         Typed::F32(gate) => {
             let bias = bias.as_ref().and_then(Typed::f32).copied();
-            router_gemm_fwd(experts, hidden, &RouterGemmInputs { x, gate, bias })
+            router_gemm_fwd(experts, hidden, &RouterGemmInputs { x, router_gate: gate, bias })
         }
     }
 }

@@ -33,11 +33,11 @@ fn router_gemm(
 ) -> Result<CudaSlice<f16>, Error> {
     let stream = &gpu.stream;
     let logits = ending_in::<f16>(gpu, shape.num_tokens * shape.num_experts, &[]);
-    let types = RouterGemmTypes { x: DType::F16, gate: DType::F16, logits: DType::F16 };
+    let types = RouterGemmTypes { x: DType::F16, router_gate: DType::F16, logits: DType::F16 };
     let buffers = RouterGemmBuffers {
         logits: logits.device_ptr(stream).0,
         x: x.device_ptr(stream).0,
-        gate: gate.device_ptr(stream).0,
+        router_gate: gate.device_ptr(stream).0,
         bias: 0,
     };
     let (device, on) = (&gpu.device, stream.cu_stream());

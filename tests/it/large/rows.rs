@@ -1,4 +1,4 @@
-//! permute, combine and rms_norm.
+//! permute, combine and rms_norm on rows and tokens past element 2^31.
 
 use cudarc::driver::{CudaSlice, DevicePtr};
 use half::f16;
@@ -12,7 +12,7 @@ use moe_kernels::{DType, RmsNorm, RoutingShape};
 use super::{LIMIT, alone, end_of, ending_in, without_blocks};
 use crate::common::{Gpu, bits, values};
 
-/// Maps of the test's own: the slots that have a row, and the rows in use.
+/// Handmade maps: the slots that have a row, and the number of rows in use.
 struct Maps {
     row_of_slot: CudaSlice<i32>,
     expert_offsets: CudaSlice<i32>,
@@ -33,7 +33,7 @@ impl Maps {
     }
 }
 
-/// `xp` of these maps, of which all memory but the rows in `maps` is whatever it is.
+/// Permutes with `maps`. Only the rows in `maps` are written; the rest of `xp` is uninitialized.
 fn permute(
     gpu: &Gpu,
     shape: RoutingShape,
@@ -59,7 +59,7 @@ fn permute(
     xp
 }
 
-/// `y` of what is read; its last two rows are NaN before.
+/// Combines the operands in `read`. The last two rows of `y` are NaN before.
 fn combine(
     gpu: &Gpu,
     shape: RoutingShape,
@@ -80,19 +80,19 @@ fn combine(
     y
 }
 
-/// The last two tokens have rows before, across and behind element 2^31, in vectors and element by element; the last row
-/// has no owner.
+/// The last two tokens have rows before, across and after element 2^31, in vectors and element by
+/// element; the last row is unused.
 #[test]
-fn rows_past_2_31_elements() {
+fn permutes_and_combines_rows_past_2_31_elements() {
     let (gpu, _turn) = alone();
     let shape = RoutingShape::new(526_400, 2, 2).unwrap();
     let (tokens, slots) = (shape.num_tokens, shape.slots());
     for hidden in [2040, 2041] {
-        let [before, across, behind] = [3, LIMIT / hidden, slots - 2];
-        assert!(across * hidden < LIMIT && behind * hidden > LIMIT);
+        let [before, across, after] = [3, LIMIT / hidden, slots - 2];
+        assert!(across * hidden < LIMIT && after * hidden > LIMIT);
         let x = values::<f16>(2 * hidden, 1.0, 1);
         let far_x = ending_in(&gpu, tokens * hidden, &x);
-        let rows = [(slots - 4, before), (slots - 2, across), (slots - 1, behind)];
+        let rows = [(slots - 4, before), (slots - 2, across), (slots - 1, after)];
         let maps = Maps::new(&gpu, shape, &rows, slots - 1);
         let left_out = tokens - 2;
         let xp = permute(&gpu, shape, hidden, &far_x, &maps, left_out);
@@ -100,7 +100,7 @@ fn rows_past_2_31_elements() {
         let (first, second) = x.split_at(hidden);
         assert!(row(before) == first, "row {before} of width {hidden}");
         assert!(row(across) == second, "row {across} of width {hidden}");
-        assert!(row(behind) == second, "row {behind} of width {hidden}");
+        assert!(row(after) == second, "row {after} of width {hidden}");
         assert_eq!(bits(&row(slots - 1)), vec![0; hidden], "the last row, of width {hidden}");
 
         let weights = ending_in(&gpu, slots, &[2f32, f32::NAN, 4.0, 1.0]);
@@ -121,9 +121,9 @@ fn rows_past_2_31_elements() {
     }
 }
 
-/// The last token but one has a row, and the last one an identity expert; both have a shared row.
+/// The second to last token has a row, and the last one an identity expert; both have a shared row.
 #[test]
-fn tokens_past_2_31_elements() {
+fn permutes_and_combines_tokens_past_2_31_elements() {
     let (gpu, _turn) = alone();
     let stream = &gpu.stream;
     let shape = RoutingShape::new(1_053_000, 1, 1).unwrap();
@@ -141,7 +141,7 @@ fn tokens_past_2_31_elements() {
         let weights = ending_in(&gpu, tokens, &[2f32, 4.0]);
         let expert_ids = ending_in(&gpu, tokens, &[0u32, 1]);
         let x_at = far_x.device_ptr(stream).0;
-        // One buffer serves for both: apart they are more than the software device has.
+        // x and shared are one buffer, because two exceed the memory of the software device.
         let read = CombineBuffers {
             yp: xp.device_ptr(stream).0,
             routing_weights: weights.device_ptr(stream).0,
@@ -162,9 +162,9 @@ fn tokens_past_2_31_elements() {
     }
 }
 
-/// The last row but one, in vectors and element by element; the last one has no owner.
+/// The second to last row, in vectors and element by element; the last row is unused.
 #[test]
-fn norms_of_rows_past_2_31_elements() {
+fn normalizes_rows_past_2_31_elements() {
     let (gpu, _turn) = alone();
     let norm = RmsNorm { epsilon: 1e-5, offset: 1.0, scale_first: false };
     let rows = 1 << 20;
