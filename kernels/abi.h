@@ -67,19 +67,34 @@ typedef struct RouteArgs {
   float noise_deviation;  // Multiplies the noise.
 } RouteArgs;
 
-// Addresses that route reads, 0 where there is nothing. The kernel has them as pointers.
-typedef struct RouteAddresses {
-  unsigned long long logits;          // [T, E]
-  unsigned long long selection_bias;  // [E - num_sinks]
-  unsigned long long expert_scale;    // [E]
-  unsigned long long noise;           // [T, E]
-  unsigned long long noise_logits;    // [T, E]
+// plain_narrow and plain_wide, which have no other inputs. Beyond 128 bytes of parameters, nvcc
+// unrolls their loops otherwise and needs up to 40 registers more.
+typedef struct RoutePlainParams {
+  unsigned long long expert_ids;       // [T, K] out
+  unsigned long long routing_weights;  // [T, K] out
+  unsigned long long logits;           // [T, E]
+  RouteArgs args;
+  int padding;
+} RoutePlainParams;
+
+// narrow, wide, sort and scores. Absent inputs are null.
+typedef struct RouteParams {
+  unsigned long long expert_ids;       // [T, K] out
+  unsigned long long routing_weights;  // [T, K] out
+  unsigned long long scores;           // [T, E] out; of `scores`, which has no other output
+  unsigned long long logits;           // [T, E] of args.elem
+  unsigned long long selection_bias;   // [E - num_sinks]
+  unsigned long long expert_scale;     // [E]
+  unsigned long long noise;            // [T, E]
+  unsigned long long noise_logits;     // [T, E] of args.elem
   unsigned long long selection_noise;  // [T, K, E], of sparsemixer in training
-  unsigned long long midpoint_draws;  // [T, K], of the same
-  unsigned long long given_ids;       // [V, K]
-  unsigned long long token_ids;       // [T]
-  unsigned long long active;          // [T]
-} RouteAddresses;
+  unsigned long long midpoint_draws;   // [T, K], of the same
+  unsigned long long given_ids;        // [V, K]
+  unsigned long long token_ids;        // [T]
+  unsigned long long active;           // [T]
+  RouteArgs args;
+  int padding;
+} RouteParams;
 
 // ---- plan -------------------------------------------------------------------------------------
 
@@ -99,6 +114,18 @@ typedef struct PlanArgs {
   int block_slots;  // Slots of a block; the last one may have fewer.
   int first_expert;  // The id of the plan's expert 0.
 } PlanArgs;
+
+// The parameter of every plan kernel.
+typedef struct PlanParams {
+  unsigned long long expert_offsets;  // [E + 1] out
+  unsigned long long row_of_slot;     // [T, K] out
+  unsigned long long token_of_row;    // [T * K] out
+  unsigned long long tiles;           // [max_tiles] out
+  unsigned long long tile_offsets;    // [E + 1] out
+  unsigned long long counts;          // [E, num_blocks] out; scan turns counts into first rows
+  unsigned long long expert_ids;      // [T, K] or null: all ids are 0
+  PlanArgs args;
+} PlanParams;
 
 // ---- capacity ---------------------------------------------------------------------------------
 
@@ -124,6 +151,17 @@ typedef struct CapacitySelectArgs {
   int later;            // 1: what experts hold from rounds before counts, and stays.
 } CapacitySelectArgs;
 
+typedef struct CapacitySelectParams {
+  unsigned long long expert_ids;       // [T, K] out
+  unsigned long long kept;             // [sequences, E] out, in and out if later
+  unsigned long long dropped;          // [sequences, E] out, in and out if later
+  unsigned long long routing_weights;  // [T, K], unused by token and by choice
+  unsigned long long expert_offsets;   // [E + 1]
+  unsigned long long row_of_slot;      // [T * K]
+  unsigned long long slot_of_row;      // [T * K]
+  CapacitySelectArgs args;
+} CapacitySelectParams;
+
 typedef struct CapacityAskArgs {
   int num_tokens;      // T
   int num_experts;     // E, of the router
@@ -131,6 +169,18 @@ typedef struct CapacityAskArgs {
   int num_candidates;  // C
   int later;           // 1: next_candidate says where a token goes on; 0: at its first candidate.
 } CapacityAskArgs;
+
+typedef struct CapacityAskParams {
+  unsigned long long requests;           // [T, K] out
+  unsigned long long routing_weights;    // [T, K] in and out: written where there is a request
+  unsigned long long next_candidate;     // [T] out, in and out if later
+  unsigned long long expert_ids;         // [T, K], the router's
+  unsigned long long kept_ids;           // [T, K], as select has left them
+  unsigned long long candidates;         // [T, C]
+  unsigned long long candidate_weights;  // [T, C]
+  CapacityAskArgs args;
+  int padding;
+} CapacityAskParams;
 
 typedef struct CapacityNormalizeArgs {
   int num_tokens;   // T
@@ -141,6 +191,15 @@ typedef struct CapacityNormalizeArgs {
   float min;        // The least divisor.
   float scale;      // Multiplies the quotient.
 } CapacityNormalizeArgs;
+
+typedef struct CapacityNormalizeParams {
+  unsigned long long normalized;       // [T, K] out
+  unsigned long long expert_scale;     // [E] or null
+  unsigned long long expert_ids;       // [T, K], as select has left them
+  unsigned long long routing_weights;  // [T, K]
+  CapacityNormalizeArgs args;
+  int padding;
+} CapacityNormalizeParams;
 
 // ---- expert_choice ----------------------------------------------------------------------------
 
@@ -153,6 +212,13 @@ typedef struct ExpertChoiceArgs {
   int capacity;     // Tokens of an expert, at most T.
   int token_bits;   // A token's number has so many bits.
 } ExpertChoiceArgs;
+
+typedef struct ExpertChoiceParams {
+  unsigned long long expert_ids;       // [T, E] out
+  unsigned long long routing_weights;  // [T, E] out
+  unsigned long long scores;           // [T, E]
+  ExpertChoiceArgs args;
+} ExpertChoiceParams;
 
 // ---- noise ------------------------------------------------------------------------------------
 
@@ -170,6 +236,11 @@ typedef struct NoiseArgs {
   int vector;        // 1: every group of four elements starts at a 16-byte boundary.
 } NoiseArgs;
 
+typedef struct NoiseParams {
+  unsigned long long noise;  // [len] out
+  NoiseArgs args;
+} NoiseParams;
+
 // ---- jitter -----------------------------------------------------------------------------------
 
 #define JITTER_THREADS 256
@@ -179,6 +250,13 @@ typedef struct JitterArgs {
   float epsilon;
   int vector;  // 1: all buffers start at a 16-byte boundary.
 } JitterArgs;
+
+typedef struct JitterParams {
+  unsigned long long jittered;  // [T, H] out
+  unsigned long long x;         // [T, H]
+  unsigned long long u;         // [T, H] f32
+  JitterArgs args;
+} JitterParams;
 
 // ---- permute --------------------------------------------------------------------------------
 

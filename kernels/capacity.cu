@@ -24,6 +24,66 @@
 //         where order does not show. So the result is deterministic.
 #include "kernel.cuh"
 
+// ---- Parameters -----------------------------------------------------------------------------------
+
+struct TypedCapacitySelectParams {
+  uint32_t* expert_ids;          // [T, K] out
+  uint32_t* kept;                // [sequences, E] out, in and out if later
+  uint32_t* dropped;             // [sequences, E] out, in and out if later
+  const float* routing_weights;  // [T, K], unused by token and by choice
+  const int* expert_offsets;     // [E + 1]
+  const int* row_of_slot;        // [T * K]
+  const int* slot_of_row;        // [T * K]
+  CapacitySelectArgs args;
+};
+static_assert(sizeof(TypedCapacitySelectParams) == sizeof(CapacitySelectParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, kept);
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, dropped);
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, expert_offsets);
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, row_of_slot);
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, slot_of_row);
+ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, args);
+
+struct TypedCapacityAskParams {
+  uint32_t* requests;              // [T, K] out
+  float* routing_weights;          // [T, K] in and out: written where there is a request
+  uint32_t* next_candidate;        // [T] out, in and out if later
+  const uint32_t* expert_ids;      // [T, K], the router's
+  const uint32_t* kept_ids;        // [T, K], as select has left them
+  const uint32_t* candidates;      // [T, C]
+  const float* candidate_weights;  // [T, C]
+  CapacityAskArgs args;
+  int padding;
+};
+static_assert(sizeof(TypedCapacityAskParams) == sizeof(CapacityAskParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, requests);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, next_candidate);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, kept_ids);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, candidates);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, candidate_weights);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, args);
+ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, padding);
+
+struct TypedCapacityNormalizeParams {
+  float* normalized;             // [T, K] out
+  const float* expert_scale;     // [E] or null
+  const uint32_t* expert_ids;    // [T, K], as select has left them
+  const float* routing_weights;  // [T, K]
+  CapacityNormalizeArgs args;
+  int padding;
+};
+static_assert(sizeof(TypedCapacityNormalizeParams) == sizeof(CapacityNormalizeParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, normalized);
+ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, expert_scale);
+ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, args);
+ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, padding);
+
 // ---- select -------------------------------------------------------------------------------------
 
 // Slots of the smallest keys come first. The host has seen to it that 64 bits are enough: together
@@ -59,16 +119,11 @@ __device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin,
   return begin;
 }
 
-// Four blocks a multiprocessor: for six of them, ptxas spills on sm_120.
-extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS, 4)
-moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
-                        uint32_t* kept,             // [sequences, E] out, in and out if later
-                        uint32_t* dropped,          // [sequences, E] out, in and out if later
-                        const float* weights,       // [T, K], not read by token and by choice
-                        const int* expert_offsets,  // [E + 1]
-                        const int* row_of_slot,     // [T * K]
-                        const int* slot_of_row,     // [T * K]
-                        const CapacitySelectArgs args) {
+__device__ __forceinline__ void capacity_select(const TypedCapacitySelectParams& params) {
+  const CapacitySelectArgs& args = params.args;
+  uint32_t* const expert_ids = params.expert_ids;
+  const float* const routing_weights = params.routing_weights;
+  const int* const slot_of_row = params.slot_of_row;
   SHARED_ARRAY(uint64_t, last, 1);
   SHARED_ARRAY(int, wanted, 1);
   SHARED_ARRAY(int, counters, DIGITS);
@@ -81,20 +136,20 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
   if (expert == args.num_experts) {
     if (args.later) return;
     for (int64_t slot = first_slot + threadIdx.x; slot < end_slot; slot += blockDim.x) {
-      if (row_of_slot[slot] == INACTIVE) expert_ids[slot] = NO_EXPERT;
+      if (params.row_of_slot[slot] == INACTIVE) expert_ids[slot] = NO_EXPERT;
     }
     return;
   }
 
   const int slots = args.num_tokens * args.top_k;
-  const int begin = min(max(expert_offsets[expert], 0), slots);
-  const int end = min(max(expert_offsets[expert + 1], begin), slots);
+  const int begin = min(max(params.expert_offsets[expert], 0), slots);
+  const int end = min(max(params.expert_offsets[expert + 1], begin), slots);
   const int first_row = first_row_from(slot_of_row, begin, end, first_slot);
   const int end_row = first_row_from(slot_of_row, first_row, end, end_slot);
   const int count = end_row - first_row;
   const int64_t cell = sequence * args.num_experts + expert;
   // The caller's numbers of a later round may be any: an expert that holds too many is full.
-  const uint32_t capacity = args.capacity, held = args.later ? kept[cell] : 0;
+  const uint32_t capacity = args.capacity, held = args.later ? params.kept[cell] : 0;
   const int room = held < capacity ? min(count, (int)(capacity - held)) : 0;
 
   // Rows are in the order of slots, so by token the last one is known.
@@ -109,7 +164,7 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
   if (choose && !by_token) {
     select_smallest<1>(last, wanted, counters, args.key_bits, [=](auto visit) {
       for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
-        visit(0, key_of_slot(slot_at(slot_of_row, row, slots), weights, args));
+        visit(0, key_of_slot(slot_at(slot_of_row, row, slots), routing_weights, args));
       }
     });
   }
@@ -117,7 +172,7 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
   const uint64_t last_key = last[0];
   for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
     const int slot = slot_at(slot_of_row, row, slots);
-    const bool keep = room > 0 && key_of_slot(slot, weights, args) <= last_key;
+    const bool keep = room > 0 && key_of_slot(slot, routing_weights, args) <= last_key;
     if (keep) {
       expert_ids[slot] = args.first_expert + expert;
     } else if (!args.later) {
@@ -125,59 +180,57 @@ moe_capacity_fwd_select(uint32_t* expert_ids,       // [T, K] out
     }
   }
   if (threadIdx.x == 0) {
-    kept[cell] = held + room;
-    dropped[cell] = (args.later ? dropped[cell] : 0) + count - room;
+    params.kept[cell] = held + room;
+    params.dropped[cell] = (args.later ? params.dropped[cell] : 0) + count - room;
   }
 }
+
+// Four blocks a multiprocessor: for six of them, ptxas spills on sm_120.
+extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS, 4)
+moe_capacity_fwd_select(const TypedCapacitySelectParams params) { capacity_select(params); }
 EXPORT_KERNEL(moe_capacity_fwd_select, CAPACITY_SELECT_THREADS)
 
 // ---- ask ----------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
-moe_capacity_fwd_ask(uint32_t* requests,              // [T, K] out
-                     float* weights,                  // [T, K] in and out: those of what is asked
-                     uint32_t* next_candidate,        // [T] out, in and out if later
-                     const uint32_t* expert_ids,      // [T, K], the router's
-                     const uint32_t* kept_ids,        // [T, K], what select has made of them so far
-                     const uint32_t* candidates,      // [T, C]
-                     const float* candidate_weights,  // [T, C]
-                     const CapacityAskArgs args) {
+__device__ __forceinline__ void capacity_ask(const TypedCapacityAskParams& params) {
+  const CapacityAskArgs& args = params.args;
   const int64_t token = (int64_t)blockIdx.x * CAPACITY_TOKEN_THREADS + threadIdx.x;
   if (token >= args.num_tokens) return;
   const int64_t first_slot = token * args.top_k;
   const uint32_t num_experts = args.num_experts, num_candidates = args.num_candidates;
-  const uint32_t* own = expert_ids + first_slot;
-  candidates += token * args.num_candidates;
-  candidate_weights += token * args.num_candidates;
+  const uint32_t* own = params.expert_ids + first_slot;
+  const uint32_t* candidates = params.candidates + token * args.num_candidates;
+  const float* candidate_weights = params.candidate_weights + token * args.num_candidates;
   // Unsigned, as the caller's number may have any bits: one past the candidates asks for nothing.
-  uint32_t next = args.later ? next_candidate[token] : 0;
+  uint32_t next = args.later ? params.next_candidate[token] : 0;
   for (int k = 0; k < args.top_k; k++) {
     uint32_t request = NO_EXPERT;
-    const bool asks = own[k] < num_experts && kept_ids[first_slot + k] >= num_experts;
+    const bool asks = own[k] < num_experts && params.kept_ids[first_slot + k] >= num_experts;
     while (asks && request == NO_EXPERT && next < num_candidates) {
       const uint32_t candidate = candidates[next];
       bool is_new = candidate < num_experts;
       for (int j = 0; j < args.top_k && is_new; j++) is_new = own[j] != candidate;
       if (is_new) {
         request = candidate;
-        weights[first_slot + k] = candidate_weights[next];
+        params.routing_weights[first_slot + k] = candidate_weights[next];
       }
       next++;
     }
-    requests[first_slot + k] = request;
+    params.requests[first_slot + k] = request;
   }
-  next_candidate[token] = next;
+  params.next_candidate[token] = next;
 }
+
+extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
+moe_capacity_fwd_ask(const TypedCapacityAskParams params) { capacity_ask(params); }
 EXPORT_KERNEL(moe_capacity_fwd_ask, CAPACITY_TOKEN_THREADS)
 
 // ---- normalize ----------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
-moe_capacity_fwd_normalize(float* normalized,           // [T, K] out
-                           const float* expert_scale,   // [E], or null
-                           const uint32_t* expert_ids,  // [T, K], what select has made of them
-                           const float* weights,        // [T, K]
-                           const CapacityNormalizeArgs args) {
+__device__ __forceinline__ void capacity_normalize(const TypedCapacityNormalizeParams& params) {
+  const CapacityNormalizeArgs& args = params.args;
+  const uint32_t* const expert_ids = params.expert_ids;
+  const float* const routing_weights = params.routing_weights;
   const int64_t token = (int64_t)blockIdx.x * CAPACITY_TOKEN_THREADS + threadIdx.x;
   if (token >= args.num_tokens) return;
   const int64_t first_slot = token * args.top_k, end_slot = first_slot + args.top_k;
@@ -186,7 +239,7 @@ moe_capacity_fwd_normalize(float* normalized,           // [T, K] out
   if (args.divide) {
     float sum = 0.0f;
     for (int64_t slot = first_slot; slot < end_slot; slot++) {
-      if (expert_ids[slot] < num_experts) sum = __fadd_rn(sum, weights[slot]);
+      if (expert_ids[slot] < num_experts) sum = __fadd_rn(sum, routing_weights[slot]);
     }
     divisor = __fadd_rn(sum, args.epsilon);
     if (divisor < args.min) divisor = args.min;
@@ -195,10 +248,13 @@ moe_capacity_fwd_normalize(float* normalized,           // [T, K] out
     const uint32_t expert = expert_ids[slot];
     float weight = 0.0f;
     if (expert < num_experts) {
-      weight = __fmul_rn(__fdiv_rn(weights[slot], divisor), args.scale);
-      if (expert_scale != nullptr) weight = __fmul_rn(weight, expert_scale[expert]);
+      weight = __fmul_rn(__fdiv_rn(routing_weights[slot], divisor), args.scale);
+      if (params.expert_scale != nullptr) weight = __fmul_rn(weight, params.expert_scale[expert]);
     }
-    normalized[slot] = weight == weight ? weight : 0.0f;  // 0 / 0 is no weight.
+    params.normalized[slot] = weight == weight ? weight : 0.0f;  // 0 / 0 is no weight.
   }
 }
+
+extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
+moe_capacity_fwd_normalize(const TypedCapacityNormalizeParams params) { capacity_normalize(params); }
 EXPORT_KERNEL(moe_capacity_fwd_normalize, CAPACITY_TOKEN_THREADS)

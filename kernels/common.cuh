@@ -138,3 +138,10 @@ __device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int
   }
   __syncthreads();
 }
+
+// ---- Parameters -----------------------------------------------------------------------------------
+// A kernel has one parameter. abi.h has the addresses as integers, which Rust fills in; the kernel's
+// twin of that struct has typed pointers, so that the compiler knows that they are of global memory.
+
+#define ASSERT_SAME_OFFSET(Twin, Params, field) \
+  static_assert(offsetof(Twin, field) == offsetof(Params, field), "the same layout")

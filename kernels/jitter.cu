@@ -8,16 +8,27 @@
 #include "kernel.cuh"
 
 template <typename Elem>
+struct TypedJitterParams {
+  Elem* jittered;  // [T, H] out
+  const Elem* x;   // [T, H]
+  const float* u;  // [T, H]
+  JitterArgs args;
+};
+static_assert(sizeof(TypedJitterParams<float>) == sizeof(JitterParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, jittered);
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, x);
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, u);
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, args);
+
+template <typename Elem>
 __device__ __forceinline__ Elem jitter(Elem x, float u, float epsilon) {
   const float factor = __fmaf_rn(epsilon, __fmaf_rn(2.0f, u, -1.0f), 1.0f);
   return from_f32<Elem>(__fmul_rn(to_f32(x), factor));
 }
 
 template <typename Elem>
-__device__ __forceinline__ void jitter_fwd(Elem* jittered,  // [T, H] out
-                                           const Elem* x,   // [T, H]
-                                           const float* u,  // [T, H]
-                                           const JitterArgs& args) {
+__device__ __forceinline__ void jitter_fwd(const TypedJitterParams<Elem>& params) {
+  const auto [jittered, x, u, args] = params;
   constexpr int LEN = Vec<Elem>::LEN;
   constexpr int FLOATS = Vec<float>::LEN;
   const int64_t first_of_block = (int64_t)blockIdx.x * JITTER_THREADS * LEN;
@@ -48,19 +59,13 @@ __device__ __forceinline__ void jitter_fwd(Elem* jittered,  // [T, H] out
 }
 
 extern "C" __global__ void __launch_bounds__(JITTER_THREADS)
-moe_jitter_fwd_f32(float* jittered, const float* x, const float* u, const JitterArgs args) {
-  jitter_fwd(jittered, x, u, args);
-}
+moe_jitter_fwd_f32(const TypedJitterParams<float> params) { jitter_fwd(params); }
 EXPORT_KERNEL(moe_jitter_fwd_f32, JITTER_THREADS)
 
 extern "C" __global__ void __launch_bounds__(JITTER_THREADS)
-moe_jitter_fwd_f16(f16* jittered, const f16* x, const float* u, const JitterArgs args) {
-  jitter_fwd(jittered, x, u, args);
-}
+moe_jitter_fwd_f16(const TypedJitterParams<f16> params) { jitter_fwd(params); }
 EXPORT_KERNEL(moe_jitter_fwd_f16, JITTER_THREADS)
 
 extern "C" __global__ void __launch_bounds__(JITTER_THREADS)
-moe_jitter_fwd_bf16(bf16* jittered, const bf16* x, const float* u, const JitterArgs args) {
-  jitter_fwd(jittered, x, u, args);
-}
+moe_jitter_fwd_bf16(const TypedJitterParams<bf16> params) { jitter_fwd(params); }
 EXPORT_KERNEL(moe_jitter_fwd_bf16, JITTER_THREADS)

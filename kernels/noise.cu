@@ -14,6 +14,14 @@
 // Writers one per element: deterministic.
 #include "kernel.cuh"
 
+struct TypedNoiseParams {
+  float* noise;  // [len] out
+  NoiseArgs args;
+};
+static_assert(sizeof(TypedNoiseParams) == sizeof(NoiseParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedNoiseParams, NoiseParams, noise);
+ASSERT_SAME_OFFSET(TypedNoiseParams, NoiseParams, args);
+
 constexpr int PHILOX_WORDS = 4;
 constexpr int PHILOX_ROUNDS = 10;
 
@@ -98,9 +106,8 @@ __device__ __forceinline__ float gumbel(uint32_t word) {
   return -ln_f32(-ln_f32(u));
 }
 
-extern "C" __global__ void __launch_bounds__(NOISE_THREADS)
-moe_noise_fwd(float* noise,  // [len] out
-              const NoiseArgs args) {
+__device__ __forceinline__ void noise_fwd(const TypedNoiseParams& params) {
+  const auto [noise, args] = params;
   const int64_t group = (int64_t)blockIdx.x * NOISE_THREADS + threadIdx.x;
   // Elements of the group that come before the first one, and where the group would start.
   const int64_t first = group * PHILOX_WORDS - (int64_t)(args.offset % PHILOX_WORDS);
@@ -128,4 +135,7 @@ moe_noise_fwd(float* noise,  // [len] out
     if (first + i >= 0 && first + i < args.len) noise[first + i] = value.at[i];
   }
 }
+
+extern "C" __global__ void __launch_bounds__(NOISE_THREADS)
+moe_noise_fwd(const TypedNoiseParams params) { noise_fwd(params); }
 EXPORT_KERNEL(moe_noise_fwd, NOISE_THREADS)

@@ -23,6 +23,26 @@
 //         memory at the same time, where a graph is replayed on a stream that waits for nothing.
 #include "kernel.cuh"
 
+struct TypedPlanParams {
+  int* expert_offsets;         // [E + 1] out
+  int* row_of_slot;            // [T, K] out
+  int* token_of_row;           // [T * K] out
+  GemmTile* tiles;             // [max_tiles] out
+  int* tile_offsets;           // [E + 1] out
+  int* counts;                 // [E, num_blocks] out
+  const uint32_t* expert_ids;  // [T, K] or null
+  PlanArgs args;
+};
+static_assert(sizeof(TypedPlanParams) == sizeof(PlanParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, expert_offsets);
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, row_of_slot);
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, token_of_row);
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, tiles);
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, tile_offsets);
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, counts);
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, args);
+
 static_assert(MAX_EXPERTS <= PLAN_MAX_COUNTERS, "a warp counts every expert");
 
 // Values of a thread in a step of exclusive_scan: SCAN_LOADS loads of 16 bytes.
@@ -63,21 +83,21 @@ __device__ __forceinline__ int expert_of(const uint32_t* expert_ids, int slot,
 
 // ---- count --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void plan_count(int* counts,                 // [E, num_blocks] out
-                                           const uint32_t* expert_ids,  // [T, K] or nullptr
-                                           const PlanArgs& args) {
+// Writes counts.
+__device__ __forceinline__ void plan_count(const TypedPlanParams& params) {
+  const PlanArgs& args = params.args;
   SHARED_DYNAMIC(shared);
   int* counters = reinterpret_cast<int*>(shared);  // [E]
   for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x) counters[e] = 0;
   __syncthreads();
   const SlotRange range = block_range(args);
   for (int slot = range.first + threadIdx.x; slot < range.end; slot += blockDim.x) {
-    const int expert = expert_of(expert_ids, slot, args);
+    const int expert = expert_of(params.expert_ids, slot, args);
     if (expert < args.num_experts) atomicAdd(&counters[expert], 1);
   }
   __syncthreads();
   for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x) {
-    counts[e * args.num_blocks + blockIdx.x] = counters[e];
+    params.counts[e * args.num_blocks + blockIdx.x] = counters[e];
   }
 }
 
@@ -146,17 +166,18 @@ __device__ __forceinline__ int exclusive_scan(int* values, int n) {
   return before;
 }
 
-// Turns `counts` into the row of each block's first slot of each expert.
-__device__ __forceinline__ void plan_scan(int* expert_offsets,  // [E + 1] out
-                                          int* tile_offsets,    // [E + 1] out
-                                          int* counts,          // [E, num_blocks] in and out
-                                          const PlanArgs& args) {
+// Writes expert_offsets and tile_offsets, and turns counts into the row of each block's first slot of
+// each expert.
+__device__ __forceinline__ void plan_scan(const TypedPlanParams& params) {
+  const PlanArgs& args = params.args;
+  int* const tile_offsets = params.tile_offsets;
+  int* const counts = params.counts;
   const int num_experts = args.num_experts;
   const int rows = exclusive_scan(counts, num_experts * args.num_blocks);
   for (int e = threadIdx.x; e <= num_experts; e += blockDim.x) {
     const int begin = e < num_experts ? counts[e * args.num_blocks] : rows;
     const int end = e + 1 < num_experts ? counts[(e + 1) * args.num_blocks] : rows;
-    expert_offsets[e] = begin;
+    params.expert_offsets[e] = begin;
     if (e < num_experts) tile_offsets[e] = (end - begin + args.block_m - 1) / args.block_m;
   }
   __syncthreads();
@@ -166,14 +187,12 @@ __device__ __forceinline__ void plan_scan(int* expert_offsets,  // [E + 1] out
 
 // ---- place --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void plan_place(int* row_of_slot,            // [T, K] out
-                                           int* token_of_row,           // [T * K] out
-                                           GemmTile* tiles,             // [max_tiles] out
-                                           const uint32_t* expert_ids,  // [T, K] or nullptr
-                                           const int* expert_offsets,   // [E + 1]
-                                           const int* tile_offsets,     // [E + 1]
-                                           const int* counts,           // [E, num_blocks], scanned
-                                           const PlanArgs& args) {
+// Writes row_of_slot, token_of_row and tiles.
+__device__ __forceinline__ void plan_place(const TypedPlanParams& params) {
+  const PlanArgs& args = params.args;
+  const uint32_t* const expert_ids = params.expert_ids;
+  const int* const expert_offsets = params.expert_offsets;
+  const int* const tile_offsets = params.tile_offsets;
   SHARED_DYNAMIC(shared);
   int* next_rows = reinterpret_cast<int*>(shared);  // [warps, E]: first counts, then next rows
   const int num_experts = args.num_experts;
@@ -191,7 +210,7 @@ __device__ __forceinline__ void plan_place(int* row_of_slot,            // [T, K
   }
   __syncthreads();
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    int row = counts[e * args.num_blocks + blockIdx.x];
+    int row = params.counts[e * args.num_blocks + blockIdx.x];
     for (int warp = 0; warp < warps; warp++) {
       const int count = next_rows[warp * num_experts + e];
       next_rows[warp * num_experts + e] = row;
@@ -214,14 +233,14 @@ __device__ __forceinline__ void plan_place(int* row_of_slot,            // [T, K
     row = __shfl_sync(FULL_WARP, row, leader) + __popc(peers & ((1u << lane) - 1));
     __syncwarp();  // The next 32 may have another leader for this expert.
 
-    if (slot < range.end) row_of_slot[slot] = expert < num_experts ? row : INACTIVE;
+    if (slot < range.end) params.row_of_slot[slot] = expert < num_experts ? row : INACTIVE;
     if (expert < num_experts && (uint32_t)row < (uint32_t)args.slots) {
-      token_of_row[row] = slot / args.top_k;
+      params.token_of_row[row] = slot / args.top_k;
       const int begin = expert_offsets[expert], end = expert_offsets[expert + 1];
       const int tile = (row - begin) / args.block_m;
       const uint32_t at = tile_offsets[expert] + tile;
       if (row - begin == tile * args.block_m && at < (uint32_t)args.max_tiles) {
-        tiles[at] = {expert, row, min(args.block_m, end - row), 0};
+        params.tiles[at] = {expert, row, min(args.block_m, end - row), 0};
       }
     }
   }
@@ -229,48 +248,36 @@ __device__ __forceinline__ void plan_place(int* row_of_slot,            // [T, K
   // There are as many rows as slots: a block answers for the rows with the numbers of its slots.
   const int rows = expert_offsets[num_experts];
   for (int row = block.first + threadIdx.x; row < block.end; row += blockDim.x) {
-    if (row >= rows) token_of_row[row] = INACTIVE;
+    if (row >= rows) params.token_of_row[row] = INACTIVE;
   }
   const int threads = gridDim.x * blockDim.x, thread = blockIdx.x * blockDim.x + threadIdx.x;
   const int num_tiles = min(max(tile_offsets[num_experts], 0), args.max_tiles);
   for (int tile = num_tiles + thread; tile < args.max_tiles; tile += threads) {
-    tiles[tile] = {0, 0, 0, 0};
+    params.tiles[tile] = {0, 0, 0, 0};
   }
 }
 
 // ---- Entries ------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
-moe_plan_fwd_count(int* counts, const uint32_t* expert_ids, const PlanArgs args) {
-  plan_count(counts, expert_ids, args);
-}
+moe_plan_fwd_count(const TypedPlanParams params) { plan_count(params); }
 EXPORT_KERNEL(moe_plan_fwd_count, PLAN_THREADS)
 
 extern "C" __global__ void __launch_bounds__(PLAN_SCAN_THREADS)
-moe_plan_fwd_scan(int* expert_offsets, int* tile_offsets, int* counts, const PlanArgs args) {
-  plan_scan(expert_offsets, tile_offsets, counts, args);
-}
+moe_plan_fwd_scan(const TypedPlanParams params) { plan_scan(params); }
 EXPORT_KERNEL(moe_plan_fwd_scan, PLAN_SCAN_THREADS)
 
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
-moe_plan_fwd_place(int* row_of_slot, int* token_of_row, GemmTile* tiles, const uint32_t* expert_ids,
-                   const int* expert_offsets, const int* tile_offsets, const int* counts,
-                   const PlanArgs args) {
-  plan_place(row_of_slot, token_of_row, tiles, expert_ids, expert_offsets, tile_offsets, counts,
-             args);
-}
+moe_plan_fwd_place(const TypedPlanParams params) { plan_place(params); }
 EXPORT_KERNEL(moe_plan_fwd_place, PLAN_THREADS)
 
 // All three for a grid of one block, whose barriers make its writes visible to its own threads.
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
-moe_plan_fwd_single(int* expert_offsets, int* row_of_slot, int* token_of_row, GemmTile* tiles,
-                    int* tile_offsets, int* counts, const uint32_t* expert_ids,
-                    const PlanArgs args) {
-  plan_count(counts, expert_ids, args);
+moe_plan_fwd_single(const TypedPlanParams params) {
+  plan_count(params);
   __syncthreads();
-  plan_scan(expert_offsets, tile_offsets, counts, args);
+  plan_scan(params);
   __syncthreads();
-  plan_place(row_of_slot, token_of_row, tiles, expert_ids, expert_offsets, tile_offsets, counts,
-             args);
+  plan_place(params);
 }
 EXPORT_KERNEL(moe_plan_fwd_single, PLAN_THREADS)

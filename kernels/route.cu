@@ -25,10 +25,28 @@
 #include "kernel.cuh"
 
 constexpr int ROUTE_TOKENS = ROUTE_PICK_THREADS / WARP_SIZE;
+// Keys of a lane.
+constexpr int NARROW_VALUES = ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE;
+constexpr int WIDE_VALUES = ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE;
 static_assert(ROUTE_PICK_MAX_TOP_K <= WARP_SIZE, "a lane keeps each choice");
 static_assert(sizeof(uint64_t) == ROUTE_SORT_ENTRY_BYTES, "what the launch counts with");
 
 // ---- plain_narrow, plain_wide -------------------------------------------------------------------
+
+template <typename Elem>
+struct TypedRoutePlainParams {
+  uint32_t* expert_ids;    // [T, K] out
+  float* routing_weights;  // [T, K] out
+  const Elem* logits;      // [T, E]
+  RouteArgs args;
+  int padding;
+};
+static_assert(sizeof(TypedRoutePlainParams<float>) == sizeof(RoutePlainParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, logits);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, args);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, padding);
 
 template <typename Elem, int VALUES>
 struct PlainKeys : LaneKeys<VALUES, Vec<Elem>::LEN> {
@@ -79,17 +97,15 @@ struct PlainKeys : LaneKeys<VALUES, Vec<Elem>::LEN> {
   }
 };
 
-template <typename Elem, int VALUES>
-__device__ __forceinline__ void route_fwd_plain(uint32_t* expert_ids,  // [T, K] out
-                                                float* weights,        // [T, K] out
-                                                const Elem* logits,    // [T, E]
-                                                const RouteArgs& args) {
+template <int VALUES, typename Elem>
+__device__ __forceinline__ void route_fwd_plain(const TypedRoutePlainParams<Elem>& params) {
+  const RouteArgs& args = params.args;
   const int lane = threadIdx.x % WARP_SIZE;
   const int64_t token = (int64_t)blockIdx.x * ROUTE_TOKENS + threadIdx.x / WARP_SIZE;
   if (token >= args.num_tokens) return;
 
   PlainKeys<Elem, VALUES> keys;
-  keys.load(logits + token * args.num_experts, lane, args);
+  keys.load(params.logits + token * args.num_experts, lane, args);
   uint32_t best_key, best_expert;
   keys.best(lane, args.num_experts, &best_key, &best_expert);
   const float max = number_of(__reduce_max_sync(FULL_WARP, best_key));
@@ -104,18 +120,17 @@ __device__ __forceinline__ void route_fwd_plain(uint32_t* expert_ids,  // [T, K]
   if (!sum_all) units = units_of(p);
   const float sum = sum_of_units(warp_units(units));
   if (chosen) {
-    expert_ids[token * args.top_k + lane] = my_expert;
-    weights[token * args.top_k + lane] = __fdiv_rn(p, sum);
+    params.expert_ids[token * args.top_k + lane] = my_expert;
+    params.routing_weights[token * args.top_k + lane] = __fdiv_rn(p, sum);
   }
 }
 
 // ---- narrow, wide -------------------------------------------------------------------------------
 
 template <int VALUES>
-__device__ __forceinline__ void route_fwd_pick(uint32_t* expert_ids,  // [T, K] out
-                                               float* weights,        // [T, K] out
-                                               const RouteInputs& in, const RouteArgs& args) {
+__device__ __forceinline__ void route_fwd_pick(const TypedRouteParams params) {
   SHARED_DYNAMIC(shared);
+  const RouteArgs& args = params.args;
   const int64_t token = (int64_t)blockIdx.x * ROUTE_TOKENS + threadIdx.x / WARP_SIZE;
   if (token >= args.num_tokens) return;
   const WarpTeam team;
@@ -123,8 +138,8 @@ __device__ __forceinline__ void route_fwd_pick(uint32_t* expert_ids,  // [T, K] 
   float* z = reinterpret_cast<float*>(shared) + threadIdx.x / WARP_SIZE * words;
   uint32_t* keys = reinterpret_cast<uint32_t*>(z + args.row_words);
   float* scores = z + 2 * args.row_words;
-  const Router<WarpTeam> router = {in, args, team, token, z, keys, scores};
-  router.run(expert_ids, weights, [&](uint32_t groups) {
+  const Router<WarpTeam> router = {params, args, team, token, z, keys, scores};
+  router.run([&](uint32_t groups) {
     LaneKeys<VALUES, 1> row;
 #pragma unroll
     for (int i = 0; i < VALUES; i++) {
@@ -142,10 +157,9 @@ __device__ __forceinline__ void route_fwd_pick(uint32_t* expert_ids,  // [T, K] 
 
 // ---- sort ---------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void route_fwd_sort(uint32_t* expert_ids,  // [T, K] out
-                                               float* weights,        // [T, K] out
-                                               const RouteInputs& in, const RouteArgs& args) {
+__device__ __forceinline__ void route_fwd_sort(const TypedRouteParams params) {
   SHARED_DYNAMIC(shared);
+  const RouteArgs& args = params.args;
   using Team = BlockTeam<ROUTE_SORT_THREADS>;
   SHARED_ARRAY(uint64_t, parts, Team::WARPS);
   SHARED_ARRAY(float, chunks, MAX_EXPERTS / WARP_SIZE);
@@ -155,8 +169,8 @@ __device__ __forceinline__ void route_fwd_sort(uint32_t* expert_ids,  // [T, K] 
   uint32_t* keys = reinterpret_cast<uint32_t*>(z + args.row_words);
   // Entries are no longer needed when there are scores.
   float* scores = reinterpret_cast<float*>(entries);
-  const Router<Team> router = {in, args, team, blockIdx.x, z, keys, scores};
-  router.run(expert_ids, weights, [&](uint32_t groups) {
+  const Router<Team> router = {params, args, team, blockIdx.x, z, keys, scores};
+  router.run([&](uint32_t groups) {
     for (int e = team.rank; e < args.sort_length; e += team.SIZE) {
       entries[e] = e < router.choices() ? entry_of(router.key_in(groups, e), e) : 0;
     }
@@ -169,84 +183,67 @@ __device__ __forceinline__ void route_fwd_sort(uint32_t* expert_ids,  // [T, K] 
 
 // ---- scores -------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void route_scores_fwd(float* scores,  // [T, E] out
-                                                 const RouteInputs& in, const RouteArgs& args) {
+__device__ __forceinline__ void route_fwd_scores(const TypedRouteParams params) {
   SHARED_DYNAMIC(shared);
+  const RouteArgs& args = params.args;
   const int64_t token = (int64_t)blockIdx.x * ROUTE_TOKENS + threadIdx.x / WARP_SIZE;
   if (token >= args.num_tokens) return;
   const WarpTeam team;
   float* z = reinterpret_cast<float*>(shared) + threadIdx.x / WARP_SIZE * args.row_words;
-  const Router<WarpTeam> router = {in, args, team, token, z, nullptr, nullptr};
-  router.write_scores(scores + token * args.num_experts);
+  const Router<WarpTeam> router = {params, args, team, token, z, nullptr, nullptr};
+  router.write_scores();
 }
 
 // ---- Entries ------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_f32(uint32_t* expert_ids, float* weights, const float* logits,
-                               const RouteArgs args) {
-  route_fwd_plain<float, ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_narrow_f32(const TypedRoutePlainParams<float> params) {
+  route_fwd_plain<NARROW_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_f32, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_f16(uint32_t* expert_ids, float* weights, const f16* logits,
-                               const RouteArgs args) {
-  route_fwd_plain<f16, ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_narrow_f16(const TypedRoutePlainParams<f16> params) {
+  route_fwd_plain<NARROW_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_f16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_bf16(uint32_t* expert_ids, float* weights, const bf16* logits,
-                                const RouteArgs args) {
-  route_fwd_plain<bf16, ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_narrow_bf16(const TypedRoutePlainParams<bf16> params) {
+  route_fwd_plain<NARROW_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_bf16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_f32(uint32_t* expert_ids, float* weights, const float* logits,
-                             const RouteArgs args) {
-  route_fwd_plain<float, ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_wide_f32(const TypedRoutePlainParams<float> params) {
+  route_fwd_plain<WIDE_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_f32, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_f16(uint32_t* expert_ids, float* weights, const f16* logits,
-                             const RouteArgs args) {
-  route_fwd_plain<f16, ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_wide_f16(const TypedRoutePlainParams<f16> params) {
+  route_fwd_plain<WIDE_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_f16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_bf16(uint32_t* expert_ids, float* weights, const bf16* logits,
-                              const RouteArgs args) {
-  route_fwd_plain<bf16, ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_wide_bf16(const TypedRoutePlainParams<bf16> params) {
+  route_fwd_plain<WIDE_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_bf16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_narrow(uint32_t* expert_ids, float* weights, const RouteInputs in,
-                     const RouteArgs args) {
-  route_fwd_pick<ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, in, args);
-}
+moe_route_fwd_narrow(const TypedRouteParams params) { route_fwd_pick<NARROW_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_narrow, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_wide(uint32_t* expert_ids, float* weights, const RouteInputs in,
-                   const RouteArgs args) {
-  route_fwd_pick<ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, in, args);
-}
+moe_route_fwd_wide(const TypedRouteParams params) { route_fwd_pick<WIDE_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_wide, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_SORT_THREADS)
-moe_route_fwd_sort(uint32_t* expert_ids, float* weights, const RouteInputs in,
-                   const RouteArgs args) {
-  route_fwd_sort(expert_ids, weights, in, args);
-}
+moe_route_fwd_sort(const TypedRouteParams params) { route_fwd_sort(params); }
 EXPORT_KERNEL(moe_route_fwd_sort, ROUTE_SORT_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_scores(float* scores, const RouteInputs in, const RouteArgs args) {
-  route_scores_fwd(scores, in, args);
-}
+moe_route_fwd_scores(const TypedRouteParams params) { route_fwd_scores(params); }
 EXPORT_KERNEL(moe_route_fwd_scores, ROUTE_PICK_THREADS)

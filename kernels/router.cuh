@@ -4,20 +4,40 @@
 
 static_assert(ROUTE_MAX_GROUPS <= WARP_SIZE, "a lane answers for each group");
 
-// What abi.h calls RouteAddresses; null where there is nothing.
-struct RouteInputs {
-  const void* logits;           // [T, E] of args.elem
-  const float* selection_bias;  // [E - num_sinks]
-  const float* expert_scale;    // [E]
-  const float* noise;           // [T, E]
-  const void* noise_logits;     // [T, E] of args.elem
+// RouteParams with typed pointers, null for inputs that the router does not have.
+struct TypedRouteParams {
+  uint32_t* expert_ids;          // [T, K] out
+  float* routing_weights;        // [T, K] out
+  float* scores;                 // [T, E] out; of `scores`, which has no other output
+  const void* logits;            // [T, E] of args.elem
+  const float* selection_bias;   // [E - num_sinks]
+  const float* expert_scale;     // [E]
+  const float* noise;            // [T, E]
+  const void* noise_logits;      // [T, E] of args.elem
   const float* selection_noise;  // [T, K, E], of sparsemixer in training
-  const float* midpoint_draws;  // [T, K], of the same
-  const uint32_t* given_ids;    // [V, K]
-  const uint32_t* token_ids;    // [T]
-  const uint8_t* active;        // [T]
+  const float* midpoint_draws;   // [T, K], of the same
+  const uint32_t* given_ids;     // [V, K]
+  const uint32_t* token_ids;     // [T]
+  const uint8_t* active;         // [T]
+  RouteArgs args;
+  int padding;
 };
-static_assert(sizeof(RouteInputs) == sizeof(RouteAddresses), "the same addresses");
+static_assert(sizeof(TypedRouteParams) == sizeof(RouteParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, scores);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, logits);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, selection_bias);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, expert_scale);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, noise);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, noise_logits);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, selection_noise);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, midpoint_draws);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, given_ids);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, token_ids);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, active);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, args);
+ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, padding);
 
 // A softmax over some experts: their largest z, and the sum of their shares.
 struct Softmax {
@@ -52,7 +72,7 @@ __device__ __forceinline__ int word_of(int expert) { return expert + expert / WA
 // are not unrolled: their bodies are long, and other warps hide what they wait for.
 template <typename Team>
 struct Router {
-  const RouteInputs& in;
+  const TypedRouteParams& params;
   const RouteArgs& args;
   const Team& team;
   const int64_t token;
@@ -67,7 +87,7 @@ struct Router {
   template <typename Elem>
   __device__ __forceinline__ void read_logits() const {
     constexpr int LEN = Vec<Elem>::LEN;
-    const Elem* row = static_cast<const Elem*>(in.logits) + token * args.num_experts;
+    const Elem* row = static_cast<const Elem*>(params.logits) + token * args.num_experts;
     if (args.vector) {
       for (int first = team.rank * LEN; first < args.num_experts; first += Team::SIZE * LEN) {
         const Vec<Elem> loaded = load_vec(row + first);
@@ -88,9 +108,9 @@ struct Router {
   }
 
   __device__ __forceinline__ float noise_logit(int64_t at) const {
-    if (args.elem == ELEM_F32) return static_cast<const float*>(in.noise_logits)[at];
-    if (args.elem == ELEM_F16) return to_f32(static_cast<const f16*>(in.noise_logits)[at]);
-    return to_f32(static_cast<const bf16*>(in.noise_logits)[at]);
+    if (args.elem == ELEM_F32) return static_cast<const float*>(params.noise_logits)[at];
+    if (args.elem == ELEM_F16) return to_f32(static_cast<const f16*>(params.noise_logits)[at]);
+    return to_f32(static_cast<const bf16*>(params.noise_logits)[at]);
   }
 
   __device__ __forceinline__ void make_z() const {
@@ -98,9 +118,9 @@ struct Router {
 #pragma unroll 1
     for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
       float value = cleaned(z[word_of(e)]);
-      if (in.noise) {
-        float noise = __fmul_rn(in.noise[row + e], args.noise_deviation);
-        if (in.noise_logits) {
+      if (params.noise) {
+        float noise = __fmul_rn(params.noise[row + e], args.noise_deviation);
+        if (params.noise_logits) {
           noise = __fmul_rn(noise, softplus_f32(cleaned(noise_logit(row + e))));
         }
         value = cleaned(__fadd_rn(value, noise));
@@ -148,7 +168,7 @@ struct Router {
 #pragma unroll 1
     for (int e = team.rank; e < choices(); e += Team::SIZE) {
       float value = score_of(args.value, z[word_of(e)], all);
-      if (in.selection_bias) value = __fadd_rn(value, in.selection_bias[e]);
+      if (params.selection_bias) value = __fadd_rn(value, params.selection_bias[e]);
       keys[word_of(e)] = key_of(cleaned(value));
     }
     team.sync();
@@ -205,11 +225,11 @@ struct Router {
 
   // Ids from outside; NO_EXPERT for what is none.
   __device__ __forceinline__ void read_ids() const {
-    const uint32_t row = in.token_ids ? in.token_ids[token] : (uint32_t)token;
+    const uint32_t row = params.token_ids ? params.token_ids[token] : (uint32_t)token;
 #pragma unroll 1
     for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
       uint32_t id = NO_EXPERT;
-      if (row < (uint32_t)args.given_rows) id = in.given_ids[(int64_t)row * args.top_k + k];
+      if (row < (uint32_t)args.given_rows) id = params.given_ids[(int64_t)row * args.top_k + k];
       ids()[k] = id < (uint32_t)args.num_experts ? id : NO_EXPERT;
     }
     team.sync();
@@ -260,7 +280,7 @@ struct Router {
 #pragma unroll 1
     for (int k = 0; k < args.top_k; k++) {
       const int64_t slot = token * args.top_k + k;
-      const float* noise = in.selection_noise + slot * args.num_experts;
+      const float* noise = params.selection_noise + slot * args.num_experts;
       const int top = best_expert([&](int e) { return key_of(z[word_of(e)]); });
       const float most = z[word_of(top)];
       const int choice = best_expert([&](int e) {
@@ -278,7 +298,7 @@ struct Router {
       team.sync();  // All have read z, which a reduction over a warp does not order.
       if (team.rank == 0) {
         const float score = __fdiv_rn(share(z[word_of(choice)], most), sum);
-        const bool whole = choice == top || in.midpoint_draws[slot] > ROUTE_MIDPOINT_ABOVE;
+        const bool whole = choice == top || params.midpoint_draws[slot] > ROUTE_MIDPOINT_ABOVE;
         scores[k] = whole ? score : __fmul_rn(score, ROUTE_MIDPOINT_FACTOR);
         ids()[k] = choice;
         z[word_of(choice)] = number_of(0);
@@ -343,26 +363,27 @@ struct Router {
   }
 
   // An id for each slot, and its weight; what is no number or belongs to no expert weighs 0.
-  __device__ __forceinline__ void write(uint32_t* expert_ids, float* weights, float divisor) const {
+  __device__ __forceinline__ void write(float divisor) const {
 #pragma unroll 1
     for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
       const uint32_t id = ids()[k];
       float weight = __fmul_rn(__fdiv_rn(scores[k], divisor), args.scale);
-      if (in.expert_scale && id != NO_EXPERT) weight = __fmul_rn(weight, in.expert_scale[id]);
-      expert_ids[token * args.top_k + k] = id;
-      weights[token * args.top_k + k] = id == NO_EXPERT || weight != weight ? 0.0f : weight;
+      if (params.expert_scale && id != NO_EXPERT) weight = __fmul_rn(weight, params.expert_scale[id]);
+      params.expert_ids[token * args.top_k + k] = id;
+      params.routing_weights[token * args.top_k + k] = id == NO_EXPERT || weight != weight ? 0.0f : weight;
     }
   }
 
   // A number of every expert, args.value, instead of a choice: [E].
-  __device__ __forceinline__ void write_scores(float* row) const {
-    const bool active = !in.active || in.active[token] != 0;
+  __device__ __forceinline__ void write_scores() const {
+    const bool active = !params.active || params.active[token] != 0;
     Softmax all = {0.0f, 1.0f};
     if (active) {
       read_logits();
       make_z();
       if (args.value == ROUTE_SOFTMAX) all = softmax_of_all();
     }
+    float* const row = params.scores + token * args.num_experts;
     const float of_inactive = args.value == ROUTE_LOGIT ? -INFINITY : 0.0f;
 #pragma unroll 1
     for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
@@ -372,24 +393,24 @@ struct Router {
 
   // Everything but the selection itself: `select` puts the chosen into ids().
   template <typename Select>
-  __device__ __forceinline__ void run(uint32_t* expert_ids, float* weights, Select select) const {
-    if (in.active && in.active[token] == 0) {
+  __device__ __forceinline__ void run(Select select) const {
+    if (params.active && params.active[token] == 0) {
 #pragma unroll 1
       for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
-        expert_ids[token * args.top_k + k] = NO_EXPERT;
-        weights[token * args.top_k + k] = 0.0f;
+        params.expert_ids[token * args.top_k + k] = NO_EXPERT;
+        params.routing_weights[token * args.top_k + k] = 0.0f;
       }
       return;
     }
     read_logits();
     make_z();
-    if (in.selection_noise) {
+    if (params.selection_noise) {
       sample_by_sparsemixer();
-      return write(expert_ids, weights, 1.0f);
+      return write(1.0f);
     }
     Softmax all = {0.0f, 1.0f};
     if (args.score == ROUTE_SOFTMAX || args.value == ROUTE_SOFTMAX) all = softmax_of_all();
-    if (in.given_ids) {
+    if (params.given_ids) {
       read_ids();
     } else {
       make_keys(all);
@@ -398,6 +419,6 @@ struct Router {
       add_sinks();
     }
     score(all);
-    write(expert_ids, weights, divisor());
+    write(divisor());
   }
 };

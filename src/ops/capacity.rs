@@ -25,7 +25,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 
 use crate::abi::{
     CAPACITY_BY_CHOICE, CAPACITY_BY_CHOICE_AND_TOP_WEIGHT, CAPACITY_BY_TOKEN, CAPACITY_BY_WEIGHT,
-    CAPACITY_SELECT_THREADS, CapacitySelectArgs,
+    CAPACITY_SELECT_THREADS, CapacitySelectArgs, CapacitySelectParams,
 };
 use crate::config::{CapacityConfig, Priority};
 use crate::device::{
@@ -323,17 +323,25 @@ pub unsafe fn capacity_fwd_raw(
         threads: CAPACITY_SELECT_THREADS as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&expert_ids),
-        Argument::of(&kept),
-        Argument::of(&dropped),
-        Argument::of(&routing_weights),
-        Argument::of(&expert_offsets),
-        Argument::of(&row_of_slot),
-        Argument::of(&slot_of_row),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_capacity_fwd_select in kernels/capacity.cu; the caller vouches for the
+    let params = CapacitySelectParams {
+        expert_ids,
+        kept,
+        dropped,
+        routing_weights,
+        expert_offsets,
+        row_of_slot,
+        slot_of_row,
+        args,
+    };
+    // SAFETY: the parameter is that of moe_capacity_fwd_select in kernels/capacity.cu; the caller guarantees the
     // buffers; shape and range were checked above.
-    unsafe { device.launch(stream, Kernel::CapacityFwdSelect, DType::F32, launch, &arguments) }
+    unsafe {
+        device.launch(
+            stream,
+            Kernel::CapacityFwdSelect,
+            DType::F32,
+            launch,
+            &[Argument::of(&params)],
+        )
+    }
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
-use crate::abi::{EXPERT_CHOICE_COLUMN_BYTES, EXPERT_CHOICE_THREADS, ExpertChoiceArgs};
+use crate::abi::{
+    EXPERT_CHOICE_COLUMN_BYTES, EXPERT_CHOICE_THREADS, ExpertChoiceArgs, ExpertChoiceParams,
+};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     reads, writes,
@@ -138,13 +140,10 @@ pub unsafe fn expert_choice_fwd_raw(
         threads: EXPERT_CHOICE_THREADS as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&expert_ids),
-        Argument::of(&routing_weights),
-        Argument::of(&scores),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_expert_choice_fwd in kernels/expert_choice.cu; the caller vouches
-    // for the buffers; dimensions were checked above.
-    unsafe { device.launch(stream, Kernel::ExpertChoiceFwd, dtype, launch, &arguments) }
+    let params = ExpertChoiceParams { expert_ids, routing_weights, scores, args };
+    // SAFETY: the parameter is that of kernels/expert_choice.cu; the caller guarantees the buffers; dimensions were
+    // checked above.
+    unsafe {
+        device.launch(stream, Kernel::ExpertChoiceFwd, dtype, launch, &[Argument::of(&params)])
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
-use crate::abi::{JITTER_THREADS, JitterArgs};
+use crate::abi::{JITTER_THREADS, JitterArgs, JitterParams};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     reads, vector_rows, writes,
@@ -109,8 +109,7 @@ pub unsafe fn jitter_fwd_raw(
     }
     let launch =
         Launch { grid: [blocks as u32, 1, 1], threads: JITTER_THREADS as u32, shared_bytes: 0 };
-    let arguments =
-        [Argument::of(&jittered), Argument::of(&x), Argument::of(&u), Argument::of(&args)];
-    // SAFETY: the arguments follow moe_jitter_fwd in kernels/jitter.cu; the caller vouches for the buffers.
-    unsafe { device.launch(stream, Kernel::JitterFwd, dtype, launch, &arguments) }
+    let params = JitterParams { jittered, x, u, args };
+    // SAFETY: the parameter is that of kernels/jitter.cu; the caller guarantees the buffers.
+    unsafe { device.launch(stream, Kernel::JitterFwd, dtype, launch, &[Argument::of(&params)]) }
 }

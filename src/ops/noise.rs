@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 
-use crate::abi::{NOISE_GUMBEL, NOISE_NORMAL, NOISE_THREADS, NOISE_UNIFORM, NoiseArgs};
+use crate::abi::{
+    NOISE_GUMBEL, NOISE_NORMAL, NOISE_THREADS, NOISE_UNIFORM, NoiseArgs, NoiseParams,
+};
 use crate::config::NoiseDistribution;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -98,7 +100,7 @@ pub unsafe fn noise_fwd_raw(
     }
     let launch =
         Launch { grid: [blocks as u32, 1, 1], threads: NOISE_THREADS as u32, shared_bytes: 0 };
-    let arguments = [Argument::of(&noise), Argument::of(&args)];
-    // SAFETY: the arguments follow moe_noise_fwd in kernels/noise.cu; the caller vouches for the buffer.
-    unsafe { device.launch(stream, Kernel::NoiseFwd, DType::F32, launch, &arguments) }
+    let params = NoiseParams { noise, args };
+    // SAFETY: the parameter is that of kernels/noise.cu; the caller guarantees the buffer.
+    unsafe { device.launch(stream, Kernel::NoiseFwd, DType::F32, launch, &[Argument::of(&params)]) }
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
-use crate::abi::{GEMM_BLOCK_M, PLAN_MAX_COUNTERS, PLAN_SCAN_THREADS, PLAN_THREADS, PlanArgs};
+use crate::abi::{
+    GEMM_BLOCK_M, PLAN_MAX_COUNTERS, PLAN_SCAN_THREADS, PLAN_THREADS, PlanArgs, PlanParams,
+};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     optional, writes,
@@ -167,9 +169,16 @@ pub unsafe fn plan_fwd_raw(
         first_expert: int(OP, "first expert", layout.experts().start)?,
     };
     let at = |part: Range<usize>| plan + part.start as CUdeviceptr;
-    let (expert_offsets, tile_offsets) = (at(layout.expert_offsets()), at(layout.tile_offsets()));
-    let (row_of_slot, token_of_row) = (at(layout.row_of_slot()), at(layout.token_of_row()));
-    let (tiles, counts) = (at(layout.tiles()), at(layout.counts()));
+    let params = PlanParams {
+        expert_offsets: at(layout.expert_offsets()),
+        row_of_slot: at(layout.row_of_slot()),
+        token_of_row: at(layout.token_of_row()),
+        tiles: at(layout.tiles()),
+        tile_offsets: at(layout.tile_offsets()),
+        counts: at(layout.counts()),
+        expert_ids,
+        args,
+    };
 
     // Each warp of a block that places slots has counters for all experts.
     let warps = (PLAN_MAX_COUNTERS / args.num_experts).min(PLAN_THREADS / 32);
@@ -182,45 +191,15 @@ pub unsafe fn plan_fwd_raw(
         Launch { threads: PLAN_THREADS as u32, shared_bytes: 4 * args.num_experts as u32, ..place };
     let scan = Launch { grid: [1, 1, 1], threads: PLAN_SCAN_THREADS as u32, shared_bytes: 0 };
 
-    let run = |kernel: Kernel, launch: Launch, arguments: &[Argument]| {
-        // SAFETY: the arguments below follow the entries of kernels/plan.cu; the parts of the plan
-        // have the sizes that the layout gives them; the caller vouches for the buffers.
-        unsafe { device.launch(stream, kernel, DType::F32, launch, arguments) }
+    let enqueue = |kernel: Kernel, launch: Launch| {
+        // SAFETY: the parameter is that of kernels/plan.cu; the parts of the plan have the sizes that the layout
+        // gives them; the caller guarantees the buffers.
+        unsafe { device.launch(stream, kernel, DType::F32, launch, &[Argument::of(&params)]) }
     };
     if args.num_blocks == 1 {
-        let arguments = [
-            Argument::of(&expert_offsets),
-            Argument::of(&row_of_slot),
-            Argument::of(&token_of_row),
-            Argument::of(&tiles),
-            Argument::of(&tile_offsets),
-            Argument::of(&counts),
-            Argument::of(&expert_ids),
-            Argument::of(&args),
-        ];
-        return run(Kernel::PlanFwdSingle, place, &arguments);
+        return enqueue(Kernel::PlanFwdSingle, place);
     }
-    run(
-        Kernel::PlanFwdCount,
-        count,
-        &[Argument::of(&counts), Argument::of(&expert_ids), Argument::of(&args)],
-    )?;
-    let arguments = [
-        Argument::of(&expert_offsets),
-        Argument::of(&tile_offsets),
-        Argument::of(&counts),
-        Argument::of(&args),
-    ];
-    run(Kernel::PlanFwdScan, scan, &arguments)?;
-    let arguments = [
-        Argument::of(&row_of_slot),
-        Argument::of(&token_of_row),
-        Argument::of(&tiles),
-        Argument::of(&expert_ids),
-        Argument::of(&expert_offsets),
-        Argument::of(&tile_offsets),
-        Argument::of(&counts),
-        Argument::of(&args),
-    ];
-    run(Kernel::PlanFwdPlace, place, &arguments)
+    enqueue(Kernel::PlanFwdCount, count)?;
+    enqueue(Kernel::PlanFwdScan, scan)?;
+    enqueue(Kernel::PlanFwdPlace, place)
 }

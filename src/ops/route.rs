@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::abi;
-use crate::abi::{RouteAddresses, RouteArgs};
+use crate::abi::{RouteArgs, RouteParams, RoutePlainParams};
 use crate::config::{
     GroupScore, Masked, Normalization, RouteLengths, RouterConfig, Score, Scoring,
 };
@@ -237,17 +237,18 @@ pub unsafe fn route_fwd_raw(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let RouteBuffers { expert_ids, routing_weights, logits, .. } = buffers;
     let args = arguments(dtype, &shape, router, &buffers)?;
-    let addresses = buffers.addresses();
     let (kernel, launch) = body(router, &buffers, &args);
     let plain = matches!(kernel, Kernel::RouteFwdPlainNarrow | Kernel::RouteFwdPlainWide);
-    let inputs = if plain { Argument::of(&logits) } else { Argument::of(&addresses) };
-    let arguments =
-        [Argument::of(&expert_ids), Argument::of(&routing_weights), inputs, Argument::of(&args)];
-    // SAFETY: the arguments follow the entries of kernels/route.cu, whose limits on E and K chose the
-    // kernel above; the caller vouches for the buffers.
-    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+    if plain {
+        let params = buffers.plain_params(args);
+        // SAFETY: the parameter is that of kernels/route.cu, whose limits on E and K chose the kernel above; the
+        // caller guarantees the buffers.
+        return unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) };
+    }
+    let params = buffers.params(args);
+    // SAFETY: as above, with the parameter of kernels/router.cuh.
+    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
 }
 
 impl RouteBuffers {
@@ -289,8 +290,21 @@ impl RouteBuffers {
         Ok(())
     }
 
-    fn addresses(&self) -> RouteAddresses {
-        RouteAddresses {
+    fn plain_params(&self, args: RouteArgs) -> RoutePlainParams {
+        RoutePlainParams {
+            expert_ids: self.expert_ids,
+            routing_weights: self.routing_weights,
+            logits: self.logits,
+            args,
+            padding: 0,
+        }
+    }
+
+    fn params(&self, args: RouteArgs) -> RouteParams {
+        RouteParams {
+            expert_ids: self.expert_ids,
+            routing_weights: self.routing_weights,
+            scores: 0,
             logits: self.logits,
             selection_bias: self.selection_bias,
             expert_scale: self.expert_scale,
@@ -301,6 +315,8 @@ impl RouteBuffers {
             given_ids: self.given_ids,
             token_ids: self.token_ids,
             active: self.active,
+            args,
+            padding: 0,
         }
     }
 }

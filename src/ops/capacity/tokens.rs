@@ -2,7 +2,10 @@
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
-use crate::abi::{CAPACITY_TOKEN_THREADS, CapacityAskArgs, CapacityNormalizeArgs};
+use crate::abi::{
+    CAPACITY_TOKEN_THREADS, CapacityAskArgs, CapacityAskParams, CapacityNormalizeArgs,
+    CapacityNormalizeParams,
+};
 use crate::config::{Normalization, kept_divisor};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream, optional,
@@ -151,20 +154,23 @@ pub unsafe fn capacity_ask_fwd_raw(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let arguments = [
-        Argument::of(&requests),
-        Argument::of(&routing_weights),
-        Argument::of(&next_candidate),
-        Argument::of(&expert_ids),
-        Argument::of(&kept_ids),
-        Argument::of(&candidates),
-        Argument::of(&candidate_weights),
-        Argument::of(&args),
-    ];
+    let params = CapacityAskParams {
+        requests,
+        routing_weights,
+        next_candidate,
+        expert_ids,
+        kept_ids,
+        candidates,
+        candidate_weights,
+        args,
+        padding: 0,
+    };
     let launch = thread_per_token(shape);
-    // SAFETY: the arguments follow moe_capacity_fwd_ask in kernels/capacity.cu; the caller vouches for the
+    // SAFETY: the parameter is that of moe_capacity_fwd_ask in kernels/capacity.cu; the caller guarantees the
     // buffers; the shape was checked above.
-    unsafe { device.launch(stream, Kernel::CapacityFwdAsk, DType::F32, launch, &arguments) }
+    unsafe {
+        device.launch(stream, Kernel::CapacityFwdAsk, DType::F32, launch, &[Argument::of(&params)])
+    }
 }
 
 /// Weights of what is kept: `weights[t, k]` divided by the sum over the token's kept slots, times `scale`, times the
@@ -261,17 +267,26 @@ pub unsafe fn capacity_normalize_fwd_raw(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let arguments = [
-        Argument::of(&normalized),
-        Argument::of(&expert_scale),
-        Argument::of(&expert_ids),
-        Argument::of(&routing_weights),
-        Argument::of(&args),
-    ];
+    let params = CapacityNormalizeParams {
+        normalized,
+        expert_scale,
+        expert_ids,
+        routing_weights,
+        args,
+        padding: 0,
+    };
     let launch = thread_per_token(shape);
-    // SAFETY: the arguments follow moe_capacity_fwd_normalize in kernels/capacity.cu; the caller vouches for
+    // SAFETY: the parameter is that of moe_capacity_fwd_normalize in kernels/capacity.cu; the caller guarantees
     // the buffers; the shape was checked above.
-    unsafe { device.launch(stream, Kernel::CapacityFwdNormalize, DType::F32, launch, &arguments) }
+    unsafe {
+        device.launch(
+            stream,
+            Kernel::CapacityFwdNormalize,
+            DType::F32,
+            launch,
+            &[Argument::of(&params)],
+        )
+    }
 }
 
 fn thread_per_token(shape: RoutingShape) -> Launch {

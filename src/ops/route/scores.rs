@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 
-use crate::abi;
+use crate::abi::{ROUTE_PICK_THREADS, RouteParams};
 use crate::config::{RouteLengths, RouterConfig, RouterStep};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -122,15 +122,17 @@ pub unsafe fn route_scores_fwd_raw(
     let read = RouteBuffers { logits, noise, noise_logits, active, ..RouteBuffers::default() };
     let mut args = arguments(dtype, &shape, &router, &read)?;
     args.value = kind(score);
-    let addresses = read.addresses();
-    let warps = abi::ROUTE_PICK_THREADS as u32 / 32;
+    let params = RouteParams { scores, ..read.params(args) };
+    let threads = ROUTE_PICK_THREADS as u32;
+    let warps = threads / 32;
     let launch = Launch {
         grid: [(args.num_tokens as u32).div_ceil(warps), 1, 1],
-        threads: abi::ROUTE_PICK_THREADS as u32,
+        threads,
         shared_bytes: warps * args.row_words as u32 * 4,
     };
-    let arguments = [Argument::of(&scores), Argument::of(&addresses), Argument::of(&args)];
-    // SAFETY: the arguments follow moe_route_fwd_scores in kernels/route.cu; the caller vouches for the
-    // buffers; the shape was checked, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::RouteFwdScores, dtype, launch, &arguments) }
+    // SAFETY: the parameter is that of kernels/router.cuh; the caller guarantees the buffers; the shape was checked,
+    // so that num_tokens fits a grid.
+    unsafe {
+        device.launch(stream, Kernel::RouteFwdScores, dtype, launch, &[Argument::of(&params)])
+    }
 }
