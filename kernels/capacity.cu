@@ -1,28 +1,32 @@
-// capacity: an expert takes a limited number of slots; the others find no room.
-//   In each sequence n (sequence_tokens tokens, one after the other), expert e keeps the `capacity`
-//   first of its slots, in the order of `priority`, ties to the lower slot:
-//     BY_TOKEN                   slot after slot
-//     BY_CHOICE                  k, then token: all first choices come before all second ones
-//     BY_WEIGHT                  weights[t, k] descending
-//     BY_CHOICE_AND_TOP_WEIGHT   k, then weights[t, 0] descending
-//   -0 is 0 and NaN is minus infinity there. Positions count slots that are dropped too, so the slots
-//   that are kept are those of the smallest keys, which is a selection and no sort.
-// select     expert_ids'[s] = expert_ids[s] where slot s is kept, else NO_EXPERT
-//            kept[n, e] and dropped[n, e] = how many slots are and are not
-//            Grid (sequences, E + 1), block (CAPACITY_SELECT_THREADS): a block per sequence and expert
-//            finds the last key that is kept, digit by digit, and then writes its slots. The blocks
-//            past the last expert write the slots that ask no expert. The plan is of slots: its
-//            tokens are slots, so that token_of_row lists each expert's slots, ascending.
-// ask        overflow: a slot that found no room asks the next candidate of its token, in the order
-//            of candidates, that is none of the token's own expert_ids; slots in order.
-//            Grid (T / CAPACITY_TOKEN_THREADS), a thread per token. A plan of `requests` and select
-//            with later = 1 follow: experts hold what they have, and take requests while there is room.
-// normalize  weights'[s] = weights[s] / max(epsilon + sum over the token's kept slots, min) * scale * expert_scale[e],
-//            0 for others and where that is NaN. The sum runs from 0 in the order of k. Grid and block as for ask.
-// Bytes   select reads each slot's row a few times (once by token) and 4*T*K of ids, writes 4*T*K.
+// capacity: an expert keeps a limited number of slots and drops the others.
+//   In each sequence n (sequence_tokens consecutive tokens), expert e keeps the first `capacity` of its
+//   slots, in the order of `priority`, ties to the lower slot:
+//     BY_TOKEN                   slot
+//     BY_CHOICE                  k, then token: all first choices before all second choices
+//     BY_WEIGHT                  routing_weights[t, k] descending
+//     BY_CHOICE_AND_TOP_WEIGHT   k, then routing_weights[t, 0] descending
+//   -0 counts as 0 and NaN as -inf. Dropped slots count in positions too, so the kept slots are those of
+//   the smallest keys: a selection, without a sort.
+// select     expert_ids'[s] = expert_ids[s] if slot s is kept, else NO_EXPERT
+//            kept[n, e], dropped[n, e] = number of slots that expert e keeps and drops
+//            Grid (sequences, E + 1), block (CAPACITY_SELECT_THREADS): one block per sequence and expert
+//            finds the last key that is kept, digit by digit, and then writes the expert's slots. The
+//            blocks with index E write the slots without an expert. The plan is of slots: its tokens
+//            are slots, so that token_of_row lists each expert's slots in ascending order.
+// reassign   overflow: a dropped slot requests the next candidate of its token, in the order of
+//            candidates, that is not in the token's own expert_ids; the slots of a token in order.
+//            Grid (T / CAPACITY_TOKEN_THREADS), one thread per token. A plan of `requests` and select
+//            with later = 1 follow: experts keep their slots, and accept requests up to `capacity`.
+// normalize  normalized[s] = routing_weights[s] / max(epsilon + sum over the token's kept slots, min) *
+//            scale * expert_scale[e]; 0 for dropped slots and for NaN. The sum starts at 0 and is in the
+//            order of k. Grid and block as for reassign.
+// Roofline select reads 4*T*K bytes of ids and 4*T*K of rows, writes 4*T*K; by weight it reads rows and
+//         weights once per digit.
 // Writers one per element: a slot has one expert in a plan, a token one thread. Atomics add integers,
-//         where order does not show. So the result is deterministic.
+//         in any order. The result is deterministic.
 #include "kernel.cuh"
+
+#include "select.cuh"
 
 // ---- Parameters -----------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, row_of_slot)
 ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, slot_of_row);
 ASSERT_SAME_OFFSET(TypedCapacitySelectParams, CapacitySelectParams, args);
 
-struct TypedCapacityAskParams {
+struct TypedCapacityReassignParams {
   uint32_t* requests;              // [T, K] out
   float* routing_weights;          // [T, K] in and out: written where there is a request
   uint32_t* next_candidate;        // [T] out, in and out if later
@@ -54,19 +58,19 @@ struct TypedCapacityAskParams {
   const uint32_t* kept_ids;        // [T, K], as select has left them
   const uint32_t* candidates;      // [T, C]
   const float* candidate_weights;  // [T, C]
-  CapacityAskArgs args;
+  CapacityReassignArgs args;
   int padding;
 };
-static_assert(sizeof(TypedCapacityAskParams) == sizeof(CapacityAskParams), "the same layout");
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, requests);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, routing_weights);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, next_candidate);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, expert_ids);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, kept_ids);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, candidates);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, candidate_weights);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, args);
-ASSERT_SAME_OFFSET(TypedCapacityAskParams, CapacityAskParams, padding);
+static_assert(sizeof(TypedCapacityReassignParams) == sizeof(CapacityReassignParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, requests);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, next_candidate);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, kept_ids);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, candidates);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, candidate_weights);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, args);
+ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, padding);
 
 struct TypedCapacityNormalizeParams {
   float* normalized;             // [T, K] out
@@ -86,26 +90,26 @@ ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, paddin
 
 // ---- select -------------------------------------------------------------------------------------
 
-// Slots of the smallest keys come first. The host has seen to it that 64 bits are enough: together
-// a choice and a token have no more bits than 32, and slots have 31.
+// Slots are kept in ascending order of their keys. The host checks that 64 bits are enough: a choice
+// and a token have at most 32 bits together, and a slot has 31.
 __device__ __forceinline__ uint64_t key_of_slot(int slot, const float* weights,
                                                 const CapacitySelectArgs& args) {
   if (args.priority == CAPACITY_BY_TOKEN) return (uint32_t)slot;
   if (args.priority == CAPACITY_BY_WEIGHT) {
-    return (uint64_t)~order_of(weights[slot]) << args.token_bits | (uint32_t)slot;
+    return (uint64_t)~key_of(cleaned(weights[slot])) << args.token_bits | (uint32_t)slot;
   }
   const uint32_t token = slot / args.top_k, choice = slot % args.top_k;
   if (args.priority == CAPACITY_BY_CHOICE) return (uint64_t)choice << args.token_bits | token;
-  const uint64_t top = ~order_of(weights[(int64_t)token * args.top_k]);
+  const uint64_t top = ~key_of(cleaned(weights[(int64_t)token * args.top_k]));
   return ((uint64_t)choice << 32 | top) << args.token_bits | token;
 }
 
-// The slot of a row. A plan that its kernels have not made yet holds any bits, which stay inside here.
+// The slot of a row, clamped: a plan that was not computed yet may hold any bits.
 __device__ __forceinline__ int slot_at(const int* slot_of_row, int row, int slots) {
   return (int)min((uint32_t)slot_of_row[row], (uint32_t)slots - 1);
 }
 
-// The first row from `begin` on, below `end`, whose slot is `slot` or more. Slots ascend.
+// The first row in begin .. end - 1 whose slot is >= `slot`, or `end`. Slots ascend.
 __device__ __forceinline__ int first_row_from(const int* slot_of_row, int begin, int end,
                                               int64_t slot) {
   while (begin < end) {
@@ -148,11 +152,11 @@ __device__ __forceinline__ void capacity_select(const TypedCapacitySelectParams&
   const int end_row = first_row_from(slot_of_row, first_row, end, end_slot);
   const int count = end_row - first_row;
   const int64_t cell = sequence * args.num_experts + expert;
-  // The caller's numbers of a later round may be any: an expert that holds too many is full.
+  // In a later round `kept` is the caller's and may have any value: above the capacity, there is no room.
   const uint32_t capacity = args.capacity, held = args.later ? params.kept[cell] : 0;
   const int room = held < capacity ? min(count, (int)(capacity - held)) : 0;
 
-  // Rows are in the order of slots, so by token the last one is known.
+  // Rows are in the order of slots, so BY_TOKEN needs no search.
   const bool by_token = args.priority == CAPACITY_BY_TOKEN;
   const bool choose = 0 < room && room < count;
   if (threadIdx.x == 0) {
@@ -160,7 +164,7 @@ __device__ __forceinline__ void capacity_select(const TypedCapacitySelectParams&
     last[0] = choose ? 0 : ~(uint64_t)0;
     if (choose && by_token) last[0] = slot_at(slot_of_row, first_row + room - 1, slots);
   }
-  __syncthreads();  // Also: nobody reads `kept` any more.
+  __syncthreads();  // also after the last read of `kept`
   if (choose && !by_token) {
     select_smallest<1>(last, wanted, counters, args.key_bits, [=](auto visit) {
       for (int row = first_row + threadIdx.x; row < end_row; row += CAPACITY_SELECT_THREADS) {
@@ -190,10 +194,10 @@ extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS, 4)
 moe_capacity_fwd_select(const TypedCapacitySelectParams params) { capacity_select(params); }
 EXPORT_KERNEL(moe_capacity_fwd_select, CAPACITY_SELECT_THREADS)
 
-// ---- ask ----------------------------------------------------------------------------------------
+// ---- reassign -----------------------------------------------------------------------------------
 
-__device__ __forceinline__ void capacity_ask(const TypedCapacityAskParams& params) {
-  const CapacityAskArgs& args = params.args;
+__device__ __forceinline__ void capacity_reassign(const TypedCapacityReassignParams& params) {
+  const CapacityReassignArgs& args = params.args;
   const int64_t token = (int64_t)blockIdx.x * CAPACITY_TOKEN_THREADS + threadIdx.x;
   if (token >= args.num_tokens) return;
   const int64_t first_slot = token * args.top_k;
@@ -201,12 +205,12 @@ __device__ __forceinline__ void capacity_ask(const TypedCapacityAskParams& param
   const uint32_t* own = params.expert_ids + first_slot;
   const uint32_t* candidates = params.candidates + token * args.num_candidates;
   const float* candidate_weights = params.candidate_weights + token * args.num_candidates;
-  // Unsigned, as the caller's number may have any bits: one past the candidates asks for nothing.
+  // Unsigned: the caller's value may have any bits, and from C on there are no candidates left.
   uint32_t next = args.later ? params.next_candidate[token] : 0;
   for (int k = 0; k < args.top_k; k++) {
     uint32_t request = NO_EXPERT;
-    const bool asks = own[k] < num_experts && params.kept_ids[first_slot + k] >= num_experts;
-    while (asks && request == NO_EXPERT && next < num_candidates) {
+    const bool is_dropped = own[k] < num_experts && params.kept_ids[first_slot + k] >= num_experts;
+    while (is_dropped && request == NO_EXPERT && next < num_candidates) {
       const uint32_t candidate = candidates[next];
       bool is_new = candidate < num_experts;
       for (int j = 0; j < args.top_k && is_new; j++) is_new = own[j] != candidate;
@@ -222,8 +226,8 @@ __device__ __forceinline__ void capacity_ask(const TypedCapacityAskParams& param
 }
 
 extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
-moe_capacity_fwd_ask(const TypedCapacityAskParams params) { capacity_ask(params); }
-EXPORT_KERNEL(moe_capacity_fwd_ask, CAPACITY_TOKEN_THREADS)
+moe_capacity_fwd_reassign(const TypedCapacityReassignParams params) { capacity_reassign(params); }
+EXPORT_KERNEL(moe_capacity_fwd_reassign, CAPACITY_TOKEN_THREADS)
 
 // ---- normalize ----------------------------------------------------------------------------------
 
@@ -251,7 +255,7 @@ __device__ __forceinline__ void capacity_normalize(const TypedCapacityNormalizeP
       weight = __fmul_rn(__fdiv_rn(routing_weights[slot], divisor), args.scale);
       if (params.expert_scale != nullptr) weight = __fmul_rn(weight, params.expert_scale[expert]);
     }
-    params.normalized[slot] = weight == weight ? weight : 0.0f;  // 0 / 0 is no weight.
+    params.normalized[slot] = weight == weight ? weight : 0.0f;  // 0 for 0 / 0
   }
 }
 

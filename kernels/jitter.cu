@@ -1,9 +1,9 @@
-// jitter: every element times its own factor near 1, which a router sees in training.
+// jitter: every element times a factor near 1 of its own; input noise of a router in training.
 //   jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1)), so that uniform u gives U(1 - epsilon, 1 + epsilon)
 //   In f32: fma(epsilon, fma(2, u, -1), 1), then one product, rounded to Elem.
-// Launch  grid (len / (JITTER_THREADS * LEN), rounded up), block (JITTER_THREADS): a thread has a
-//         vector of elements, or as many single ones where buffers are not aligned.
-// Bytes   reads len*(s + 4), writes len*s: at T4096 H4096 bf16, 101 MB + 34 MB.
+// Launch  grid (len / (JITTER_THREADS * LEN), rounded up), block (JITTER_THREADS): one vector of
+//         elements per thread, or as many single elements if a buffer is not aligned.
+// Roofline reads len*(s + 4) bytes, writes len*s: at T4096 H4096 bf16, 101 MB + 34 MB.
 // Writers one per element: deterministic, and the same bits on every device.
 #include "kernel.cuh"
 
@@ -47,11 +47,11 @@ __device__ __forceinline__ void jitter_fwd(const TypedJitterParams<Elem>& params
     return;
   }
   if (args.vector) {
-    // The last vector, which is not a whole one.
+    // The last vector is shorter.
     for (int64_t i = first; i < args.len; i++) jittered[i] = jitter(x[i], u[i], args.epsilon);
     return;
   }
-  // The block has the same elements, but a thread's are a block apart, so that warps read runs.
+  // A thread's elements are JITTER_THREADS apart, so that a warp accesses consecutive ones.
   for (int i = 0; i < LEN; i++) {
     const int64_t at = first_of_block + i * JITTER_THREADS + threadIdx.x;
     if (at < args.len) jittered[at] = jitter(x[at], u[at], args.epsilon);

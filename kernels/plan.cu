@@ -1,26 +1,26 @@
-// plan: groups slots by expert, stably, and cuts each expert's rows into tiles. The E experts here
-//       have the router's ids from first_expert on; a slot with any other id (any bits) is inactive:
-//       it gets no row. id(s) below is the router's less first_expert.
+// plan: groups slots by expert, stably, and cuts each expert's rows into tiles. The plan's E experts
+//       have the router's ids from first_expert on; a slot with any other id (any bits) is inactive
+//       and has no row. id(s) below is the router's id minus first_expert.
 //   expert_offsets[e] = active slots of experts below e; [E] is the number of rows in use
 //   row_of_slot[s]    = expert_offsets[id(s)] + number of slots before s with the same id, else -1
-//   token_of_row[r]   = s / K for the slot s of row r, -1 for rows that no slot has
-//   tiles             = for each expert in order, its rows in runs of block_m, the last one short;
-//                       the rest of the list is zero. num_tiles = tile_offsets[E].
-//   expert_ids == nullptr stands for all ids 0: one group, so that a dense product is a grouped one.
-// A counting sort in three launches, each of a size that the host knows. Where one block has all the
-// slots, single does the three in one launch.
-//   count   grid (num_blocks), block (PLAN_THREADS): how many slots of each expert a block has
+//   token_of_row[r]   = s / K for the slot s of row r, -1 for unused rows
+//   tiles             = for each expert in order, its rows in tiles of block_m, the last one shorter;
+//                       unused entries are zero. num_tiles = tile_offsets[E].
+//   expert_ids == nullptr: all ids are 0. A dense product is a grouped one with a single expert.
+// A counting sort in three launches, whose sizes depend on the shape alone. If one block has all the
+// slots, single does the three steps in one launch.
+//   count   grid (num_blocks), block (PLAN_THREADS): counts a block's slots of each expert
 //   scan    grid (1), block (PLAN_SCAN_THREADS): prefix sums over (expert, block), in memory order;
 //           offsets of experts and of their tiles
-//   place   grid (num_blocks), block (whole warps, at most PLAN_THREADS): each warp goes through its
-//           slots in order; equal ids within a warp are ranked by __match_any_sync
+//   place   grid (num_blocks), block (whole warps, at most PLAN_THREADS): each warp places its slots
+//           in order; equal ids within a warp are ranked by __match_any_sync
 //   Shared memory: E counters of 4 bytes for count, E for each warp for place and single.
-// Bytes   reads 3 * 4*T*K and 4 * 4*E*num_blocks, writes 2 * 4*T*K and the tiles: at T16384 E128 K8,
-//         1.6 MB + 0.3 MB + 1.0 MB.
+// Roofline reads 3 * 4*T*K and 4 * 4*E*num_blocks bytes, writes 2 * 4*T*K and the tiles: at T16384
+//         E128 K8, 1.6 MB + 0.3 MB + 1.0 MB.
 // Writers one per element: a row has one slot, and the slot of a tile's first row writes the tile.
-//         Atomics add integers, where order does not show. So the result is deterministic, and stable.
-// Bounds  place writes only inside the plan, whatever it finds there: another launch may use the same
-//         memory at the same time, where a graph is replayed on a stream that waits for nothing.
+//         Atomics add integers, in any order. The result is deterministic, and stable.
+// Bounds  place checks every index before a write, as the plan may have any contents: a graph that is
+//         replayed on an unordered stream may write the same memory at the same time.
 #include "kernel.cuh"
 
 struct TypedPlanParams {
@@ -43,9 +43,9 @@ ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, counts);
 ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, expert_ids);
 ASSERT_SAME_OFFSET(TypedPlanParams, PlanParams, args);
 
-static_assert(MAX_EXPERTS <= PLAN_MAX_COUNTERS, "a warp counts every expert");
+static_assert(MAX_EXPERTS <= PLAN_MAX_COUNTERS, "a warp has a counter for every expert");
 
-// Values of a thread in a step of exclusive_scan: SCAN_LOADS loads of 16 bytes.
+// 16-byte loads of a thread in a step of exclusive_scan.
 constexpr int SCAN_LOADS = 4;
 
 // ---- Slots --------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ __device__ __forceinline__ SlotRange warp_range(SlotRange block, const PlanArgs&
 __device__ __forceinline__ int expert_of(const uint32_t* expert_ids, int slot,
                                          const PlanArgs& args) {
   const uint32_t id = expert_ids == nullptr ? 0 : expert_ids[slot];
-  // Ids below the first wrap around to more than any expert has.
+  // Ids below the first wrap around to large ones.
   return (int)min(id - (uint32_t)args.first_expert, (uint32_t)args.num_experts);
 }
 
@@ -122,9 +122,9 @@ __device__ __forceinline__ void store_four(int* values, int i, int n, int4 four)
   if (i + 2 < n) values[i + 2] = four.z;
 }
 
-// Replaces values[0 .. n - 1] in global memory by their exclusive prefix sums and returns the sum of
-// all. The whole block takes part; `values` is 16-byte aligned. The caller sees to a barrier before
-// if the block wrote `values`; there is one at the end.
+// Replaces values[0 .. n - 1] in global memory by their exclusive prefix sums and returns their total.
+// A block-wide operation that ends with a barrier; `values` is 16-byte aligned. If the block wrote
+// `values`, a barrier must come before.
 __device__ __forceinline__ int exclusive_scan(int* values, int n) {
   SHARED_ARRAY(int, warp_totals, WARP_SIZE);
   const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
@@ -161,7 +161,7 @@ __device__ __forceinline__ int exclusive_scan(int* values, int n) {
       const int4 shifted = {p.x + offset, p.y + offset, p.z + offset, p.w + offset};
       store_four(values, first + i * LOAD, n, shifted);
     }
-    __syncthreads();  // The next step writes warp_totals.
+    __syncthreads();  // before the next step writes warp_totals
   }
   return before;
 }
@@ -219,7 +219,7 @@ __device__ __forceinline__ void plan_place(const TypedPlanParams& params) {
   }
   __syncthreads();
 
-  // 32 slots at a time, all lanes together. Lanes of one expert take consecutive rows.
+  // 32 slots at a time. Lanes of one expert receive consecutive rows.
   for (int first = range.first; first < range.end; first += WARP_SIZE) {
     const int slot = first + lane;
     const int expert = slot < range.end ? expert_of(expert_ids, slot, args) : num_experts;
@@ -231,7 +231,7 @@ __device__ __forceinline__ void plan_place(const TypedPlanParams& params) {
       next_row[expert] = row + __popc(peers);
     }
     row = __shfl_sync(FULL_WARP, row, leader) + __popc(peers & ((1u << lane) - 1));
-    __syncwarp();  // The next 32 may have another leader for this expert.
+    __syncwarp();  // the next 32 slots may have another leader for this expert
 
     if (slot < range.end) params.row_of_slot[slot] = expert < num_experts ? row : INACTIVE;
     if (expert < num_experts && (uint32_t)row < (uint32_t)args.slots) {
@@ -245,7 +245,7 @@ __device__ __forceinline__ void plan_place(const TypedPlanParams& params) {
     }
   }
 
-  // There are as many rows as slots: a block answers for the rows with the numbers of its slots.
+  // There are as many rows as slots: a block writes the unused rows among those with its slots' indices.
   const int rows = expert_offsets[num_experts];
   for (int row = block.first + threadIdx.x; row < block.end; row += blockDim.x) {
     if (row >= rows) params.token_of_row[row] = INACTIVE;
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
 moe_plan_fwd_place(const TypedPlanParams params) { plan_place(params); }
 EXPORT_KERNEL(moe_plan_fwd_place, PLAN_THREADS)
 
-// All three for a grid of one block, whose barriers make its writes visible to its own threads.
+// The three steps for a grid of one block, whose barriers make its writes visible to its threads.
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
 moe_plan_fwd_single(const TypedPlanParams params) {
   plan_count(params);

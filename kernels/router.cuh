@@ -1,10 +1,10 @@
-// One token of any router: what RouteArgs asks for, by a team of threads that holds the token's row
-// in shared memory. src/reference/route.rs states what each step computes, in the same order.
+// One token of any router, as RouteArgs describes it. A team of threads keeps the token's row in shared
+// memory. src/reference/route.rs states what each step computes, in the same order.
 #pragma once
 
-static_assert(ROUTE_MAX_GROUPS <= WARP_SIZE, "a lane answers for each group");
+static_assert(ROUTE_MAX_GROUPS <= WARP_SIZE, "one lane per group");
 
-// RouteParams with typed pointers, null for inputs that the router does not have.
+// RouteParams with typed pointers. Absent inputs are null.
 struct TypedRouteParams {
   uint32_t* expert_ids;          // [T, K] out
   float* routing_weights;        // [T, K] out
@@ -39,12 +39,12 @@ ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, active);
 ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, args);
 ASSERT_SAME_OFFSET(TypedRouteParams, RouteParams, padding);
 
-// A softmax over some experts: their largest z, and the sum of their shares.
+// A softmax over a set of experts: the largest z, and the sum of shares.
 struct Softmax {
   float max, sum;
 };
 
-// A number of ROUTE_LOGIT to ROUTE_SQRT_SOFTPLUS.
+// The score `kind`, from ROUTE_LOGIT to ROUTE_SQRT_SOFTPLUS.
 __device__ __forceinline__ float score_of(int kind, float z, const Softmax& softmax) {
   if (kind == ROUTE_LOGIT) return z;
   if (kind == ROUTE_SOFTMAX) return __fdiv_rn(share(z, softmax.max), softmax.sum);
@@ -53,23 +53,23 @@ __device__ __forceinline__ float score_of(int kind, float z, const Softmax& soft
   return __fdiv_rn(z < 0.0f ? t : 1.0f, __fadd_rn(1.0f, t));
 }
 
-// Whether sparsemixer lets an expert take part beside the largest one.
+// True if sparsemixer includes an expert: its z is the largest or near it.
 __device__ __forceinline__ bool is_near(float z, float max, float jitter) {
   const float size = fabsf(z) > max ? fabsf(z) : max;
   return z == max || __fdiv_rn(__fsub_rn(max, z), size) <= __fadd_rn(jitter, jitter);
 }
 
-// In training, a choice that is not the largest keeps its share where its draw is above the first, and
-// has the second's part of it elsewhere: a third, as Heun's third-order method weighs its points.
+// In training, a choice other than the largest keeps its share if its draw is above the first constant.
+// Otherwise its share is multiplied by the second: a third, the weight of Heun's third-order method.
 constexpr float ROUTE_MIDPOINT_ABOVE = 0.75f, ROUTE_MIDPOINT_FACTOR = 0.3333f;
 
-// Where a row in shared memory has its expert: a word is left free after every 32, so that neither
-// neighbours nor groups of 32 meet in a bank.
+// Index of an expert in a row of shared memory. One word after every 32 is unused, so that neither
+// consecutive experts nor groups of 32 have bank conflicts.
 __device__ __forceinline__ int word_of(int expert) { return expert + expert / WARP_SIZE; }
 
-// One token. Threads own the experts, and later the slots, of their rank modulo Team::SIZE.
-// Elements of any type become f32 in the first step, so that the others are compiled once. Loops
-// are not unrolled: their bodies are long, and other warps hide what they wait for.
+// One token. A thread handles the experts, and later the slots, of its rank modulo Team::SIZE.
+// The first step converts elements of any type to f32, so that the others are compiled once. Loops
+// are not unrolled: their bodies are long, and other warps hide their latency.
 template <typename Team>
 struct Router {
   const TypedRouteParams& params;
@@ -163,7 +163,7 @@ struct Router {
     return {most, sum_of_units(team.units(units))};
   }
 
-  // Keys of the values that experts are chosen by.
+  // Keys of the values that select experts.
   __device__ __forceinline__ void make_keys(const Softmax& all) const {
 #pragma unroll 1
     for (int e = team.rank; e < choices(); e += Team::SIZE) {
@@ -174,7 +174,7 @@ struct Router {
     team.sync();
   }
 
-  // The best groups: bit (g << group_part_bits) is of group g. Each warp finds them for itself.
+  // The best groups: bit (g << group_part_bits) is set for group g. Each warp computes all of them.
   __device__ __forceinline__ uint32_t best_groups() const {
     const int lane = threadIdx.x % WARP_SIZE, bits = args.group_part_bits;
     const int group = lane >> bits, part = lane & ((1 << bits) - 1);
@@ -188,26 +188,26 @@ struct Router {
       }
     }
     for (int offset = (1 << bits) / 2; offset > 0; offset /= 2) {
-      const uint32_t first = __shfl_xor_sync(FULL_WARP, best.first, offset);
-      const uint32_t second = __shfl_xor_sync(FULL_WARP, best.second, offset);
-      best.add(first);
-      best.add(second);
+      const uint32_t largest = __shfl_xor_sync(FULL_WARP, best.largest, offset);
+      const uint32_t next_largest = __shfl_xor_sync(FULL_WARP, best.next_largest, offset);
+      best.add(largest);
+      best.add(next_largest);
     }
-    uint32_t worth = best.first;
-    if (args.group_sum && best.second != 0) {
-      worth = key_of(cleaned(__fadd_rn(number_of(best.first), number_of(best.second))));
+    uint32_t score = best.largest;
+    if (args.group_sum && best.next_largest != 0) {
+      score = key_of(cleaned(__fadd_rn(number_of(best.largest), number_of(best.next_largest))));
     }
     int better = 0;
 #pragma unroll 1
     for (int other = 0; other < args.num_groups; other++) {
-      const uint32_t theirs = __shfl_sync(FULL_WARP, worth, other << bits);
-      better += theirs > worth || (theirs == worth && other < group);
+      const uint32_t other_score = __shfl_sync(FULL_WARP, score, other << bits);
+      better += other_score > score || (other_score == score && other < group);
     }
     const bool first_part = part == 0 && group < args.num_groups;
     return __ballot_sync(FULL_WARP, first_part && better < args.top_groups);
   }
 
-  // The key of an expert that can be chosen, given the best groups.
+  // The key of an expert below choices(), masked outside the best groups.
   __device__ __forceinline__ uint32_t key_in(uint32_t groups, int expert) const {
     const uint32_t group = __umulhi(2 * (uint32_t)expert, args.group_magic);
     const bool inside = groups >> (group << args.group_part_bits) & 1;
@@ -223,7 +223,7 @@ struct Router {
     team.sync();
   }
 
-  // Ids from outside; NO_EXPERT for what is none.
+  // Given ids; NO_EXPERT for ids out of range.
   __device__ __forceinline__ void read_ids() const {
     const uint32_t row = params.token_ids ? params.token_ids[token] : (uint32_t)token;
 #pragma unroll 1
@@ -235,8 +235,8 @@ struct Router {
     team.sync();
   }
 
-  // The share of each choice among the experts that were not chosen before it and are near: those
-  // come after it in the order of keys. A warp takes a choice.
+  // The share of each choice among the experts that are near and were not chosen before it: those that
+  // follow it in the order of keys. One warp per choice.
   __device__ __forceinline__ void score_by_sparsemixer() const {
     const int lane = threadIdx.x % WARP_SIZE;
 #pragma unroll 1
@@ -256,7 +256,7 @@ struct Router {
     team.sync();
   }
 
-  // The expert of largest key, the lowest such one. `key_at` is 0 of those that take no part.
+  // The lowest expert with the largest key. `key_at` is 0 for excluded experts.
   template <typename Key>
   __device__ __forceinline__ int best_expert(Key key_at) const {
     uint32_t best = 0, expert = NO_EXPERT;
@@ -273,8 +273,8 @@ struct Router {
     return ~team.max(best == most ? ~expert : 0);
   }
 
-  // Sparsemixer in training: ids() and scores of one choice after the other. The z of an expert that
-  // is taken becomes number_of(0), whose key is 0 and which is near nothing.
+  // Sparsemixer in training: ids() and scores, one choice after the other. The z of a chosen expert
+  // becomes number_of(0), whose key is 0 and which is near no expert.
   __device__ __forceinline__ void sample_by_sparsemixer() const {
     team.sync();
 #pragma unroll 1
@@ -295,7 +295,7 @@ struct Router {
         if (is_near(value, most, args.jitter)) units += share_units(value, most);
       }
       const float sum = sum_of_units(team.units(units));
-      team.sync();  // All have read z, which a reduction over a warp does not order.
+      team.sync();  // after every read of z: a warp's reduction does not order memory
       if (team.rank == 0) {
         const float score = __fdiv_rn(share(z[word_of(choice)], most), sum);
         const bool whole = choice == top || params.midpoint_draws[slot] > ROUTE_MIDPOINT_ABOVE;
@@ -309,9 +309,9 @@ struct Router {
 
   __device__ __forceinline__ void score(const Softmax& all) const {
     if (args.score == ROUTE_SPARSEMIXER) return score_by_sparsemixer();
-    const bool of_chosen = args.score == ROUTE_SOFTMAX_CHOSEN;
-    const Softmax softmax = of_chosen ? softmax_of_chosen() : all;
-    const int kind = of_chosen ? ROUTE_SOFTMAX : args.score;
+    const bool over_chosen = args.score == ROUTE_SOFTMAX_CHOSEN;
+    const Softmax softmax = over_chosen ? softmax_of_chosen() : all;
+    const int kind = over_chosen ? ROUTE_SOFTMAX : args.score;
 #pragma unroll 1
     for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
       const uint32_t id = ids()[k];
@@ -319,7 +319,7 @@ struct Router {
     }
   }
 
-  // The sum over all slots of what `term` makes of a score; a warp takes 32 of them.
+  // The sum of term(score) over all slots, 32 slots per warp.
   template <typename Term>
   __device__ __forceinline__ float sum_of_slots(Term term) const {
     const int lane = threadIdx.x % WARP_SIZE;
@@ -332,7 +332,7 @@ struct Router {
     return team.sum_of_chunks(chunk, (args.top_k + WARP_SIZE - 1) / WARP_SIZE);
   }
 
-  // The p-norm of the scores, which become fractions of the largest one: no power overflows then.
+  // The p-norm of the scores. Divides them by the largest first, so that no power overflows.
   __device__ __forceinline__ float norm() const {
     const float p = args.divisor_number;
     uint32_t most = 0;
@@ -362,7 +362,7 @@ struct Router {
     return sum > args.divisor_number ? sum : args.divisor_number;
   }
 
-  // An id for each slot, and its weight; what is no number or belongs to no expert weighs 0.
+  // Writes the id and the weight of each slot. The weight is 0 for NaN and for slots without an expert.
   __device__ __forceinline__ void write(float divisor) const {
 #pragma unroll 1
     for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
@@ -374,7 +374,7 @@ struct Router {
     }
   }
 
-  // A number of every expert, args.value, instead of a choice: [E].
+  // Writes the score args.value of every expert: [E].
   __device__ __forceinline__ void write_scores() const {
     const bool active = !params.active || params.active[token] != 0;
     Softmax all = {0.0f, 1.0f};
@@ -384,16 +384,16 @@ struct Router {
       if (args.value == ROUTE_SOFTMAX) all = softmax_of_all();
     }
     float* const row = params.scores + token * args.num_experts;
-    const float of_inactive = args.value == ROUTE_LOGIT ? -INFINITY : 0.0f;
+    const float inactive_score = args.value == ROUTE_LOGIT ? -INFINITY : 0.0f;
 #pragma unroll 1
     for (int e = team.rank; e < args.num_experts; e += Team::SIZE) {
-      row[e] = active ? score_of(args.value, z[word_of(e)], all) : of_inactive;
+      row[e] = active ? score_of(args.value, z[word_of(e)], all) : inactive_score;
     }
   }
 
-  // Everything but the selection itself: `select` puts the chosen into ids().
+  // Everything but the selection, in which `select` writes ids().
   template <typename Select>
-  __device__ __forceinline__ void run(Select select) const {
+  __device__ __forceinline__ void route(Select select) const {
     if (params.active && params.active[token] == 0) {
 #pragma unroll 1
       for (int k = team.rank; k < args.top_k; k += Team::SIZE) {

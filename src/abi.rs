@@ -460,7 +460,7 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct CapacityAskArgs {
+pub struct CapacityReassignArgs {
     pub num_tokens: ::core::ffi::c_int,
     pub num_experts: ::core::ffi::c_int,
     pub top_k: ::core::ffi::c_int,
@@ -469,29 +469,31 @@ pub struct CapacityAskArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CapacityAskArgs"][::core::mem::size_of::<CapacityAskArgs>() - 20usize];
     [
-        "Alignment of CapacityAskArgs",
-    ][::core::mem::align_of::<CapacityAskArgs>() - 4usize];
+        "Size of CapacityReassignArgs",
+    ][::core::mem::size_of::<CapacityReassignArgs>() - 20usize];
     [
-        "Offset of field: CapacityAskArgs::num_tokens",
-    ][::core::mem::offset_of!(CapacityAskArgs, num_tokens) - 0usize];
+        "Alignment of CapacityReassignArgs",
+    ][::core::mem::align_of::<CapacityReassignArgs>() - 4usize];
     [
-        "Offset of field: CapacityAskArgs::num_experts",
-    ][::core::mem::offset_of!(CapacityAskArgs, num_experts) - 4usize];
+        "Offset of field: CapacityReassignArgs::num_tokens",
+    ][::core::mem::offset_of!(CapacityReassignArgs, num_tokens) - 0usize];
     [
-        "Offset of field: CapacityAskArgs::top_k",
-    ][::core::mem::offset_of!(CapacityAskArgs, top_k) - 8usize];
+        "Offset of field: CapacityReassignArgs::num_experts",
+    ][::core::mem::offset_of!(CapacityReassignArgs, num_experts) - 4usize];
     [
-        "Offset of field: CapacityAskArgs::num_candidates",
-    ][::core::mem::offset_of!(CapacityAskArgs, num_candidates) - 12usize];
+        "Offset of field: CapacityReassignArgs::top_k",
+    ][::core::mem::offset_of!(CapacityReassignArgs, top_k) - 8usize];
     [
-        "Offset of field: CapacityAskArgs::later",
-    ][::core::mem::offset_of!(CapacityAskArgs, later) - 16usize];
+        "Offset of field: CapacityReassignArgs::num_candidates",
+    ][::core::mem::offset_of!(CapacityReassignArgs, num_candidates) - 12usize];
+    [
+        "Offset of field: CapacityReassignArgs::later",
+    ][::core::mem::offset_of!(CapacityReassignArgs, later) - 16usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct CapacityAskParams {
+pub struct CapacityReassignParams {
     pub requests: ::core::ffi::c_ulonglong,
     pub routing_weights: ::core::ffi::c_ulonglong,
     pub next_candidate: ::core::ffi::c_ulonglong,
@@ -499,42 +501,44 @@ pub struct CapacityAskParams {
     pub kept_ids: ::core::ffi::c_ulonglong,
     pub candidates: ::core::ffi::c_ulonglong,
     pub candidate_weights: ::core::ffi::c_ulonglong,
-    pub args: CapacityAskArgs,
+    pub args: CapacityReassignArgs,
     pub padding: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CapacityAskParams"][::core::mem::size_of::<CapacityAskParams>() - 80usize];
     [
-        "Alignment of CapacityAskParams",
-    ][::core::mem::align_of::<CapacityAskParams>() - 8usize];
+        "Size of CapacityReassignParams",
+    ][::core::mem::size_of::<CapacityReassignParams>() - 80usize];
     [
-        "Offset of field: CapacityAskParams::requests",
-    ][::core::mem::offset_of!(CapacityAskParams, requests) - 0usize];
+        "Alignment of CapacityReassignParams",
+    ][::core::mem::align_of::<CapacityReassignParams>() - 8usize];
     [
-        "Offset of field: CapacityAskParams::routing_weights",
-    ][::core::mem::offset_of!(CapacityAskParams, routing_weights) - 8usize];
+        "Offset of field: CapacityReassignParams::requests",
+    ][::core::mem::offset_of!(CapacityReassignParams, requests) - 0usize];
     [
-        "Offset of field: CapacityAskParams::next_candidate",
-    ][::core::mem::offset_of!(CapacityAskParams, next_candidate) - 16usize];
+        "Offset of field: CapacityReassignParams::routing_weights",
+    ][::core::mem::offset_of!(CapacityReassignParams, routing_weights) - 8usize];
     [
-        "Offset of field: CapacityAskParams::expert_ids",
-    ][::core::mem::offset_of!(CapacityAskParams, expert_ids) - 24usize];
+        "Offset of field: CapacityReassignParams::next_candidate",
+    ][::core::mem::offset_of!(CapacityReassignParams, next_candidate) - 16usize];
     [
-        "Offset of field: CapacityAskParams::kept_ids",
-    ][::core::mem::offset_of!(CapacityAskParams, kept_ids) - 32usize];
+        "Offset of field: CapacityReassignParams::expert_ids",
+    ][::core::mem::offset_of!(CapacityReassignParams, expert_ids) - 24usize];
     [
-        "Offset of field: CapacityAskParams::candidates",
-    ][::core::mem::offset_of!(CapacityAskParams, candidates) - 40usize];
+        "Offset of field: CapacityReassignParams::kept_ids",
+    ][::core::mem::offset_of!(CapacityReassignParams, kept_ids) - 32usize];
     [
-        "Offset of field: CapacityAskParams::candidate_weights",
-    ][::core::mem::offset_of!(CapacityAskParams, candidate_weights) - 48usize];
+        "Offset of field: CapacityReassignParams::candidates",
+    ][::core::mem::offset_of!(CapacityReassignParams, candidates) - 40usize];
     [
-        "Offset of field: CapacityAskParams::args",
-    ][::core::mem::offset_of!(CapacityAskParams, args) - 56usize];
+        "Offset of field: CapacityReassignParams::candidate_weights",
+    ][::core::mem::offset_of!(CapacityReassignParams, candidate_weights) - 48usize];
     [
-        "Offset of field: CapacityAskParams::padding",
-    ][::core::mem::offset_of!(CapacityAskParams, padding) - 76usize];
+        "Offset of field: CapacityReassignParams::args",
+    ][::core::mem::offset_of!(CapacityReassignParams, args) - 56usize];
+    [
+        "Offset of field: CapacityReassignParams::padding",
+    ][::core::mem::offset_of!(CapacityReassignParams, padding) - 76usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]

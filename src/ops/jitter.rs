@@ -1,4 +1,4 @@
-//! Multiplies each element by a factor of its own near 1: `x` `[T, H]` and `u` `[T, H]` to `[T, H]`.
+//! Multiplies each element by its own factor near 1: `x` `[T, H]` and `u` `[T, H]` to `jittered` `[T, H]`.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::error::{Error, Result, check_len, int};
 
 const OP: &str = "jitter_fwd";
 
-/// Bytes of elements that a thread has.
+/// Bytes of elements of a thread.
 const VECTOR_BYTES: usize = 16;
 
 /// Device addresses for [`jitter_fwd_raw`].
@@ -30,13 +30,13 @@ pub struct JitterBuffers {
 
 /// `jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1))`: with uniform `u`, factors from `U(1 - epsilon, 1 + epsilon)`.
 ///
-/// In f32, rounded once. All three have the same length, `T * H`; [`noise`](crate::ops::noise) makes `u`.
+/// In f32, rounded once. All three have the same length, `T * H`; [`noise`](crate::ops::noise) computes `u`.
 /// Buffers that start at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`; the same
 /// bits on every device.
 ///
 /// # Errors
 /// [`Error::Length`] for buffers of different lengths, [`Error::Unsupported`] for an `epsilon` that is not finite,
-/// [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`] for a stream or a buffer of another context, and any launch error.
 pub fn jitter_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -82,8 +82,8 @@ pub fn jitter_fwd<D: Dtype + DeviceRepr>(
 /// until the kernel has run; `jittered` overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for an `epsilon` that is not finite or a `len` that no grid reaches,
-/// [`Error::Alignment`], and what a launch can meet.
+/// [`Error::Unsupported`] for an `epsilon` that is not finite or a `len` that exceeds the largest grid,
+/// [`Error::Alignment`], and any launch error.
 pub unsafe fn jitter_fwd_raw(
     device: &Device,
     stream: CUstream,

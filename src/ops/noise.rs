@@ -1,4 +1,4 @@
-//! Random numbers `[len]` that depend on the seed and their number alone.
+//! Random numbers `[len]`, each of which depends on the seed and its index alone.
 
 use std::sync::Arc;
 
@@ -17,17 +17,16 @@ use crate::error::{Result, int};
 
 const OP: &str = "noise_fwd";
 
-/// Elements that one counter of the generator gives.
+/// Elements of one counter of the generator.
 const GROUP: usize = 4;
 
 /// Fills `noise` with elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence that belongs to `seed`.
 ///
-/// An element depends on its number alone: parts that are drawn apart fit together, and drawing again gives
-/// the same. Sequences of different distributions with one seed are not independent of each other.
-/// The generator is Philox4x32-10. Asynchronous, ordered on `stream`; the same bits on every device.
+/// An element depends on the seed and its index alone: separate calls for parts of a sequence give the same elements
+/// as one call. Sequences of different distributions with one seed are not independent of each other. The generator is Philox4x32-10. Asynchronous, ordered on `stream`; the same bits on every device.
 ///
 /// # Errors
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any launch error.
 pub fn noise_fwd_into(
     device: &Device,
     stream: &CudaStream,
@@ -68,8 +67,8 @@ pub fn noise_fwd(
 /// `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a `len` that no grid reaches,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a `len` that exceeds the largest grid,
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn noise_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -81,7 +80,7 @@ pub unsafe fn noise_fwd_raw(
 ) -> Result<()> {
     check_aligned(OP, "noise", noise, 4)?;
     let skipped = (offset % GROUP as u64) as usize;
-    // The view may be of any length, but a group has to have a number, and a thread.
+    // A thread per group of four elements, the skipped ones included.
     let threads = len.saturating_add(skipped).div_ceil(GROUP);
     let blocks = int(OP, "blocks of 1024 elements", threads.div_ceil(NOISE_THREADS as usize))?;
     let args = NoiseArgs {

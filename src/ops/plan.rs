@@ -19,13 +19,13 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "plan_fwd";
 
-/// Kernels read four counts at once, and parts of a plan are aligned to more than that.
+/// Kernels read four counts at once. The parts of a plan are aligned to more than that within it.
 const PLAN_ALIGNMENT: usize = 16;
 
 /// Device addresses for [`plan_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct PlanBuffers {
-    /// [`PlanLayout::bytes`], starting at a multiple of 16; every part is written whole.
+    /// [`PlanLayout::bytes`] bytes at a multiple of 16; every part is written whole.
     pub plan: CUdeviceptr,
     /// `[T, K]` `u32`, or 0 (null): all ids are 0.
     pub expert_ids: CUdeviceptr,
@@ -33,14 +33,13 @@ pub struct PlanBuffers {
 
 /// Groups the slots by expert into `memory`, which must have [`PlanLayout::bytes`] bytes.
 ///
-/// An id of `E` or more, any bits, makes its slot inactive: it gets no row. Without ids every id is 0,
-/// so that a dense product is a grouped one with `E = 1`; for some of the experts, there is
-/// [`plan_range_fwd_into`]. Rows of an expert are in the order of their
-/// slots. Tiles have at most 128 rows. Asynchronous, ordered on `stream`; exact.
+/// A slot whose id is `E` or more (any bits) is inactive and has no row. Without ids every id is 0, so that a dense
+/// product is a grouped one with `E = 1`. [`plan_range_fwd_into`] groups the slots of some of the experts. Rows of an
+/// expert are in the order of their slots. Tiles have at most 128 rows. Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a shape out of range, [`Error::Length`] for a buffer that does not fit it,
-/// [`Error::Alignment`], [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Alignment`], [`Error::Context`] for a stream or a buffer of another context, and any launch error.
 pub fn plan_fwd_into<'a>(
     device: &Device,
     stream: &CudaStream,
@@ -51,12 +50,12 @@ pub fn plan_fwd_into<'a>(
     enqueue_into(device, stream, PlanLayout::new(shape)?, expert_ids, memory)
 }
 
-/// [`plan_fwd_into`] for the experts whose ids are in `experts`, as expert parallelism has them on a device.
+/// [`plan_fwd_into`] for the experts whose ids are in `experts`: those of one device under expert parallelism.
 ///
-/// `shape` is that of the whole routing, whose ids `expert_ids` holds. Slots of other experts are inactive.
-/// Expert `e` of the plan is the router's `experts.start + e`, so that the products which follow take the
-/// weights of these experts alone; `memory` has the bytes of [`PlanLayout::of_experts`]. The layer's output
-/// is the sum over all ranges of what `combine` makes of their plans.
+/// `shape` and `expert_ids` are those of the whole routing. Slots of other experts are inactive. Expert `e` of the plan
+/// is the router's `experts.start + e`, so that the products which follow read the weights of these experts alone;
+/// `memory` has the bytes of [`PlanLayout::of_experts`]. The layer's output is the sum of `combine`'s outputs over all
+/// ranges.
 ///
 /// # Errors
 /// Those of [`plan_fwd_into`], and [`Error::Unsupported`] for a range that is empty or not within `E`.
@@ -109,7 +108,7 @@ pub fn plan_range_fwd(
     expert_ids: &CudaView<'_, u32>,
 ) -> Result<RoutingPlan<'static>> {
     let layout = PlanLayout::of_experts(shape, experts)?;
-    // SAFETY: the operation writes every part, and kernels bound what they read of one that it has not written.
+    // SAFETY: the operation writes every part, and kernels check every index that they read from a plan.
     let mut memory = unsafe { alloc::<u8>(OP, stream, layout.bytes()) }?;
     enqueue(device, stream, &layout, Some(expert_ids), &mut memory.as_view_mut())?;
     // SAFETY: it was allocated with that length, at a multiple of 256 bytes.
@@ -139,7 +138,7 @@ fn enqueue(
     unsafe { plan_fwd_raw(device, stream.cu_stream(), layout, buffers) }
 }
 
-/// [`plan_fwd_into`] on addresses; the layout says where to find the parts.
+/// [`plan_fwd_into`] on addresses; the layout has the offsets of the parts.
 ///
 /// # Safety
 /// Each buffer has the size that [`PlanBuffers`] and `layout` give it, in memory of `device`'s context
@@ -147,7 +146,7 @@ fn enqueue(
 /// context.
 ///
 /// # Errors
-/// [`Error::Alignment`], and what a launch can meet.
+/// [`Error::Alignment`], and any launch error.
 pub unsafe fn plan_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -180,7 +179,7 @@ pub unsafe fn plan_fwd_raw(
         args,
     };
 
-    // Each warp of a block that places slots has counters for all experts.
+    // Each warp of place has a counter for every expert.
     let warps = (PLAN_MAX_COUNTERS / args.num_experts).min(PLAN_THREADS / 32);
     let place = Launch {
         grid: [args.num_blocks as u32, 1, 1],

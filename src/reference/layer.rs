@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::accum::Accum;
 use super::capacity::{
-    Capacity, capacity_ask_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+    Capacity, capacity_reassign_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
 };
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
@@ -109,7 +109,7 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
         // Every candidate is asked once.
         for round in 0..capacity.overflow.min(listed) {
             let (kept, first) = (&so_far.expert_ids, round == 0);
-            let requests = capacity_ask_fwd(
+            let requests = capacity_reassign_fwd(
                 &shape, listed, first, chosen, kept, of, by, &mut next, &mut asked,
             )?;
             so_far = select(&requests, &asked, Some(so_far))?;

@@ -25,7 +25,7 @@ fn numbers(len: usize, limit: usize, rng: &mut Rng) -> Vec<u32> {
         .collect()
 }
 
-/// What `capacity_ask_fwd` gives for one token: its requests, with the numbers of their candidates.
+/// What `capacity_reassign_fwd` gives for one token: its requests, with the numbers of their candidates.
 fn asked(
     experts: u32,
     own: &[u32],
@@ -70,7 +70,7 @@ proptest! {
         let mut next_to = gpu.upload(&next);
         let mut requests_to = gpu.poisoned::<u32>(shape.slots());
         let mut weights_to = gpu.upload(&weights);
-        capacity::capacity_ask_fwd_into(
+        capacity::capacity_reassign_fwd_into(
             &gpu.device,
             &gpu.stream,
             shape,

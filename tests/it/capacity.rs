@@ -49,7 +49,7 @@ impl Case {
             }
             row.resize(per_token.max(row.len()), u32::MAX);
             row.truncate(per_token);
-            // Any bits will do.
+            // Any bits.
             if per_token > 0 && rng.below(5) == 0 {
                 row[rng.below(per_token)] = rng.next() as u32;
             }
@@ -65,7 +65,7 @@ impl Case {
         }
     }
 
-    /// All rounds, and the weights that slots were kept by.
+    /// All rounds, and the weights with which slots were kept.
     fn reference(&self, config: &CapacityConfig, tokens: Option<usize>) -> (Capacity, Vec<f32>) {
         let (shape, mut weights) = (&self.shape, self.weights.clone());
         let plan = reference::plan_fwd(&shape.by_slot(), &self.ids).unwrap();
@@ -73,7 +73,7 @@ impl Case {
             reference::capacity_fwd(&plan, shape, config, tokens, &self.weights).unwrap();
         let mut next = vec![u32::MAX; shape.num_tokens];
         for round in 0..config.overflow {
-            let requests = reference::capacity_ask_fwd(
+            let requests = reference::capacity_reassign_fwd(
                 shape,
                 self.per_token,
                 round == 0,
@@ -92,7 +92,7 @@ impl Case {
         (capacity, weights)
     }
 
-    /// All rounds on the device, as a caller puts them together.
+    /// All rounds on the device, as a caller composes them.
     fn run(
         &self,
         gpu: &Gpu,
@@ -125,7 +125,7 @@ impl Case {
         let mut next = gpu.poisoned::<u32>(shape.num_tokens);
         for round in 0..config.overflow {
             let mut requests = gpu.poisoned::<u32>(shape.slots());
-            capacity::capacity_ask_fwd_into(
+            capacity::capacity_reassign_fwd_into(
                 device,
                 stream,
                 shape,
@@ -237,9 +237,9 @@ proptest! {
     }
 }
 
-/// Lists of more slots than a block has threads, and weights that differ in any digit of their keys.
+/// Experts with more slots than a block has threads, and weights that differ in any digit of their keys.
 #[test]
-fn edges() {
+fn matches_reference_at_limits() {
     let gpu = gpu();
     for (t, e, k) in
         [(0, 3, 2), (1, 1, 1), (700, 1, 1), (1500, 2, 2), (257, 4, 3), (40, 4096, 8), (20, 40, 40)]
@@ -284,9 +284,9 @@ fn schedules_do_not_change_bits() {
     }
 }
 
-/// A plan of some of the experts keeps what the whole one keeps of them.
+/// A plan of some of the experts keeps the same slots of these as the whole plan.
 #[test]
-fn some_of_the_experts() {
+fn plan_of_some_experts_keeps_the_same_slots() {
     let gpu = gpu();
     let (device, stream) = (&gpu.device, &gpu.stream);
     let shape = RoutingShape::new(90, 7, 3).unwrap();

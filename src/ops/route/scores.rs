@@ -1,4 +1,4 @@
-//! The number of every expert that a step of the router makes: `logits` `[T, E]` to `scores` `[T, E]`.
+//! The values of one step of the router for every expert: `logits` `[T, E]` to `scores` `[T, E]`.
 
 use std::sync::Arc;
 
@@ -17,12 +17,12 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "route_scores_fwd";
 
-/// What that step of the router makes of the logits, in f32: the scores that
-/// [`expert_choice_fwd`](crate::ops::expert_choice) needs, or the logits that losses read.
+/// Writes the values of a step of the router in f32: the scores for
+/// [`expert_choice_fwd`](crate::ops::expert_choice), or the logits for losses.
 ///
-/// `scores` is `[T, E]`, of all `E` experts that the router sees, sinks among them. Of `inputs` this reads the logits,
-/// their noise, and which tokens are active: the row of one that is not is 0, or where logits are asked for `-inf`. The
-/// `K` of the shape is not used. Scores agree with [`reference::route_scores_fwd`](crate::reference::route_scores_fwd)
+/// `scores` is `[T, E]`, of all `E` experts of the router, sinks included. Of `inputs`, `logits`, `noise`,
+/// `noise_logits` and `active` are read. The row of an inactive token is 0, or `-inf` for logits. The `K` of the shape
+/// is unused. Scores agree with [`reference::route_scores_fwd`](crate::reference::route_scores_fwd)
 /// in f32 bit for bit, on every device. Asynchronous, ordered on `stream`; one launch.
 ///
 /// # Errors
@@ -75,16 +75,16 @@ pub fn route_scores_fwd<D: Dtype>(
     Ok(scores)
 }
 
-/// [`route_scores_fwd_into`] on addresses. Of the buffers it reads `logits`, `noise`, `noise_logits` and `active`.
+/// [`route_scores_fwd_into`] on addresses. Of the buffers, `logits`, `noise`, `noise_logits` and `active` are read.
 ///
 /// # Safety
 /// `scores` has `[T, E]` `f32`; each of those buffers that is not 0 has the elements that [`RouteBuffers`] and `shape`
 /// give it, `logits` and `noise_logits` of `dtype`, in memory of `device`'s context that stays valid until the kernel
-/// has run; `scores` overlaps with none of them; `stream` is a stream of that context.
+/// has run; `scores` overlaps none of them; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) as for [`route_scores_fwd_into`],
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 #[allow(clippy::too_many_arguments, reason = "those of the operation")]
 pub unsafe fn route_scores_fwd_raw(
     device: &Device,
@@ -98,11 +98,11 @@ pub unsafe fn route_scores_fwd_raw(
 ) -> Result<()> {
     let RouteBuffers { logits, noise, noise_logits, active, .. } = buffers;
     shape.check(OP)?;
-    let there = |address: CUdeviceptr| (address != 0).then_some(shape.logits());
+    let given_len = |address: CUdeviceptr| (address != 0).then_some(shape.logits());
     let lengths = RouteLengths {
         logits: shape.logits(),
-        noise: there(noise),
-        noise_logits: there(noise_logits),
+        noise: given_len(noise),
+        noise_logits: given_len(noise_logits),
         active: (active != 0).then_some(shape.num_tokens),
         ..RouteLengths::default()
     };

@@ -1,4 +1,4 @@
-//! Shapes, routers and buffers that route refuses by name before it launches anything.
+//! Shapes, routers and buffers that route rejects by name before a launch.
 
 use moe_kernels::ops::route::{self, RouteBuffers, RouteInputs};
 use moe_kernels::{DType, Error, RouterConfig, RoutingShape, Scoring, Selection};
@@ -44,10 +44,10 @@ fn errors_come_before_any_launch() {
     assert!(call(shape, [32, 8, 8]).is_ok());
 }
 
-/// What a router asks for and does not get, or gets and does not ask for. The reference has all such cases; both hold
-/// them in one place.
+/// Buffers that the router needs and that are not given, or the reverse. Device and reference share the check, and the
+/// reference tests every case.
 #[test]
-fn buffers_that_are_not_asked_for() {
+fn rejects_missing_and_unneeded_buffers() {
     let gpu = gpu();
     let shape = RoutingShape::new(4, 8, 2).unwrap();
     let (logits, bias) = (gpu.upload(&[0.0f32; 32]), gpu.upload(&[0.0f32; 8]));
