@@ -12,7 +12,7 @@
 #define ELEM_F16 1
 #define ELEM_BF16 2
 
-// Both maps of the plan hold this where there is nothing: a slot without a row, a row without a token.
+// The plan's entry for a slot without a row, and for a row without a token.
 #define INACTIVE (-1)
 
 // ---- route ------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ typedef struct RouteArgs {
   int num_groups;        // 0: none
   int top_groups;
   int group_size;        // Experts of a group.
-  unsigned group_magic;  // ceil(2^31 / group_size): the group of an expert by a product; 0: no groups
+  unsigned group_magic;  // ceil(2^31 / group_size): divides an expert by group_size; 0: no groups
   int group_part_bits;   // log2 of the lanes of a group.
   int group_sum;         // 1: a group's score is the sum of its two largest values; 0: its largest.
   int masked_zero;       // 1: values outside the best groups become 0; 0: -inf.
@@ -148,7 +148,7 @@ typedef struct CapacitySelectArgs {
   int priority;         // CAPACITY_BY_...
   int token_bits;       // Bits of a token's index, or for BY_TOKEN and BY_WEIGHT of a slot's.
   int key_bits;         // Bits of a sort key.
-  int later;            // 1: a round after the first; slots that earlier rounds kept stay and count.
+  int later;            // 1: a later round; slots that earlier rounds kept stay and count.
 } CapacitySelectArgs;
 
 typedef struct CapacitySelectParams {

@@ -1,34 +1,36 @@
 // capacity: an expert keeps a limited number of slots and drops the others.
-//   In each sequence n (sequence_tokens consecutive tokens), expert e keeps the first `capacity` of its
-//   slots, in the order of `priority`, ties to the lower slot:
+//   In each sequence n (sequence_tokens consecutive tokens), expert e keeps the first `capacity` of
+//   its slots, in the order of `priority`, ties to the lower slot:
 //     BY_TOKEN                   slot
 //     BY_CHOICE                  k, then token: all first choices before all second choices
 //     BY_WEIGHT                  routing_weights[t, k] descending
 //     BY_CHOICE_AND_TOP_WEIGHT   k, then routing_weights[t, 0] descending
-//   -0 counts as 0 and NaN as -inf. Dropped slots count in positions too, so the kept slots are those of
-//   the smallest keys: a selection, without a sort.
+//   -0 counts as 0 and NaN as -inf. Dropped slots count in positions too, so the kept slots are
+//   those of the smallest keys: a selection, without a sort.
 // select     expert_ids'[s] = expert_ids[s] if slot s is kept, else NO_EXPERT
 //            kept[n, e], dropped[n, e] = number of slots that expert e keeps and drops
-//            Grid (sequences, E + 1), block (CAPACITY_SELECT_THREADS): one block per sequence and expert
-//            finds the last key that is kept, digit by digit, and then writes the expert's slots. The
-//            blocks with index E write the slots without an expert. The plan is of slots: its tokens
-//            are slots, so that token_of_row lists each expert's slots in ascending order.
+//            Grid (sequences, E + 1), block (CAPACITY_SELECT_THREADS). A block per sequence and
+//            expert finds the last key that is kept, digit by digit, and then writes the expert's
+//            slots. The blocks with index E write the slots without an expert. The plan is of
+//            slots: its tokens are slots, so that token_of_row lists each expert's slots in
+//            ascending order.
 // reassign   overflow: a dropped slot requests the next candidate of its token, in the order of
 //            candidates, that is not in the token's own expert_ids; the slots of a token in order.
-//            Grid (T / CAPACITY_TOKEN_THREADS), one thread per token. A plan of `requests` and select
-//            with later = 1 follow: experts keep their slots, and accept requests up to `capacity`.
-// normalize  normalized[s] = routing_weights[s] / max(epsilon + sum over the token's kept slots, min) *
-//            scale * expert_scale[e]; 0 for dropped slots and for NaN. The sum starts at 0 and is in the
-//            order of k. Grid and block as for reassign.
-// Roofline select reads 4*T*K bytes of ids and 4*T*K of rows, writes 4*T*K; by weight it reads rows and
+//            Grid (T / CAPACITY_TOKEN_THREADS), one thread per token. A plan of `requests` and
+//            select with later = 1 follow: experts keep their slots, and accept requests up to
+//            `capacity`.
+// normalize  normalized[s] = routing_weights[s] / max(epsilon + sum over the token's kept slots,
+//            min) * scale * expert_scale[e]; 0 for dropped slots and for NaN. The sum starts at 0
+//            and is in the order of k. Grid and block as for reassign.
+// Roofline select reads 4*T*K bytes of rows and writes 4*T*K; priorities by weight read rows and
 //         weights once per digit.
-// Writers one per element: a slot has one expert in a plan, a token one thread. Atomics add integers,
-//         in any order. The result is deterministic.
+// Writers one per element: a slot has one expert in a plan, a token one thread. Atomics add
+//         integers, in any order. The result is deterministic.
 #include "kernel.cuh"
 
 #include "select.cuh"
 
-// ---- Parameters -----------------------------------------------------------------------------------
+// ---- Parameters ---------------------------------------------------------------------------------
 
 struct TypedCapacitySelectParams {
   uint32_t* expert_ids;          // [T, K] out
@@ -61,7 +63,8 @@ struct TypedCapacityReassignParams {
   CapacityReassignArgs args;
   int padding;
 };
-static_assert(sizeof(TypedCapacityReassignParams) == sizeof(CapacityReassignParams), "the same layout");
+static_assert(sizeof(TypedCapacityReassignParams) == sizeof(CapacityReassignParams),
+              "the same layout");
 ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, requests);
 ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, routing_weights);
 ASSERT_SAME_OFFSET(TypedCapacityReassignParams, CapacityReassignParams, next_candidate);
@@ -80,7 +83,8 @@ struct TypedCapacityNormalizeParams {
   CapacityNormalizeArgs args;
   int padding;
 };
-static_assert(sizeof(TypedCapacityNormalizeParams) == sizeof(CapacityNormalizeParams), "the same layout");
+static_assert(sizeof(TypedCapacityNormalizeParams) == sizeof(CapacityNormalizeParams),
+              "the same layout");
 ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, normalized);
 ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, expert_scale);
 ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, expert_ids);
@@ -90,8 +94,8 @@ ASSERT_SAME_OFFSET(TypedCapacityNormalizeParams, CapacityNormalizeParams, paddin
 
 // ---- select -------------------------------------------------------------------------------------
 
-// Slots are kept in ascending order of their keys. The host checks that 64 bits are enough: a choice
-// and a token have at most 32 bits together, and a slot has 31.
+// Slots are kept in ascending order of their keys. The host checks that 64 bits are enough: a
+// choice and a token have at most 32 bits together, and a slot has 31.
 __device__ __forceinline__ uint64_t key_of_slot(int slot, const float* weights,
                                                 const CapacitySelectArgs& args) {
   if (args.priority == CAPACITY_BY_TOKEN) return (uint32_t)slot;
@@ -152,7 +156,8 @@ __device__ __forceinline__ void capacity_select(const TypedCapacitySelectParams&
   const int end_row = first_row_from(slot_of_row, first_row, end, end_slot);
   const int count = end_row - first_row;
   const int64_t cell = sequence * args.num_experts + expert;
-  // In a later round `kept` is the caller's and may have any value: above the capacity, there is no room.
+  // In a later round `kept` is the caller's and may have any value: no room
+  // above the capacity.
   const uint32_t capacity = args.capacity, held = args.later ? params.kept[cell] : 0;
   const int room = held < capacity ? min(count, (int)(capacity - held)) : 0;
 
@@ -260,5 +265,7 @@ __device__ __forceinline__ void capacity_normalize(const TypedCapacityNormalizeP
 }
 
 extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
-moe_capacity_fwd_normalize(const TypedCapacityNormalizeParams params) { capacity_normalize(params); }
+moe_capacity_fwd_normalize(const TypedCapacityNormalizeParams params) {
+  capacity_normalize(params);
+}
 EXPORT_KERNEL(moe_capacity_fwd_normalize, CAPACITY_TOKEN_THREADS)

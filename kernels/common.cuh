@@ -72,9 +72,10 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
   return value;
 }
 
-// ---- Parameters -----------------------------------------------------------------------------------
-// A kernel has one struct as its parameter. In abi.h its addresses are integers, which Rust fills in;
-// the kernel's twin of it has typed pointers, so that loads and stores keep their address space.
+// ---- Parameters ---------------------------------------------------------------------------------
+// A kernel has one struct as its parameter. In abi.h its addresses are integers, which Rust fills
+// in; the kernel's twin of it has typed pointers, so that loads and stores keep their address
+// space.
 
 #define ASSERT_SAME_OFFSET(Twin, Params, field) \
   static_assert(offsetof(Twin, field) == offsetof(Params, field), "the same layout")

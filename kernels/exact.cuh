@@ -1,7 +1,7 @@
 // Functions of f32 with the same bits on every device and on the host, which expf and logf do not
 // guarantee: correctly rounded operations alone, as intrinsics that the compiler never contracts.
-// src/reference/route/exact.rs is the same in Rust. Errors are in units of 2^-24 of the value, or of
-// 2^-149 if the value is subnormal, for the arguments that each function states.
+// src/reference/route/exact.rs is the same in Rust. Errors are in units of 2^-24 of the value, or
+// of 2^-149 if the value is subnormal, for the arguments that each function states.
 #pragma once
 
 // exp(x) = value * 2^n for -104 <= x <= 0, with the value between 0.7 and 1.42.

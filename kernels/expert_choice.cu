@@ -7,8 +7,8 @@
 // Launch  grid (E / columns, rounded up), block (EXPERT_CHOICE_THREADS): a block handles the
 //         consecutive experts of one 32-byte sector of a row of scores, and finds the last key that
 //         each expert takes, digit by digit from the top. Keys are (score descending, token).
-// Roofline reads T*E*s bytes, writes 8*T*E. The kernel reads the scores once per digit (two or three,
-//         more if scores tie around the last key) and once more.
+// Roofline reads T*E*s bytes, writes 8*T*E. The kernel reads the scores once per digit (two or
+//         three, more if scores tie around the last key) and once more.
 // Writers one per element. Atomics add integers, in any order: deterministic, and exact.
 #include "kernel.cuh"
 
@@ -95,13 +95,19 @@ __device__ __forceinline__ void expert_choice_fwd(const TypedExpertChoiceParams<
 }
 
 extern "C" __global__ void __launch_bounds__(EXPERT_CHOICE_THREADS)
-moe_expert_choice_fwd_f32(const TypedExpertChoiceParams<float> params) { expert_choice_fwd(params); }
+moe_expert_choice_fwd_f32(const TypedExpertChoiceParams<float> params) {
+  expert_choice_fwd(params);
+}
 EXPORT_KERNEL(moe_expert_choice_fwd_f32, EXPERT_CHOICE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(EXPERT_CHOICE_THREADS)
-moe_expert_choice_fwd_f16(const TypedExpertChoiceParams<f16> params) { expert_choice_fwd(params); }
+moe_expert_choice_fwd_f16(const TypedExpertChoiceParams<f16> params) {
+  expert_choice_fwd(params);
+}
 EXPORT_KERNEL(moe_expert_choice_fwd_f16, EXPERT_CHOICE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(EXPERT_CHOICE_THREADS)
-moe_expert_choice_fwd_bf16(const TypedExpertChoiceParams<bf16> params) { expert_choice_fwd(params); }
+moe_expert_choice_fwd_bf16(const TypedExpertChoiceParams<bf16> params) {
+  expert_choice_fwd(params);
+}
 EXPORT_KERNEL(moe_expert_choice_fwd_bf16, EXPERT_CHOICE_THREADS)

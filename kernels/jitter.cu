@@ -1,5 +1,6 @@
 // jitter: every element times a factor near 1 of its own; input noise of a router in training.
-//   jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1)), so that uniform u gives U(1 - epsilon, 1 + epsilon)
+//   jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1)): factors from U(1 - epsilon, 1 + epsilon) for
+//   uniform u.
 //   In f32: fma(epsilon, fma(2, u, -1), 1), then one product, rounded to Elem.
 // Launch  grid (len / (JITTER_THREADS * LEN), rounded up), block (JITTER_THREADS): one vector of
 //         elements per thread, or as many single elements if a buffer is not aligned.

@@ -73,7 +73,8 @@ __device__ __forceinline__ float uniform(uint32_t word) {
 }
 
 __device__ __forceinline__ void normal_pair(uint32_t radius, uint32_t angle, float* pair) {
-  const float u = __fmaf_rn(__uint2float_rn(radius), 2.32830644e-10f, 1.16415322e-10f);  // 2^-32, 2^-33
+  // 2^-32 and 2^-33
+  const float u = __fmaf_rn(__uint2float_rn(radius), 2.32830644e-10f, 1.16415322e-10f);
   const float r = __fsqrt_rn(__fmul_rn(-2.0f, precise_log_f32(u)));
   float cosine, sine;
   cos_sin(angle, &cosine, &sine);

@@ -1,26 +1,26 @@
-// plan: groups slots by expert, stably, and cuts each expert's rows into tiles. The plan's E experts
-//       have the router's ids from first_expert on; a slot with any other id (any bits) is inactive
-//       and has no row. id(s) below is the router's id minus first_expert.
+// plan: groups slots by expert, stably, and cuts each expert's rows into tiles. The plan's experts
+//       are E ids of the router, from first_expert on; a slot with any other id (any bits) is
+//       inactive and has no row. id(s) below is the router's id minus first_expert.
 //   expert_offsets[e] = active slots of experts below e; [E] is the number of rows in use
 //   row_of_slot[s]    = expert_offsets[id(s)] + number of slots before s with the same id, else -1
 //   token_of_row[r]   = s / K for the slot s of row r, -1 for unused rows
-//   tiles             = for each expert in order, its rows in tiles of block_m, the last one shorter;
-//                       unused entries are zero. num_tiles = tile_offsets[E].
+//   tiles             = for each expert in order, its rows in tiles of at most block_m; unused
+//                       entries are zero. num_tiles = tile_offsets[E].
 //   expert_ids == nullptr: all ids are 0. A dense product is a grouped one with a single expert.
-// A counting sort in three launches, whose sizes depend on the shape alone. If one block has all the
+// A counting sort in three launches, whose sizes depend on the shape alone. If one block has all
 // slots, single does the three steps in one launch.
 //   count   grid (num_blocks), block (PLAN_THREADS): counts a block's slots of each expert
 //   scan    grid (1), block (PLAN_SCAN_THREADS): prefix sums over (expert, block), in memory order;
 //           offsets of experts and of their tiles
-//   place   grid (num_blocks), block (whole warps, at most PLAN_THREADS): each warp places its slots
+//   place   grid (num_blocks), block (whole warps, at most PLAN_THREADS): a warp places its slots
 //           in order; equal ids within a warp are ranked by __match_any_sync
 //   Shared memory: E counters of 4 bytes for count, E for each warp for place and single.
 // Roofline reads 3 * 4*T*K and 4 * 4*E*num_blocks bytes, writes 2 * 4*T*K and the tiles: at T16384
 //         E128 K8, 1.6 MB + 0.3 MB + 1.0 MB.
 // Writers one per element: a row has one slot, and the slot of a tile's first row writes the tile.
 //         Atomics add integers, in any order. The result is deterministic, and stable.
-// Bounds  place checks every index before a write, as the plan may have any contents: a graph that is
-//         replayed on an unordered stream may write the same memory at the same time.
+// Bounds  place checks every index before a write, as the plan may have any contents: a graph that
+//         is replayed on an unordered stream may write the same memory at the same time.
 #include "kernel.cuh"
 
 struct TypedPlanParams {
@@ -122,9 +122,9 @@ __device__ __forceinline__ void store_four(int* values, int i, int n, int4 four)
   if (i + 2 < n) values[i + 2] = four.z;
 }
 
-// Replaces values[0 .. n - 1] in global memory by their exclusive prefix sums and returns their total.
-// A block-wide operation that ends with a barrier; `values` is 16-byte aligned. If the block wrote
-// `values`, a barrier must come before.
+// Replaces values[0 .. n - 1] in global memory by their exclusive prefix sums and returns their
+// total. A block-wide operation that ends with a barrier; `values` is 16-byte aligned. If the block
+// wrote `values`, a barrier must come before.
 __device__ __forceinline__ int exclusive_scan(int* values, int n) {
   SHARED_ARRAY(int, warp_totals, WARP_SIZE);
   const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
@@ -166,8 +166,8 @@ __device__ __forceinline__ int exclusive_scan(int* values, int n) {
   return before;
 }
 
-// Writes expert_offsets and tile_offsets, and turns counts into the row of each block's first slot of
-// each expert.
+// Writes expert_offsets and tile_offsets, and turns counts into the row of each block's first slot
+// of each expert.
 __device__ __forceinline__ void plan_scan(const TypedPlanParams& params) {
   const PlanArgs& args = params.args;
   int* const tile_offsets = params.tile_offsets;
@@ -245,7 +245,8 @@ __device__ __forceinline__ void plan_place(const TypedPlanParams& params) {
     }
   }
 
-  // There are as many rows as slots: a block writes the unused rows among those with its slots' indices.
+  // There are as many rows as slots: a block writes the unused rows among those with its slots'
+  // indices.
   const int rows = expert_offsets[num_experts];
   for (int row = block.first + threadIdx.x; row < block.end; row += blockDim.x) {
     if (row >= rows) params.token_of_row[row] = INACTIVE;

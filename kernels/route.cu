@@ -1,12 +1,13 @@
 // route: selects each token's K experts and computes their weights, in f32 for logits of any type.
-//   z       each logit, plus noise times its deviation, times a multiplier, soft-capped; NaN counts as -inf, -0 as +0
+//   z       each logit, plus noise times its deviation, times a multiplier, soft-capped; NaN counts
+//           as -inf, -0 as +0
 //   value   z or a score of it, plus a bias; 0 or -inf outside the best groups of experts
-//   ids     the K experts of largest value, ties to the lower one; the last ones are the sinks
+//   ids     the K experts of largest value, ties to the lower id; the last ones are the sinks
 //   weights the scores of the chosen experts, divided by their sum or norm, times scales; never NaN
 //   For sparsemixer in training, ids are drawn one after the other, with the caller's noise.
 //   src/reference/route.rs states each step. All are correctly rounded operations, in an order that
-//   depends on neither launch, alignment nor body: sums of a softmax are of integers, others are over
-//   slots. Ids and weights have the same bits on every device, for any bits of the logits.
+//   depends on neither launch, alignment nor body: sums of a softmax are of integers, others are
+//   over slots. Ids and weights have the same bits on every device, for any bits of the logits.
 // Five bodies, chosen by E, K, and whether there are options:
 //   plain_narrow, plain_wide  a softmax without options, K <= 32 and E <= 256 or 1024. Grid (T / 4,
 //                 rounded up), block (ROUTE_PICK_THREADS): one warp per token keeps the row in
@@ -87,8 +88,8 @@ struct PlainKeys : LaneKeys<VALUES, Vec<Elem>::LEN> {
     }
   }
 
-  // The shares of the lane's experts, four at a time. Experts ascend, so that the loop ends at the first
-  // four without one. A key of 0 among the others reads as NaN, whose share is 0.
+  // The shares of the lane's experts, four at a time. Experts ascend, so that the loop ends at the
+  // first four without one. A key of 0 among the others reads as NaN, whose share is 0.
   __device__ __forceinline__ uint64_t units(float max) const {
     uint64_t total = 0;
 #pragma unroll

@@ -1,5 +1,5 @@
-// One token of any router, as RouteArgs describes it. A team of threads keeps the token's row in shared
-// memory. src/reference/route.rs states what each step computes, in the same order.
+// One token of any router, as RouteArgs describes it. A team of threads keeps the token's row in
+// shared memory. src/reference/route.rs states what each step computes, in the same order.
 #pragma once
 
 static_assert(ROUTE_MAX_GROUPS <= WARP_SIZE, "one lane per group");
@@ -59,8 +59,9 @@ __device__ __forceinline__ bool is_near(float z, float max, float jitter) {
   return z == max || __fdiv_rn(__fsub_rn(max, z), size) <= __fadd_rn(jitter, jitter);
 }
 
-// In training, a choice other than the largest keeps its share if its draw is above the first constant.
-// Otherwise its share is multiplied by the second: a third, the weight of Heun's third-order method.
+// In training, a choice other than the largest keeps its share if its draw is above the first
+// constant. Otherwise its share is multiplied by the second: a third, as in Heun's method of
+// third order.
 constexpr float ROUTE_MIDPOINT_ABOVE = 0.75f, ROUTE_MIDPOINT_FACTOR = 0.3333f;
 
 // Index of an expert in a row of shared memory. One word after every 32 is unused, so that neither
@@ -235,8 +236,8 @@ struct Router {
     team.sync();
   }
 
-  // The share of each choice among the experts that are near and were not chosen before it: those that
-  // follow it in the order of keys. One warp per choice.
+  // The share of each choice among the experts that are near and were not chosen before it: those
+  // that follow it in the order of keys. One warp per choice.
   __device__ __forceinline__ void score_by_sparsemixer() const {
     const int lane = threadIdx.x % WARP_SIZE;
 #pragma unroll 1
@@ -362,15 +363,19 @@ struct Router {
     return sum > args.divisor_number ? sum : args.divisor_number;
   }
 
-  // Writes the id and the weight of each slot. The weight is 0 for NaN and for slots without an expert.
+  // Writes the id and the weight of each slot. The weight is 0 for NaN and for slots without an
+  // expert.
   __device__ __forceinline__ void write(float divisor) const {
 #pragma unroll 1
     for (int k = team.rank; k < args.top_k; k += Team::SIZE) {
       const uint32_t id = ids()[k];
       float weight = __fmul_rn(__fdiv_rn(scores[k], divisor), args.scale);
-      if (params.expert_scale && id != NO_EXPERT) weight = __fmul_rn(weight, params.expert_scale[id]);
+      if (params.expert_scale && id != NO_EXPERT) {
+        weight = __fmul_rn(weight, params.expert_scale[id]);
+      }
       params.expert_ids[token * args.top_k + k] = id;
-      params.routing_weights[token * args.top_k + k] = id == NO_EXPERT || weight != weight ? 0.0f : weight;
+      params.routing_weights[token * args.top_k + k] =
+          id == NO_EXPERT || weight != weight ? 0.0f : weight;
     }
   }
 

@@ -70,8 +70,8 @@ struct LaneKeys {
     }
   }
 
-  // Picks `count` times; lane k receives choice k. `best_key` and `best_expert` are those of best().
-  // Each lane keeps its own best, so only the lane whose best was picked searches again.
+  // Picks `count` times; lane k receives choice k. `best_key` and `best_expert` are those of
+  // best(). Each lane keeps its own best, so only the lane whose best was picked searches again.
   __device__ __forceinline__ void pick(int lane, int num_experts, int count, uint32_t best_key,
                                        uint32_t best_expert, uint32_t* my_key,
                                        uint32_t* my_expert) {
@@ -126,20 +126,20 @@ constexpr int DIGIT_BITS = 8;
 constexpr int DIGITS = 1 << DIGIT_BITS;
 
 // Finds for each of COLUMNS sets of keys the largest of its wanted[column] smallest keys, digit by
-// digit from the top, and stops as soon as all keys with the digits found so far are selected: a key
-// is among the smallest if it is at most last[column]. `last` and `wanted` are in shared memory and
-// have COLUMNS elements: on entry `last` is 0, and `wanted` is 0 or at most the number of keys; on
-// exit `wanted` is 0. `counters` has COLUMNS * DIGITS elements. Keys of a set are distinct and have
-// key_bits bits. `for_each_key(visit)` calls visit(column, key) for the thread's keys. A block-wide
-// operation with a barrier at its start and its end.
+// digit from the top, and stops as soon as all keys with the digits found so far are selected: a
+// key is among the smallest if it is at most last[column]. `last` and `wanted` are in shared memory
+// and have COLUMNS elements: on entry `last` is 0, and `wanted` is 0 or at most the number of keys;
+// on exit `wanted` is 0. `counters` has COLUMNS * DIGITS elements. Keys of a set are distinct and
+// have key_bits bits. `for_each_key(visit)` calls visit(column, key) for the thread's keys. A
+// block-wide operation with a barrier at its start and its end.
 template <int COLUMNS, typename ForEachKey>
 __device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int* counters,
                                                 int key_bits, ForEachKey for_each_key) {
   const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
   const int warps = blockDim.x / WARP_SIZE;
   constexpr int LANE_DIGITS = DIGITS / WARP_SIZE;
-  // Bits from `above` on are known; the next digit has `bits` bits from `shift` on. The last digit may
-  // have fewer than DIGIT_BITS.
+  // Bits from `above` on are known; the next digit has `bits` bits from `shift` on. The last digit
+  // may have fewer than DIGIT_BITS.
   for (int above = key_bits; above > 0; above -= DIGIT_BITS) {
     const int bits = min(above, DIGIT_BITS), shift = above - bits;
     for (int i = threadIdx.x; i < COLUMNS * DIGITS; i += blockDim.x) counters[i] = 0;

@@ -1,4 +1,5 @@
-// Operations of the threads that share a row, and sums of a softmax, which do not depend on an order.
+// Operations of the threads that share a row, and sums of a softmax, which do not depend on an
+// order.
 #pragma once
 
 // ---- Shares of a softmax ------------------------------------------------------------------------

@@ -14,7 +14,8 @@ const PART_ALIGNMENT: usize = 256;
 
 /// The offsets of a plan's parts in one piece of memory, computed from a shape alone.
 ///
-/// Parts are ranges of bytes from the start of that memory, which [`plan_fwd`](crate::ops::plan) writes.
+/// Parts are ranges of bytes from the start of that memory, which [`plan_fwd`](crate::ops::plan)
+/// writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlanLayout {
     shape: RoutingShape,
@@ -81,8 +82,8 @@ impl PlanLayout {
         })
     }
 
-    /// The shape of the plan: `E` is the number of its experts, which may be fewer than the router's, and
-    /// fewer than `K`.
+    /// The shape of the plan: `E` is the number of its experts, which may be fewer than the
+    /// router's, and fewer than `K`.
     pub fn shape(&self) -> RoutingShape {
         self.shape
     }
@@ -97,7 +98,8 @@ impl PlanLayout {
         self.counts.end
     }
 
-    /// The length of the list of tiles, a bound for every routing: a grid of this many blocks covers all tiles.
+    /// The length of the list of tiles, a bound for every routing: a grid of this many blocks
+    /// covers all tiles.
     pub fn max_tiles(&self) -> usize {
         self.max_tiles
     }
@@ -150,13 +152,14 @@ impl PlanLayout {
 
 /// Slots grouped by expert, on a device: the result of [`plan_fwd`](crate::ops::plan::plan_fwd).
 ///
-/// Only that operation creates a plan, and no other operation writes it. Reads are ordered after the operation on the
-/// same stream, and on other streams as cudarc orders views.
+/// Only that operation creates a plan, and no other operation writes it. Reads are ordered after
+/// the operation on the same stream, and on other streams as cudarc orders views.
 ///
-/// A plan that was created during a stream capture is undefined until the graph has run: use it within that capture, or
-/// after a replay. Neither this type nor cudarc can check that: a capture may be abandoned, and a replay is ordered on
-/// its own stream alone. Kernels therefore compare every index that they read from a plan with the sizes of their
-/// launch, instead of with -1. A plan that is used too early gives wrong results, never an access outside a buffer.
+/// A plan that was created during a stream capture is undefined until the graph has run: use it
+/// within that capture, or after a replay. Neither this type nor cudarc can check that: a capture
+/// may be abandoned, and a replay is ordered on its own stream alone. Kernels therefore compare
+/// every index that they read from a plan with the sizes of their launch, instead of with -1. A
+/// plan that is used too early gives wrong results, never an access outside a buffer.
 pub struct RoutingPlan<'a> {
     layout: PlanLayout,
     memory: PlanMemory<'a>,
@@ -172,8 +175,8 @@ impl<'a> RoutingPlan<'a> {
     /// The plan in `memory`.
     ///
     /// # Safety
-    /// `memory` has `layout.bytes()` bytes and starts at a multiple of 4. It need not contain a plan yet: see the type's
-    /// description.
+    /// `memory` has `layout.bytes()` bytes and starts at a multiple of 4. It need not contain a
+    /// plan yet: see the type's description.
     pub(crate) unsafe fn new(layout: PlanLayout, memory: PlanMemory<'a>) -> Self {
         Self { layout, memory }
     }
@@ -187,8 +190,8 @@ impl<'a> RoutingPlan<'a> {
         check_context(op, "plan", own, stream.context())
     }
 
-    /// The shape of the plan: `E` is the number of its experts, which may be fewer than the router's, and
-    /// fewer than `K`. Products with this plan take the weights of these experts.
+    /// The shape of the plan: `E` is the number of its experts, which may be fewer than the
+    /// router's, and fewer than `K`. Products with this plan take the weights of these experts.
     pub fn shape(&self) -> RoutingShape {
         self.layout.shape
     }

@@ -1,14 +1,18 @@
-//! Limits the rows of each expert: selects the slots that keep their expert, and drops or reassigns the others.
+//! Limits the rows of each expert: selects the slots that keep their expert, and drops or reassigns
+//! the others.
 //!
-//! The operations read a plan of slots, which is one of [`RoutingShape::by_slot`]. Without overflow:
+//! The operations read a plan of slots, which is one of [`RoutingShape::by_slot`]. Without
+//! overflow:
 //!
 //! ```text
-//! expert_ids, weights -plan (by slot)-> RoutingPlan -capacity-> kept_ids, kept [N, E], dropped [N, E]
+//! expert_ids, weights -plan (by slot)-> RoutingPlan
+//!                     -capacity-> kept_ids, kept [N, E], dropped [N, E]
 //! kept_ids, weights -capacity_normalize-> weights, for families that renormalise the kept weights
 //! kept_ids -plan-> RoutingPlan of the layer
 //! ```
 //!
-//! With overflow, up to [`CapacityConfig::overflow`] rounds of reassignment come between the first two lines:
+//! With overflow, up to [`CapacityConfig::overflow`] rounds of reassignment come between the first
+//! two steps:
 //!
 //! ```text
 //! expert_ids, kept_ids, candidates -capacity_reassign-> requests, weights
@@ -69,20 +73,23 @@ pub struct CapacityBuffers {
     pub slot_of_row: CUdeviceptr,
 }
 
-/// Keeps, in each sequence, the first slots of each expert in the order of `config`'s priority, up to its limit.
+/// Keeps, in each sequence, the first slots of each expert in the order of `config`'s priority, up
+/// to its limit.
 ///
-/// `shape` is that of the routing, and `plan` the plan of its ids by slot ([`RoutingShape::by_slot`]), which may
-/// be of some of the experts. A sequence has `sequence_tokens` tokens, the last one possibly fewer; without a
-/// length the batch is one sequence. `expert_ids` `[T, K]` receives the expert of each kept slot, else
-/// `u32::MAX`: inactive slots stay inactive and never count. `kept` and `dropped` are `[N, E]`, for `N`
-/// sequences and the plan's `E` experts. `routing_weights` `[T, K]` are read for priorities by weight; for
-/// [`Priority::ChoiceByTopWeight`] they are those before any normalisation, of which the first choices' are read. This
-/// is the first round; the caller enqueues rounds of reassignment, as this module's description states. Asynchronous,
-/// ordered on `stream`; exact.
+/// `shape` is that of the routing, and `plan` the plan of its ids by slot
+/// ([`RoutingShape::by_slot`]), which may be of some of the experts. A sequence has
+/// `sequence_tokens` tokens, the last one possibly fewer; without a length the batch is one
+/// sequence. `expert_ids` `[T, K]` receives the expert of each kept slot, else `u32::MAX`: inactive
+/// slots stay inactive and never count. `kept` and `dropped` are `[N, E]`, for `N` sequences and
+/// the plan's `E` experts. `routing_weights` `[T, K]` are read for priorities by weight; for
+/// [`Priority::ChoiceByTopWeight`] they are those before any normalisation, of which the first
+/// choices' are read. This is the first round; the caller enqueues rounds of reassignment, as this
+/// module's description states. Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape or a limit out of range, [`Error::Length`] for a buffer that does not fit,
-/// [`Error::Mismatch`] for a plan that is not of these slots, [`Error::Context`], and any launch error.
+/// [`Error::Unsupported`] for a shape or a limit out of range, [`Error::Length`] for a buffer that
+/// does not fit, [`Error::Mismatch`] for a plan that is not of these slots, [`Error::Context`], and
+/// any launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_fwd_into(
     device: &Device,
@@ -100,11 +107,13 @@ pub fn capacity_fwd_into(
     round.enqueue(device, stream, plan, routing_weights, expert_ids, kept, dropped)
 }
 
-/// A round of reassignment: experts keep their slots, `kept` of them, and accept requests up to their limit.
+/// A round of reassignment: experts keep their slots, `kept` of them, and accept requests up to
+/// their limit.
 ///
-/// `plan` is the plan by slot of the requests of [`capacity_reassign_fwd_into`]. `expert_ids` is written for accepted
-/// requests alone. Accepted requests are added to `kept` and the others to `dropped`; an expert whose `kept` (any bits)
-/// is at or above its limit accepts none. `routing_weights` are those of the requests, but the first round's for
+/// `plan` is the plan by slot of the requests of [`capacity_reassign_fwd_into`]. `expert_ids` is
+/// written for accepted requests alone. Accepted requests are added to `kept` and the others to
+/// `dropped`; an expert whose `kept` (any bits) is at or above its limit accepts none.
+/// `routing_weights` are those of the requests, but the first round's for
 /// [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd_into`].
 ///
 /// # Errors
@@ -221,8 +230,8 @@ impl Round<'_> {
             slot_of_row,
         };
         let stream = stream.cu_stream();
-        // SAFETY: the lengths were checked above, and kernels check the indices of a RoutingPlan. The
-        // guards order the launch after earlier uses of the buffers and outlive it.
+        // SAFETY: the lengths were checked above, and kernels check the indices of a RoutingPlan.
+        // The guards order the launch after earlier uses of the buffers and outlive it.
         unsafe {
             capacity_fwd_raw(
                 device,
@@ -238,16 +247,18 @@ impl Round<'_> {
     }
 }
 
-/// [`capacity_fwd_into`] on addresses, or a later round as [`capacity_later_fwd_into`]; `experts` are the plan's.
+/// [`capacity_fwd_into`] on addresses, or a later round as [`capacity_later_fwd_into`]; `experts`
+/// are the plan's.
 ///
 /// # Safety
-/// Each buffer has the elements that [`CapacityBuffers`], `shape` and `experts` give it, in memory of
-/// `device`'s context that stays valid until the kernel has run; the maps are those of one plan of `experts`
-/// for `shape.by_slot()`; `expert_ids`, `kept` and `dropped` overlap none of the others; `stream` is a stream
-/// of that context.
+/// Each buffer has the elements that [`CapacityBuffers`], `shape` and `experts` give it, in memory
+/// of `device`'s context that stays valid until the kernel has run; the maps are those of one plan
+/// of `experts` for `shape.by_slot()`; `expert_ids`, `kept` and `dropped` overlap none of the
+/// others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape, a range or a limit out of range, [`Error::Alignment`], and any launch error.
+/// [`Error::Unsupported`] for a shape, a range or a limit out of range, [`Error::Alignment`], and
+/// any launch error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn capacity_fwd_raw(
     device: &Device,
@@ -329,8 +340,8 @@ pub unsafe fn capacity_fwd_raw(
         slot_of_row,
         args,
     };
-    // SAFETY: the parameter is that of moe_capacity_fwd_select in kernels/capacity.cu; the caller guarantees the
-    // buffers; shape and range were checked above.
+    // SAFETY: the parameter is that of moe_capacity_fwd_select in kernels/capacity.cu; the caller
+    // guarantees the buffers; shape and range were checked above.
     unsafe {
         device.launch(
             stream,

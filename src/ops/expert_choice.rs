@@ -1,4 +1,5 @@
-//! Experts choose tokens: `scores` `[T, E]` to `expert_ids` `[T, E]` and `routing_weights` `[T, E]`.
+//! Experts choose tokens: `scores` `[T, E]` to `expert_ids` `[T, E]` and `routing_weights`
+//! `[T, E]`.
 
 use std::sync::Arc;
 
@@ -37,18 +38,21 @@ pub struct ExpertChoice {
     pub routing_weights: CudaSlice<f32>,
 }
 
-/// Expert `e` chooses the `capacity` tokens whose `scores[t, e]` are largest, ties to the lower token.
+/// Expert `e` chooses the `capacity` tokens whose `scores[t, e]` are largest, ties to the lower
+/// token.
 ///
-/// -0 counts as 0 and NaN as minus infinity; a `capacity` above `T` selects all tokens. Slot `(t, e)` of the outputs
-/// pairs token `t` with expert `e`: `expert_ids` is `e` if the token was chosen, else `u32::MAX`, and `routing_weights`
-/// is the score, else 0. A [`plan`](crate::ops::plan) with `K = E` follows, in which at most `E * capacity` slots have
-/// rows, and `combine` with these weights. `T * E` is at most 2^31 - 4097, the bound on slots. Asynchronous, ordered on
-/// `stream`; exact.
+/// -0 counts as 0 and NaN as minus infinity; a `capacity` above `T` selects all tokens. Slot
+/// `(t, e)` of the outputs pairs token `t` with expert `e`: `expert_ids` is `e` if the token was
+/// chosen, else `u32::MAX`, and `routing_weights` is the score, else 0. A
+/// [`plan`](crate::ops::plan) with `K = E` follows, in which at most `E * capacity` slots have
+/// rows, and `combine` with these weights. `T * E` is at most 2^31 - 4097, the bound on slots.
+/// Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for `T` or `E` out of range,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit them,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any launch error.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn expert_choice_fwd_into<D: Dtype>(
     device: &Device,
@@ -81,7 +85,8 @@ pub fn expert_choice_fwd_into<D: Dtype>(
 /// [`expert_choice_fwd_into`] new buffers.
 ///
 /// # Errors
-/// Those of [`expert_choice_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`expert_choice_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the
+/// allocation fails.
 pub fn expert_choice_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -113,8 +118,9 @@ pub fn expert_choice_fwd<D: Dtype>(
 /// [`expert_choice_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has `num_tokens * num_experts` elements, `scores` of `dtype`, in memory of `device`'s context
-/// that stays valid until the kernel has run; no two overlap; `stream` is a stream of that context.
+/// Each buffer has `num_tokens * num_experts` elements, `scores` of `dtype`, in memory of
+/// `device`'s context that stays valid until the kernel has run; no two overlap; `stream` is a
+/// stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a dimension out of range,
@@ -150,8 +156,8 @@ pub unsafe fn expert_choice_fwd_raw(
         shared_bytes: 0,
     };
     let params = ExpertChoiceParams { expert_ids, routing_weights, scores, args };
-    // SAFETY: the parameter is that of kernels/expert_choice.cu; the caller guarantees the buffers; dimensions were
-    // checked above.
+    // SAFETY: the parameter is that of kernels/expert_choice.cu; the caller guarantees the buffers;
+    // dimensions were checked above.
     unsafe {
         device.launch(stream, Kernel::ExpertChoiceFwd, dtype, launch, &[Argument::of(&params)])
     }

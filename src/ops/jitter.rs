@@ -1,4 +1,5 @@
-//! Multiplies each element by its own factor near 1: `x` `[T, H]` and `u` `[T, H]` to `jittered` `[T, H]`.
+//! Multiplies each element by its own factor near 1: `x` `[T, H]` and `u` `[T, H]` to `jittered`
+//! `[T, H]`.
 
 use std::sync::Arc;
 
@@ -28,15 +29,17 @@ pub struct JitterBuffers {
     pub u: CUdeviceptr,
 }
 
-/// `jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1))`: with uniform `u`, factors from `U(1 - epsilon, 1 + epsilon)`.
+/// `jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1))`: with uniform `u`, factors from
+/// `U(1 - epsilon, 1 + epsilon)`.
 ///
-/// In f32, rounded once. All three have the same length, `T * H`; [`noise`](crate::ops::noise) computes `u`.
-/// Buffers that start at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`; the same
-/// bits on every device.
+/// In f32, rounded once. All three have the same length, `T * H`; [`noise`](crate::ops::noise)
+/// computes `u`. Buffers that start at 16-byte boundaries move fastest. Asynchronous, ordered on
+/// `stream`; the same bits on every device.
 ///
 /// # Errors
-/// [`Error::Length`] for buffers of different lengths, [`Error::Unsupported`] for an `epsilon` that is not finite,
-/// [`Error::Context`] for a stream or a buffer of another context, and any launch error.
+/// [`Error::Length`] for buffers of different lengths, [`Error::Unsupported`] for an `epsilon` that
+/// is not finite, [`Error::Context`] for a stream or a buffer of another context, and any launch
+/// error.
 pub fn jitter_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -78,12 +81,13 @@ pub fn jitter_fwd<D: Dtype + DeviceRepr>(
 /// [`jitter_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has `len` elements, of `dtype` or `f32`, in memory of `device`'s context that stays valid
-/// until the kernel has run; `jittered` overlaps none of the others; `stream` is a stream of that context.
+/// Each buffer has `len` elements, of `dtype` or `f32`, in memory of `device`'s context that stays
+/// valid until the kernel has run; `jittered` overlaps none of the others; `stream` is a stream of
+/// that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for an `epsilon` that is not finite or a `len` that exceeds the largest grid,
-/// [`Error::Alignment`], and any launch error.
+/// [`Error::Unsupported`] for an `epsilon` that is not finite or a `len` that exceeds the largest
+/// grid, [`Error::Alignment`], and any launch error.
 pub unsafe fn jitter_fwd_raw(
     device: &Device,
     stream: CUstream,

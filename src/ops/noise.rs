@@ -20,13 +20,17 @@ const OP: &str = "noise_fwd";
 /// Elements of one counter of the generator.
 const GROUP: usize = 4;
 
-/// Fills `noise` with elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence that belongs to `seed`.
+/// Fills `noise` with elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence that
+/// belongs to `seed`.
 ///
-/// An element depends on the seed and its index alone: separate calls for parts of a sequence give the same elements
-/// as one call. Sequences of different distributions with one seed are not independent of each other. The generator is Philox4x32-10. Asynchronous, ordered on `stream`; the same bits on every device.
+/// An element depends on the seed and its index alone: separate calls for parts of a sequence give
+/// the same elements as one call. Sequences of different distributions with one seed are not
+/// independent of each other. The generator is Philox4x32-10. Asynchronous, ordered on `stream`;
+/// the same bits on every device.
 ///
 /// # Errors
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any launch error.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn noise_fwd_into(
     device: &Device,
     stream: &CudaStream,
@@ -38,14 +42,16 @@ pub fn noise_fwd_into(
     check_stream(OP, device, stream)?;
     let len = noise.len();
     let (noise, _guard) = writes(OP, "noise", noise, stream)?;
-    // SAFETY: the view has `len` elements. The guard orders the launch after earlier uses and outlives it.
+    // SAFETY: the view has `len` elements. The guard orders the launch after earlier uses and
+    // outlives it.
     unsafe { noise_fwd_raw(device, stream.cu_stream(), distribution, seed, offset, len, noise) }
 }
 
 /// [`noise_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`noise_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`noise_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
+/// fails.
 pub fn noise_fwd(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -63,8 +69,8 @@ pub fn noise_fwd(
 /// [`noise_fwd_into`] on an address.
 ///
 /// # Safety
-/// `noise` has `len` `f32` in memory of `device`'s context that stays valid until the kernel has run;
-/// `stream` is a stream of that context.
+/// `noise` has `len` `f32` in memory of `device`'s context that stays valid until the kernel has
+/// run; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a `len` that exceeds the largest grid,

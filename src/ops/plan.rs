@@ -33,13 +33,15 @@ pub struct PlanBuffers {
 
 /// Groups the slots by expert into `memory`, which must have [`PlanLayout::bytes`] bytes.
 ///
-/// A slot whose id is `E` or more (any bits) is inactive and has no row. Without ids every id is 0, so that a dense
-/// product is a grouped one with `E = 1`. [`plan_range_fwd_into`] groups the slots of some of the experts. Rows of an
-/// expert are in the order of their slots. Tiles have at most 128 rows. Asynchronous, ordered on `stream`; exact.
+/// A slot whose id is `E` or more (any bits) is inactive and has no row. Without ids every id is 0,
+/// so that a dense product is a grouped one with `E = 1`. [`plan_range_fwd_into`] groups the slots
+/// of some of the experts. Rows of an expert are in the order of their slots. Tiles have at most
+/// 128 rows. Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape out of range, [`Error::Length`] for a buffer that does not fit it,
-/// [`Error::Alignment`], [`Error::Context`] for a stream or a buffer of another context, and any launch error.
+/// [`Error::Unsupported`] for a shape out of range, [`Error::Length`] for a buffer that does not
+/// fit it, [`Error::Alignment`], [`Error::Context`] for a stream or a buffer of another context,
+/// and any launch error.
 pub fn plan_fwd_into<'a>(
     device: &Device,
     stream: &CudaStream,
@@ -50,15 +52,17 @@ pub fn plan_fwd_into<'a>(
     enqueue_into(device, stream, PlanLayout::new(shape)?, expert_ids, memory)
 }
 
-/// [`plan_fwd_into`] for the experts whose ids are in `experts`: those of one device under expert parallelism.
+/// [`plan_fwd_into`] for the experts whose ids are in `experts`: those of one device under expert
+/// parallelism.
 ///
-/// `shape` and `expert_ids` are those of the whole routing. Slots of other experts are inactive. Expert `e` of the plan
-/// is the router's `experts.start + e`, so that the products which follow read the weights of these experts alone;
-/// `memory` has the bytes of [`PlanLayout::of_experts`]. The layer's output is the sum of `combine`'s outputs over all
-/// ranges.
+/// `shape` and `expert_ids` are those of the whole routing. Slots of other experts are inactive.
+/// Expert `e` of the plan is the router's `experts.start + e`, so that the products which follow
+/// read the weights of these experts alone; `memory` has the bytes of [`PlanLayout::of_experts`].
+/// The layer's output is the sum of `combine`'s outputs over all ranges.
 ///
 /// # Errors
-/// Those of [`plan_fwd_into`], and [`Error::Unsupported`] for a range that is empty or not within `E`.
+/// Those of [`plan_fwd_into`], and [`Error::Unsupported`] for a range that is empty or not within
+/// `E`.
 pub fn plan_range_fwd_into<'a>(
     device: &Device,
     stream: &CudaStream,
@@ -108,7 +112,8 @@ pub fn plan_range_fwd(
     expert_ids: &CudaView<'_, u32>,
 ) -> Result<RoutingPlan<'static>> {
     let layout = PlanLayout::of_experts(shape, experts)?;
-    // SAFETY: the operation writes every part, and kernels check every index that they read from a plan.
+    // SAFETY: the operation writes every part, and kernels check every index that they read from a
+    // plan.
     let mut memory = unsafe { alloc::<u8>(OP, stream, layout.bytes()) }?;
     enqueue(device, stream, &layout, Some(expert_ids), &mut memory.as_view_mut())?;
     // SAFETY: it was allocated with that length, at a multiple of 256 bytes.
@@ -133,17 +138,17 @@ fn enqueue(
     let (plan, _plan_guard) = writes(OP, "memory", memory, stream)?;
     let (expert_ids, _ids_guard) = optional(OP, "expert_ids", expert_ids, stream)?;
     let buffers = PlanBuffers { plan, expert_ids };
-    // SAFETY: the lengths were checked above. The guards order the launches after earlier uses of the
-    // buffers and outlive them.
+    // SAFETY: the lengths were checked above. The guards order the launches after earlier uses of
+    // the buffers and outlive them.
     unsafe { plan_fwd_raw(device, stream.cu_stream(), layout, buffers) }
 }
 
 /// [`plan_fwd_into`] on addresses; the layout has the offsets of the parts.
 ///
 /// # Safety
-/// Each buffer has the size that [`PlanBuffers`] and `layout` give it, in memory of `device`'s context
-/// that stays valid until the kernels have run; they do not overlap; `stream` is a stream of that
-/// context.
+/// Each buffer has the size that [`PlanBuffers`] and `layout` give it, in memory of `device`'s
+/// context that stays valid until the kernels have run; they do not overlap; `stream` is a stream
+/// of that context.
 ///
 /// # Errors
 /// [`Error::Alignment`], and any launch error.
@@ -191,8 +196,8 @@ pub unsafe fn plan_fwd_raw(
     let scan = Launch { grid: [1, 1, 1], threads: PLAN_SCAN_THREADS as u32, shared_bytes: 0 };
 
     let enqueue = |kernel: Kernel, launch: Launch| {
-        // SAFETY: the parameter is that of kernels/plan.cu; the parts of the plan have the sizes that the layout
-        // gives them; the caller guarantees the buffers.
+        // SAFETY: the parameter is that of kernels/plan.cu; the parts of the plan have the sizes
+        // that the layout gives them; the caller guarantees the buffers.
         unsafe { device.launch(stream, kernel, DType::F32, launch, &[Argument::of(&params)]) }
     };
     if args.num_blocks == 1 {

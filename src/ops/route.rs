@@ -24,7 +24,8 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "route_fwd";
 
-/// The inputs of a router: the logits, and the optional buffers that its configuration needs or the caller gives.
+/// The inputs of a router: the logits, and the optional buffers that its configuration needs or the
+/// caller gives.
 ///
 /// [`RouteInputs::new`] sets the logits alone; struct update syntax adds the rest.
 #[derive(Debug)]
@@ -39,8 +40,8 @@ pub struct RouteInputs<'a, D> {
     pub noise: Option<&'a CudaView<'a, f32>>,
     /// `[T, E]`: noise is multiplied by `softplus` of these first.
     pub noise_logits: Option<&'a CudaView<'a, D>>,
-    /// `[T, K, E]`, for [`Scoring::Sparsemixer`] in training: standard Gumbel noise, a row for each choice, added to
-    /// `z` for the selection alone.
+    /// `[T, K, E]`, for [`Scoring::Sparsemixer`] in training: standard Gumbel noise, a row for each
+    /// choice, added to `z` for the selection alone.
     pub selection_noise: Option<&'a CudaView<'a, f32>>,
     /// `[T, K]`, given together with `selection_noise`: uniform in `[0, 1)`.
     pub midpoint_draws: Option<&'a CudaView<'a, f32>>,
@@ -100,7 +101,8 @@ pub struct RouteBuffers {
     pub expert_ids: CUdeviceptr,
     /// `[T, K]` `f32`, written whole.
     pub routing_weights: CUdeviceptr,
-    /// `[T, E]` of the call's dtype. Rows that start at 16-byte boundaries are read in 16-byte pieces.
+    /// `[T, E]` of the call's dtype. Rows that start at 16-byte boundaries are read in 16-byte
+    /// pieces.
     pub logits: CUdeviceptr,
     /// `[E - num_sinks]` `f32`
     pub selection_bias: CUdeviceptr,
@@ -127,24 +129,28 @@ pub struct RouteBuffers {
 /// The result of [`route_fwd`], on the device.
 #[derive(Debug)]
 pub struct Routing {
-    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot without an expert.
+    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot without an
+    /// expert.
     pub expert_ids: CudaSlice<u32>,
     /// `[T, K]`: the weights of those experts.
     pub routing_weights: CudaSlice<f32>,
 }
 
-/// Writes the `K` experts of each token and their weights in f32, as `router` defines them; by default those of the
-/// largest logits, strongest first and ties to the lower id.
+/// Writes the `K` experts of each token and their weights in f32, as `router` defines them; by
+/// default those of the largest logits, strongest first and ties to the lower id.
 ///
-/// Logits, biases, scales, noise and draws may have any bits: the selected ids are distinct experts, and no weight is
-/// NaN. Ids and weights agree with [`reference::route_fwd`](crate::reference::route_fwd) in f32 bit for bit, on every
-/// device. Rows of 16-byte multiples that start at 16-byte boundaries are read fastest. Asynchronous, ordered on
+/// Logits, biases, scales, noise and draws may have any bits: the selected ids are distinct
+/// experts, and no weight is NaN. Ids and weights agree with
+/// [`reference::route_fwd`](crate::reference::route_fwd) in f32 bit for bit, on every device. Rows
+/// of 16-byte multiples that start at 16-byte boundaries are read fastest. Asynchronous, ordered on
 /// `stream`; one launch.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for a buffer that the
-/// router needs and that is not given or the reverse, [`Error::Length`](crate::Error::Length) for a buffer that does
-/// not fit, [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any launch error.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for
+/// a buffer that the router needs and that is not given or the reverse,
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn route_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -196,7 +202,8 @@ pub fn route_fwd_into<D: Dtype>(
 /// [`route_fwd_into`] new buffers.
 ///
 /// # Errors
-/// Those of [`route_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`route_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
+/// fails.
 pub fn route_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -218,14 +225,14 @@ pub fn route_fwd<D: Dtype>(
 /// [`route_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer that is not 0 has the elements that [`RouteBuffers`] and `shape` give it, `logits` and `noise_logits` of
-/// `dtype`, in memory of `device`'s context that stays valid until the kernel has run; outputs overlap no other buffer;
-/// `stream` is a stream of that context.
+/// Each buffer that is not 0 has the elements that [`RouteBuffers`] and `shape` give it, `logits`
+/// and `noise_logits` of `dtype`, in memory of `device`'s context that stays valid until the kernel
+/// has run; outputs overlap no other buffer; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for a buffer that the
-/// router needs and that is not given or the reverse, [`Error::Alignment`](crate::Error::Alignment), and any launch
-/// error.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for
+/// a buffer that the router needs and that is not given or the reverse,
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn route_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -243,8 +250,8 @@ pub unsafe fn route_fwd_raw(
     let plain = matches!(kernel, Kernel::RouteFwdPlainNarrow | Kernel::RouteFwdPlainWide);
     if plain {
         let params = buffers.plain_params(args);
-        // SAFETY: the parameter is that of kernels/route.cu, whose limits on E and K chose the kernel above; the
-        // caller guarantees the buffers.
+        // SAFETY: the parameter is that of kernels/route.cu, whose limits on E and K chose the
+        // kernel above; the caller guarantees the buffers.
         return unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) };
     }
     let params = buffers.params(args);

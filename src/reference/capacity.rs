@@ -1,5 +1,5 @@
-//! Capacity: an expert keeps a limited number of slots in each sequence; the others are dropped, or reassigned to
-//! their tokens' next candidates.
+//! Capacity: an expert keeps a limited number of slots in each sequence; the others are dropped, or
+//! reassigned to their tokens' next candidates.
 
 use std::cmp::Ordering;
 
@@ -26,17 +26,20 @@ pub(super) fn compare(a: f32, b: f32) -> Ordering {
     a.cleaned().partial_cmp(&b.cleaned()).unwrap_or(Ordering::Equal)
 }
 
-/// Keeps, in each sequence, the first slots of each expert in the order of `config`'s priority, up to its limit.
+/// Keeps, in each sequence, the first slots of each expert in the order of `config`'s priority, up
+/// to its limit.
 ///
-/// `shape` is that of the routing, and `plan` the plan of its ids by slot ([`RoutingShape::by_slot`]), which may be of
-/// some of the experts. A sequence has `sequence_tokens` tokens, the last one possibly fewer; without a length the
-/// batch is one sequence. Inactive slots stay inactive and never count. `routing_weights` `[T, K]` are read for
-/// priorities by weight; for [`Priority::ChoiceByTopWeight`] they are those before any normalisation, of which the
-/// first choices' are read. This is the first round; up to `overflow` rounds of reassignment follow, each of
-/// [`capacity_reassign_fwd`] and [`capacity_later_fwd`].
+/// `shape` is that of the routing, and `plan` the plan of its ids by slot
+/// ([`RoutingShape::by_slot`]), which may be of some of the experts. A sequence has
+/// `sequence_tokens` tokens, the last one possibly fewer; without a length the batch is one
+/// sequence. Inactive slots stay inactive and never count. `routing_weights` `[T, K]` are read for
+/// priorities by weight; for [`Priority::ChoiceByTopWeight`] they are those before any
+/// normalisation, of which the first choices' are read. This is the first round; up to `overflow`
+/// rounds of reassignment follow, each of [`capacity_reassign_fwd`] and [`capacity_later_fwd`].
 ///
 /// # Errors
-/// A shape or limit out of range, a length that is not the shape's, or a plan that is not of these slots.
+/// A shape or limit out of range, a length that is not the shape's, or a plan that is not of these
+/// slots.
 pub fn capacity_fwd(
     plan: &Plan,
     shape: &RoutingShape,
@@ -55,11 +58,13 @@ pub fn capacity_fwd(
     Ok(capacity)
 }
 
-/// A round of reassignment: experts keep their slots, `kept` of them, and accept requests up to their limit.
+/// A round of reassignment: experts keep their slots, `kept` of them, and accept requests up to
+/// their limit.
 ///
-/// `plan` is the plan by slot of the requests of [`capacity_reassign_fwd`]. `expert_ids` is written for accepted
-/// requests alone. Accepted requests are added to `kept` and the others to `dropped`. `routing_weights` are those of
-/// the requests, but the first round's for [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd`].
+/// `plan` is the plan by slot of the requests of [`capacity_reassign_fwd`]. `expert_ids` is written
+/// for accepted requests alone. Accepted requests are added to `kept` and the others to `dropped`.
+/// `routing_weights` are those of the requests, but the first round's for
+/// [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd`].
 ///
 /// # Errors
 /// Those of [`capacity_fwd`].
@@ -147,14 +152,16 @@ fn compare_slots(
     before.then(a.cmp(&b))
 }
 
-/// Requests the next candidate of its token for each dropped slot: `[T, K]`, `u32::MAX` without a request.
+/// Requests the next candidate of its token for each dropped slot: `[T, K]`, `u32::MAX` without a
+/// request.
 ///
-/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights: `route`'s result with a
-/// larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` those that the rounds so far have kept. A dropped
-/// slot requests the next candidate that is an expert and is not in its token's own `expert_ids`; the slots of a token
-/// in order, and each candidate at most once. `routing_weights` `[T, K]` receives the candidate's weight.
-/// `next_candidate` `[T]` is each token's position in its candidates: written in the `first` round, read and written in
-/// later ones.
+/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights:
+/// `route`'s result with a larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` those
+/// that the rounds so far have kept. A dropped slot requests the next candidate that is an expert
+/// and is not in its token's own `expert_ids`; the slots of a token in order, and each candidate at
+/// most once. `routing_weights` `[T, K]` receives the candidate's weight. `next_candidate` `[T]` is
+/// each token's position in its candidates: written in the `first` round, read and written in later
+/// ones.
 ///
 /// # Errors
 /// A shape out of range, or a length that is not the shape's.
@@ -210,10 +217,10 @@ pub fn capacity_reassign_fwd(
     Ok(requests)
 }
 
-/// Normalises the weights of kept slots, `[T, K]`: divided by the divisor that `normalization` computes from the sum
-/// over the token's kept slots, in the order of `k`, times `scale`, times the expert's element of `expert_scale` `[E]`.
-/// NaN (of `0 / 0` or `inf / inf`) becomes 0, and slots without an expert in `expert_ids` have 0. In f32 the kernel has
-/// the same bits.
+/// Normalises the weights of kept slots, `[T, K]`: divided by the divisor that `normalization`
+/// computes from the sum over the token's kept slots, in the order of `k`, times `scale`, times the
+/// expert's element of `expert_scale` `[E]`. NaN (of `0 / 0` or `inf / inf`) becomes 0, and slots
+/// without an expert in `expert_ids` have 0. In f32 the kernel has the same bits.
 ///
 /// # Errors
 /// A shape out of range, a length that is not the shape's, or a p-norm.
@@ -267,8 +274,8 @@ mod tests {
         CapacityConfig { overflow, ..CapacityConfig::new(CapacityLimit::Rows { rows }, priority) }
     }
 
-    /// All rounds, as a caller composes them, and the weights with which slots were kept. A token's candidates and
-    /// their weights are `[T, C]`.
+    /// All rounds, as a caller composes them, and the weights with which slots were kept. A token's
+    /// candidates and their weights are `[T, C]`.
     fn rounds(
         shape: &RoutingShape,
         config: &CapacityConfig,
@@ -360,8 +367,8 @@ mod tests {
         assert_eq!((got.kept, got.dropped), (vec![1, 1], vec![2, 1]));
     }
 
-    /// The mask of a router of transformers' Switch: in each sequence, a token keeps its expert while the running
-    /// count of that expert, the token included, is at most the capacity.
+    /// The mask of a router of transformers' Switch: in each sequence, a token keeps its expert
+    /// while the running count of that expert, the token included, is at most the capacity.
     fn switch_keeps(
         shape: &RoutingShape,
         tokens: usize,
@@ -379,8 +386,9 @@ mod tests {
         keeps
     }
 
-    /// The masks of transformers' NLLB top-2 router: the position of a first choice among the expert's first
-    /// choices, tokens in order or by their largest probability; second choices behind all of them.
+    /// The masks of transformers' NLLB top-2 router: the position of a first choice among the
+    /// expert's first choices, tokens in order or by their largest probability; second choices
+    /// behind all of them.
     fn nllb_keeps(
         shape: &RoutingShape,
         capacity: usize,

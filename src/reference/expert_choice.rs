@@ -4,11 +4,12 @@ use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
 
-/// Selects for every expert `e` the `capacity` tokens whose `scores[t, e]` are largest, ties to the lower token.
-/// Returns the expert ids `[T, E]` and the weights `[T, E]`.
+/// Selects for every expert `e` the `capacity` tokens whose `scores[t, e]` are largest, ties to the
+/// lower token. Returns the expert ids `[T, E]` and the weights `[T, E]`.
 ///
-/// -0 counts as 0 and NaN as minus infinity; a `capacity` above `T` selects all tokens. At `(t, e)`, the id is `e` if
-/// expert `e` has selected token `t`, else `u32::MAX`, and the weight is the score, else 0.
+/// -0 counts as 0 and NaN as minus infinity; a `capacity` above `T` selects all tokens. At
+/// `(t, e)`, the id is `e` if expert `e` has selected token `t`, else `u32::MAX`, and the weight is
+/// the score, else 0.
 ///
 /// # Errors
 /// A dimension out of range, or a length that is not `T * E`.

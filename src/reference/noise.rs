@@ -1,6 +1,7 @@
-//! Random numbers that depend on (seed, index of the element) alone: the words of Philox4x32-10, a counter-based
-//! generator (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3", 2011), and distributions computed from
-//! them by correctly rounded operations in a stated order, so that kernels have the same bits.
+//! Random numbers that depend on (seed, index of the element) alone: the words of Philox4x32-10, a
+//! counter-based generator (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3",
+//! 2011), and distributions computed from them by correctly rounded operations in a stated order,
+//! so that kernels have the same bits.
 
 use super::route::exact::precise_log as ln;
 use crate::config::NoiseDistribution;
@@ -10,10 +11,10 @@ const WORDS: usize = 4;
 
 /// Elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence of `seed`, `len` of them.
 ///
-/// Elements `4c` to `4c + 3` come from the words `w` of [`philox`] with counter `[c, 0]`:
-/// uniform `floor(w / 2^8) * 2^-24`; Gumbel `-ln(-ln(u))` with `u = (floor(w / 2^9) + 1/2) * 2^-23`; normal
-/// `r cos(a)` and `r sin(a)` of each pair of words, with `r = sqrt(-2 ln u)`, `u = (w0 + 1/2) * 2^-32` rounded
-/// and `a = 2 pi * w1 * 2^-32`.
+/// Elements `4c` to `4c + 3` come from the words `w` of [`philox`] with counter `[c, 0]`: uniform
+/// `floor(w / 2^8) * 2^-24`; Gumbel `-ln(-ln(u))` with `u = (floor(w / 2^9) + 1/2) * 2^-23`; normal
+/// `r cos(a)` and `r sin(a)` of each pair of words, with `r = sqrt(-2 ln u)`,
+/// `u = (w0 + 1/2) * 2^-32` rounded and `a = 2 pi * w1 * 2^-32`.
 pub fn noise_fwd(distribution: NoiseDistribution, seed: u64, offset: u64, len: usize) -> Vec<f32> {
     let element = |i: usize| {
         let number = offset.wrapping_add(i as u64);

@@ -1,8 +1,9 @@
 //! The plan: slots grouped by expert.
 //!
-//! A slot `s = t*K + k` whose id is less than `E`, or in the plan's range of experts, is active and has a row. Rows are
-//! ordered by (expert, slot), so those of an expert are contiguous and in slot order. A slot with any other id (of
-//! another device's expert, or padding) is inactive and has no row.
+//! A slot `s = t*K + k` whose id is less than `E`, or in the plan's range of experts, is active and
+//! has a row. Rows are ordered by (expert, slot), so those of an expert are contiguous and in slot
+//! order. A slot with any other id (of another device's expert, or padding) is inactive and has no
+//! row.
 
 use std::ops::Range;
 
@@ -21,7 +22,8 @@ pub struct Tile {
     pub num_rows: i32,
 }
 
-/// The maps between slots and rows. There are `R = T*K` rows, of which the first `expert_offsets[E]` are in use.
+/// The maps between slots and rows. There are `R = T*K` rows, of which the first
+/// `expert_offsets[E]` are in use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// The routing's ids of the plan's experts; all of them unless the plan is of a range.

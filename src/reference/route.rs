@@ -20,13 +20,15 @@ use crate::shape::RoutingShape;
 /// The result of a router.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Routing<A> {
-    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot without an expert.
+    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot without an
+    /// expert.
     pub expert_ids: Vec<u32>,
     /// `[T, K]`: the weights of those experts.
     pub routing_weights: Vec<A>,
 }
 
-/// The inputs of a router: the logits, and the optional buffers that its configuration needs or the caller gives.
+/// The inputs of a router: the logits, and the optional buffers that its configuration needs or the
+/// caller gives.
 ///
 /// [`RouteInputs::new`] sets the logits alone; struct update syntax adds the rest.
 #[derive(Debug, Clone, Copy)]
@@ -41,8 +43,8 @@ pub struct RouteInputs<'a, D> {
     pub noise: Option<&'a [f32]>,
     /// `[T, E]`: noise is multiplied by `softplus` of these first.
     pub noise_logits: Option<&'a [D]>,
-    /// `[T, K, E]`, for [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer) in training: standard Gumbel noise, a row
-    /// for each choice, added to `z` for the selection alone.
+    /// `[T, K, E]`, for [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer) in training: standard
+    /// Gumbel noise, a row for each choice, added to `z` for the selection alone.
     pub selection_noise: Option<&'a [f32]>,
     /// `[T, K]`, given together with `selection_noise`: uniform in `[0, 1)`.
     pub midpoint_draws: Option<&'a [f32]>,
@@ -91,46 +93,50 @@ impl<'a, D> RouteInputs<'a, D> {
 ///
 /// For each token, with its `E` logits read as f32 (exact for every element type):
 ///
-/// 1. **z.** A NaN counts as `-inf` and `-0` as `+0`, here, after each addition and at the end. With noise,
-///    `l + d * noise` with the deviation `d`, or `l + d * noise * softplus(noise_logit)`; then times the multiplier;
-///    then `c * tanh(z / c)`.
-/// 2. **Value.** `z` or its score, as [`RouterConfig`] defines it, plus the expert's element of the selection bias. The
-///    last `num_sinks` experts have no value, as they are not selected.
-/// 3. **Groups.** A group's score is its largest value, or the sum of its two largest values (for one expert, its
-///    value). Outside the groups with the largest scores, ties to the lower group, values become `-inf` or 0.
-/// 4. **Select.** The first `K - num_sinks` experts in the order (value descending, id ascending). The ids of a token
-///    are therefore distinct, and its first slot has the strongest expert. The sinks follow, ascending. Given ids
-///    replace steps 2 to 4; a slot with a given id of `E` or more has no expert.
-/// 5. **Score.** The score of each selected expert, without the bias. A softmax over a set of experts with the largest
-///    `z` of `m` has `p = 1` if `z == m`, else `p = exp(z - m)`, so that equal infinite maxima share equally, and
-///    divides by the sum of `p`. The set is all experts; it is the selected ones for
-///    [`SoftmaxSelected`](crate::Scoring::SoftmaxSelected), and for scores that are divided by their own sum or norm,
-///    in which the difference cancels.
-/// 6. **Normalise.** Scores are divided by their sum plus epsilon, by the larger of their sum and a minimum, or by
-///    their norm, which is computed from their fractions of the largest. Sums are over all slots, sinks included.
-/// 7. **Scale.** Times `scale`, times the expert's own scale. NaN (of `0 / 0` or `inf / inf`) becomes 0, and a slot
-///    without an expert has the weight 0. No weight is NaN.
+/// 1. **z.** A NaN counts as `-inf` and `-0` as `+0`, here, after each addition and at the end.
+///    With noise, `l + d * noise` with the deviation `d`, or
+///    `l + d * noise * softplus(noise_logit)`; then times the multiplier; then `c * tanh(z / c)`.
+/// 2. **Value.** `z` or its score, as [`RouterConfig`] defines it, plus the expert's element of the
+///    selection bias. The last `num_sinks` experts have no value, as they are not selected.
+/// 3. **Groups.** A group's score is its largest value, or the sum of its two largest values (for
+///    one expert, its value). Outside the groups with the largest scores, ties to the lower group,
+///    values become `-inf` or 0.
+/// 4. **Select.** The first `K - num_sinks` experts in the order (value descending, id ascending).
+///    The ids of a token are therefore distinct, and its first slot has the strongest expert. The
+///    sinks follow, ascending. Given ids replace steps 2 to 4; a slot with a given id of `E` or
+///    more has no expert.
+/// 5. **Score.** The score of each selected expert, without the bias. A softmax over a set of
+///    experts with the largest `z` of `m` has `p = 1` if `z == m`, else `p = exp(z - m)`, so that
+///    equal infinite maxima share equally, and divides by the sum of `p`. The set is all experts;
+///    it is the selected ones for [`SoftmaxSelected`](crate::Scoring::SoftmaxSelected), and for
+///    scores that are divided by their own sum or norm, in which the difference cancels.
+/// 6. **Normalise.** Scores are divided by their sum plus epsilon, by the larger of their sum and a
+///    minimum, or by their norm, which is computed from their fractions of the largest. Sums are
+///    over all slots, sinks included.
+/// 7. **Scale.** Times `scale`, times the expert's own scale. NaN (of `0 / 0` or `inf / inf`)
+///    becomes 0, and a slot without an expert has the weight 0. No weight is NaN.
 ///
-/// Sparsemixer in training replaces steps 2 to 6. For each choice in turn, with `m` the largest `z` of the experts
-/// that were not chosen before, ties to the lower id:
+/// Sparsemixer in training replaces steps 2 to 6. For each choice in turn, with `m` the largest `z`
+/// of the experts that were not chosen before, ties to the lower id:
 ///
 /// 1. Such an expert is near if `z == m` or `(m - z) / max(|z|, m) <= 2 * jitter`.
-/// 2. The choice is the near expert with the largest `z + g`, ties to the lower id, with `g` the choice's row of
-///    `selection_noise`; a NaN counts as `-inf`.
-/// 3. Its score is its share of a softmax of `z` over the near experts, times 0.3333 if it is not the expert of `m` and
-///    its element of `midpoint_draws` is not above 0.75.
+/// 2. The choice is the near expert with the largest `z + g`, ties to the lower id, with `g` the
+///    choice's row of `selection_noise`; a NaN counts as `-inf`.
+/// 3. Its score is its share of a softmax of `z` over the near experts, times 0.3333 if it is not
+///    the expert of `m` and its element of `midpoint_draws` is not above 0.75.
 ///
 /// The slots of an inactive token have no experts.
 ///
-/// Steps 1 to 4 are computed in f32, so that ids are the same on every device and for either accumulation type; steps 5
-/// to 7 in `A`, from the `z` in `A`. With `A` = f32 the weights have the same bits on every device too: all operations
-/// are correctly rounded, `exp`, `log` and `tanh` are this crate's own, fused operations are explicit, sums of a softmax
-/// are integers in units of `2^-29`, and sums over slots are in the order of `sum_of_slots`. With `A` = f64 they are the
+/// Steps 1 to 4 are computed in f32, so that ids are the same on every device and for either
+/// accumulation type; steps 5 to 7 in `A`, from the `z` in `A`. With `A` = f32 the weights have the
+/// same bits on every device too: all operations are correctly rounded, `exp`, `log` and `tanh` are
+/// this crate's own, fused operations are explicit, sums of a softmax are integers in units of
+/// `2^-29`, and sums over slots are in the order of `sum_of_slots`. With `A` = f64 they are the
 /// exact values, to which [`bound::route`](super::bound::route) bounds the distance of others.
 ///
 /// # Errors
-/// A shape or a router out of range, a buffer that the router needs and that is not given or the reverse, or a length
-/// that is not the shape's.
+/// A shape or a router out of range, a buffer that the router needs and that is not given or the
+/// reverse, or a length that is not the shape's.
 pub fn route_fwd<A: Accum, D: Dtype>(
     shape: &RoutingShape,
     router: &RouterConfig,

@@ -237,7 +237,8 @@ proptest! {
     }
 }
 
-/// Experts with more slots than a block has threads, and weights that differ in any digit of their keys.
+/// Experts with more slots than a block has threads, and weights that differ in any digit of their
+/// keys.
 #[test]
 fn matches_reference_at_limits() {
     let gpu = gpu();
@@ -339,7 +340,7 @@ fn errors_come_before_any_launch() {
     let fewer = RoutingShape { num_experts: 2, ..shape };
     assert!(matches!(call(&by_slot, fewer, good, None, 8), Err(Error::Mismatch { .. })));
     let weights_short =
-        Err(Error::Length { op: "capacity_fwd", argument: "weights", wanted: 8, got: 7 });
+        Err(Error::Length { op: "capacity_fwd", argument: "routing_weights", wanted: 8, got: 7 });
     assert_eq!(call(&by_slot, shape, good, None, 7), weights_short);
     assert!(matches!(
         call(&by_slot, shape, good, Some(0), 8),

@@ -109,8 +109,9 @@ fn schedules_do_not_change_bits() {
     }
 }
 
-/// A layer of expert choice: the plan has K = E, and the other operations are those of a token-choice layer. Integers
-/// and eighths, so that every sum is exact and equals that of each token in f64.
+/// A layer of expert choice: the plan has K = E, and the other operations are those of a
+/// token-choice layer. Integers and eighths, so that every sum is exact and equals that of each
+/// token in f64.
 #[test]
 fn layer_of_expert_choice_is_exact() {
     let gpu = gpu();

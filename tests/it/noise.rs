@@ -1,4 +1,5 @@
-//! noise: correctly rounded operations in a stated order, so device and reference agree bit for bit.
+//! noise: correctly rounded operations in a stated order, so device and reference agree bit for
+//! bit.
 
 use moe_kernels::ops::noise;
 use moe_kernels::{Error, NoiseDistribution, reference};

@@ -187,8 +187,8 @@ fn many_slots_match_reference() {
     check(&gpu, shape, &ids, "many slots");
 }
 
-/// The ranks of expert parallelism: each has the plan, the weights and the rows of its own experts, and
-/// their results add up to the layer's. Integers, so that every sum is exact in any order.
+/// The ranks of expert parallelism: each has the plan, the weights and the rows of its own experts,
+/// and their results add up to the layer's. Integers, so that every sum is exact in any order.
 #[test]
 fn ranges_add_up_to_the_layer() {
     let gpu = gpu();
@@ -203,7 +203,7 @@ fn ranges_add_up_to_the_layer() {
     let mut weights = integers(shape.slots());
     for (weight, &id) in weights.iter_mut().zip(&ids) {
         if id >= 6 {
-            *weight = f32::NAN; // Nobody looks at it.
+            *weight = f32::NAN; // unused
         }
     }
     let (ids, x, weights) = (gpu.upload(&ids), gpu.upload(&x), gpu.upload(&weights));

@@ -1,4 +1,5 @@
-//! route: ids and weights agree bit for bit with the reference in f32, weights with that in f64 within a bound.
+//! route: ids and weights agree bit for bit with the reference in f32, weights with that in f64
+//! within a bound.
 
 mod refusals;
 mod scores;
@@ -75,7 +76,8 @@ fn make<D: Dtype>(len: usize, logits: Logits, seed: u64) -> Vec<D> {
     (0..len).map(|_| element()).collect()
 }
 
-/// Values on the device, `offset` elements into their buffer; `None` for a buffer that is not given.
+/// Values on the device, `offset` elements into their buffer; `None` for a buffer that is not
+/// given.
 struct Uploaded<T>(Option<Buffer<T>>, usize);
 
 impl<T: DeviceRepr + bytemuck::Pod> Uploaded<T> {
@@ -161,7 +163,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) 
     assert_eq!(ids, want.expert_ids, "{what}");
     for (slot, (got, want)) in weights.iter().zip(&want.routing_weights).enumerate() {
         assert_eq!(got.to_bits(), want.to_bits(), "{what}: slot {slot} is {got:e}, not {want:e}");
-        assert!(!got.is_nan(), "{what}: slot {slot} is no number");
+        assert!(!got.is_nan(), "{what}: slot {slot} is NaN");
     }
     let (truth, bound) = reference::bound::route(shape, router, &case.inputs()).unwrap();
     assert_eq!(ids, truth.expert_ids, "{what}");
@@ -254,7 +256,8 @@ proptest! {
     }
 }
 
-/// The numbers of experts at which the body or a loop count changes, with K at and next to its limits.
+/// The numbers of experts at which the body or a loop count changes, with K at and next to its
+/// limits.
 #[test]
 fn matches_reference_at_limits() {
     let gpu = gpu();

@@ -128,8 +128,8 @@ TEST(product_route) {
   }
 }
 
-// Random options. Other tests compare the results with the reference; here sanitizers run every path,
-// ids must be distinct, and no weight is NaN.
+// Random options. Other tests compare the results with the reference; here sanitizers run every
+// path, ids must be distinct, and no weight is NaN.
 void check_options(uint64_t seed, int experts, int top_k) {
   Random random(seed);
   const int tokens = random.between(1, 6);

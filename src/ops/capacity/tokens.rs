@@ -1,4 +1,5 @@
-//! Operations on the slots of each token: reassignment of dropped slots, and normalisation of kept ones.
+//! Operations on the slots of each token: reassignment of dropped slots, and normalisation of kept
+//! ones.
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
@@ -39,18 +40,21 @@ pub struct CapacityReassignBuffers {
 
 /// Requests the next candidate of its token for each dropped slot.
 ///
-/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights: `route`'s result with a
-/// larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` those that the rounds so far have kept. A dropped
-/// slot requests the next candidate that is an expert and is not in its token's own `expert_ids`; the slots of a token
-/// in order, and each candidate at most once. `requests` `[T, K]` receives that expert, or `u32::MAX` without a
-/// request; `routing_weights` `[T, K]` receives the candidate's weight. `next_candidate` `[T]` is each token's position
-/// in its candidates: written in the `first` round, read and written in later ones; a token at `C` or beyond (any bits)
-/// makes no request. Asynchronous, ordered on `stream`; exact.
+/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights:
+/// `route`'s result with a larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` those
+/// that the rounds so far have kept. A dropped slot requests the next candidate that is an expert
+/// and is not in its token's own `expert_ids`; the slots of a token in order, and each candidate at
+/// most once. `requests` `[T, K]` receives that expert, or `u32::MAX` without a request;
+/// `routing_weights` `[T, K]` receives the candidate's weight. `next_candidate` `[T]` is each
+/// token's position in its candidates: written in the `first` round, read and written in later
+/// ones; a token at `C` or beyond (any bits) makes no request. Asynchronous, ordered on `stream`;
+/// exact.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any launch error.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_reassign_fwd_into(
     device: &Device,
@@ -107,9 +111,9 @@ pub fn capacity_reassign_fwd_into(
 /// [`capacity_reassign_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`CapacityReassignBuffers`] gives it, in memory of `device`'s context that
-/// stays valid until the kernel has run; none that is written overlaps another; `stream` is a stream of that
-/// context.
+/// Each buffer has the elements that [`CapacityReassignBuffers`] gives it, in memory of `device`'s
+/// context that stays valid until the kernel has run; none that is written overlaps another;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
@@ -165,8 +169,8 @@ pub unsafe fn capacity_reassign_fwd_raw(
         padding: 0,
     };
     let launch = thread_per_token(shape);
-    // SAFETY: the parameter is that of moe_capacity_fwd_reassign in kernels/capacity.cu; the caller guarantees the
-    // buffers; the shape was checked above.
+    // SAFETY: the parameter is that of moe_capacity_fwd_reassign in kernels/capacity.cu; the caller
+    // guarantees the buffers; the shape was checked above.
     unsafe {
         device.launch(
             stream,
@@ -178,17 +182,20 @@ pub unsafe fn capacity_reassign_fwd_raw(
     }
 }
 
-/// Normalises the weights of kept slots: `routing_weights[t, k]` divided by the sum over the token's kept slots, times
-/// `scale`, times the expert's element of `expert_scale` `[E]`; 0 for other slots, and for NaN (of `0 / 0` or
-/// `inf / inf`).
+/// Normalises the weights of kept slots: `routing_weights[t, k]` divided by the sum over the
+/// token's kept slots, times `scale`, times the expert's element of `expert_scale` `[E]`; 0 for
+/// other slots, and for NaN (of `0 / 0` or `inf / inf`).
 ///
-/// `expert_ids` `[T, K]` are those of [`capacity_fwd_into`](crate::ops::capacity::capacity_fwd_into). A slot is kept if
-/// its id is less than `E`; sums are f32, in the order of `k`. [`Normalization::None`] does not divide. Asynchronous, ordered on `stream`; the same bits on every device.
+/// `expert_ids` `[T, K]` are those of
+/// [`capacity_fwd_into`](crate::ops::capacity::capacity_fwd_into). A slot is kept if its id is less
+/// than `E`; sums are f32, in the order of `k`. [`Normalization::None`] does not divide.
+/// Asynchronous, ordered on `stream`; the same bits on every device.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any launch error.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_normalize_fwd_into(
     device: &Device,
@@ -238,8 +245,9 @@ pub struct CapacityNormalizeBuffers {
 /// [`capacity_normalize_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`CapacityNormalizeBuffers`] gives it, in memory of `device`'s context that stays
-/// valid until the kernel has run; `normalized` overlaps none of the others; `stream` is a stream of that context.
+/// Each buffer has the elements that [`CapacityNormalizeBuffers`] gives it, in memory of `device`'s
+/// context that stays valid until the kernel has run; `normalized` overlaps none of the others;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
@@ -281,8 +289,8 @@ pub unsafe fn capacity_normalize_fwd_raw(
         padding: 0,
     };
     let launch = thread_per_token(shape);
-    // SAFETY: the parameter is that of moe_capacity_fwd_normalize in kernels/capacity.cu; the caller guarantees
-    // the buffers; the shape was checked above.
+    // SAFETY: the parameter is that of moe_capacity_fwd_normalize in kernels/capacity.cu; the
+    // caller guarantees the buffers; the shape was checked above.
     unsafe {
         device.launch(
             stream,

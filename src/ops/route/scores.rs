@@ -20,17 +20,19 @@ const OP: &str = "route_scores_fwd";
 /// Writes the values of a step of the router in f32: the scores for
 /// [`expert_choice_fwd`](crate::ops::expert_choice), or the logits for losses.
 ///
-/// `scores` is `[T, E]`, of all `E` experts of the router, sinks included. Of `inputs`, `logits`, `noise`,
-/// `noise_logits` and `active` are read. The row of an inactive token is 0, or `-inf` for logits. The `K` of the shape
-/// is unused. Scores agree with [`reference::route_scores_fwd`](crate::reference::route_scores_fwd)
-/// in f32 bit for bit, on every device. Asynchronous, ordered on `stream`; one launch.
+/// `scores` is `[T, E]`, of all `E` experts of the router, sinks included. Of `inputs`, `logits`,
+/// `noise`, `noise_logits` and `active` are read. The row of an inactive token is 0, or `-inf` for
+/// logits. The `K` of the shape is unused. Scores agree with
+/// [`reference::route_scores_fwd`](crate::reference::route_scores_fwd) in f32 bit for bit, on every
+/// device. Asynchronous, ordered on `stream`; one launch.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, for noise logits without
-/// noise, and for scores that depend on which experts are chosen
-/// ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer); [`Error::Length`](crate::Error::Length) for
-/// a buffer that does not fit, [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context,
-/// and any launch error.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, for
+/// noise logits without noise, and for scores that depend on which experts are chosen
+/// ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer);
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn route_scores_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -58,7 +60,8 @@ pub fn route_scores_fwd_into<D: Dtype>(
 /// [`route_scores_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`route_scores_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`route_scores_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the
+/// allocation fails.
 pub fn route_scores_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -75,12 +78,14 @@ pub fn route_scores_fwd<D: Dtype>(
     Ok(scores)
 }
 
-/// [`route_scores_fwd_into`] on addresses. Of the buffers, `logits`, `noise`, `noise_logits` and `active` are read.
+/// [`route_scores_fwd_into`] on addresses. Of the buffers, `logits`, `noise`, `noise_logits` and
+/// `active` are read.
 ///
 /// # Safety
-/// `scores` has `[T, E]` `f32`; each of those buffers that is not 0 has the elements that [`RouteBuffers`] and `shape`
-/// give it, `logits` and `noise_logits` of `dtype`, in memory of `device`'s context that stays valid until the kernel
-/// has run; `scores` overlaps none of them; `stream` is a stream of that context.
+/// `scores` has `[T, E]` `f32`; each of those buffers that is not 0 has the elements that
+/// [`RouteBuffers`] and `shape` give it, `logits` and `noise_logits` of `dtype`, in memory of
+/// `device`'s context that stays valid until the kernel has run; `scores` overlaps none of them;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) as for [`route_scores_fwd_into`],
@@ -130,8 +135,8 @@ pub unsafe fn route_scores_fwd_raw(
         threads,
         shared_bytes: warps * args.row_words as u32 * 4,
     };
-    // SAFETY: the parameter is that of kernels/router.cuh; the caller guarantees the buffers; the shape was checked,
-    // so that num_tokens fits a grid.
+    // SAFETY: the parameter is that of kernels/router.cuh; the caller guarantees the buffers; the
+    // shape was checked, so that num_tokens fits a grid.
     unsafe {
         device.launch(stream, Kernel::RouteFwdScores, dtype, launch, &[Argument::of(&params)])
     }

@@ -170,8 +170,8 @@ impl Number for f64 {
     }
 }
 
-// The functions of kernels/exact.cuh, which explains the constants and the errors. Rust never contracts a product and
-// a sum: fused operations are written as such.
+// The functions of kernels/exact.cuh, which explains the constants and the errors. Rust never
+// contracts a product and a sum: fused operations are written as such.
 
 /// `exp(x)` for `x <= 0`.
 fn exp(x: f32) -> f32 {
@@ -263,7 +263,8 @@ fn tanh(x: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// The largest error over every `step`-th number between two of one sign, in units of 2^-24 of the value.
+    /// The largest error over every `step`-th number between two of one sign, in units of 2^-24 of
+    /// the value.
     fn worst(
         from: f32,
         to: f32,

@@ -9,12 +9,14 @@ use crate::shape::RoutingShape;
 
 /// The values of a step of the router, `[T, E]`: the scores for
 /// [`expert_choice_fwd`](crate::reference::expert_choice_fwd), or the logits for losses.
-/// [`route_fwd`](super::route_fwd) states the steps; in f32 the bits are the same on every device. Of the inputs,
-/// `logits`, `noise`, `noise_logits` and `active` are read. The row of an inactive token is 0, or `-inf` for logits.
+/// [`route_fwd`](super::route_fwd) states the steps; in f32 the bits are the same on every device.
+/// Of the inputs, `logits`, `noise`, `noise_logits` and `active` are read. The row of an inactive
+/// token is 0, or `-inf` for logits.
 ///
 /// # Errors
-/// A shape or a router out of range, a length that is not the shape's, noise logits without noise, and scores that
-/// depend on which experts are chosen ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer).
+/// A shape or a router out of range, a length that is not the shape's, noise logits without noise,
+/// and scores that depend on which experts are chosen
+/// ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer).
 pub fn route_scores_fwd<A: Accum, D: Dtype>(
     shape: &RoutingShape,
     router: &RouterConfig,

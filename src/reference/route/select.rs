@@ -1,12 +1,13 @@
-//! The selection of a token's experts from their values. It is in f32 for weights of any precision, so that every
-//! device and every precision has the same ids.
+//! The selection of a token's experts from their values. It is in f32 for weights of any precision,
+//! so that every device and every precision has the same ids.
 
 use std::cmp::Ordering;
 
 use super::exact::Number;
 use crate::config::{GroupScore, Groups, Masked};
 
-/// The ids of the `count` largest values, strongest first and ties to the lower id, after the groups have masked some.
+/// The ids of the `count` largest values, strongest first and ties to the lower id, after the
+/// groups have masked some.
 pub(super) fn choose(mut values: Vec<f32>, groups: Option<&Groups>, count: usize) -> Vec<usize> {
     if let Some(groups) = groups {
         mask(&mut values, groups);

@@ -38,11 +38,12 @@ pub(super) fn sample(jitter: f32, z: &[f32], noise: &[f32]) -> Vec<u32> {
 /// A choice other than the largest keeps its score if its draw is above this.
 const MIDPOINT_ABOVE: f32 = 0.75;
 
-/// Otherwise its score is multiplied by this: a third, the weight of a midpoint in Heun's third-order method.
+/// Otherwise its score is multiplied by this: a third, the weight of a midpoint in Heun's
+/// third-order method.
 const MIDPOINT_FACTOR: f32 = 0.3333;
 
-/// The scores of these experts, in the order in which they were chosen: the share in a softmax over the remaining near
-/// experts, in training with the factor of its draw.
+/// The scores of these experts, in the order in which they were chosen: the share in a softmax over
+/// the remaining near experts, in training with the factor of its draw.
 pub(super) fn scores<N: Number>(
     jitter: f32,
     z: &[N],

@@ -305,8 +305,8 @@ fn applies_scales() {
     assert_eq!(route_with(router, 2, &inputs), (vec![0, 1], vec![0.75, 2.0]));
 }
 
-/// Inkling: weights are shares of the sigmoids of the chosen and the shared experts, which it computes as
-/// `exp(log_sigmoid - logsumexp)`.
+/// Inkling: weights are shares of the sigmoids of the chosen and the shared experts, which it
+/// computes as `exp(log_sigmoid - logsumexp)`.
 #[test]
 fn sinks_share_the_sum() {
     let logits = [1.0f32, -1.0, 2.0, 0.5, -0.5];
@@ -327,8 +327,8 @@ fn sinks_share_the_sum() {
     assert_close(&weights, &logs.map(|log| 3.0 * (log - sum.ln()).exp()));
 }
 
-/// In training each choice is drawn among the remaining near experts. Its weight is a third of its share if it is not
-/// the largest of them, unless the midpoint's draw is above 0.75.
+/// In training each choice is drawn among the remaining near experts. Its weight is a third of its
+/// share if it is not the largest of them, unless the midpoint's draw is above 0.75.
 #[test]
 fn sparsemixer_in_training() {
     let scoring = Scoring::Sparsemixer { jitter: 0.1, training: true };
@@ -346,13 +346,15 @@ fn sparsemixer_in_training() {
     };
     let share = |d: f64| 1.0 / (1.0 + d.exp());
     let third = f64::from(0.3333f32);
-    // Expert 2 is drawn, and then 1, which is not near 2; noise of experts that are not near is ignored.
+    // Expert 2 is drawn, and then 1, which is not near 2; noise of experts that are not near is
+    // ignored.
     let (ids, weights) = run([0.0, 9.0, 0.5, 9.0, 0.0, 9.0, 9.0, 9.0], [0.75, 0.0]);
     assert_eq!(ids, [2, 0]);
     assert_close(&weights, &[third * share(0.25), 1.0]);
     let (_, weights) = run([0.0, 9.0, 0.5, 9.0, 0.0, 9.0, 9.0, 9.0], [0.76, 0.0]);
     assert_close(&weights, &[share(0.25), 1.0]);
-    // Of equal sums the lower id; a draw changes no weight of the largest one; the second choice has its own row.
+    // Of equal sums the lower id; a draw changes no weight of the largest one; the second choice
+    // has its own row.
     let (ids, weights) = run([0.0, 0.0, 0.25, 0.0, NAN, 0.5, 0.0, 0.0], [0.0, 0.1]);
     assert_eq!(ids, [0, 1]);
     assert_close(&weights, &[share(-0.25), third * share(0.25)]);
@@ -362,8 +364,8 @@ fn sparsemixer_in_training() {
     assert_close(&weights, &[third * share(0.25), 1.0]);
 }
 
-/// Phi-MoE: the score of each choice is its share among the remaining near experts. The distance is relative to the
-/// larger of the other logit's magnitude and the largest remaining logit.
+/// Phi-MoE: the score of each choice is its share among the remaining near experts. The distance is
+/// relative to the larger of the other logit's magnitude and the largest remaining logit.
 #[test]
 fn sparsemixer() {
     let router =
@@ -373,7 +375,8 @@ fn sparsemixer() {
     let near = |d: f64| 1.0 / (1.0 + (-d).exp());
     let (z, y) = (f64::from(1.7f32), 1.5);
     assert_close(&weights(2, &[2.0, 1.5, 1.7, 0.1]), &[near(2.0 - z), near(z - y)]);
-    // Of negative logits the farther one is the measure: (-1 + 1.2) / 1.2 is near, (-1 + 1.3) / 1.3 is not.
+    // Of negative logits the farther one is the measure: (-1 + 1.2) / 1.2 is near, (-1 + 1.3) / 1.3
+    // is not.
     assert_close(
         &weights(1, &[-1.0, f32::from_bits(0xbf99_999a)]),
         &[near(f64::from(1.2f32) - 1.0)],

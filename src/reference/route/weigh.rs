@@ -64,8 +64,8 @@ pub(super) fn normalize<N: Number>(by: Normalization, scores: &mut [N]) {
     scores.iter_mut().for_each(|score| *score = *score / divisor);
 }
 
-/// A sum over the slots of a token: chunks of 32 slots are summed by halves, with 0 for missing slots, and then added
-/// in order.
+/// A sum over the slots of a token: chunks of 32 slots are summed by halves, with 0 for missing
+/// slots, and then added in order.
 fn sum_of_slots<N: Number>(numbers: &[N]) -> N {
     let by_halves = |numbers: &[N]| {
         let mut sums = [N::of(0.0); 32];

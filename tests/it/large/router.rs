@@ -175,7 +175,8 @@ fn route_inputs(
     (end_of(gpu, &ids, count), bits(&end_of(gpu, &weights, count)))
 }
 
-/// Each body: a warp per token with few and with many experts, plain and with options, and a block per token.
+/// Each body: a warp per token with few and with many experts, plain and with options, and a block
+/// per token.
 #[test]
 fn logits_past_2_31_elements_are_routed() {
     let (gpu, _turn) = alone();
@@ -202,8 +203,8 @@ fn logits_past_2_31_elements_are_routed() {
     }
 }
 
-/// The noise of each choice of sparsemixer in training, `[T, K, E]`, has more elements than the logits. Each body that
-/// reads it.
+/// The noise of each choice of sparsemixer in training, `[T, K, E]`, has more elements than the
+/// logits. Each body that reads it.
 #[test]
 fn selection_noise_past_2_31_elements_is_read() {
     let (gpu, _turn) = alone();

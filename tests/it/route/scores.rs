@@ -1,4 +1,5 @@
-//! route_scores: the values of each step of the router for every expert, bit for bit the reference's in f32.
+//! route_scores: the values of each step of the router for every expert, bit for bit the
+//! reference's in f32.
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};

@@ -1,4 +1,5 @@
-//! Sparsemixer in training: the device against a direct model, and both against values from transformers.
+//! Sparsemixer in training: the device against a direct model, and both against values from
+//! transformers.
 
 mod recorded;
 
@@ -22,7 +23,8 @@ fn argmax(numbers: &[f32]) -> usize {
     (0..numbers.len()).rev().max_by(|&a, &b| numbers[a].total_cmp(&numbers[b])).unwrap()
 }
 
-/// One token as transformers computes it, mask by mask: ids from f32, weights in f64. `noise` is `[K, E]`.
+/// One token as transformers computes it, mask by mask: ids from f32, weights in f64. `noise` is
+/// `[K, E]`.
 fn model(scores: &[f32], noise: &[f32], draws: &[f32], jitter: f32) -> (Vec<u32>, Vec<f64>) {
     // The scores, with -inf for chosen experts.
     let mut masked = scores.to_vec();
@@ -66,7 +68,8 @@ fn check_model<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, jitter: f
     }
 }
 
-/// Logits and noise in few steps, so that sums and distances are exact and often equal; draws at and next to 0.75.
+/// Logits and noise in few steps, so that sums and distances are exact and often equal; draws at
+/// and next to 0.75.
 fn random_case<D: Dtype>(shape: RoutingShape, jitter: f32, seed: u64) -> RouterCase<D> {
     let mut rng = Rng::new(seed);
     let steps = [3, 24, 96][rng.below(3)];
