@@ -32,7 +32,7 @@ __device__ __forceinline__ f16 from_f32<f16>(float value) {
   return __float2half_rn(value);
 }
 
-// ---- Vec: 16 bytes of Elem, the widest load there is ------------------------------------------
+// ---- Vec: 16 bytes of Elem, the widest load ----------------------------------------------------
 
 template <typename Elem>
 struct alignas(16) Vec {

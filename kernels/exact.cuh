@@ -27,7 +27,7 @@ __device__ __forceinline__ float exp_f32(float x) {
   if (x < -104.0f) return 0.0f;  // below half of the least subnormal number, and -inf
   int n;
   const float value = exp_parts_f32(x, &n);
-  // Times 2^n in two exact factors, as 2^-150 is no float; only the second product rounds.
+  // Times 2^n in two exact factors, as 2^-150 underflows; only the second product rounds.
   const int half = n / 2;
   const float scaled = __fmul_rn(value, __int_as_float((half + 127) << 23));
   return __fmul_rn(scaled, __int_as_float((n - half + 127) << 23));

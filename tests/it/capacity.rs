@@ -212,22 +212,22 @@ proptest! {
         let ids = routing_ids(shape, Skew::Inactive, seed);
         let weights = some_weights(shape.slots(), &mut Rng::new(seed));
         let scale = [1.0, 0.8, -2.5][seed as usize % 3];
-        let of_experts = some_weights(shape.num_experts, &mut Rng::new(seed ^ 1));
-        let of_experts = (seed % 2 == 0).then_some(&of_experts[..]);
+        let expert_scale = some_weights(shape.num_experts, &mut Rng::new(seed ^ 1));
+        let expert_scale = (seed % 2 == 0).then_some(&expert_scale[..]);
         for normalization in [
             Normalization::None,
             Normalization::Sum { epsilon: 1e-20 },
             Normalization::SumAtLeast { min: f32::EPSILON },
         ] {
             let want = reference::capacity_normalize_fwd(
-                &shape, normalization, scale, of_experts, &ids, &weights,
+                &shape, normalization, scale, expert_scale, &ids, &weights,
             ).unwrap();
             let (ids, weights) = (gpu.upload(&ids), gpu.upload(&weights));
-            let of_experts = of_experts.map(|scales| gpu.upload(scales));
+            let expert_scale = expert_scale.map(|scales| gpu.upload(scales));
             let mut normalized = gpu.poisoned::<f32>(shape.slots());
             capacity::capacity_normalize_fwd_into(
                 &gpu.device, &gpu.stream, shape, normalization, scale,
-                of_experts.as_ref().map(|scales| scales.view()).as_ref(), &ids.view(),
+                expert_scale.as_ref().map(|scales| scales.view()).as_ref(), &ids.view(),
                 &weights.view(), &mut normalized.view_mut(),
             ).unwrap();
             let got = gpu.download(&normalized.view());
@@ -295,7 +295,7 @@ fn plan_of_some_experts_keeps_the_same_slots() {
     let limit = CapacityLimit::Factor { factor: 0.75 };
     let config = CapacityConfig::new(limit, Priority::Weight);
     let (whole, _) = case.reference(&config, Some(30));
-    let of_reference = |experts: Range<usize>| {
+    let by_reference = |experts: Range<usize>| {
         let plan = reference::plan_range_fwd(&shape.by_slot(), experts, &case.ids).unwrap();
         reference::capacity_fwd(&plan, &shape, &config, Some(30), &case.weights).unwrap()
     };
@@ -307,8 +307,8 @@ fn plan_of_some_experts_keeps_the_same_slots() {
     };
     for experts in [0..2, 2..7, 6..7] {
         let got = part(experts.clone());
-        let of_these = |&id: &u32| if experts.contains(&(id as usize)) { id } else { u32::MAX };
-        let want: Vec<u32> = whole.expert_ids.iter().map(of_these).collect();
+        let clear_others = |&id: &u32| if experts.contains(&(id as usize)) { id } else { u32::MAX };
+        let want: Vec<u32> = whole.expert_ids.iter().map(clear_others).collect();
         assert_eq!(gpu.download(&got.expert_ids.as_view()), want);
         let columns = |all: &[u32]| -> Vec<u32> {
             all.chunks(7).flat_map(|row| row[experts.clone()].to_vec()).collect()
@@ -317,7 +317,7 @@ fn plan_of_some_experts_keeps_the_same_slots() {
         assert_eq!(gpu.download(&got.dropped.as_view()), columns(&whole.dropped));
         let (kept, dropped) = (columns(&whole.kept), columns(&whole.dropped));
         let wanted = Capacity { expert_ids: want, kept, dropped };
-        assert_eq!(of_reference(experts), wanted);
+        assert_eq!(by_reference(experts), wanted);
     }
 }
 

@@ -470,6 +470,6 @@ fn checks_presence_and_length_of_buffers() {
     ];
     for (router, inputs, wanted) in cases {
         let message = route_fwd::<f32, f32>(&shape, &router, &inputs).unwrap_err().to_string();
-        assert!(message.contains(wanted), "{message} does not say {wanted}");
+        assert!(message.contains(wanted), "{message} lacks {wanted}");
     }
 }

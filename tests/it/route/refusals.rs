@@ -98,8 +98,12 @@ fn raw_addresses_must_be_aligned() {
     let gpu = gpu();
     let router = RouterConfig::top_k_softmax();
     let shape = RoutingShape::new(1, 8, 2).unwrap();
-    let good =
-        RouteBuffers { expert_ids: 256, routing_weights: 256, logits: 256, ..RouteBuffers::default() };
+    let good = RouteBuffers {
+        expert_ids: 256,
+        routing_weights: 256,
+        logits: 256,
+        ..RouteBuffers::default()
+    };
     let drawn = RouteBuffers { selection_noise: 256, midpoint_draws: 256, ..good };
     let scoring = Scoring::Sparsemixer { jitter: 0.01, training: true };
     let sparsemixer = RouterConfig { scoring, ..RouterConfig::default() };
