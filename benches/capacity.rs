@@ -1,4 +1,4 @@
-//! capacity: from ids and weights to what experts have room for, by weight, which orders every slot.
+//! capacity: from ids and weights to the kept slots, by weight, which orders all slots.
 
 use moe_kernels::{CapacityConfig, CapacityLimit, Priority, ops, reference};
 

@@ -1,4 +1,5 @@
-//! expert_choice: from scores to each expert's tokens, as many as it would have with tokens that choose.
+//! expert_choice: from scores to each expert's tokens, as many as it has on average in a
+//! token-choice layer.
 
 use moe_kernels::{Dtype, RoutingShape, ops, reference};
 

@@ -1,4 +1,4 @@
-//! jitter: every element of the tokens times its own factor.
+//! jitter: every element of `x` times its own factor.
 
 use moe_kernels::{NoiseDistribution, ops, reference};
 

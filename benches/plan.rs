@@ -6,13 +6,13 @@ use crate::common::error::Result;
 use crate::common::target::Gpu;
 use crate::{Draw, Workload};
 
-/// The plan of a draw, for what comes after it.
+/// The plan of a draw, as input of later operations.
 pub(crate) fn planned<'a>(gpu: &Gpu, draw: &Draw) -> Result<RoutingPlan<'a>> {
     let ids = gpu.upload(&draw.expert_ids)?;
     Ok(ops::plan::plan_fwd(&gpu.device, &gpu.stream, draw.shape, &ids.as_view())?)
 }
 
-/// The same of the reference, whose tiles nothing reads.
+/// The same by the reference, whose tiles are unused.
 pub(crate) fn planned_on_cpu(draw: &Draw) -> Result<reference::Plan> {
     Ok(reference::plan_fwd(&draw.shape, &draw.expert_ids)?)
 }

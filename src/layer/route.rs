@@ -10,7 +10,7 @@ use crate::config::{CapacityConfig, Normalization, Priority, RouterConfig, Route
 use crate::dtype::Dtype;
 use crate::error::{Result, product};
 use crate::ops::capacity::{
-    capacity_ask_fwd_into, capacity_fwd_into, capacity_later_fwd_into, capacity_normalize_fwd_into,
+    capacity_reassign_fwd_into, capacity_fwd_into, capacity_later_fwd_into, capacity_normalize_fwd_into,
 };
 use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use crate::ops::plan::plan_fwd_into;
@@ -359,7 +359,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let mut requests = arena.take::<u32>(self.sections.requests)?;
         // Each candidate is requested at most once.
         for round in 0..capacity.overflow.min(num_candidates) {
-            capacity_ask_fwd_into(
+            capacity_reassign_fwd_into(
                 device,
                 stream,
                 shape,

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::accum::Accum;
 use super::capacity::{
-    Capacity, capacity_ask_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+    Capacity, capacity_reassign_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
 };
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
@@ -112,7 +112,7 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
         let mut next_candidate = vec![0; shape.num_tokens];
         // Each candidate is requested at most once.
         for round in 0..capacity.overflow.min(num_candidates) {
-            let requests = capacity_ask_fwd(
+            let requests = capacity_reassign_fwd(
                 &shape,
                 num_candidates,
                 round == 0,

@@ -25,7 +25,7 @@ fn numbers(len: usize, limit: usize, rng: &mut Rng) -> Vec<u32> {
         .collect()
 }
 
-/// The result of `capacity_ask_fwd` for one token: the index of the requested candidate of each
+/// The result of `capacity_reassign_fwd` for one token: the index of the requested candidate of each
 /// slot.
 fn requested(
     experts: u32,
@@ -71,7 +71,7 @@ proptest! {
         let mut next_to = gpu.upload(&next);
         let mut requests_to = gpu.poisoned::<u32>(shape.slots());
         let mut weights_to = gpu.upload(&weights);
-        capacity::capacity_ask_fwd_into(
+        capacity::capacity_reassign_fwd_into(
             &gpu.device,
             &gpu.stream,
             shape,

@@ -240,14 +240,14 @@ fn foreign_buffers_of_capacity_are_errors() {
     });
     let names = ["expert_ids", "kept_ids", "candidates", "candidate_weights"];
     let names = [&names[..], &["next_candidate", "requests", "routing_weights"]].concat();
-    check("capacity_ask_fwd", &names, |buffers| {
+    check("capacity_reassign_fwd", &names, |buffers| {
         let Buffers { gpu, .. } = buffers;
         let (chosen, kept) = (buffers.of("expert_ids", 8), buffers.of("kept_ids", 8));
         let candidates = buffers.of("candidates", 12);
         let candidate_weights = buffers.of("candidate_weights", 12);
         let (mut next, mut requests) = (buffers.of("next_candidate", 4), buffers.of("requests", 8));
         let mut weights = buffers.of("routing_weights", 8);
-        capacity::capacity_ask_fwd_into(
+        capacity::capacity_reassign_fwd_into(
             &gpu.device,
             &gpu.stream,
             SHAPE,

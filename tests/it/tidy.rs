@@ -49,17 +49,27 @@ fn an_operation_has_one_stem_in_every_folder() {
     }
 }
 
-/// The one file of kernels/ that knows its compiler, and brings the others.
+/// The one file of kernels/ that depends on the compiler, and includes the headers that every kernel needs.
 const KERNEL_HEADER: &str = "kernels/kernel.cuh";
 
+/// A kernel file includes kernel.cuh first and then only other .cuh files; a header includes nothing.
 #[test]
-fn a_kernel_file_includes_one_header() {
+fn kernel_files_include_headers_and_headers_nothing() {
+    let folder = root().join("kernels");
     for (name, text) in files("kernels", &[".cu", ".cuh", ".h"]) {
         let includes: Vec<_> =
             text.lines().filter(|line| line.trim_start().starts_with("#include")).collect();
-        match name.ends_with(".cu") {
-            true => assert_eq!(includes, ["#include \"kernel.cuh\""], "{name}"),
-            false => assert!(includes.is_empty() || name == KERNEL_HEADER, "{name}: {includes:?}"),
+        if !name.ends_with(".cu") {
+            assert!(includes.is_empty() || name == KERNEL_HEADER, "{name}: {includes:?}");
+            continue;
+        }
+        assert_eq!(includes.first(), Some(&"#include \"kernel.cuh\""), "{name}");
+        for include in &includes {
+            let header =
+                include.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+            let is_header =
+                header.is_some_and(|file| file.ends_with(".cuh") && folder.join(file).is_file());
+            assert!(is_header, "{name}: {include}");
         }
     }
 }

@@ -98,7 +98,7 @@ fn composed<D: Dtype>(case: &Case<D>) -> CapacityRouting {
         let mut next = vec![0; shape.num_tokens];
         for round in 0..capacity.overflow {
             let kept_ids = &kept.expert_ids;
-            let requests = reference::capacity_ask_fwd(
+            let requests = reference::capacity_reassign_fwd(
                 &shape,
                 num_candidates,
                 round == 0,
