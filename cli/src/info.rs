@@ -6,7 +6,7 @@ use moe_kernels::{kernel_files, kernel_symbols, kernel_toolkit};
 
 use crate::device::{Choice, Gpu, Place, probe};
 use crate::error::{Error, Result, io};
-use crate::text::{Table, say};
+use crate::text::{Table, print};
 
 /// Says which devices there are, and which kernels are in this binary for which architectures
 #[derive(clap::Args)]
@@ -18,12 +18,12 @@ pub struct Arguments {
 
 pub fn info(arguments: &Arguments) -> Result<bool> {
     if let Some(choice) = arguments.device {
-        say(describe(choice.place())?);
+        print(describe(choice.place())?);
         return Ok(true);
     }
-    say(binary());
-    say("\n");
-    say(describe(Place::Cpu)?);
+    print(binary());
+    print("\n");
+    print(describe(Place::Cpu)?);
     // A process has one driver: this program starts itself for each.
     let program = std::env::current_exe().map_err(io("find", "the program itself"))?;
     for place in [Place::Emulator, Place::Cuda] {
@@ -33,7 +33,7 @@ pub fn info(arguments: &Arguments) -> Result<bool> {
             _ => Some("not in this binary".into()),
         };
         if let Some(why) = missing {
-            say(row(place, &format!("none: {why}")));
+            print(row(place, &format!("none: {why}")));
             continue;
         }
         let arguments = ["info", "--device", place.name()];
