@@ -57,7 +57,7 @@ fn invalid_lists_are_errors() {
 }
 
 #[test]
-fn info_lists_devices_and_kernels() {
+fn info_lists_devices_and_kernels_by_operation() {
     let done = program(&["info"]);
     assert_eq!(done.status, Some(0), "{done:?}");
     let line = |start: &str| done.stdout.lines().find(|line| line.starts_with(start));
@@ -70,7 +70,17 @@ fn info_lists_devices_and_kernels() {
             done.stdout
         );
     }
-    for word in ["permute", "grouped_gemm", "moe_combine_fwd_bf16", env!("CARGO_PKG_VERSION")] {
+    for word in ["permute", "grouped_gemm", "moe_combine_fwd", env!("CARGO_PKG_VERSION")] {
         assert!(done.stdout.contains(word), "no '{word}' in {}", done.stdout);
+    }
+    // The operation is printed in the first row of its kernels.
+    let rows: Vec<Vec<&str>> =
+        done.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert!(rows.contains(&vec!["permute", "moe_permute_fwd", "f32", "f16", "bf16"]), "{rows:?}");
+    assert!(rows.contains(&vec!["noise", "moe_noise_fwd", "any"]), "{rows:?}");
+    for symbol in moe_kernels::kernel_symbols() {
+        let name = ["_f32", "_f16", "_bf16"].iter().find_map(|end| symbol.strip_suffix(end));
+        let name = name.unwrap_or(&symbol);
+        assert_eq!(rows.iter().filter(|row| row.contains(&name)).count(), 1, "{name}");
     }
 }
