@@ -6,11 +6,12 @@ use std::path::PathBuf;
 
 use moe_bench::{Op, Samples, Tensors};
 use moe_kernels::{DType, Dtype};
+use tempfile::TempDir;
 
 use crate::bench::measure::{Bench, SAMPLES, Setting, empty_row};
 use crate::bench::peers::{Peer, Peers};
 use crate::bench::record::Row;
-use crate::error::Result;
+use crate::error::{Result, io};
 use crate::tensor_file::{view, view_ids, write};
 
 /// Our name in the protocol of peers.
@@ -32,14 +33,11 @@ fn tolerance(dtype: DType) -> f64 {
 /// A larger file of tensors would take minutes to write and to read.
 const MAX_FILE_BYTES: usize = 8 << 30;
 
-/// The file of tensors that peers read. Dropping it removes the file.
-struct Inputs(PathBuf);
-
-impl Drop for Inputs {
-    fn drop(&mut self) {
-        // A file that cannot be removed does not change the results.
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// The file of tensors that peers read, in a folder of its own with a random name. Dropping it removes
+/// the folder; errors of the removal are ignored.
+struct Inputs {
+    file: PathBuf,
+    _folder: TempDir,
 }
 
 impl Bench<'_> {
@@ -66,7 +64,7 @@ impl Bench<'_> {
         let inputs = self.inputs(setting)?;
         let mut good = true;
         for program in &self.request.peers {
-            let mut peers = Peers::start(program, self.place, &inputs.0)?;
+            let mut peers = Peers::start(program, self.place, &inputs.file)?;
             for absent in peers.greeting.unavailable.clone() {
                 // Reported once, not for every shape.
                 let reported =
@@ -184,10 +182,11 @@ impl Bench<'_> {
             ("weights", view(&[t, k], &draw.weights)?),
             ("y", view(&[t, h], &y)?),
         ];
-        let name = format!("moe-kernels-peers-{}.safetensors", std::process::id());
-        // Removed with the value, also if writing it fails half-way.
-        let inputs = Inputs(std::env::temp_dir().join(name));
-        write(&inputs.0, tensors, Some(notes))?;
-        Ok(inputs)
+        // The folder is removed if the write fails as well.
+        let folder = tempfile::Builder::new().prefix("moe-kernels-peers-").tempdir();
+        let folder = folder.map_err(io("create a folder in", std::env::temp_dir()))?;
+        let file = folder.path().join("inputs.safetensors");
+        write(&file, tensors, Some(notes))?;
+        Ok(Inputs { file, _folder: folder })
     }
 }
