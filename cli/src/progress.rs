@@ -9,8 +9,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// The time after which a bar appears.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A bar or a spinner that appears after two seconds and is removed when it is dropped. It is hidden
-/// if stderr is no terminal.
+/// A bar or a spinner that appears after two seconds and is removed when it is dropped. It is
+/// hidden if stderr is no terminal.
 pub struct Progress {
     bar: ProgressBar,
     stop: Option<(Sender<()>, JoinHandle<()>)>,

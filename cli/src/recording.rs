@@ -152,7 +152,8 @@ impl Recording {
     }
 }
 
-/// Sets the recorded limit. Limits in the configuration have no effect on sequences that are shorter.
+/// Sets the recorded limit. Limits in the configuration have no effect on sequences that are
+/// shorter.
 fn limit_experts(layer: &mut Layer<'_>, limit: CapacityLimit) {
     let router = &mut layer.config.router;
     layer.config.capacity = Some(match layer.config.capacity {
@@ -175,8 +176,8 @@ fn sorted(ids: impl Iterator<Item = u32>) -> Vec<u32> {
 
 /// The largest relative distance from the recording that is accepted.
 ///
-/// In f32 it covers a few roundings of each product; the device sums in another order than the CPU. In
-/// 16 bits the weights, the input and the values between two operations are each rounded once.
+/// In f32 it covers a few roundings of each product; the device sums in another order than the CPU.
+/// In 16 bits the weights, the input and the values between two operations are each rounded once.
 pub fn limit(place: Place, dtype: DType) -> f64 {
     match (dtype, place) {
         (DType::F32, Place::Cpu) => 1e-6,

@@ -20,8 +20,8 @@ use crate::tokens::{self, Outputs};
 
 /// Runs an MoE layer of a checkpoint forward
 ///
-/// Without --checkpoint it runs the checkpoints in this binary on every available device, and prints
-/// the relative error of each output against the output of transformers in float64.
+/// Without --checkpoint it runs the checkpoints in this binary on every available device, and
+/// prints the relative error of each output against the output of transformers in float64.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Folder with config.json and safetensors files, as on the Hugging Face Hub

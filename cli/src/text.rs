@@ -14,8 +14,8 @@ pub fn warn(text: &str) {
     eprintln!("warning: {}", escaped(text));
 }
 
-/// Escapes text from a file for the terminal: control characters, line separators and characters that
-/// change the direction of writing.
+/// Escapes text from a file for the terminal: control characters, line separators and characters
+/// that change the direction of writing.
 pub fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {

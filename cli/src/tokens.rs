@@ -29,8 +29,8 @@ pub struct Outputs<D> {
 const ROUTER_INPUT: &str = "router_input";
 const LOGITS: &str = "logits";
 
-/// The most logits of a pass, 1 GiB in f32. Without a limit a small file of narrow tokens could need
-/// any amount of memory. As K <= E, it limits the slots as well.
+/// The most logits of a pass, 1 GiB in f32. Without a limit a small file of narrow tokens could
+/// need any amount of memory. As K <= E, it limits the slots as well.
 const MOST_LOGITS: usize = 1 << 28;
 
 /// Calls `run` for each block, with the tokens of the block.
@@ -109,9 +109,9 @@ fn put<T: Copy>(all: &mut [T], at: usize, part: &[T], row: usize, width: usize) 
     all[at..at + width].copy_from_slice(&part[row * width..(row + 1) * width]);
 }
 
-/// Returns the blocks that have tokens, and the tokens of each. A model with text and vision experts
-/// has two blocks in a layer. If both have the width of `x`, the tensor `token_types` has the block's
-/// number for each token.
+/// Returns the blocks that have tokens, and the tokens of each. A model with text and vision
+/// experts has two blocks in a layer. If both have the width of `x`, the tensor `token_types` has
+/// the block's number for each token.
 fn blocks<'l, 'a>(
     layers: &'l [Layer<'a>],
     file: &TensorFile,

@@ -1,5 +1,5 @@
-//! Measures peers on our tensors, ids and weights. Each peer is checked first, and timed between two
-//! measurements of ours.
+//! Measures peers on our tensors, ids and weights. Each peer is checked first, and timed between
+//! two measurements of ours.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -20,8 +20,8 @@ const OURS: &str = "moe-kernels";
 /// The operations that peers implement.
 const OPS: [Op; 3] = [Op::Experts, Op::Layer, Op::LayerFromX];
 
-/// The largest accepted relative error `|y - truth| / |truth|`. Outputs and the values between the two
-/// products are rounded to the element type.
+/// The largest accepted relative error `|y - truth| / |truth|`. Outputs and the values between the
+/// two products are rounded to the element type.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F32 => 1e-5,
@@ -33,8 +33,8 @@ fn tolerance(dtype: DType) -> f64 {
 /// A larger file of tensors would take minutes to write and to read.
 const MAX_FILE_BYTES: usize = 8 << 30;
 
-/// The file of tensors that peers read, in a folder of its own with a random name. Dropping it removes
-/// the folder; errors of the removal are ignored.
+/// The file of tensors that peers read, in a folder of its own with a random name. Dropping it
+/// removes the folder; errors of the removal are ignored.
 struct Inputs {
     file: PathBuf,
     _folder: TempDir,

@@ -121,7 +121,8 @@ impl Bench<'_> {
         Ok(row)
     }
 
-    /// Times our operation. Returns the samples, how calls were launched, and whether data was cold.
+    /// Times our operation. Returns the samples, how calls were launched, and whether data was
+    /// cold.
     pub fn time<D: Dtype>(
         &self,
         op: Op,

@@ -46,9 +46,7 @@ pub struct Arguments {
     #[arg(long, default_value = "bf16")]
     dtype: DType,
 
-    /// Operations: router_gemm, route, noise, jitter, capacity, expert_choice, plan, permute, gate_up,
-    /// down, experts, rms_norm, combine, layer, layer_from_x, or `all`
-    #[arg(long, value_delimiter = ',', value_name = "OPS", default_value = "all", value_parser = parse_op)]
+    #[arg(long, value_delimiter = ',', value_name = "OPS", default_value = "all", value_parser = parse_op, help = op_help())]
     op: Vec<OpArgument>,
 
     /// Distributions of tokens over experts
@@ -99,6 +97,10 @@ fn parse_model(name: &str) -> std::result::Result<ModelArgument, String> {
 enum OpArgument {
     All,
     One(Op),
+}
+
+fn op_help() -> String {
+    format!("Operations: {}, or `all`", Op::ALL.map(Op::name).join(", "))
 }
 
 fn parse_op(name: &str) -> std::result::Result<OpArgument, String> {

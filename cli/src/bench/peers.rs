@@ -85,8 +85,8 @@ impl Peers {
         Ok(Self { program: program.into(), child, requests, answers, greeting })
     }
 
-    /// Requests the relative error of a peer's output; `moe-kernels` is ours. The inner error is the
-    /// peer's.
+    /// Requests the relative error of a peer's output; `moe-kernels` is ours. The inner error is
+    /// the peer's.
     pub fn check(&mut self, peer: &str) -> Result<std::result::Result<f64, String>> {
         let answer = self.request::<Checked>(&json!({ "check": peer }))?;
         Ok(answer.map(|checked| checked.relative_error))

@@ -21,7 +21,8 @@ use lines::{Line, Lines};
 /// Width and height, in pixels.
 const SIZE: (u32, u32) = (1100, 680);
 
-/// Colours that are distinct for most colour-blind people (the first six by Okabe and Ito), ours first.
+/// Colours that are distinct for most colour-blind people (the first six by Okabe and Ito), ours
+/// first.
 const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
@@ -37,7 +38,8 @@ const COLOURS: [RGBColor; 10] = [
 
 const OURS: &str = "moe-kernels";
 
-/// Draws a picture of each kind that has data. Returns the SVG files; each has a PNG of the same name.
+/// Draws a picture of each kind that has data. Returns the SVG files; each has a PNG of the same
+/// name.
 pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
     static FONT: Once = Once::new();
     FONT.call_once(|| {
@@ -45,23 +47,23 @@ pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
         let _ = register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
     });
     let timed: Vec<&Row> = record.rows.iter().filter(|row| row.seconds.is_some()).collect();
-    let place = format!("{}, {}", record.device.name, &record.date[..10]);
+    let origin = format!("{}, {}", record.device.name, &record.date[..10]);
     let mut files = Vec::new();
     for model in distinct(timed.iter().map(|row| row.model.as_str())) {
         let rows: Vec<&Row> = timed.iter().copied().filter(|row| row.model == model).collect();
-        let against = against_roofline(&rows, &place);
+        let against = against_roofline(&rows, &origin);
         files.push(draw_both(folder, &format!("time-{model}"), &Picture::Lines(against))?);
-        let operations = operations(&rows, &place);
+        let operations = operations(&rows, &origin);
         if operations.lines.len() > 1 {
             let name = format!("operations-{model}");
             files.push(draw_both(folder, &name, &Picture::Lines(operations))?);
         }
-        let peers = peer_ratios(&rows, &place);
+        let peers = peer_ratios(&rows, &origin);
         if !peers.groups.is_empty() {
             files.push(draw_both(folder, &format!("peers-{model}"), &Picture::Bars(peers))?);
         }
     }
-    let rooflines = percent_of_roofline(&timed, &place);
+    let rooflines = percent_of_roofline(&timed, &origin);
     if !rooflines.groups.is_empty() {
         files.push(draw_both(folder, "roofline", &Picture::Bars(rooflines))?);
     }
@@ -97,9 +99,9 @@ fn routing(rows: &[&Row]) -> String {
 }
 
 /// The title of a picture of one operation of one model. `rows` is not empty.
-fn title(what: &str, rows: &[&Row], place: &str) -> String {
+fn title(what: &str, rows: &[&Row], origin: &str) -> String {
     let Row { model, dtype, boundary, .. } = rows[0];
-    format!("{model}, {dtype} {boundary}: {what} ({place}){}", routing(rows))
+    format!("{model}, {dtype} {boundary}: {what} ({origin}){}", routing(rows))
 }
 
 /// The name of a line or a bar, with the routing unless it is uniform.
@@ -108,7 +110,7 @@ fn label(row: &Row, name: &str) -> String {
 }
 
 /// Time against T: ours, peers and the roofline.
-fn against_roofline(rows: &[&Row], place: &str) -> Lines {
+fn against_roofline(rows: &[&Row], origin: &str) -> Lines {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
     let mut lines: Vec<Line> = Vec::new();
@@ -123,29 +125,29 @@ fn against_roofline(rows: &[&Row], place: &str) -> Lines {
     for line in lines.iter_mut().filter(|line| line.name.starts_with("roofline")) {
         line.dashed = true;
     }
-    Lines { title: title("time of one call", &rows, place), lines }
+    Lines { title: title("time of one call", &rows, origin), lines }
 }
 
 /// Time against T for each of our operations.
-fn operations(rows: &[&Row], place: &str) -> Lines {
+fn operations(rows: &[&Row], origin: &str) -> Lines {
     let ours: Vec<&Row> = rows.iter().copied().filter(|row| row.by == OURS).collect();
     let mut lines = Vec::new();
     for row in &ours {
         Line::extend(&mut lines, &label(row, row.op), (row.tokens as f64, median(row)));
     }
     let (model, dtype) = rows.first().map_or(("", ""), |row| (&row.model, row.dtype));
-    Lines { title: format!("{model}, {dtype}: time of each operation ({place})"), lines }
+    Lines { title: format!("{model}, {dtype}: time of each operation ({origin})"), lines }
 }
 
 /// The percentage of the roofline's speed for each model.
-fn percent_of_roofline(rows: &[&Row], place: &str) -> Bars {
+fn percent_of_roofline(rows: &[&Row], origin: &str) -> Bars {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows
         .iter()
         .copied()
         .filter(|row| row.by == OURS && row.op == op && row.percent_of_roofline.is_some())
         .collect();
-    let title = format!("Percentage of the roofline, {op} ({place}){}", routing(&rows));
+    let title = format!("Percentage of the roofline, {op} ({origin}){}", routing(&rows));
     let mut bars = Bars::new(title, "% of the roofline's speed", 100.0);
     for row in rows {
         bars.add(&row.model, &label(row, &format!("T={}", row.tokens)), row.percent_of_roofline);
@@ -154,10 +156,10 @@ fn percent_of_roofline(rows: &[&Row], place: &str) -> Bars {
 }
 
 /// The time of each peer over ours, for each T.
-fn peer_ratios(rows: &[&Row], place: &str) -> Bars {
+fn peer_ratios(rows: &[&Row], origin: &str) -> Bars {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
-    let title = title("peers", &rows, place);
+    let title = title("peers", &rows, origin);
     let mut bars = Bars::new(title, "time / time of moe-kernels", 1.0);
     for row in rows.iter().filter(|row| row.by != OURS) {
         let ratio = row.ours_around.map(|[before, after]| 2.0 * median(row) / (before + after));
@@ -190,9 +192,9 @@ fn draw_legend<'n, DB: DrawingBackend>(
     Ok(())
 }
 
-/// Replaces the C library's function, which the drawing library calls: newer C libraries have it under
-/// a version that RHEL 9 does not have. The linker finds this one first. In f64 the squares do not
-/// overflow.
+/// Replaces the C library's function, which the drawing library calls: newer C libraries have it
+/// under a version that RHEL 9 does not have. The linker finds this one first. In f64 the squares
+/// do not overflow.
 #[unsafe(no_mangle)]
 extern "C" fn hypotf(x: f32, y: f32) -> f32 {
     let (x, y) = (f64::from(x), f64::from(y));

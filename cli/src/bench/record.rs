@@ -129,8 +129,8 @@ impl Record {
     }
 }
 
-/// Reads the commit from the environment variable `MOE_KERNELS_COMMIT`, from the file `commit` in the
-/// program's folder, or from git in the current folder, in this order.
+/// Reads the commit from the environment variable `MOE_KERNELS_COMMIT`, from the file `commit` in
+/// the program's folder, or from git in the current folder, in this order.
 fn commit() -> Option<String> {
     let from_file = || {
         let file = std::env::current_exe().ok()?.with_file_name("commit");

@@ -1,5 +1,5 @@
-//! The counts of the software device while an operation runs: memory traffic and instructions, which
-//! are exact, and no times.
+//! The counts of the software device while an operation runs: memory traffic and instructions,
+//! which are exact, and no times.
 
 use moe_bench::{Target, Workload};
 use serde::Serialize;
@@ -11,7 +11,8 @@ use crate::error::Result;
 pub struct Traffic {
     pub kernel: String,
     pub launches: u64,
-    /// Bytes of the distinct 32-byte sectors that are read and written: the least traffic of memory.
+    /// Bytes of the distinct 32-byte sectors that are read and written: the least traffic of
+    /// memory.
     pub dram_bytes: u64,
     /// Bytes that lanes load and store.
     pub requested_bytes: u64,

@@ -20,7 +20,8 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Single elements, rows that are no multiple of 16 bytes, tails of every tile, K = E, many experts.
+    /// Single elements, rows that are no multiple of 16 bytes, tails of every tile, K = E, many
+    /// experts.
     pub const DEFAULTS: [&'static str; 6] = [
         "T1H1I1E1K1",
         "T5H33I7E7K7",

@@ -1,4 +1,5 @@
-//! Check of the down product in f16, which multiplies rows by their routing weights before rounding.
+//! Check of the down product in f16, which multiplies rows by their routing weights before
+//! rounding.
 
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_weighted_fwd_into};
 use moe_kernels::reference::{self, bound};

@@ -32,7 +32,8 @@ impl Worst {
 
     /// Keeps the larger error of the two.
     pub fn merge(&mut self, other: Worst) {
-        // A comparison with a bound replaces a correct exact one, so that the table shows the bound.
+        // A comparison with a bound replaces a correct exact one, so that the table shows the
+        // bound.
         if other.ratio > self.ratio || (self.exact && !other.exact && self.is_good()) {
             *self = other;
         }

@@ -1,5 +1,5 @@
-//! Loads a variant of grouped_gemm from the list that gpu/tune-variants writes. Constants and images
-//! are checked before they reach the driver.
+//! Loads a variant of grouped_gemm from the list that gpu/tune-variants writes. Constants and
+//! images are checked before they reach the driver.
 
 use std::ffi::CString;
 use std::fmt::Display;
@@ -145,7 +145,8 @@ impl Image {
     }
 }
 
-/// Checks an image against the lengths in its headers, so that the driver does not read out of bounds.
+/// Checks an image against the lengths in its headers, so that the driver does not read out of
+/// bounds.
 fn check_image(bytes: &[u8]) -> std::result::Result<(), String> {
     const FAT_BINARY: u64 = 0xba55_ed50;
     if number(bytes, 0, 4) == Some(FAT_BINARY) {
@@ -168,9 +169,9 @@ fn check_image(bytes: &[u8]) -> std::result::Result<(), String> {
 /// Bytes of a fat binary's header; that of a part is longer.
 const FAT_HEADER: usize = 16;
 
-/// Returns the end of a header at `at` and its content, if both are within the image. `length` is the
-/// offset and size of the field with the header's length; the content's length is at offset 8, in eight
-/// bytes.
+/// Returns the end of a header at `at` and its content, if both are within the image. `length` is
+/// the offset and size of the field with the header's length; the content's length is at offset 8,
+/// in eight bytes.
 fn part(bytes: &[u8], at: usize, length: (usize, usize)) -> Option<usize> {
     let header = usize::try_from(number(bytes, at + length.0, length.1)?).ok()?;
     let content = usize::try_from(number(bytes, at + 8, 8)?).ok()?;

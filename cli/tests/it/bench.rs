@@ -28,7 +28,8 @@ fn cpu_run_prints_table_and_writes_record() {
     assert_eq!(record["complete"], true);
     assert_eq!(record["device"]["kind"], "cpu");
     assert!(record["ceilings"]["dense_flops_per_second"].as_f64().unwrap() > 0.0);
-    // Fifteen operations, two numbers of tokens, two routings; layer_from_x has uniform routing only.
+    // Fifteen operations, two numbers of tokens, two routings; layer_from_x has uniform routing
+    // only.
     assert_eq!(rows(&record).len(), 58);
     for row in rows(&record) {
         let at = |key: &str| row["seconds"][key].as_f64().unwrap();

@@ -51,8 +51,8 @@ fn flipped_bit_fails_each_operation() {
     }
 }
 
-/// The command fails with the same message while the fault is injected, and passes without it. Other
-/// operations pass.
+/// The command fails with the same message while the fault is injected, and passes without it.
+/// Other operations pass.
 #[test]
 fn printed_command_reproduces_failure() {
     let kernel = "flip:moe_combine_fwd_f32";

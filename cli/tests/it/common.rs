@@ -191,7 +191,8 @@ pub fn program_in(environment: &[(&str, &str)], arguments: &[&str]) -> Done {
     }
 }
 
-/// Runs a layer of a folder with a checkpoint on its recorded.safetensors. Writes y.safetensors there.
+/// Runs a layer of a folder with a checkpoint on its recorded.safetensors. Writes y.safetensors
+/// there.
 pub fn run(folder: &Folder, layer: usize, more: &[&str]) -> Done {
     let (input, output) = (folder.path("recorded.safetensors"), folder.path("y.safetensors"));
     let layer = layer.to_string();

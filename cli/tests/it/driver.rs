@@ -1,4 +1,5 @@
-//! Messages for a driver that is older than the kernels' toolkit. The software device can report one.
+//! Messages for a driver that is older than the kernels' toolkit. The software device can report
+//! one.
 
 use std::process::Command;
 

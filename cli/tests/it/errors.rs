@@ -126,7 +126,8 @@ fn layers_without_moe_block_are_errors() {
     check_failure(&run(&folder, 9, &["--device", "cpu"]), &["layers that have one: 0-1"]);
 }
 
-/// Python writes Infinity and NaN, which are no JSON. They are accepted in keys that the block ignores.
+/// Python writes Infinity and NaN, which are no JSON. They are accepted in keys that the block
+/// ignores.
 #[test]
 fn infinity_in_unused_config_key_is_accepted() {
     let folder = Folder::of("mixtral-tiny");

@@ -109,7 +109,8 @@ fn table(good: &BTreeSet<String>) -> String {
     text
 }
 
-/// The table in README.md is generated. After a change: `MOE_UPDATE=1 cargo test -p moe-kernels-cli --test it families`.
+/// The table in README.md is generated. After a change: `MOE_UPDATE=1 cargo test -p moe-kernels-cli
+/// --test it families`.
 #[test]
 fn readme_lists_tested_families() {
     const MARKS: [&str; 2] = ["<!-- families: begin -->\n", "<!-- families: end -->"];

@@ -1,5 +1,5 @@
-//! Quantised checkpoints, with the names and types of published files. The output has the bits of the
-//! same weights in f32.
+//! Quantised checkpoints, with the names and types of published files. The output has the bits of
+//! the same weights in f32.
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -135,8 +135,8 @@ fn y(folder: &Folder, layer: usize) -> (Done, Vec<u8>) {
     (done, find(&output, "y").data.clone())
 }
 
-/// Runs a model with quantised tensors, and the same model in f32. A tensor uses the first scheme whose
-/// text is part of its name.
+/// Runs a model with quantised tensors, and the same model in f32. A tensor uses the first scheme
+/// whose text is part of its name.
 #[track_caller]
 fn same_as_wide(model: &Model, layer: usize, schemes: &[(&str, Scheme)]) -> Done {
     let (mut quantised, mut wide) = (model.clone(), model.clone());
@@ -237,7 +237,8 @@ fn reads_nested_quantization_config() {
     }
 }
 
-/// Experts in packed FP4 with E8M0 scales, the shared expert in FP8 with E8M0 scales; and experts in FP8.
+/// Experts in packed FP4 with E8M0 scales, the shared expert in FP8 with E8M0 scales; and experts
+/// in FP8.
 #[test]
 fn reads_published_deepseek_v4() {
     let mut model = Model::of("deepseek-v4-tiny", &[(22, 160), (12, 192)]);
@@ -253,8 +254,8 @@ fn reads_published_deepseek_v4() {
     same_as_wide(&model, 1, &[("ffn.experts", floats), ("shared_experts", BLOCKS)]);
 }
 
-/// FP8 with a scale for each output feature and a tensor for each expert. The matrices are square, so
-/// that the shape of the scales fits both orders.
+/// FP8 with a scale for each output feature and a tensor for each expert. The matrices are square,
+/// so that the shape of the scales fits both orders.
 #[test]
 fn reads_published_llama_4_in_fp8() {
     let mut model = Model::of("llama4-tiny", &[(24, 40), (14, 40), (28, 80)]);

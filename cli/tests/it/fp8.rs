@@ -1,5 +1,5 @@
-//! Experts in one FP8 tensor `[E, out, in]` with scales `[E, out / 128, in / 128]`, rounded up: each
-//! value has the scale of its expert and block.
+//! Experts in one FP8 tensor `[E, out, in]` with scales `[E, out / 128, in / 128]`, rounded up:
+//! each value has the scale of its expert and block.
 
 use safetensors::Dtype;
 

@@ -15,8 +15,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// The layer of a fixture with other sizes and random values. `sizes` are pairs of an old and a new
-    /// size; the first pair is the hidden size.
+    /// The layer of a fixture with other sizes and random values. `sizes` are pairs of an old and a
+    /// new size; the first pair is the hidden size.
     pub fn of(fixture: &str, sizes: &[(usize, usize)]) -> Self {
         let folder = Folder::of(fixture);
         let config = std::fs::read_to_string(folder.path("config.json")).unwrap();
@@ -61,8 +61,8 @@ impl Model {
         (0..count).map(|_| (self.next() >> 8) as u8).collect()
     }
 
-    /// Replaces each tensor with `part` in its name by the tensors that `store` returns for its name and
-    /// shape.
+    /// Replaces each tensor with `part` in its name by the tensors that `store` returns for its
+    /// name and shape.
     pub fn store(
         &mut self,
         part: &str,

@@ -1,4 +1,5 @@
-//! Unsupported formats: the message names the format, the missing tensor and the tensors in its place.
+//! Unsupported formats: the message names the format, the missing tensor and the tensors in its
+//! place.
 
 use safetensors::Dtype;
 use serde_json::{Value, json};

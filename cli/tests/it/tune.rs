@@ -1,5 +1,5 @@
-//! `tune` on the emulator, which ignores the images and runs its own kernels: a variant has the right
-//! bits if it is launched with the constants of the built-in kernels.
+//! `tune` on the emulator, which ignores the images and runs its own kernels: a variant has the
+//! right bits if it is launched with the constants of the built-in kernels.
 
 use serde_json::{Value, json};
 

@@ -1,5 +1,5 @@
-//! Tensors of a block that the configuration does not use are an error that names them. Modules outside
-//! of the block are checked only if their name refers to experts.
+//! Tensors of a block that the configuration does not use are an error that names them. Modules
+//! outside of the block are checked only if their name refers to experts.
 
 use crate::common::{Folder, Stored, fails, run};
 
