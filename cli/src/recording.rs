@@ -130,7 +130,7 @@ impl Recording {
         ids.check_ids(&slots)?;
         let experts = layers.iter().map(|layer| layer.config.router_experts()).max().unwrap_or(0);
         let ids = ids.read_ids(experts, "ids of experts")?;
-        // The recording has no shared experts, and marks slots beyond the capacity.
+        // `kept` is 0 for slots beyond the capacity. Experts that every token has are not recorded.
         let kept = file.find("kept").map(|kept| {
             kept.check_ids(&slots)?;
             kept.read_ids(2, "1 for a slot that is kept and 0 for others")

@@ -356,8 +356,8 @@ impl<'a> Problem<'a> {
             n: n as i32,
             k: k as i32,
             num_experts: shape.num_experts as i32,
-            // Rows of the named layers are multiples of 16 bytes, and allocations are aligned to
-            // 256.
+            // Rows of the named layers are multiples of 16 bytes, and allocations are 256-byte
+            // aligned.
             vector_load: 1,
             vector_store: 1,
         };
@@ -366,9 +366,9 @@ impl<'a> Problem<'a> {
             let blocks = max_tiles.next_multiple_of(constants.tile_group) * columns;
             // A grid that is too large becomes 0, which the driver refuses.
             let blocks = u32::try_from(blocks).unwrap_or(0);
-            // SAFETY: the parameters follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd
-            // in kernels/grouped_gemm.cu; buffers have the lengths that the built-in kernels were
-            // given, and the plan is of their shape.
+            // SAFETY: the parameters follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in
+            // kernels/grouped_gemm.cu; buffers have the lengths that the built-in kernels were given,
+            // and the plan is of their shape.
             unsafe {
                 result::launch_kernel(
                     function,

@@ -15,7 +15,7 @@ use crate::progress::Progress;
 
 /// Samples of one row on a device.
 pub const SAMPLES: usize = 25;
-/// On the CPU, no sample starts after this time.
+/// After this time no sample starts except the first five.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The note of a row that does not fit in memory.
@@ -149,7 +149,7 @@ impl Bench<'_> {
         let Some(dense) = Dense::new(gpu)? else { return Ok(None) };
         let workload = dense.matching::<D>(op, setting.model, setting.draw).map_err(Error::from);
         let workload = match workload {
-            // Our own weights stay allocated.
+            // Our own weights stay allocated, and may leave too little memory.
             Err(error) if error.is_out_of_memory() => return Ok(None),
             workload => workload?,
         };
