@@ -1,38 +1,38 @@
-//! What an input file has for a layer: the tokens, and what else its router reads.
+//! Reads a layer's inputs from a file, and runs the layer on them.
 
 use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
 use moe_kernels_hf::{Block, LogitsFrom, Tensor, TensorFile};
 
-use crate::backend::{Element, Output, rows_per_expert};
+use crate::backend::{Output, rows_per_expert};
 use crate::error::Result;
 use crate::progress::Steps;
 
-/// What a layer makes of all tokens of a file.
+/// The output of a layer for all tokens of a file.
 pub struct Outputs<D> {
     pub num_tokens: usize,
     /// `H`
     pub hidden: usize,
     /// `K`
     pub top_k: usize,
-    /// The columns of its logits, of which a block may use fewer; the rest are 0.
+    /// The columns of `logits`. A block may use fewer; the rest are 0.
     pub experts: usize,
-    /// `y` `[T, H]`, and ids and weights `[T, K]`; `u32::MAX` for slots without an expert.
+    /// `y` `[T, H]`, ids and weights `[T, K]`. The id of a slot without an expert is `u32::MAX`.
     pub output: Output<D>,
-    /// Whether all inputs of a token are finite, before they are rounded to `D`.
+    /// For each token, whether all inputs are finite before they are rounded to `D`.
     pub finite: Vec<bool>,
-    /// Of one block after the other.
+    /// The experts of all blocks, block after block.
     pub rows_per_expert: Vec<usize>,
 }
 
 const ROUTER_INPUT: &str = "router_input";
 const LOGITS: &str = "logits";
 
-/// The most logits of a pass, 1 GiB in f32: a small file of narrow tokens may otherwise ask for any amount of memory.
-/// K <= E, so that this bounds the slots too.
+/// The most logits of a pass, 1 GiB in f32. Without a limit a small file of narrow tokens could
+/// need any amount of memory. As K <= E, it limits the slots as well.
 const MOST_LOGITS: usize = 1 << 28;
 
-/// Runs every token of the file through its block, by `run`.
-pub fn forward<D: Element>(
+/// Calls `run` for each block, with the tokens of the block.
+pub fn forward<D: Dtype>(
     layers: &[Block],
     file: &TensorFile,
     steps: &mut Steps,
@@ -68,10 +68,10 @@ pub fn forward<D: Element>(
         let part = run(layer, inputs, steps)?;
         let config = layer.config();
         all.rows_per_expert.extend(rows_per_expert(&part.expert_ids, config.num_experts));
-        let of_block = config.router_experts();
+        let block_experts = config.router_experts();
         for (row, token) in tokens.into_iter().enumerate() {
             let output = &mut all.output;
-            put(&mut output.logits, token * experts, &part.logits, row, of_block);
+            put(&mut output.logits, token * experts, &part.logits, row, block_experts);
             put(&mut output.y, token * hidden, &part.y, row, hidden);
             put(&mut output.expert_ids, token * top_k, &part.expert_ids, row, config.top_k);
             put(&mut output.weights, token * top_k, &part.weights, row, config.top_k);
@@ -80,7 +80,7 @@ pub fn forward<D: Element>(
     Ok(all)
 }
 
-/// The name of the tensor that the router reads, other than `x`.
+/// The name of the tensor that the router reads in place of `x`.
 fn router_input(layer: &Block) -> Option<&'static str> {
     match layer.info().logits {
         LogitsFrom::ProjectionOfResidual => Some(ROUTER_INPUT),
@@ -89,7 +89,7 @@ fn router_input(layer: &Block) -> Option<&'static str> {
     }
 }
 
-/// Whether each token is finite in every tensor that these layers read.
+/// Returns for each token whether it is finite in every tensor that these layers read.
 fn finite_tokens(layers: &[Block], file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
     let mut finite = vec![true; num_tokens];
     for name in ["x"].into_iter().chain(layers.iter().filter_map(router_input)) {
@@ -103,12 +103,14 @@ fn finite_tokens(layers: &[Block], file: &TensorFile, num_tokens: usize) -> Resu
     Ok(finite)
 }
 
+/// Copies a row of `part` to `all`, from element `at` on.
 fn put<T: Copy>(all: &mut [T], at: usize, part: &[T], row: usize, width: usize) {
     all[at..at + width].copy_from_slice(&part[row * width..(row + 1) * width]);
 }
 
-/// The blocks that have tokens, and which. A model with text and vision experts has two blocks in a layer: each token
-/// is of that whose number the tensor `token_types` gives it, unless the width of tokens says it all.
+/// Returns the blocks that have tokens, and the tokens of each. A model with text and vision
+/// experts has two blocks in a layer. If both have the width of `x`, the tensor `token_types` has
+/// the block's number for each token.
 fn blocks<'l>(layers: &'l [Block], file: &TensorFile) -> Result<Vec<(&'l Block, Vec<usize>)>> {
     let x = file.tensor("x")?;
     let fits: Vec<_> =
@@ -124,14 +126,14 @@ fn blocks<'l>(layers: &'l [Block], file: &TensorFile) -> Result<Vec<(&'l Block, 
     let tensor = file.tensor("token_types")?;
     tensor.check_ids(&[num_tokens])?;
     let types = tensor.read_ids(fits.len(), "numbers of the layer's blocks")?;
-    let of = |block: usize| -> Vec<usize> {
+    let tokens_of = |block: usize| -> Vec<usize> {
         (0..num_tokens).filter(|token| types[*token] as usize == block).collect()
     };
-    let blocks = fits.into_iter().enumerate().map(|(block, layer)| (layer, of(block)));
+    let blocks = fits.into_iter().enumerate().map(|(block, layer)| (layer, tokens_of(block)));
     Ok(blocks.filter(|(_, tokens)| !tokens.is_empty()).collect())
 }
 
-/// Of each tensor that the block reads, the rows of these tokens.
+/// Reads the rows of these tokens from each tensor that the block needs.
 fn read_inputs<D: Dtype>(
     layer: &Block,
     file: &TensorFile,

@@ -1,26 +1,27 @@
-//! Goes through everything that was asked for and makes a row of each.
+//! Measures every requested combination of model, tokens, routing and operation.
 
 use std::path::Path;
 use std::time::Duration;
 
 use cudarc::cublas::{CudaBlas, Gemm};
 use moe_bench::{Ceilings, Dense, Draw, Model, Op, Repeater, Samples, Stage, Target, least_work};
+use moe_kernels::Dtype;
 
-use crate::backend::Element;
 use crate::bench::record::{self, Record, Row, Seconds};
 use crate::bench::{Request, traffic};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-/// Samples of one row on a device; on the CPU as many as there is patience for.
+/// Samples of one row on a device.
 pub const SAMPLES: usize = 25;
+/// After this time no sample starts except the first five.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What a row says that was too large.
+/// The note of a row that does not fit in memory.
 const NO_MEMORY: &str = "the device has not enough memory";
 
-/// One run of the program.
+/// The state of a measurement.
 pub struct Bench<'a> {
     pub target: &'a Target<'a>,
     pub place: Place,
@@ -40,14 +41,14 @@ pub struct Setting<'a, D> {
 }
 
 impl Bench<'_> {
-    /// `Ok(false)` if a result is wrong, ours or a peer's.
-    pub fn run<D: Element>(&mut self) -> Result<bool>
+    /// Measures everything. Returns `Ok(false)` if our output or a peer's is wrong.
+    pub fn run<D: Dtype>(&mut self) -> Result<bool>
     where
         CudaBlas: Gemm<D>,
     {
         let request = self.request;
         if self.place != Place::Emulator && request.ceilings && !request.is_over() {
-            self.progress.say("ceilings".into());
+            self.progress.set_message("measure the ceilings".into());
             self.ceilings = Ceilings::measure(self.target, D::DTYPE)?;
         }
         self.record.ceilings = record::Ceilings {
@@ -95,13 +96,18 @@ impl Bench<'_> {
         Ok(good)
     }
 
-    /// The row of one operation.
-    fn operation<D: Element>(&self, op: Op, setting: Setting<'_, D>) -> Result<Row>
+    /// Measures one operation.
+    fn operation<D: Dtype>(&self, op: Op, setting: Setting<'_, D>) -> Result<Row>
     where
         CudaBlas: Gemm<D>,
     {
         let Setting { model, stage, draw } = setting;
-        self.progress.say(format!("{} {} T{}", op.name(), model.name, draw.shape.num_tokens));
+        self.progress.set_message(format!(
+            "{} {} T{}",
+            op.name(),
+            model.name,
+            draw.shape.num_tokens
+        ));
         let mut row = empty_row::<D>(op, model, draw);
         if self.place == Place::Emulator {
             row.traffic = Some(traffic::of(self.target, stage.workload(op, draw)?)?);
@@ -109,14 +115,15 @@ impl Bench<'_> {
             let (samples, launch, cache) = self.time(op, setting)?;
             row.launch = Some(launch.into());
             row.cache = Some(cache.into());
-            row.take(&samples, &self.ceilings);
+            row.set_times(&samples, &self.ceilings);
             row.dense = self.dense(op, setting, samples.median())?;
         }
         Ok(row)
     }
 
-    /// The times of ours, how calls came to the device, and whether the data was cold.
-    pub fn time<D: Element>(
+    /// Times our operation. Returns the samples, how calls were launched, and whether data was
+    /// cold.
+    pub fn time<D: Dtype>(
         &self,
         op: Op,
         setting: Setting<'_, D>,
@@ -128,8 +135,8 @@ impl Bench<'_> {
         Ok((samples, repeater.launch(), repeater.cache()))
     }
 
-    /// What cuBLAS needs for the same products.
-    fn dense<D: Element>(
+    /// Times the same products of dense matrices by cuBLAS.
+    fn dense<D: Dtype>(
         &self,
         op: Op,
         setting: Setting<'_, D>,
@@ -142,7 +149,7 @@ impl Bench<'_> {
         let Some(dense) = Dense::new(gpu)? else { return Ok(None) };
         let workload = dense.matching::<D>(op, setting.model, setting.draw).map_err(Error::from);
         let workload = match workload {
-            // Beside our own weights there may be no room for others.
+            // Our own weights stay allocated, and may leave too little memory.
             Err(error) if error.is_out_of_memory() => return Ok(None),
             workload => workload?,
         };
@@ -152,15 +159,15 @@ impl Bench<'_> {
         Ok(Some(record::Dense { by: "cublas", seconds, percent: 100.0 * seconds / ours }))
     }
 
-    /// Adds a row, and writes the file: what has been measured is not lost.
+    /// Adds a row and writes the file, so that no result is lost if the program ends early.
     pub fn push(&mut self, row: Row) -> Result<()> {
         self.record.rows.push(row);
         self.record.write(self.output)
     }
 }
 
-/// A row of ours without a result.
-pub fn empty_row<D: Element>(op: Op, model: &Model, draw: &Draw) -> Row {
+/// A row of ours, before it is measured.
+pub fn empty_row<D: Dtype>(op: Op, model: &Model, draw: &Draw) -> Row {
     let num_tokens = draw.shape.num_tokens;
     let work = least_work::<D>(op, model, draw);
     Row {
@@ -195,8 +202,8 @@ pub fn empty_row<D: Element>(op: Op, model: &Model, draw: &Draw) -> Row {
 }
 
 impl Row {
-    /// Takes times over, and compares them with the roofline.
-    pub fn take(&mut self, samples: &Samples, ceilings: &Ceilings) {
+    /// Sets the times and the percentage of the roofline.
+    pub fn set_times(&mut self, samples: &Samples, ceilings: &Ceilings) {
         let median = samples.median();
         self.seconds = Some(Seconds {
             median,

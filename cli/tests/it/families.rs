@@ -1,4 +1,4 @@
-//! Every family that the library reads: its block, run on each device, against the recording of transformers' own.
+//! Runs a block of every family on each device, and compares it with the recording of transformers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The recordings in fixtures/, and those of them that are near to what a device makes.
+/// The recordings in fixtures/, and those whose outputs are within the limit on a device.
 fn run(device: &str, dtype: &str) -> (BTreeSet<String>, BTreeSet<String>) {
     let fixtures = repository().join("fixtures").display().to_string();
     let arguments = ["run", "--recorded", &fixtures, "--device", device, "--dtype", dtype];
@@ -52,7 +52,7 @@ fn devices() -> Vec<&'static str> {
 }
 
 #[test]
-fn every_family_is_near_to_its_recording() {
+fn every_family_is_close_to_its_recording() {
     let with_capacity = ["nllb-moe-tiny (capacity)", "switch-transformers-tiny (capacity)"];
     let mut wanted: BTreeSet<String> = fixtures().into_iter().collect();
     wanted.extend(with_capacity.map(str::to_string));
@@ -66,7 +66,7 @@ fn every_family_is_near_to_its_recording() {
     }
 }
 
-/// What a block computes, without the sizes of its fixture.
+/// Describes the computation of a block, without the sizes of its fixture.
 fn without_sizes(line: &str) -> String {
     let is_size = |word: &str| {
         let digits = word.trim_end_matches(',').trim_start_matches(['H', 'I', 'E', 'K']);
@@ -77,7 +77,7 @@ fn without_sizes(line: &str) -> String {
     words.join(" ").replace('|', "and")
 }
 
-/// The families of each line of computing, as a table.
+/// A table of the families, by the computation of their blocks.
 fn table(good: &BTreeSet<String>) -> String {
     let mut rows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut left: BTreeSet<&str> = model_types().into_iter().collect();
@@ -109,9 +109,10 @@ fn table(good: &BTreeSet<String>) -> String {
     text
 }
 
-/// docs/families.md lists the families that pass. After a change: `MOE_UPDATE=1 cargo test -p moe-kernels-cli --test it families`.
+/// The table in docs/families.md is generated. After a change: `MOE_UPDATE=1 cargo test
+/// -p moe-kernels-cli --test it families`.
 #[test]
-fn families_page_lists_the_families_that_pass() {
+fn families_page_lists_tested_families() {
     const MARKS: [&str; 2] = ["<!-- families: begin -->\n", "<!-- families: end -->"];
     let mut good: BTreeSet<String> = fixtures().into_iter().collect();
     for device in devices() {
