@@ -3,8 +3,9 @@
 use moe_kernels::{CapacityConfig, CapacityLimit, Priority, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::routing::Draw;
 use crate::common::target::Gpu;
-use crate::{Draw, Workload};
+use crate::common::workload::Workload;
 
 const CONFIG: CapacityConfig =
     CapacityConfig::new(CapacityLimit::Factor { factor: 1.0 }, Priority::Weight);

@@ -3,9 +3,10 @@
 use moe_kernels::{Dtype, RoutingShape, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
+use crate::common::workload::Workload;
 use crate::route::logits;
-use crate::{Draw, Workload};
 
 /// Tokens of an expert.
 fn capacity(shape: RoutingShape) -> usize {

@@ -7,11 +7,14 @@ use moe_kernels::ops::grouped_gemm::{
 use moe_kernels::reference;
 
 use crate::common::error::Result;
-use crate::common::stage::{Weights, x};
+use crate::common::model::Model;
+use crate::common::op::Op;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
 use crate::common::values::normal;
+use crate::common::weights::{Weights, x};
+use crate::common::workload::Workload;
 use crate::plan::{planned, planned_on_cpu};
-use crate::{Draw, Model, Op, Workload};
 
 /// The seed of what the second product reads where the first one does not run.
 const ACT: u64 = 102;

@@ -4,10 +4,13 @@ use cudarc::driver::CudaSlice;
 use moe_kernels::{MoeInputs, MoeLayer, MoeWeights, Workspace, reference};
 
 use crate::common::error::{Result, driver};
-use crate::common::stage::{Weights, x};
+use crate::common::model::Model;
+use crate::common::op::Op;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
+use crate::common::weights::{Weights, x};
+use crate::common::workload::Workload;
 use crate::route::logits;
-use crate::{Draw, Model, Op, Workload};
 
 /// A layer with all that a forward pass needs.
 struct Prepared<'a, D> {

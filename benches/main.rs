@@ -13,8 +13,8 @@ use criterion::measurement::{Measurement, ValueFormatter};
 use criterion::{Criterion, Throughput};
 use half::bf16;
 use moe_bench::{
-    Ceilings, Dense, Draw, Gpu, Model, Op, Repeater, Result, Routing, Samples, Stage, Target, Work,
-    Workload, least_work, models,
+    Ceilings, Dense, Draw, Gpu, LoadedModel, Model, Op, Repeater, Result, Routing, Samples, Target,
+    Work, Workload, least_work, models,
 };
 use moe_kernels::DType;
 
@@ -170,7 +170,7 @@ fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
     let ceilings = LazyCell::new(|| must(Ceilings::measure(&target, DType::BF16)));
     for (model, tokens) in place.shapes() {
         let fewest = must(Draw::new(&model, tokens[0], Routing::Uniform, DType::BF16));
-        let stage = LazyCell::new(|| must(Stage::<bf16>::new(&target, &model, &fewest)));
+        let loaded = LazyCell::new(|| must(LoadedModel::<bf16>::new(&target, &model, &fewest)));
         for (&tokens, routing) in tokens.iter().flat_map(|t| Routing::ALL.map(|r| (t, r))) {
             let draw = must(Draw::new(&model, tokens, routing, DType::BF16));
             let uneven = [Op::Plan, Op::Experts, Op::Layer];
@@ -182,7 +182,7 @@ fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
                 let work = least_work::<bf16>(op, &model, &draw);
                 let mut cache = "";
                 let samples = bench_one(criterion, op, &name, work, || {
-                    let workload = must(stage.workload(op, &draw));
+                    let workload = must(loaded.workload(op, &draw));
                     let repeater = must(Repeater::new(&target, workload, tokens));
                     cache = repeater.cache();
                     repeater

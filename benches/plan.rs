@@ -3,8 +3,9 @@
 use moe_kernels::{PlanLayout, RoutingPlan, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::routing::Draw;
 use crate::common::target::Gpu;
-use crate::{Draw, Workload};
+use crate::common::workload::Workload;
 
 /// The plan of a draw, for what comes after it.
 pub(crate) fn planned<'a>(gpu: &Gpu, draw: &Draw) -> Result<RoutingPlan<'a>> {

@@ -3,8 +3,10 @@
 use moe_kernels::{Dtype, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::model::Model;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
-use crate::{Draw, Model, Workload};
+use crate::common::workload::Workload;
 
 /// The draw's logits as elements.
 pub(crate) fn logits<D: Dtype>(draw: &Draw) -> Vec<D> {

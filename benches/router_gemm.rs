@@ -5,9 +5,11 @@ use moe_kernels::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use moe_kernels::reference;
 
 use crate::common::error::Result;
-use crate::common::stage::{Weights, x};
+use crate::common::model::Model;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
-use crate::{Draw, Model, Workload};
+use crate::common::weights::{Weights, x};
+use crate::common::workload::Workload;
 
 pub(crate) fn on_gpu<'a, D: Element>(
     gpu: &'a Gpu,

@@ -12,11 +12,12 @@ use rayon::prelude::*;
 
 use crate::common::error::{Result, cublas, driver};
 use crate::common::model::Model;
+use crate::common::op::Op;
 use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu, Target};
 use crate::common::timing::{Samples, between_events};
 use crate::common::values::normal;
-use crate::{Op, Workload};
+use crate::common::workload::Workload;
 
 /// The bytes of one tensor of a bandwidth measurement: more than any cache holds.
 const GPU_BYTES: usize = 1 << 30;

@@ -6,8 +6,8 @@ use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 
 use crate::common::error::{Result, driver};
-use crate::common::stage::Workload;
 use crate::common::target::{Gpu, Target};
+use crate::common::workload::Workload;
 
 /// Up to so many tokens a call is so short that launching it from the host would be what is measured:
 /// calls are captured and replayed.

@@ -157,13 +157,13 @@ impl Bench<'_> {
 
     /// Writes the tensors of a setting.
     fn inputs<D: Element>(&self, setting: Setting<'_, D>) -> Result<Inputs> {
-        let Setting { model, stage, draw } = setting;
+        let Setting { model, loaded, draw } = setting;
         let (config, t) = (&model.config, draw.shape.num_tokens);
         let (e, k) = (config.num_experts, config.top_k);
         let (h, i) = (config.hidden, config.intermediate);
-        let Tensors { x, gate, gate_up, down } = stage.tensors(t);
+        let Tensors { x, gate, gate_up, down } = loaded.tensors(t);
         let logits: Vec<D> = draw.logits.iter().map(|&logit| D::from_f32(logit)).collect();
-        let y = stage.output(draw)?;
+        let y = loaded.output(draw)?;
         let renormalize = config.router != moe_kernels::RouterConfig::softmax_top_k(false);
         let notes = HashMap::from([
             ("model".to_string(), model.name.clone()),
