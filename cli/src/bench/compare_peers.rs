@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use moe_bench::{Op, Samples, Tensors};
-use moe_kernels::DType;
+use moe_kernels::{DType, RouterConfig};
 
 use crate::backend::Element;
 use crate::bench::measure::{Bench, SAMPLES, Setting, empty_row};
@@ -30,6 +30,17 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
+/// Returns whether peers renormalise the weights for this router. `None` for a router that is not a
+/// softmax, which no peer has.
+fn renormalize(router: &RouterConfig) -> Option<bool> {
+    // The softmax over the selected logits is the softmax over all, renormalised.
+    let renormalized = [RouterConfig::softmax_top_k(true), RouterConfig::top_k_softmax()];
+    match router {
+        router if *router == RouterConfig::softmax_top_k(false) => Some(false),
+        router => renormalized.contains(router).then_some(true),
+    }
+}
+
 /// The largest file of tensors: what is larger takes minutes to write and to read.
 const LARGEST_FILE: usize = 8 << 30;
 
@@ -51,6 +62,13 @@ impl Bench<'_> {
             return Ok(true);
         }
         let (model, num_tokens) = (setting.model, setting.draw.shape.num_tokens);
+        let Some(renormalize) = renormalize(&model.config.router) else {
+            let mut row = empty_row::<D>(Op::Layer, setting.model, setting.draw);
+            row.by = "peers".into();
+            row.note = Some(format!("peers route by softmax, {} does not", model.name));
+            self.push(row)?;
+            return Ok(true);
+        };
         let bytes = size_of::<D>() * 3 * model.config.down_len();
         if bytes > LARGEST_FILE {
             let gib = (bytes >> 30).to_string();
@@ -62,7 +80,7 @@ impl Bench<'_> {
             return Ok(true);
         }
         self.progress.say(format!("tensors for peers, {} T{num_tokens}", model.name));
-        let inputs = self.inputs(setting)?;
+        let inputs = self.inputs(setting, renormalize)?;
         let mut good = true;
         for program in &self.request.peers {
             let mut peers = Peers::start(program, self.place, &inputs.0)?;
@@ -156,7 +174,7 @@ impl Bench<'_> {
     }
 
     /// Writes the tensors of a setting.
-    fn inputs<D: Element>(&self, setting: Setting<'_, D>) -> Result<Inputs> {
+    fn inputs<D: Element>(&self, setting: Setting<'_, D>, renormalize: bool) -> Result<Inputs> {
         let Setting { model, loaded, draw } = setting;
         let (config, t) = (&model.config, draw.shape.num_tokens);
         let (e, k) = (config.num_experts, config.top_k);
@@ -164,13 +182,11 @@ impl Bench<'_> {
         let Tensors { x, gate, gate_up, down } = loaded.tensors(t);
         let logits: Vec<D> = draw.logits.iter().map(|&logit| D::from_f32(logit)).collect();
         let y = loaded.output(draw)?;
-        let renormalize = config.router != moe_kernels::RouterConfig::softmax_top_k(false);
         let notes = HashMap::from([
             ("model".to_string(), model.name.clone()),
             ("routing".to_string(), draw.routing.name().to_string()),
             ("dtype".to_string(), D::DTYPE.name().to_string()),
             ("top_k".to_string(), k.to_string()),
-            // Softmax over the selected is softmax over all, renormalised.
             ("renormalize".to_string(), renormalize.to_string()),
         ]);
         let tensors = vec![

@@ -61,16 +61,16 @@ impl Bench<'_> {
         for model in &request.models {
             let tokens = request.tokens_of(model);
             let fewest = Draw::new(model, tokens[0], request.routings[0], D::DTYPE)?;
-            let loaded =
-                match LoadedModel::<D>::new(self.target, model, &fewest).map_err(Error::from) {
-                    Err(error) if error.is_out_of_memory() => {
-                        let mut row = empty_row::<D>(Op::Layer, model, &fewest);
-                        row.note = Some(NO_MEMORY.into());
-                        self.push(row)?;
-                        continue;
-                    }
-                    loaded => loaded?,
-                };
+            let loaded = LoadedModel::<D>::new(self.target, model, &fewest);
+            let loaded = match loaded.map_err(Error::from) {
+                Err(error) if error.is_out_of_memory() => {
+                    let mut row = empty_row::<D>(Op::Layer, model, &fewest);
+                    row.note = Some(NO_MEMORY.into());
+                    self.push(row)?;
+                    continue;
+                }
+                loaded => loaded?,
+            };
             for &tokens in tokens {
                 for &routing in &request.routings {
                     let draw = Draw::new(model, tokens, routing, D::DTYPE)?;
