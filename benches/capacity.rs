@@ -1,4 +1,4 @@
-//! capacity: from ids and weights to what experts have room for, by weight, which orders every slot.
+//! capacity: drops the slots beyond each expert's capacity, by weight, which orders every slot.
 
 use moe_kernels::{CapacityConfig, CapacityLimit, Priority, ops, reference};
 

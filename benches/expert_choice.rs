@@ -1,4 +1,4 @@
-//! expert_choice: from scores to each expert's tokens, as many as it would have with tokens that choose.
+//! expert_choice: from scores to each expert's tokens, T*K/E of them rounded up.
 
 use moe_kernels::{Dtype, RoutingShape, ops, reference};
 
