@@ -1,4 +1,4 @@
-"""Cases that the tests share: random layers, their input files, and a peer program on one of them."""
+"""Shared by the tests: cases, random layers, input files, and a started peer program."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ import layer as layers
 import truth
 
 BOUNDARIES = [layers.GEMM, layers.FROM_LOGITS, layers.FROM_X]
-# The largest errors seen are 3.1e-7, 7.1e-4 and 6.3e-3; a wrong row costs more than a tenth.
+# The largest errors seen are 3.1e-7, 7.1e-4 and 6.3e-3. A wrong row makes an error above 0.1.
 TOLERANCE = {"f32": 5e-7, "f16": 1e-3, "bf16": 8e-3}
 ON_CPU = ["torch-loop", "torch-bmm", "torch-grouped-mm", "triton-fused-moe"]
 
-# Name, sizes T H I E K, dtype, how logits are made, and whether weights are renormalised.
+# Name, sizes T H I E K, dtype, source of the logits, and whether weights are renormalised.
 CASES = [
     ("plain", (33, 64, 96, 8, 2), "f32", "x"),
     ("plain", (33, 64, 96, 8, 2), "f16", "x"),
@@ -40,7 +40,7 @@ CASES = [(*case, renormalize) for case in CASES for renormalize in ("true", "fal
 
 
 def tensors_of(sizes, dtype, logits_by, renormalize="true"):
-    """A layer's tensors; y is computed here in f64, token by token."""
+    """Returns a layer's tensors. y is computed in f64, token by token."""
     tokens, hidden, intermediate, experts, top_k = sizes
     generator = torch.Generator().manual_seed(0)
     dtype = layers.DTYPES[dtype]
@@ -73,14 +73,14 @@ def tensors_of(sizes, dtype, logits_by, renormalize="true"):
 
 
 def write(path, tensors, **metadata):
-    """Writes a layer's file; metadata that is None is left out."""
-    said = {"model": "test", "routing": "uniform", "renormalize": "true"} | metadata
-    said = {name: value for name, value in said.items() if value is not None}
-    save_file(tensors, path, metadata=said)
+    """Writes a layer's file. Metadata that is None is left out."""
+    metadata = {"model": "test", "routing": "uniform", "renormalize": "true"} | metadata
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    save_file(tensors, path, metadata=metadata)
 
 
 class Program:
-    """A peer program that has been started."""
+    """A started peer program."""
 
     def __init__(self, path, command=(sys.executable, HERE / "peers.py"), env=None):
         command = [*map(str, command), "--device", "cpu", "--inputs", str(path)]
@@ -122,7 +122,7 @@ def layer_of(sizes, dtype, logits_by="x", renormalize="true"):
 
 
 def assert_right(test, layer, peer, dtype):
-    judge = truth.Truth(layer)
+    expected = truth.Truth(layer)
     for boundary in peer.boundaries:
-        error = judge.error(boundary, peer.call(boundary, layer.weights))
+        error = expected.error(boundary, peer.call(boundary, layer.weights))
         test.assertLessEqual(error, TOLERANCE[dtype], (boundary, layer.x.shape))

@@ -18,7 +18,16 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from peer_cases import BOUNDARIES, CASES, ON_CPU, TOLERANCE, assert_right, layer_of, program, tensors_of
+from peer_cases import (
+    BOUNDARIES,
+    CASES,
+    ON_CPU,
+    TOLERANCE,
+    assert_right,
+    layer_of,
+    program,
+    tensors_of,
+)
 
 import torch
 
@@ -47,7 +56,7 @@ class Correctness(unittest.TestCase):
 
     def test_a_file_that_was_altered_is_wrong(self):
         sizes = (33, 64, 96, 8, 2)
-        for name, alter, said in [
+        for name, alter, message in [
             ("y", lambda tensors: tensors["y"][0].neg_(), None),
             ("down", lambda tensors: tensors["down"].mul_(1.1), None),
             ("weights", lambda tensors: tensors["weights"].mul_(0.5), None),
@@ -58,49 +67,49 @@ class Correctness(unittest.TestCase):
             alter(tensors)
             with self.subTest(name), program(tensors, "f32") as started:
                 reply = started.ask({"check": "moe-kernels"})
-                if said:
-                    self.assertIn(said, reply["error"])
+                if message:
+                    self.assertIn(message, reply["error"])
                 else:
                     self.assertGreater(reply["relative_error"], 1e-2)
 
-    def test_nan_in_weights_never_passes(self):
+    def test_nan_in_weights_is_an_error(self):
         tensors = tensors_of((9, 64, 32, 4, 4), "f32", "x")
         tensors["down"][1] = float("nan")
         with program(tensors, "f32") as started:
             for peer in ["moe-kernels", *ON_CPU]:
                 self.assertIn("error", started.ask({"check": peer}), peer)
 
-    def test_a_wrong_result_is_seen_at_each_boundary(self):
+    def test_a_wrong_result_fails_at_each_boundary(self):
         import torch_peers
 
         layer = layer_of((33, 64, 96, 8, 2), "f32")
-        judge = truth.Truth(layer)
+        expected = truth.Truth(layer)
         peer = torch_peers.TorchGroupedMm(layer)
         rows = peer.rows
         for boundary in BOUNDARIES:
-            right = judge.error(boundary, peer.call(boundary, layer.weights))
+            right = expected.error(boundary, peer.call(boundary, layer.weights))
             self.assertLess(right, TOLERANCE["f32"])
             with mock.patch.object(peer, "rows", lambda *all: rows(*all).roll(1, 0)):
-                wrong = judge.error(boundary, peer.call(boundary, layer.weights))
+                wrong = expected.error(boundary, peer.call(boundary, layer.weights))
             self.assertGreater(wrong, 0.1)
             with mock.patch.object(peer, "rows", lambda *all: rows(*all) * float("nan")):
                 with self.assertRaises(Wrong):
-                    judge.error(boundary, peer.call(boundary, layer.weights))
+                    expected.error(boundary, peer.call(boundary, layer.weights))
 
-    def test_who_does_not_heed_renormalize_is_wrong(self):
+    def test_ignoring_renormalize_is_wrong(self):
         import torch_peers
 
         sizes = (33, 64, 96, 8, 2)
-        for said, other in itertools.permutations(("true", "false")):
+        for stated, other in itertools.permutations(("true", "false")):
             tensors = tensors_of(sizes, "f32", "x", other)
-            with program(tensors, "f32", renormalize=said) as started:
+            with program(tensors, "f32", renormalize=stated) as started:
                 self.assertGreater(started.ask({"check": "moe-kernels"})["relative_error"], 0.1)
-            layer = layer_of(sizes, "f32", renormalize=said)
-            judge = truth.Truth(layer)
+            layer = layer_of(sizes, "f32", renormalize=stated)
+            expected = truth.Truth(layer)
             peer = torch_peers.TorchLoop(dataclasses.replace(layer, renormalize=other == "true"))
             for boundary in BOUNDARIES[1:]:
-                error = judge.error(boundary, peer.call(boundary, layer.weights))
-                self.assertGreater(error, 0.1, (boundary, said))
+                error = expected.error(boundary, peer.call(boundary, layer.weights))
+                self.assertGreater(error, 0.1, (boundary, stated))
 
     def test_ties_go_to_the_lower_expert(self):
         for renormalize, total in ((True, 1.0), (False, 1 - 0.5 / (1 + math.e**2))):
@@ -117,9 +126,9 @@ class Correctness(unittest.TestCase):
 
 
 class CublasStandIn(unittest.TestCase):
-    """cuBLAS' call with a library that computes what cuBLAS' manual says, on the CPU."""
+    """The call of cuBLAS, with a stand-in that follows cuBLAS' manual on the CPU."""
 
-    def test_the_call_is_laid_out_as_cublas_reads_it(self):
+    def test_arguments_follow_the_manual(self):
         with tempfile.TemporaryDirectory() as folder:
             library = f"{folder}/libstandin.so"
             source = str(HERE / "cublas_stand_in.cpp")
@@ -135,7 +144,7 @@ class CublasStandIn(unittest.TestCase):
 
 
 class Adapters(unittest.TestCase):
-    """Packages of others, played by a few lines that have the same functions."""
+    """Adapters with stand-ins for their packages."""
 
     def test_deepgemm_gets_padded_groups(self):
         def product(a, b, c, expert_of_row):
@@ -144,7 +153,7 @@ class Adapters(unittest.TestCase):
             for start in range(0, len(a), 128):
                 block = expert_of_row[start : start + 128]
                 used = block[block >= 0]
-                self.assertTrue((used == block[0]).all(), "a block of two experts")
+                self.assertTrue((used == block[0]).all(), "a block has two experts")
                 if used.numel():
                     c[start : start + 128][block >= 0] = (
                         a[start : start + 128][block >= 0] @ b[block[0]].T
@@ -170,7 +179,7 @@ class Adapters(unittest.TestCase):
         def moe(x, gate, w1, b1, w2, b2, top_k, stream, activation, inference, **softmax):
             self.assertEqual((b1, b2, stream, inference), (None, None, 7, True))
             self.assertEqual((activation, list(softmax)), ("swiglu", ["is_softmax_over_topk"]))
-            # As the package has it: a softmax over the selected, or one over all, left as it is.
+            # As in the package: the softmax over the selected, or over all without renormalising.
             over_selected = softmax["is_softmax_over_topk"]
             scores = x.double() @ gate.double().T
             if not over_selected:
@@ -203,7 +212,7 @@ class Adapters(unittest.TestCase):
             self.assertLessEqual({"cublas-grouped", "deepgemm", "scattermoe", "sonicmoe"}, set(why))
             self.assertIn("unavailable", started.ask({"check": "deepgemm"})["error"])
 
-    def test_a_part_of_the_peers(self):
+    def test_only_loads_the_listed_peers(self):
         command = (sys.executable, HERE / "peers.py", "--only", "torch-loop,deepgemm")
         tensors = tensors_of((4, 64, 32, 4, 2), "f32", "x")
         with program(tensors, "f32", command=command) as started:

@@ -1,6 +1,6 @@
 """Tests of the peer programs' protocol on the CPU, with torch: `python -m unittest test_protocol`.
 
-Where MOE_PEER_CANDLE names candle's program, it is tested too.
+If MOE_PEER_CANDLE is the path of candle's program, it is tested too.
 """
 
 import os
@@ -21,7 +21,7 @@ from errors import InputError
 
 
 def first_in_path(folder):
-    """PYTHONPATH with a folder before those that it has: torch may be in one of them."""
+    """PYTHONPATH with another folder in front. The rest is kept, since torch may be in it."""
     return os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -29,7 +29,7 @@ class Protocol(unittest.TestCase):
     def setUp(self):
         self.tensors = tensors_of((12, 64, 32, 4, 2), "f32", "x")
 
-    def test_peers_present_themselves(self):
+    def test_the_first_line_lists_the_peers(self):
         with program(self.tensors, "f32") as started:
             boundaries = {each["name"]: each["boundaries"] for each in started.first["peers"]}
             wanted = {name: BOUNDARIES for name in ON_CPU} | {"torch-bmm": BOUNDARIES[:1]}
@@ -51,7 +51,7 @@ class Protocol(unittest.TestCase):
             request = {"time": "triton-fused-moe", "boundary": layers.GEMM, "samples": 1}
             self.assertEqual(started.ask(request)["note"], "interpreted")
 
-    def test_what_cannot_be_served_is_an_error_and_no_end(self):
+    def test_invalid_requests_are_errors_and_do_not_end_the_program(self):
         time = {"time": "torch-loop", "boundary": layers.GEMM, "samples": 1}
         wrong = [
             ("{", "not JSON"),
@@ -59,10 +59,10 @@ class Protocol(unittest.TestCase):
             ("null", "a request has"),
             ({}, "a request has"),
             ({"check": "torch-loop", "more": 1}, "a request has"),
-            ({"check": "nobody"}, "there is no peer 'nobody'"),
-            ({"check": None}, "there is no peer None"),
-            ({"check": ["torch-loop"]}, "there is no peer"),
-            (time | {"time": "moe-kernels"}, "there is no peer"),
+            ({"check": "other"}, "unknown peer 'other'"),
+            ({"check": None}, "unknown peer None"),
+            ({"check": ["torch-loop"]}, "unknown peer"),
+            (time | {"time": "moe-kernels"}, "unknown peer"),
             (time | {"boundary": "combine"}, "no boundary 'combine'"),
             (time | {"time": "torch-bmm", "boundary": layers.FROM_X}, "no boundary"),
             (time | {"samples": 0}, "samples are from 1"),
@@ -71,15 +71,15 @@ class Protocol(unittest.TestCase):
             (time | {"samples": 10**6}, "samples are from 1"),
         ]
         with program(self.tensors, "f32") as started:
-            for request, said in wrong:
+            for request, message in wrong:
                 with self.subTest(request):
                     reply = started.ask(request)
                     self.assertEqual(list(reply), ["error"])
-                    self.assertIn(said, reply["error"])
+                    self.assertIn(message, reply["error"])
             self.assertIn("relative_error", started.ask({"check": "torch-loop"}))
         self.assertEqual((started.code, started.errors), (0, ""))
 
-    def test_a_file_that_is_no_layer_is_refused(self):
+    def test_rejects_a_file_without_a_valid_layer(self):
         def without(name):
             return {key: tensor for key, tensor in self.tensors.items() if key != name}
 
@@ -99,21 +99,21 @@ class Protocol(unittest.TestCase):
             (self.tensors, {"renormalize": "no"}, "metadata 'renormalize' is 'no', not true or"),
             (self.tensors, {"renormalize": None}, "metadata 'renormalize' is None, not true or"),
         ]
-        for tensors, metadata, said in wrong:
-            with self.subTest(said), tempfile.TemporaryDirectory() as folder:
+        for tensors, metadata, message in wrong:
+            with self.subTest(message), tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "layer.safetensors"
                 write(path, tensors, **({"dtype": "f32"} | metadata))
-                with self.assertRaisesRegex(InputError, re.escape(said)):
+                with self.assertRaisesRegex(InputError, re.escape(message)):
                     layers.read(path)
         with program(without("down"), "f32") as started:
             error = "tensor 'down' is missing"
             self.assertEqual(started.first, {"peers": [], "unavailable": [], "error": error})
         self.assertEqual((started.code, started.errors), (2, ""))
 
-    def test_a_file_that_is_no_file_is_refused(self):
+    def test_rejects_a_file_that_is_not_safetensors(self):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "layer.safetensors"
-            for content in (None, b"", b"no safetensors at all"):
+            for content in (None, b"", b"not safetensors"):
                 if content is not None:
                     path.write_bytes(content)
                 with self.assertRaisesRegex(InputError, str(path)):
@@ -134,7 +134,7 @@ class Protocol(unittest.TestCase):
                 )
             self.assertEqual((started.code, started.errors), (0, ""))
 
-    def test_what_libraries_print_is_no_reply(self):
+    def test_output_of_libraries_goes_to_stderr(self):
         with tempfile.TemporaryDirectory() as folder:
             prints = "import os; print('from python', flush=True); os.write(1, b'from C')"
             Path(folder, "deep_gemm.py").write_text(prints + "; raise ImportError('broken')")
@@ -149,7 +149,7 @@ class Protocol(unittest.TestCase):
             self.assertIn("no CPU backend", why["triton-fused-moe"])
 
 
-@unittest.skipUnless("MOE_PEER_CANDLE" in os.environ, "MOE_PEER_CANDLE names no program")
+@unittest.skipUnless("MOE_PEER_CANDLE" in os.environ, "MOE_PEER_CANDLE is not set")
 class Candle(unittest.TestCase):
     def start(self, tensors, dtype, **options):
         return program(tensors, dtype, command=[os.environ["MOE_PEER_CANDLE"]], **options)
@@ -164,7 +164,7 @@ class Candle(unittest.TestCase):
                     self.assertLessEqual(reply["relative_error"], TOLERANCE[dtype], reply)
                 self.assertEqual((started.code, started.errors), (0, ""))
 
-    def test_nan_never_passes(self):
+    def test_nan_is_an_error(self):
         tensors = tensors_of((9, 64, 32, 4, 4), "f32", "x")
         tensors["down"][1] = float("nan")
         with self.start(tensors, "f32") as started:
@@ -178,20 +178,20 @@ class Candle(unittest.TestCase):
                 reply = started.ask(time | {"boundary": boundary})
                 self.assertEqual(len(reply["seconds"]), 3)
                 self.assertIn("f32", reply["note"])
-            for request, said in [
+            for request, message in [
                 ("{", "not a request"),
-                ({"check": "nobody"}, "there is no peer 'nobody'"),
+                ({"check": "other"}, "unknown peer 'other'"),
                 ({"check": "candle-fused"}, "unavailable"),
                 (time | {"boundary": "combine"}, "no boundary 'combine'"),
                 (time | {"samples": 0}, "samples are from 1"),
             ]:
-                self.assertIn(said, started.ask(request)["error"])
-        for changed, said in [
+                self.assertIn(message, started.ask(request)["error"])
+        for changed, message in [
             ({"down": torch.zeros(4, 64, 31).bfloat16()}, "'down'"),
             ({"logits": torch.zeros(12, 4)}, "'logits'"),
         ]:
             with self.start(tensors | changed, "bf16") as started:
-                self.assertIn(said, started.first["error"])
+                self.assertIn(message, started.first["error"])
         for renormalize in (None, "no"):
             with self.start(tensors, "bf16", renormalize=renormalize) as started:
                 self.assertIn("'renormalize' is", started.first["error"])
