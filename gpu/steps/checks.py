@@ -2,16 +2,16 @@
 
 import os
 import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
-from steps.runner import FAILED, IMPOSSIBLE, PAYLOAD, Result, tool
+from steps.runner import FAILED, IMPOSSIBLE, NoAnswer, Result, tool
 
 # The rules of the house are about sources, which are not here; tensors of gigabytes are a cell of their own.
 LEFT_OUT = ("tidy::", "large::")
 CASES = "4"  # Random cases of each property test, unless `cases=N` or PROPTEST_CASES says otherwise.
 LIST_ANSWERS = 30  # Seconds in which the test binary has to list its tests.
-MOST_ALONE = 200  # Failed tests that are tried again, each in a process of its own.
+MOST_ALONE = 200  # The most failed tests that are tried again, each in a process of its own.
+ALONE_ENDS = 300  # Seconds in which one of them has to end.
 # A sanitizer's reduced set: every operation on tails and on many experts.
 REDUCED = ["--shapes", "T37H72I56E5K2,T24H136I24E67K6", "--dtypes", "f32,bf16"]
 REDUCED += ["--skews", "uniform", "--seeds", "0"]
@@ -91,40 +91,32 @@ def test(run, task):
 
 
 def alone(run, task, names):
-    """Whether each of these tests passes in a process of its own; `None` where time was over."""
+    """Whether each of these tests passes in a process of its own; `None` if its time was over."""
+    cases = words_of(task)[0]
 
     def one(name):
         left = task.left()
         if left is not None and left < 2:
             return name, None, ""
+        limit = ALONE_ENDS if left is None else min(left, ALONE_ENDS)
         command = ["./it", "--exact", name]
-        environment = {**os.environ, "MOE_DEVICE": run.device, "PROPTEST_CASES": words_of(task)[0]}
         try:
-            done = subprocess.run(
-                command,
-                cwd=PAYLOAD,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=left,
-            )
-        except subprocess.TimeoutExpired:
-            return name, None, ""
-        return name, done.returncode == 0, done.stdout
+            done = run.ask(" ".join(command), limit, *command, PROPTEST_CASES=cases)
+        except NoAnswer as error:
+            return name, None, str(error)
+        return name, done.returncode == 0, done.stdout + done.stderr
 
     verdicts = {}
     pool = ThreadPoolExecutor(min(8, os.cpu_count()))
     try:
         with open(run.file(task, "-alone.log"), "w") as log:
-            for name, good, said in pool.map(one, names):
+            for name, good, output in pool.map(one, names):
                 verdicts[name] = good
-                log.write(f"# {name}\n{said}\n")
+                log.write(f"# {name}\n{output}\n")
                 log.flush()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        run.kill_all()  # After an interrupt; otherwise all have ended.
     return verdicts
 
 

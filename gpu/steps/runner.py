@@ -94,7 +94,8 @@ class Run:
         self.start = time.monotonic()
         self.end = None if limit is None else self.start + limit
         self.known = {}
-        self.written = False  # Whether this call has results.
+        self.running = set()  # Programs that were started and have not ended.
+        self.written = False  # Whether this call has written results.
 
     def open(self):
         """Finds the device, and what is known of it at this commit."""
@@ -145,27 +146,43 @@ class Run:
 
     # ---- Programs ----
 
-    def call(self, task, *command, limit=None, **environment):
-        """Runs a program, showing its output and keeping it in the task's log line by line."""
+    def launch(self, command, stderr, environment):
+        """Starts a program in the payload, in a session of its own so that its children end with it."""
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=PAYLOAD,
+            env={**os.environ, "MOE_DEVICE": self.device, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self.running.add(process)
+        return process
+
+    def kill(self, process):
+        """Ends a program and its children. Does not wait: one that hangs in the driver survives."""
+        kill(process, signal.SIGKILL)
+        self.running.discard(process)
+
+    def kill_all(self):
+        """Ends all programs that are still running."""
+        for process in list(self.running):
+            self.kill(process)
+
+    def call(self, task, *command, **environment):
+        """Runs a program, printing its output and writing it to the task's log line by line."""
         begin = time.monotonic()
-        limit = task.left() if limit is None else limit
+        limit = task.left()
         log_file = self.file(task, ".log")
         with open(log_file, "a" if task.calls else "w") as log:
             task.calls += 1
             words = " ".join(map(str, command))
             log.write(f"# {now()}, {self.commit}, {self.device}: {words}\n")
             log.flush()
-            process = subprocess.Popen(
-                [str(word) for word in command],
-                cwd=PAYLOAD,
-                env={**os.environ, "MOE_DEVICE": self.device, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,  # So that its own children end with it.
-            )
+            process = self.launch(command, subprocess.STDOUT, environment)
             lines = []
             reader = threading.Thread(
                 target=copy_lines, args=(process.stdout, lines, log), daemon=True
@@ -177,35 +194,25 @@ class Run:
                     kill(process, signal.SIGTERM)
                     ended(process, GRACE)
             finally:
-                kill(process, signal.SIGKILL)
-            # A program that hangs in the driver outlives even that; the run goes on without it.
+                self.kill(process)
+            # A program that hangs in the driver survives SIGKILL, so this wait has a limit.
             ended(process, GRACE)
             reader.join(GRACE)
         status = process.returncode if in_time else None
         return Done(status, lines, time.monotonic() - begin)
 
-    def ask(self, what, limit, *command):
-        """Runs a short program for its output; `NoAnswer` after `limit` seconds at most."""
+    def ask(self, what, limit, *command, **environment):
+        """Runs a short program and returns its output; raises `NoAnswer` after `limit` seconds."""
         left = self.left()
         limit = limit if left is None else max(0, min(limit, left))
-        process = subprocess.Popen(
-            command,
-            cwd=PAYLOAD,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # So that its own children end with it.
-        )
+        process = self.launch(command, subprocess.PIPE, environment)
         try:
-            said = process.communicate(timeout=limit)
+            output = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             raise NoAnswer(f"{what} does not answer within {limit:.3g} s") from None
         finally:
-            # No wait after that: a program that hangs in the driver survives SIGKILL.
-            kill(process, signal.SIGKILL)
-        return subprocess.CompletedProcess(command, process.returncode, *said)
+            self.kill(process)
+        return subprocess.CompletedProcess(command, process.returncode, *output)
 
     def file(self, task, ending):
         """A file of a task beside its log, such as `cells/NAME.txt`."""
