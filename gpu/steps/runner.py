@@ -264,6 +264,8 @@ class Run:
         replace(self.output / "summary.md", text)
         archive = self.output / "results.tar.gz"
         half = archive.with_name("results.tar.gz.half")
+        # A write that a signal has interrupted may still have this file open: a new file is needed.
+        half.unlink(missing_ok=True)
         with tarfile.open(half, "w:gz", compresslevel=6) as file:
             file.add(RESULTS, "results")
         half.replace(archive)
