@@ -1,4 +1,4 @@
-//! expert_choice: from scores to each expert's tokens, T*K/E of them rounded up.
+//! expert_choice: from scores to the tokens of each expert, T*K/E of them, rounded up.
 
 use moe_kernels::{Dtype, RoutingShape, ops, reference};
 
@@ -8,7 +8,7 @@ use crate::common::target::{Element, Gpu};
 use crate::common::workload::Workload;
 use crate::route::logits;
 
-/// Tokens of an expert.
+/// The number of tokens of an expert.
 fn capacity(shape: RoutingShape) -> usize {
     shape.slots().div_ceil(shape.num_experts)
 }

@@ -1,4 +1,4 @@
-//! grouped_gemm: the experts' products, each alone and both in a row.
+//! grouped_gemm: the two products of the experts, each alone and one after the other.
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::ops::grouped_gemm::{
@@ -16,7 +16,7 @@ use crate::common::weights::{Weights, x};
 use crate::common::workload::Workload;
 use crate::plan::{planned, planned_on_cpu};
 
-/// The seed of what the second product reads where the first one does not run.
+/// The seed of the input of the second product when it runs alone.
 const ACT: u64 = 102;
 
 pub(crate) fn on_gpu<'a, D: Element>(

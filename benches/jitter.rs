@@ -1,4 +1,4 @@
-//! jitter: every element of the tokens times its own factor.
+//! jitter: multiplies each element of the tokens by its own factor.
 
 use moe_kernels::{NoiseDistribution, ops, reference};
 

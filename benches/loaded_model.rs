@@ -120,3 +120,34 @@ impl<'g, D: Element> LoadedModel<'g, D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use moe_emulator::{Choice, choose};
+    use moe_kernels::DType;
+
+    use super::*;
+    use crate::common::routing::Routing;
+
+    /// Each router, with widths that take little time on the software device.
+    #[test]
+    fn layers_agree_on_the_cpu_and_the_software_device() {
+        choose(Choice::Emulator).unwrap();
+        let gpu = Gpu::open().unwrap();
+        for name in ["deepseek-v3", "glm-4.5-air", "llama-4-scout", "olmoe-1b-7b", "gpt-oss-20b"] {
+            let model = Model::find(name).unwrap().shrunk(256);
+            let draw = Draw::new(&model, 4, Routing::Zipf, DType::F32).unwrap();
+            let [cpu, device] = [Target::Cpu, Target::Gpu(&gpu)].map(|target| {
+                let loaded = LoadedModel::<f32>::new(&target, &model, &draw).unwrap();
+                for op in Op::ALL {
+                    loaded.workload(op, &draw).unwrap().call(0).unwrap();
+                }
+                loaded.output(&draw).unwrap()
+            });
+            gpu.wait().unwrap();
+            let norm = |values: &[f32]| values.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let difference: Vec<f32> = cpu.iter().zip(&device).map(|(a, b)| a - b).collect();
+            assert!(norm(&cpu) > 0.0 && norm(&difference) < 1e-5 * norm(&cpu), "{name}");
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! noise: a normal number for each logit.
+//! noise: a normally distributed value for each logit.
 
 use moe_kernels::{NoiseDistribution, ops, reference};
 

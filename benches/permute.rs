@@ -1,4 +1,4 @@
-//! permute: each token's row to its places in expert order.
+//! permute: copies tokens to rows in expert order.
 
 use moe_kernels::{ops, reference};
 

@@ -1,4 +1,4 @@
-//! rms_norm: of each row that the second product leaves, in a buffer of its own.
+//! rms_norm: the norm of each output row of the second product, in another buffer.
 
 use moe_kernels::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
 use moe_kernels::{RmsNorm, reference};

@@ -10,7 +10,7 @@ use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
 use crate::common::workload::Workload;
 
-/// The draw's logits as elements.
+/// The logits of a draw in the element type.
 pub(crate) fn logits<D: Dtype>(draw: &Draw) -> Vec<D> {
     draw.logits.iter().map(|&logit| D::from_f32(logit)).collect()
 }
