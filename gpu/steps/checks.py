@@ -44,7 +44,7 @@ def words_of(task):
 
 
 def listed(run, chosen):
-    done = run.ask("./it --list", LIST_ANSWERS, "./it", "--list", *chosen)
+    done = run.query("./it --list", LIST_ANSWERS, "./it", "--list", *chosen)
     done.check_returncode()
     return set(re.findall(r"^(\S+): test$", done.stdout, re.MULTILINE))
 
@@ -101,7 +101,7 @@ def alone(run, task, names):
         limit = ALONE_ENDS if left is None else min(left, ALONE_ENDS)
         command = ["./it", "--exact", name]
         try:
-            done = run.ask(" ".join(command), limit, *command, PROPTEST_CASES=cases)
+            done = run.query(" ".join(command), limit, *command, PROPTEST_CASES=cases)
         except NoAnswer as error:
             return name, None, str(error)
         return name, done.returncode == 0, done.stdout + done.stderr

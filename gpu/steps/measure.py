@@ -24,12 +24,12 @@ def torch_trouble(run):
     """Returns why peers cannot run on this machine; empty if they can."""
     probe = [sys.executable, "-c", "import torch; torch.zeros(1).cuda()"]
     try:
-        asked = run.ask("torch", TORCH_ANSWERS, *probe)
+        reply = run.query("torch", TORCH_ANSWERS, *probe)
     except NoAnswer as error:
         return str(error)
-    if not asked.returncode:
+    if not reply.returncode:
         return ""
-    return (asked.stderr.strip().splitlines() or ["torch does not load"])[-1]
+    return (reply.stderr.strip().splitlines() or ["torch does not load"])[-1]
 
 
 def peer_options(run, against, tuning_seconds):
@@ -144,7 +144,7 @@ def profile(run, task):
         return Result(STOPPED if done.status is None else FAILED, done.last())
 
     def page(*words):
-        return run.ask("ncu --import", PAGE_ANSWERS, ncu, "--import", report, *words).stdout
+        return run.query("ncu --import", PAGE_ANSWERS, ncu, "--import", report, *words).stdout
 
     run.file(task, ".txt").write_text(page("--page", "details"))
     launches = list(csv.DictReader(page("--page", "raw", "--csv").splitlines()))

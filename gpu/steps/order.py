@@ -115,8 +115,8 @@ def describe_machine(run):
         if command[0] is None:
             continue
         try:
-            asked = run.ask(command[0], 15, *command)
-            text.append(f"$ {' '.join(command)}\n{asked.stdout}{asked.stderr}")
+            reply = run.query(command[0], 15, *command)
+            text.append(f"$ {' '.join(command)}\n{reply.stdout}{reply.stderr}")
         except (OSError, subprocess.SubprocessError) as error:
             text.append(f"$ {' '.join(command)}\n{error}")
     (run.folder / "machine.txt").write_text("\n".join(text))

@@ -119,13 +119,13 @@ class Run:
         command = ["./moe-kernels", "info", "--device", self.device]
         what = f"the device ({' '.join(command)})"
         try:
-            asked = self.ask(what, DEVICE_ANSWERS, *command)
-            why = asked.stderr.strip() if asked.returncode else None
+            reply = self.query(what, DEVICE_ANSWERS, *command)
+            why = reply.stderr.strip() if reply.returncode else None
         except NoAnswer as error:
             why = str(error)
         if why is not None:
             sys.exit(f"{why}\nMOE_DEVICE=emulator tries this bundle without a GPU.")
-        text = asked.stdout.split(maxsplit=1)[1].strip()
+        text = reply.stdout.split(maxsplit=1)[1].strip()
         match = re.match(r"(.*), compute capability ([\d.]+), .* driver for CUDA ([\d.]+)", text)
         name, capability, driver = match.groups()
         return {"kind": self.device, "name": name, "capability": capability, "driver": driver}
@@ -138,10 +138,10 @@ class Run:
         """Returns the seconds that are left for steps; `None` without a limit."""
         return None if self.end is None else self.end - self.reserve() - time.monotonic()
 
-    def once(self, name, ask):
-        """Returns the result of `ask()`, which is called once for each name."""
+    def once(self, name, query):
+        """Returns the result of `query()`, which is called once for each name."""
         if name not in self.known:
-            self.known[name] = ask()
+            self.known[name] = query()
         return self.known[name]
 
     # ---- Programs ----
@@ -201,7 +201,7 @@ class Run:
         status = process.returncode if in_time else None
         return Done(status, lines, time.monotonic() - begin)
 
-    def ask(self, what, limit, *command, **environment):
+    def query(self, what, limit, *command, **environment):
         """Runs a short program and returns its output; raises `NoAnswer` after `limit` seconds."""
         left = self.left()
         limit = limit if left is None else max(0, min(limit, left))
