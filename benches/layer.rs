@@ -40,9 +40,9 @@ impl<'a, D: Element> Prepared<'a, D> {
 
     fn forward(&mut self, op: Op, weights: &Weights<CudaSlice<D>>) -> Result<()> {
         let Self { gpu, layer, x, logits, selection_bias, workspace, y } = self;
-        let Weights { gate, gate_up, down } = weights;
+        let Weights { router_gate, gate_up, down } = weights;
         let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
-        let mut weights = weights.with_gate(gate.as_view());
+        let mut weights = weights.with_gate(router_gate.as_view());
         weights.router.selection_bias = selection_bias.as_ref().map(CudaSlice::as_view);
         let inputs = match op {
             Op::LayerFromX => MoeInputs::new(x.as_view()),
@@ -84,8 +84,8 @@ pub(crate) fn on_cpu<'a, D: Element>(
     let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
     let bias = model.selection_bias();
     Ok(Workload::new(move |_| {
-        let Weights { gate, gate_up, down } = weights;
-        let mut weights = MoeWeights::plain(&gate_up[..], &down[..]).with_gate(&gate[..]);
+        let Weights { router_gate, gate_up, down } = weights;
+        let mut weights = MoeWeights::plain(&gate_up[..], &down[..]).with_gate(&router_gate[..]);
         weights.router.selection_bias = bias.as_deref();
         let inputs = match op {
             Op::LayerFromX => MoeInputs::new(&x[..]),

@@ -105,8 +105,8 @@ impl<'g, D: Element> LoadedModel<'g, D> {
 
     /// Returns the layer's tensors on the host, for a peer. The weights are those of the first set.
     pub fn tensors(&self, num_tokens: usize) -> Tensors<D> {
-        let Weights { gate, gate_up, down } = host_weights(&self.model, 0);
-        Tensors { x: x(&self.model, num_tokens), gate, gate_up, down }
+        let Weights { router_gate, gate_up, down } = host_weights(&self.model, 0);
+        Tensors { x: x(&self.model, num_tokens), router_gate, gate_up, down }
     }
 
     /// Computes the layer's output `[T, H]` for a draw.

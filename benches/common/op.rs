@@ -94,7 +94,7 @@ impl Op {
             Self::RmsNorm => "norm alone",
             Self::Combine => "combine alone",
             Self::Layer => "layer from logits",
-            Self::LayerFromX => "layer from x with the gate",
+            Self::LayerFromX => "layer from x with the router",
         }
     }
 

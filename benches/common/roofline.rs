@@ -54,7 +54,7 @@ pub struct Roofline {
 /// The least work of `op` on `tokens` tokens, with elements of `size` bytes.
 ///
 /// `distinct` is the number of experts with a row, under uniform routing [`expected_distinct`].
-/// Logits and the gate have the element type, except for the f32 logits of `router_gemm`. Ids, maps,
+/// Logits and the router gate have the element type, except for the f32 logits of `router_gemm`. Ids, maps,
 /// routing weights and the selection bias have 4 bytes.
 pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f64) -> Work {
     let [t, h, i, e, k] =
@@ -111,7 +111,7 @@ impl Work {
 pub fn least_work<D>(op: Op, model: &Model, draw: &Draw) -> Work {
     let num_tokens = draw.shape.num_tokens;
     let distinct = match op {
-        // The routing follows from random tokens and a random gate, not from the draw.
+        // The routing follows from random tokens and a random router gate, not from the draw.
         Op::LayerFromX => expected_distinct(&model.config, num_tokens),
         _ => draw.distinct as f64,
     };

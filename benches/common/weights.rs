@@ -10,7 +10,7 @@ use crate::common::values::normal;
 /// The weights of a layer in buffers of type `B`.
 pub(crate) struct Weights<B> {
     /// [E, H]
-    pub(crate) gate: B,
+    pub(crate) router_gate: B,
     /// [E, 2I, H]
     pub(crate) gate_up: B,
     /// [E, H, I]
@@ -22,7 +22,7 @@ pub struct Tensors<D> {
     /// `[T, H]`
     pub x: Vec<D>,
     /// `[E, H]`
-    pub gate: Vec<D>,
+    pub router_gate: Vec<D>,
     /// `[E, 2I, H]`
     pub gate_up: Vec<D>,
     /// `[E, H, I]`
@@ -42,7 +42,7 @@ pub(crate) fn x<D: Element>(model: &Model, num_tokens: usize) -> Vec<D> {
     normal(num_tokens * model.config.hidden, 1.0, X)
 }
 
-/// The lengths, deviations and seeds of gate, gate_up and down.
+/// The lengths, deviations and seeds of router_gate, gate_up and down.
 fn parts(model: &Model, set: u64) -> [(usize, f64, u64); 3] {
     let config = &model.config;
     let seed = X + 1 + 3 * set;
@@ -54,9 +54,9 @@ fn parts(model: &Model, set: u64) -> [(usize, f64, u64); 3] {
 }
 
 pub(crate) fn host_weights<D: Element>(model: &Model, set: u64) -> Weights<Vec<D>> {
-    let [gate, gate_up, down] =
+    let [router_gate, gate_up, down] =
         parts(model, set).map(|(len, deviation, seed)| normal(len, deviation, seed));
-    Weights { gate, gate_up, down }
+    Weights { router_gate, gate_up, down }
 }
 
 pub(crate) fn device_weights<D: Element>(
@@ -65,6 +65,6 @@ pub(crate) fn device_weights<D: Element>(
     set: u64,
 ) -> Result<Weights<CudaSlice<D>>> {
     let make = |(len, deviation, seed)| gpu.normal(len, deviation, seed);
-    let [gate, gate_up, down] = parts(model, set).map(make);
-    Ok(Weights { gate: gate?, gate_up: gate_up?, down: down? })
+    let [router_gate, gate_up, down] = parts(model, set).map(make);
+    Ok(Weights { router_gate: router_gate?, gate_up: gate_up?, down: down? })
 }

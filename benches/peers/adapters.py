@@ -133,6 +133,6 @@ class SonicMoe(Peer):
             rest = (layer.top_k, stream, "swiglu", True)
             # The softmax over the selected is the softmax over all, renormalised.
             softmax = {"is_softmax_over_topk": layer.renormalize}
-            return self.layer_function(layer.x, weights.gate, *experts, *rest, **softmax)[0]
+            return self.layer_function(layer.x, weights.router_gate, *experts, *rest, **softmax)[0]
 
         return Call(run)

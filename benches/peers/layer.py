@@ -12,7 +12,7 @@ from errors import InputError
 
 GEMM = "GEMM alone"
 FROM_LOGITS = "layer from logits"
-FROM_X = "layer from x with the gate"
+FROM_X = "layer from x with the router"
 
 # Reads of as many other bytes evict a weight from L2, which has 50 to 126 MB today.
 COLD_BYTES = 256 << 20
@@ -24,7 +24,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 class Weights(NamedTuple):
     """The weights of a layer on the device. A benchmark may have several copies."""
 
-    gate: torch.Tensor  # [E, H]
+    router_gate: torch.Tensor  # [E, H]
     gate_up: torch.Tensor  # [E, 2I, H], the rows of the gate first
     down: torch.Tensor  # [E, H, I]
 
@@ -153,7 +153,7 @@ def read(path):
         x=x,
         logits=take("logits", dtype, [tokens, experts]),
         weights=Weights(
-            gate=take("gate", dtype, [experts, hidden]),
+            router_gate=take("router_gate", dtype, [experts, hidden]),
             gate_up=take("gate_up", dtype, [experts, 2 * intermediate, hidden]),
             down=down,
         ),

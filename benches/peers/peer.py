@@ -29,7 +29,9 @@ class Peer:
         layer = self.layer
 
         def run():
-            logits = layer.logits if boundary == FROM_LOGITS else F.linear(layer.x, weights.gate)
+            logits = layer.logits
+            if boundary == FROM_X:
+                logits = F.linear(layer.x, weights.router_gate)
             return self.experts(weights, *self.route(logits))
 
         return Call(run)

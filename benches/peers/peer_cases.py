@@ -46,10 +46,10 @@ def tensors_of(sizes, dtype, logits_by, renormalize="true"):
     dtype = layers.DTYPES[dtype]
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     x = normal(tokens, hidden).to(dtype)
-    gate = (normal(experts, hidden) / hidden**0.5).to(dtype)
+    router_gate = (normal(experts, hidden) / hidden**0.5).to(dtype)
     gate_up = (normal(experts, 2 * intermediate, hidden) / hidden**0.5).to(dtype)
     down = (normal(experts, hidden, intermediate) / intermediate**0.5).to(dtype)
-    logits = x.double() @ gate.double().T
+    logits = x.double() @ router_gate.double().T
     if logits_by == "hot":
         logits[:, 2] += 50
     if logits_by == "no rows":
@@ -68,7 +68,7 @@ def tensors_of(sizes, dtype, logits_by, renormalize="true"):
             inner = gate_up[expert].double() @ x[token].double()
             act = torch.nn.functional.silu(inner[:intermediate]) * inner[intermediate:]
             y[token] += share * (down[expert].double() @ act)
-    found = dict(x=x, gate=gate, logits=logits, gate_up=gate_up, down=down)
+    found = dict(x=x, router_gate=router_gate, logits=logits, gate_up=gate_up, down=down)
     return found | dict(expert_ids=ids, weights=weights, y=y.to(dtype))
 
 

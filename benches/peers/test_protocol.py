@@ -92,7 +92,7 @@ class Protocol(unittest.TestCase):
             (with_(gate_up=torch.zeros(4, 64, 65)), {}, "tensor 'gate_up' has shape [4, 64, 65]"),
             (with_(y=torch.zeros(12, 64, 1)), {}, "tensor 'y' has shape"),
             (with_(x=torch.zeros(0, 64)), {}, "tensor 'x' has shape"),
-            (with_(gate=torch.zeros(4, 64).half()), {}, "tensor 'gate' is torch.float16"),
+            (with_(router_gate=torch.zeros(4, 64).half()), {}, "'router_gate' is torch.float16"),
             (with_(expert_ids=ids + 4), {}, "an expert outside 0..4"),
             (with_(expert_ids=ids * 0), {}, "an expert twice"),
             (self.tensors, {"dtype": "f64"}, "metadata 'dtype' is 'f64'"),

@@ -71,7 +71,7 @@ class Truth:
     def logits(self, boundary):
         if boundary == FROM_LOGITS:
             return self.layer.logits.double()
-        return self.layer.x.double() @ self.layer.weights.gate.double().T
+        return self.layer.x.double() @ self.layer.weights.router_gate.double().T
 
     def clear_tokens(self, boundary):
         """Returns tokens whose choice of experts does not change with the rounding of the scores.

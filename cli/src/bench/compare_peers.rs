@@ -179,7 +179,7 @@ impl Bench<'_> {
         let (config, t) = (&model.config, draw.shape.num_tokens);
         let (e, k) = (config.num_experts, config.top_k);
         let (h, i) = (config.hidden, config.intermediate);
-        let Tensors { x, gate, gate_up, down } = loaded.tensors(t);
+        let Tensors { x, router_gate, gate_up, down } = loaded.tensors(t);
         let logits: Vec<D> = draw.logits.iter().map(|&logit| D::from_f32(logit)).collect();
         let y = loaded.output(draw)?;
         let notes = HashMap::from([
@@ -191,7 +191,7 @@ impl Bench<'_> {
         ]);
         let tensors = vec![
             ("x", view(&[t, h], &x)?),
-            ("gate", view(&[e, h], &gate)?),
+            ("router_gate", view(&[e, h], &router_gate)?),
             ("logits", view(&[t, e], &logits)?),
             ("gate_up", view(&[e, 2 * i, h], &gate_up)?),
             ("down", view(&[e, h, i], &down)?),

@@ -11,7 +11,7 @@ use crate::input::Input;
 /// Copies the weights of `input` to `device`, under the names of a checkpoint.
 pub fn load(input: &Input, device: &Device, dtype: DType) -> Result<FusedMoe> {
     let shape = input.shape;
-    let mut tensors = HashMap::from([("gate.weight".to_owned(), input.gate.clone())]);
+    let mut tensors = HashMap::from([("gate.weight".to_owned(), input.router_gate.clone())]);
     for expert in 0..shape.experts {
         let both = input.gate_up.get(expert)?;
         let parts = [

@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 /// The tensors of one layer on the CPU, in the dtype of the file.
 pub struct Input {
     pub x: Tensor,
-    pub gate: Tensor,
+    pub router_gate: Tensor,
     pub logits: Tensor,
     pub gate_up: Tensor,
     pub down: Tensor,
@@ -63,7 +63,7 @@ impl Input {
         let ids = ids.into_iter().map(|row| row.into_iter().map(expert).collect());
         Ok(Self {
             x: take("x", &[tokens, hidden], dtype)?,
-            gate: take("gate", &[experts, hidden], dtype)?,
+            router_gate: take("router_gate", &[experts, hidden], dtype)?,
             logits: take("logits", &[tokens, experts], dtype)?,
             gate_up: take("gate_up", &[experts, two_widths, hidden], dtype)?,
             down: take("down", &[experts, hidden, intermediate], dtype)?,

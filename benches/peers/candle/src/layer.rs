@@ -10,7 +10,7 @@ use candle_nn::{Linear, ops};
 use crate::input::Input;
 
 pub struct Block {
-    gate: Linear,
+    router_gate: Linear,
     experts: Vec<Expert>,
     top_k: usize,
     renormalize: bool,
@@ -53,13 +53,13 @@ impl Block {
             })
         };
         let experts = (0..input.shape.experts).map(expert).collect::<Result<_>>()?;
-        let gate = linear(load(&input.gate)?);
+        let router_gate = linear(load(&input.router_gate)?);
         let (top_k, renormalize) = (input.shape.top_k, input.renormalize);
-        Ok(Self { gate, experts, top_k, renormalize })
+        Ok(Self { router_gate, experts, top_k, renormalize })
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.with_logits(x, &x.apply(&self.gate)?)
+        self.with_logits(x, &x.apply(&self.router_gate)?)
     }
 
     pub fn with_logits(&self, x: &Tensor, logits: &Tensor) -> Result<Tensor> {

@@ -9,7 +9,7 @@ use crate::truth::{self, Rows};
 
 pub const GEMM: &str = "GEMM alone";
 pub const FROM_LOGITS: &str = "layer from logits";
-pub const FROM_X: &str = "layer from x with the gate";
+pub const FROM_X: &str = "layer from x with the router";
 
 /// Reads of as many other bytes evict weights from a GPU's L2.
 const COLD_BYTES: usize = 256 << 20;

@@ -55,9 +55,9 @@ pub fn product_rows(input: &Input, rows: &[(usize, usize)]) -> Result<Rows> {
     weighted_sums(input, &pairs)
 }
 
-/// Computes `x gate^T` in f64, for peers that compute the logits.
+/// Computes `x router_gate^T` in f64, for peers that compute the logits.
 pub fn logits_from_x(input: &Input) -> Result<Vec<Vec<f64>>> {
-    let (x, gate) = (doubles(&input.x)?, doubles(&input.gate)?);
+    let (x, gate) = (doubles(&input.x)?, doubles(&input.router_gate)?);
     let width = input.shape.hidden;
     let row = |x: &[f64]| gate.chunks(width).map(|gate| dot(x, gate)).collect();
     Ok(x.chunks(width).map(row).collect())
