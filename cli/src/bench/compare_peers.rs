@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use moe_bench::{Op, Samples, Tensors};
-use moe_kernels::{DType, Dtype};
+use moe_kernels::{DType, Dtype, RouterConfig};
 use tempfile::TempDir;
 
 use crate::bench::measure::{Bench, SAMPLES, Setting, empty_row};
@@ -30,6 +30,17 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
+/// Returns whether peers renormalise the weights for this router; `None` for a router without
+/// softmax, which no peer has.
+fn renormalize(router: &RouterConfig) -> Option<bool> {
+    // The softmax over the selected logits is the softmax over all, renormalised.
+    let renormalized = [RouterConfig::softmax_top_k(true), RouterConfig::top_k_softmax()];
+    match router {
+        router if *router == RouterConfig::softmax_top_k(false) => Some(false),
+        router => renormalized.contains(router).then_some(true),
+    }
+}
+
 /// A larger file of tensors would take minutes to write and to read.
 const MAX_FILE_BYTES: usize = 8 << 30;
 
@@ -48,6 +59,13 @@ impl Bench<'_> {
             return Ok(true);
         }
         let (model, num_tokens) = (setting.model, setting.draw.shape.num_tokens);
+        let Some(renormalize) = renormalize(&model.config.router) else {
+            let mut row = empty_row::<D>(Op::Layer, setting.model, setting.draw);
+            row.by = "peers".into();
+            row.note = Some(format!("peers route by softmax, {} does not", model.name));
+            self.push(row)?;
+            return Ok(true);
+        };
         let bytes = size_of::<D>() * 3 * model.config.down_len();
         if bytes > MAX_FILE_BYTES {
             let gib = (bytes >> 30).to_string();
@@ -61,7 +79,7 @@ impl Bench<'_> {
             return Ok(true);
         }
         self.progress.set_message(format!("write tensors for peers, {} T{num_tokens}", model.name));
-        let inputs = self.inputs(setting)?;
+        let inputs = self.inputs(setting, renormalize)?;
         let mut good = true;
         for program in &self.request.peers {
             let mut peers = Peers::start(program, self.place, &inputs.file)?;
@@ -155,26 +173,24 @@ impl Bench<'_> {
     }
 
     /// Writes the tensors of a setting.
-    fn inputs<D: Dtype>(&self, setting: Setting<'_, D>) -> Result<Inputs> {
-        let Setting { model, stage, draw } = setting;
+    fn inputs<D: Dtype>(&self, setting: Setting<'_, D>, renormalize: bool) -> Result<Inputs> {
+        let Setting { model, loaded, draw } = setting;
         let (config, t) = (&model.config, draw.shape.num_tokens);
         let (e, k) = (config.num_experts, config.top_k);
         let (h, i) = (config.hidden, config.intermediate);
-        let Tensors { x, gate, gate_up, down } = stage.tensors(t);
+        let Tensors { x, router_gate, gate_up, down } = loaded.tensors(t);
         let logits: Vec<D> = draw.logits.iter().map(|&logit| D::from_f32(logit)).collect();
-        let y = stage.output(draw)?;
-        let renormalize = config.router != moe_kernels::RouterConfig::softmax_top_k(false);
+        let y = loaded.output(draw)?;
         let notes = HashMap::from([
             ("model".to_string(), model.name.clone()),
             ("routing".to_string(), draw.routing.name().to_string()),
             ("dtype".to_string(), D::DTYPE.name().to_string()),
             ("top_k".to_string(), k.to_string()),
-            // Softmax over the selected experts equals softmax over all, renormalised.
             ("renormalize".to_string(), renormalize.to_string()),
         ]);
         let tensors = vec![
             ("x", view(&[t, h], &x)?),
-            ("gate", view(&[e, h], &gate)?),
+            ("router_gate", view(&[e, h], &router_gate)?),
             ("logits", view(&[t, e], &logits)?),
             ("gate_up", view(&[e, 2 * i, h], &gate_up)?),
             ("down", view(&[e, h, i], &down)?),

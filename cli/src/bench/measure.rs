@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use cudarc::cublas::{CudaBlas, Gemm};
-use moe_bench::{Ceilings, Dense, Draw, Model, Op, Repeater, Samples, Stage, Target, least_work};
+use moe_bench::{
+    Ceilings, Dense, Draw, LoadedModel, Model, Op, Repeater, Samples, Target, least_work,
+};
 use moe_kernels::Dtype;
 
 use crate::bench::record::{self, Record, Row, Seconds};
@@ -36,7 +38,7 @@ pub struct Bench<'a> {
 #[derive(Clone, Copy)]
 pub struct Setting<'a, D> {
     pub model: &'a Model,
-    pub stage: &'a Stage<'a, D>,
+    pub loaded: &'a LoadedModel<'a, D>,
     pub draw: &'a Draw,
 }
 
@@ -60,19 +62,20 @@ impl Bench<'_> {
         for model in &request.models {
             let tokens = request.tokens_of(model);
             let fewest = Draw::new(model, tokens[0], request.routings[0], D::DTYPE)?;
-            let stage = match Stage::<D>::new(self.target, model, &fewest).map_err(Error::from) {
+            let loaded = LoadedModel::<D>::new(self.target, model, &fewest);
+            let loaded = match loaded.map_err(Error::from) {
                 Err(error) if error.is_out_of_memory() => {
                     let mut row = empty_row::<D>(Op::Layer, model, &fewest);
                     row.note = Some(NO_MEMORY.into());
                     self.push(row)?;
                     continue;
                 }
-                stage => stage?,
+                loaded => loaded?,
             };
             for &tokens in tokens {
                 for &routing in &request.routings {
                     let draw = Draw::new(model, tokens, routing, D::DTYPE)?;
-                    let setting = Setting { model, stage: &stage, draw: &draw };
+                    let setting = Setting { model, loaded: &loaded, draw: &draw };
                     for op in request.ops_with(routing) {
                         if request.is_over() {
                             return Ok(good);
@@ -101,7 +104,7 @@ impl Bench<'_> {
     where
         CudaBlas: Gemm<D>,
     {
-        let Setting { model, stage, draw } = setting;
+        let Setting { model, loaded, draw } = setting;
         self.progress.set_message(format!(
             "{} {} T{}",
             op.name(),
@@ -110,7 +113,7 @@ impl Bench<'_> {
         ));
         let mut row = empty_row::<D>(op, model, draw);
         if self.place == Place::Emulator {
-            row.traffic = Some(traffic::of(self.target, stage.workload(op, draw)?)?);
+            row.traffic = Some(traffic::of(self.target, loaded.workload(op, draw)?)?);
         } else {
             let (samples, launch, cache) = self.time(op, setting)?;
             row.launch = Some(launch.into());
@@ -128,7 +131,7 @@ impl Bench<'_> {
         op: Op,
         setting: Setting<'_, D>,
     ) -> Result<(Samples, &'static str, &'static str)> {
-        let workload = setting.stage.workload(op, setting.draw)?;
+        let workload = setting.loaded.workload(op, setting.draw)?;
         let num_tokens = setting.draw.shape.num_tokens;
         let mut repeater = Repeater::new(self.target, workload, num_tokens)?;
         let samples = repeater.samples(SAMPLES, PATIENCE)?;
