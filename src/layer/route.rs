@@ -10,7 +10,8 @@ use crate::config::{CapacityConfig, Normalization, Priority, RouterConfig, Route
 use crate::dtype::Dtype;
 use crate::error::{Result, product};
 use crate::ops::capacity::{
-    capacity_reassign_fwd_into, capacity_fwd_into, capacity_later_fwd_into, capacity_normalize_fwd_into,
+    capacity_fwd_into, capacity_later_fwd_into, capacity_normalize_fwd_into,
+    capacity_reassign_fwd_into,
 };
 use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use crate::ops::plan::plan_fwd_into;

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::accum::Accum;
 use super::capacity::{
-    Capacity, capacity_reassign_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+    Capacity, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd, capacity_reassign_fwd,
 };
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};

@@ -30,7 +30,7 @@ mod sample;
 pub use accum::{Accum, Element};
 pub use activation::activate;
 pub use capacity::{
-    Capacity, capacity_reassign_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+    Capacity, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd, capacity_reassign_fwd,
 };
 pub use combine::{CombineInputs, Identity, Shared, combine_fwd};
 pub use expert_choice::expert_choice_fwd;

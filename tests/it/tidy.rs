@@ -205,7 +205,11 @@ fn floors_are_kept() {
     };
     forbid("src/reference", &["cudarc", "unsafe", "device::"], &[]);
     forbid("src/ops", &["reference::", "layer::", "super::"], &[]);
-    forbid("src", &["sys::", " sys,", " sys}", "driver::result", " result,"], &["device.rs", "driver.rs"]);
+    forbid(
+        "src",
+        &["sys::", " sys,", " sys}", "driver::result", " result,"],
+        &["device.rs", "driver.rs"],
+    );
     let may_be_unsafe =
         ["buffer.rs", "device.rs", "driver.rs", "workspace.rs", "routing_plan.rs", "matmul.rs"];
     let operations = files("src/ops", &[".rs"]);

@@ -137,8 +137,12 @@ fn projected<G: Dtype>(
     bias: Option<&[G]>,
     out: DType,
 ) -> Result<Bounded> {
-    let rounded =
-        router_gemm(experts, hidden, &RouterGemmInputs { x: &x.value[..], router_gate: gate, bias }, out)?;
+    let rounded = router_gemm(
+        experts,
+        hidden,
+        &RouterGemmInputs { x: &x.value[..], router_gate: gate, bias },
+        out,
+    )?;
     let sizes = magnitudes(gate);
     let errors = RouterGemmInputs { x: &x.bound[..], router_gate: &sizes[..], bias: None };
     Ok(rounded.with_input_errors(&router_gemm_fwd::<f64>(experts, hidden, &errors)?))

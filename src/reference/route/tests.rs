@@ -445,7 +445,11 @@ fn checks_presence_and_length_of_buffers() {
         (scaled, bare, "`expert_scale` is missing"),
         (PLAIN, RouteInputs { expert_scale: some, ..bare }, "`expert_scale` is given"),
         (PLAIN, RouteInputs { noise: some, ..bare }, "`noise` has 3"),
-        (PLAIN, RouteInputs { noise_logits: Some(&logits[..6]), ..bare }, "`noise_logits` is given without"),
+        (
+            PLAIN,
+            RouteInputs { noise_logits: Some(&logits[..6]), ..bare },
+            "`noise_logits` is given without",
+        ),
         (sampled, bare, "`selection_noise` is missing"),
         (sampled, RouteInputs { selection_noise: draws, ..bare }, "`midpoint_draws` is missing"),
         (sampled, RouteInputs { selection_noise: some, ..bare }, "`selection_noise` has 3"),
