@@ -9,6 +9,7 @@ use serde_json::{Value, from_str, from_value, json, to_string, to_value};
 
 use super::*;
 use crate::dtype::DType;
+use crate::shape::RoutingShape;
 
 /// All variants of an enum. The match has no wildcard, so a missing variant does not compile.
 macro_rules! every {

@@ -35,7 +35,7 @@ pub struct WeightedGemmBuffers {
 ///
 /// This is for f16 alone, whose range (65504) an expert's output may leave before its weight brings it back: the
 /// product with the weight is f32, and rounded once. [`combine_fwd`](crate::ops::combine) adds up such rows without
-/// weights; identity experts beside them have [theirs](crate::ops::combine::Identity::weights). The rest is as
+/// weights; identity experts beside them have [theirs](crate::ops::combine::Identity::routing_weights). The rest is as
 /// [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into) says.
 ///
 /// # Errors
