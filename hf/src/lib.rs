@@ -6,7 +6,7 @@
 //! - [`Checkpoint`]: the MoE blocks of a folder with config.json and safetensors files, in one file
 //!   or in shards. Files are mapped into memory; [`Block::load`] converts a block's tensors to the
 //!   element type of the layer.
-//! - [`format`]: the exact values of FP8, FP4 and MXFP4 codes.
+//! - [`mod@format`]: the exact values of FP8, FP4 and MXFP4 codes.
 //!
 //! Supported are all families of transformers 5.23 whose block is a routed FFN: [`model_types`]
 //! lists them. Weights may be f64, f32, f16 or bf16, FP8 E4M3 with scales for blocks, rows or
