@@ -1,7 +1,8 @@
-//! Compiles each kernels/*.cu with nvcc into one fat binary and writes the table that embeds them.
+//! Compiles each kernels/*.cu with nvcc into a fat binary and writes the table that embeds these
+//! images.
 //!
-//! Without nvcc, on docs.rs, or with MOE_KERNELS_SKIP set, every image is a placeholder: a valid PTX
-//! module without kernels. The library then builds and runs everything but a launch on a real GPU.
+//! Without nvcc, on docs.rs, or with MOE_KERNELS_SKIP set, every image is a placeholder: a valid
+//! PTX module without kernels. The library then builds and works except for launches on a real GPU.
 
 use std::collections::VecDeque;
 use std::env;
@@ -12,12 +13,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-/// Portable kernels: machine code for these, where 80 runs on all of 8.x ...
+/// The targets of portable kernels as machine code; that of 80 runs on all of 8.x.
 const DEFAULT_ARCHITECTURES: [&str; 4] = ["80", "90", "100", "120"];
-/// ... and PTX of this one for what comes.
+/// The target of portable kernels as PTX, for later architectures.
 const DEFAULT_PTX: &str = "90";
 
-/// A module without kernels; the trailing zero ends it as text, as the driver wants it.
+/// A module without kernels. The driver requires the terminating zero of a PTX text.
 const PLACEHOLDER: &[u8] = b".version 7.0\n.target sm_80\n.address_size 64\n\0";
 
 fn main() {
@@ -35,7 +36,8 @@ fn main() {
     ] {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    // The folder covers files that come and go, and every header: any of them rebuilds every image.
+    // Watching the folder covers added and removed files and every header; a change rebuilds every
+    // image.
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=build.rs");
 
@@ -62,12 +64,12 @@ fn main() {
     write_table(&images, toolkit, &out_dir);
 }
 
-/// One kernel file and what becomes of it.
+/// A kernel file and its image.
 struct Image {
     stem: String,
     source: PathBuf,
     output: PathBuf,
-    /// nvcc's `-gencode` values; empty where the wanted architectures leave nothing to compile.
+    /// nvcc's `-gencode` values; empty if the file has none of the requested architectures.
     targets: Vec<String>,
 }
 
@@ -79,7 +81,7 @@ impl Image {
         Self { stem, source, output, targets }
     }
 
-    /// As in `sm_80 sm_90 compute_90`, for messages.
+    /// The targets for messages, such as `sm_80 sm_90 compute_90`.
     fn architectures(&self) -> String {
         let codes = self.targets.iter().filter_map(|target| target.split("code=").nth(1));
         codes.collect::<Vec<_>>().join(" ")
@@ -95,8 +97,9 @@ fn kernel_files() -> Vec<PathBuf> {
     files
 }
 
-/// `<stem>_sm90.cu` uses what only compute capability 9.0 has, everything else is portable.
-/// CUDA_COMPUTE_CAP narrows both: `90`, `9.0`, `90a`, or a list of such with `,`, `;` or spaces.
+/// The targets of a file. `<stem>_sm90.cu` is compiled for compute capability 9.0 only; other files
+/// are portable. CUDA_COMPUTE_CAP restricts the targets: `90`, `9.0`, `90a`, or a list of these
+/// separated by `,`, `;` or spaces.
 fn targets(stem: &str) -> Vec<String> {
     let wanted = env::var("CUDA_COMPUTE_CAP").unwrap_or_default();
     let wanted: Vec<String> = wanted
@@ -127,8 +130,8 @@ fn targets(stem: &str) -> Vec<String> {
     all
 }
 
-/// NVCC, then CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, and last `.cuda/` in this package, where
-/// scripts/cuda-toolchain puts one. An NVCC that does not exist is an error, not a reason to go on.
+/// Searches for nvcc: NVCC, then CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, and `.cuda/` in this
+/// package, where scripts/cuda-toolchain installs it. Panics if NVCC is set and does not exist.
 fn find_nvcc() -> Result<PathBuf, String> {
     if env::var_os("DOCS_RS").is_some() {
         return Err("DOCS_RS is set".into());
@@ -159,10 +162,10 @@ fn path() -> OsString {
     env::var_os("PATH").unwrap_or_default()
 }
 
-/// The oldest toolkit whose nvcc knows every architecture of [`DEFAULT_ARCHITECTURES`].
+/// The oldest toolkit whose nvcc supports every architecture of [`DEFAULT_ARCHITECTURES`].
 const OLDEST_TOOLKIT: (u32, u32) = (12, 8);
 
-/// Major and minor version of the toolkit, of which an older one than this package supports ends the build.
+/// The version of the toolkit, major and minor. Panics if it is older than [`OLDEST_TOOLKIT`].
 fn release_of(nvcc: &Path) -> (u32, u32) {
     let output = Command::new(nvcc).arg("--version").output();
     let output = output.unwrap_or_else(|why| panic!("{}: {why}", nvcc.display()));
@@ -185,15 +188,17 @@ fn release_of(nvcc: &Path) -> (u32, u32) {
     (major, minor)
 }
 
-/// Runs nvcc for all images, as many at a time as cargo allows jobs. Fails the build with nvcc's own words.
+/// Runs nvcc for all images, with as many processes at a time as cargo allows jobs. Panics with the
+/// output of nvcc if one fails.
 fn compile(nvcc: &Path, release: (u32, u32), images: &[Image]) {
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
-    // The longest first: it decides when the build is over. Its architectures compile side by side.
+    // The longest file first, since it takes the most time. nvcc compiles its architectures in
+    // parallel.
     let mut longest_first: Vec<&Image> = images.iter().collect();
     longest_first
         .sort_by_key(|image| fs::metadata(&image.source).map_or(0, |file| u64::MAX - file.len()));
-    // nvcc takes --compress-mode from 12.8 on. With a toolkit of CUDA 12, what it makes asks for a newer driver than
-    // the images do otherwise. Every driver for CUDA 13 reads it: there a third of the size costs nothing.
+    // nvcc has --compress-mode from 12.8 on, but with CUDA 12 its images need a newer driver than
+    // uncompressed ones. Every driver for CUDA 13 reads them, and they have a third of the size.
     let compress = release.0 >= 13;
     let queue: Mutex<VecDeque<&Image>> = Mutex::new(longest_first.into());
     let failures = Mutex::new(Vec::new());
@@ -233,12 +238,13 @@ fn compile_one(nvcc: &Path, image: &Image, threads: usize, compress: bool) -> Re
     if !output.status.success() {
         return Err(format!("{} failed on {}:\n{report}", nvcc.display(), image.source.display()));
     }
-    // Registers, spills and warnings of ptxas, which a test in src/images.rs reads.
+    // The registers, spills and warnings that ptxas reports; a test in src/images.rs reads them.
     fs::write(image.output.with_extension("ptxas"), report.as_bytes())
         .map_err(|why| why.to_string())
 }
 
-/// NVCC_CCBIN, or the C++ compiler that `cc` finds; nvcc looks for one by itself on Windows.
+/// The host compiler: NVCC_CCBIN, or the C++ compiler that `cc` finds. On Windows nvcc finds its
+/// own.
 fn host_compiler() -> Option<OsString> {
     if let Some(compiler) = env::var_os("NVCC_CCBIN") {
         return Some(compiler);
@@ -247,7 +253,7 @@ fn host_compiler() -> Option<OsString> {
     compiler.is_like_gnu().then(|| compiler.path().as_os_str().to_owned())
 }
 
-/// `images.rs`, included by src/images.rs.
+/// Writes `images.rs`, which src/images.rs includes.
 fn write_table(images: &[Image], toolkit: Option<(u32, u32)>, out_dir: &Path) {
     let mut table = String::from("pub(crate) static IMAGES: &[Image] = &[\n");
     for image in images {
@@ -259,7 +265,7 @@ fn write_table(images: &[Image], toolkit: Option<(u32, u32)>, out_dir: &Path) {
             "    Image {{ name: {:?}, architectures: {architectures:?}, bytes: &Aligned(*include_bytes!({:?})).0 }},",
             image.stem, image.output,
         )
-        .expect("a String takes everything");
+        .expect("writing to a String succeeds");
     }
     table.push_str("];\n");
     writeln!(
@@ -272,7 +278,8 @@ fn write_table(images: &[Image], toolkit: Option<(u32, u32)>, out_dir: &Path) {
     fs::write(out_dir.join("images.rs"), table).expect("OUT_DIR is writable");
 }
 
-/// `abi.rs` afresh from kernels/abi.h. src/abi.rs is the committed copy; tests/it/abi.rs compares the two.
+/// Generates `abi.rs` from kernels/abi.h. src/abi.rs is the committed copy; tests/it/abi.rs
+/// compares the two.
 #[cfg(feature = "bindgen")]
 fn generate_abi(out_dir: &Path) {
     #[derive(Debug)]

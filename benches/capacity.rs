@@ -1,10 +1,11 @@
-//! capacity: from ids and weights to what experts have room for, by weight, which orders every slot.
+//! capacity: drops the slots beyond each expert's capacity, by weight, which orders every slot.
 
 use moe_kernels::{CapacityConfig, CapacityLimit, Priority, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::routing::Draw;
 use crate::common::target::Gpu;
-use crate::{Draw, Workload};
+use crate::common::workload::Workload;
 
 const CONFIG: CapacityConfig =
     CapacityConfig::new(CapacityLimit::Factor { factor: 1.0 }, Priority::Weight);

@@ -4,10 +4,12 @@ use moe_kernels::ops::combine::{CombineInputs, combine_fwd_into};
 use moe_kernels::reference;
 
 use crate::common::error::Result;
+use crate::common::model::Model;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
 use crate::common::values::normal;
+use crate::common::workload::Workload;
 use crate::plan::{planned, planned_on_cpu};
-use crate::{Draw, Model, Workload};
 
 /// The seed of yp.
 const YP: u64 = 101;

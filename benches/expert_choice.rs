@@ -1,13 +1,14 @@
-//! expert_choice: from scores to each expert's tokens, as many as it would have with tokens that choose.
+//! expert_choice: from scores to the tokens of each expert, T*K/E of them, rounded up.
 
 use moe_kernels::{Dtype, RoutingShape, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
+use crate::common::workload::Workload;
 use crate::route::logits;
-use crate::{Draw, Workload};
 
-/// Tokens of an expert.
+/// The number of tokens of an expert.
 fn capacity(shape: RoutingShape) -> usize {
     shape.slots().div_ceil(shape.num_experts)
 }

@@ -1,4 +1,4 @@
-//! grouped_gemm: the experts' products, each alone and both in a row.
+//! grouped_gemm: the two products of the experts, each alone and one after the other.
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::ops::grouped_gemm::{
@@ -7,13 +7,16 @@ use moe_kernels::ops::grouped_gemm::{
 use moe_kernels::reference;
 
 use crate::common::error::Result;
-use crate::common::stage::{Weights, x};
+use crate::common::model::Model;
+use crate::common::op::Op;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
 use crate::common::values::normal;
+use crate::common::weights::{Weights, x};
+use crate::common::workload::Workload;
 use crate::plan::{planned, planned_on_cpu};
-use crate::{Draw, Model, Op, Workload};
 
-/// The seed of what the second product reads where the first one does not run.
+/// The seed of the input of the second product when it runs alone.
 const ACT: u64 = 102;
 
 pub(crate) fn on_gpu<'a, D: Element>(

@@ -1,11 +1,13 @@
-//! jitter: every element of the tokens times its own factor.
+//! jitter: multiplies each element of the tokens by its own factor.
 
 use moe_kernels::{NoiseDistribution, ops, reference};
 
 use crate::common::error::Result;
-use crate::common::stage::x;
+use crate::common::model::Model;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
-use crate::{Draw, Model, Workload};
+use crate::common::weights::x;
+use crate::common::workload::Workload;
 
 const EPSILON: f32 = 0.01;
 const SEED: u64 = 103;

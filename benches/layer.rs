@@ -4,17 +4,21 @@ use cudarc::driver::CudaSlice;
 use moe_kernels::{MoeInputs, MoeLayer, MoeWeights, Workspace, reference};
 
 use crate::common::error::{Result, driver};
-use crate::common::stage::{Weights, x};
+use crate::common::model::Model;
+use crate::common::op::Op;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
+use crate::common::weights::{Weights, x};
+use crate::common::workload::Workload;
 use crate::route::logits;
-use crate::{Draw, Model, Op, Workload};
 
-/// A layer with all that a forward pass needs.
+/// A layer with the tensors and the workspace of a forward pass.
 struct Prepared<'a, D> {
     gpu: &'a Gpu,
     layer: MoeLayer,
     x: CudaSlice<D>,
     logits: CudaSlice<D>,
+    selection_bias: Option<CudaSlice<f32>>,
     workspace: Workspace<'static>,
     y: CudaSlice<D>,
 }
@@ -28,16 +32,18 @@ impl<'a, D: Element> Prepared<'a, D> {
             layer: MoeLayer::new(&gpu.device, config)?,
             x: gpu.upload(&x::<D>(model, num_tokens))?,
             logits: gpu.upload(&logits::<D>(draw))?,
+            selection_bias: model.selection_bias().map(|bias| gpu.upload(&bias)).transpose()?,
             workspace: Workspace::alloc(&gpu.stream, bytes)?,
             y: gpu.zeros::<D>(num_tokens * config.hidden)?,
         })
     }
 
     fn forward(&mut self, op: Op, weights: &Weights<CudaSlice<D>>) -> Result<()> {
-        let Self { gpu, layer, x, logits, workspace, y } = self;
-        let Weights { gate, gate_up, down } = weights;
+        let Self { gpu, layer, x, logits, selection_bias, workspace, y } = self;
+        let Weights { router_gate, gate_up, down } = weights;
         let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
-        let weights = weights.with_gate(gate.as_view());
+        let mut weights = weights.with_router_gate(router_gate.as_view());
+        weights.router.selection_bias = selection_bias.as_ref().map(CudaSlice::as_view);
         let inputs = match op {
             Op::LayerFromX => MoeInputs::new(x.as_view()),
             _ => MoeInputs::with_logits(x.as_view(), logits.as_view()),
@@ -76,9 +82,12 @@ pub(crate) fn on_cpu<'a, D: Element>(
 ) -> Result<Workload<'a>> {
     let config = model.config;
     let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
+    let bias = model.selection_bias();
     Ok(Workload::new(move |_| {
-        let Weights { gate, gate_up, down } = weights;
-        let weights = MoeWeights::plain(&gate_up[..], &down[..]).with_gate(&gate[..]);
+        let Weights { router_gate, gate_up, down } = weights;
+        let mut weights =
+            MoeWeights::plain(&gate_up[..], &down[..]).with_router_gate(&router_gate[..]);
+        weights.router.selection_bias = bias.as_deref();
         let inputs = match op {
             Op::LayerFromX => MoeInputs::new(&x[..]),
             _ => MoeInputs::with_logits(&x[..], &logits[..]),
@@ -96,7 +105,9 @@ pub(crate) fn output_on_cpu<D: Element>(
     let (x, logits) = (x::<D>(model, draw.shape.num_tokens), logits::<D>(draw));
     let Weights { gate_up, down, .. } = weights;
     let inputs = MoeInputs::with_logits(&x[..], &logits[..]);
-    let weights = MoeWeights::plain(&gate_up[..], &down[..]);
+    let mut weights = MoeWeights::plain(&gate_up[..], &down[..]);
+    let bias = model.selection_bias();
+    weights.router.selection_bias = bias.as_deref();
     let y = reference::moe_layer_fwd::<f32, D>(&model.config, &inputs, &weights)?;
     Ok(reference::round(&y))
 }

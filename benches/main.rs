@@ -1,10 +1,9 @@
-//! Microbenchmarks of every operation and of the layer under criterion, on what MOE_DEVICE names: a
-//! GPU if there is one, else the CPU reference.
+//! Microbenchmarks of every operation and of the layer under criterion. MOE_DEVICE selects the
+//! device; the default is a GPU if there is one, else the CPU reference.
 //!
-//! `cargo bench -- permute` runs one operation, `cargo bench -- mixtral-8x7b` one model. On a GPU the
-//! shapes are those of real models, on the CPU their widths are a quarter. On the software device
-//! (MOE_DEVICE=emulator) they are smaller still, and the times say how fast the emulation is and
-//! nothing about a GPU.
+//! `cargo bench -- permute` runs one operation, `cargo bench -- mixtral-8x7b` one model. On a GPU
+//! the shapes are those of real models. On the CPU their widths are divided by 4. On the software
+//! device (MOE_DEVICE=emulator) they are divided by 32, and the times are those of the emulation.
 
 use std::cell::LazyCell;
 use std::time::{Duration, Instant};
@@ -13,15 +12,15 @@ use criterion::measurement::{Measurement, ValueFormatter};
 use criterion::{Criterion, Throughput};
 use half::bf16;
 use moe_bench::{
-    Ceilings, Dense, Draw, Gpu, Model, Op, Repeater, Result, Routing, Samples, Stage, Target, Work,
-    Workload, least_work, models,
+    Ceilings, Dense, Draw, Gpu, LoadedModel, Model, Op, Repeater, Result, Routing, Samples, Target,
+    Work, Workload, least_work, models,
 };
 use moe_kernels::DType;
 
-/// Of one bench.
+/// Samples of one bench.
 const SAMPLES: usize = 10;
 
-/// Seconds as the repeater measures them, between events or by the clock, in numbers that people read.
+/// The seconds that the repeater measures, by CUDA events or by the clock.
 struct Seconds;
 
 impl Measurement for Seconds {
@@ -55,7 +54,7 @@ impl Measurement for Seconds {
 
 struct SecondsFormatter;
 
-/// The first unit that leaves a number of one at least.
+/// Returns the first unit in which `typical` is at least one.
 fn unit(typical: f64, units: &[(f64, &'static str)]) -> (f64, &'static str) {
     let fits = units.iter().find(|(size, _)| typical >= *size);
     *fits.unwrap_or(&units[units.len() - 1])
@@ -91,7 +90,7 @@ impl ValueFormatter for SecondsFormatter {
     }
 }
 
-/// What MOE_DEVICE names; `auto` is the CPU reference where there is no GPU.
+/// The device that MOE_DEVICE selects; `auto` is the CPU reference if there is no GPU.
 enum Place {
     Cpu,
     Gpu(Gpu),
@@ -130,7 +129,7 @@ impl Place {
         }
     }
 
-    /// Real layers on a GPU; elsewhere two that are small enough to wait for.
+    /// Returns the layers of real models on a GPU, elsewhere two small ones.
     fn shapes(&self) -> Vec<(Model, &'static [usize])> {
         let two = |by, tokens: &'static [usize]| {
             let two = ["olmoe-1b-7b", "qwen3-30b-a3b"].iter().filter_map(|name| Model::find(name));
@@ -163,14 +162,14 @@ fn main() {
     criterion.final_summary();
 }
 
-/// Everything in bf16: all operations with uniform routing, and with the others what they matter to.
-/// What a filter leaves out is not even prepared.
+/// Measures all operations in bf16 with uniform routing, and with the other routings those whose time
+/// depends on it. Operations that a filter excludes are not prepared.
 fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
     let target = place.target();
     let ceilings = LazyCell::new(|| must(Ceilings::measure(&target, DType::BF16)));
     for (model, tokens) in place.shapes() {
         let fewest = must(Draw::new(&model, tokens[0], Routing::Uniform, DType::BF16));
-        let stage = LazyCell::new(|| must(Stage::<bf16>::new(&target, &model, &fewest)));
+        let loaded = LazyCell::new(|| must(LoadedModel::<bf16>::new(&target, &model, &fewest)));
         for (&tokens, routing) in tokens.iter().flat_map(|t| Routing::ALL.map(|r| (t, r))) {
             let draw = must(Draw::new(&model, tokens, routing, DType::BF16));
             let uneven = [Op::Plan, Op::Experts, Op::Layer];
@@ -182,12 +181,12 @@ fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
                 let work = least_work::<bf16>(op, &model, &draw);
                 let mut cache = "";
                 let samples = bench_one(criterion, op, &name, work, || {
-                    let workload = must(stage.workload(op, &draw));
+                    let workload = must(loaded.workload(op, &draw));
                     let repeater = must(Repeater::new(&target, workload, tokens));
                     cache = repeater.cache();
                     repeater
                 });
-                // Nothing was run, or only emulated.
+                // A filter has excluded the operation, or it was emulated.
                 let (Some(samples), false) = (samples, matches!(place, Place::Emulator(_))) else {
                     continue;
                 };
@@ -212,7 +211,7 @@ fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
     }
 }
 
-/// One line of criterion's. Returns its times of single calls, if a filter has not left it out.
+/// Runs one bench of criterion. Returns its times of single calls, `None` if a filter excludes it.
 fn bench_one<'a>(
     criterion: &mut Criterion<Seconds>,
     op: Op,
@@ -236,12 +235,12 @@ fn bench_one<'a>(
         });
     });
     group.finish();
-    // What came before the samples was to warm up.
+    // The calls before the samples were the warm-up.
     let taken = taken.split_off(taken.len().saturating_sub(SAMPLES));
     (!taken.is_empty()).then(|| Samples::new(taken))
 }
 
-/// Seconds of cuBLAS on as many rows, columns and products.
+/// Returns the seconds of cuBLAS on as many rows, columns and products.
 fn dense(target: &Target<'_>, op: Op, model: &Model, draw: &Draw) -> Option<f64> {
     let Target::Gpu(gpu) = target else { return None };
     let dense = must(Dense::new(gpu))?;
@@ -250,7 +249,7 @@ fn dense(target: &Target<'_>, op: Op, model: &Model, draw: &Draw) -> Option<f64>
     Some(must(repeater.samples(9, Duration::from_secs(1))).median())
 }
 
-/// A bench has nobody to hand an error to.
+/// Panics on errors: criterion's closures cannot return them.
 fn must<T>(result: Result<T>) -> T {
     result.unwrap_or_else(|why| panic!("{why}"))
 }

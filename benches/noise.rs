@@ -1,10 +1,11 @@
-//! noise: a normal number for each logit.
+//! noise: a normally distributed value for each logit.
 
 use moe_kernels::{NoiseDistribution, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::routing::Draw;
 use crate::common::target::Gpu;
-use crate::{Draw, Workload};
+use crate::common::workload::Workload;
 
 const SEED: u64 = 102;
 

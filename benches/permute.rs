@@ -1,12 +1,14 @@
-//! permute: copies each token's row to the rows of its slots.
+//! permute: copies tokens to rows in expert order.
 
 use moe_kernels::{ops, reference};
 
 use crate::common::error::Result;
-use crate::common::stage::x;
+use crate::common::model::Model;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
+use crate::common::weights::x;
+use crate::common::workload::Workload;
 use crate::plan::{planned, planned_on_cpu};
-use crate::{Draw, Model, Workload};
 
 pub(crate) fn on_gpu<'a, D: Element>(
     gpu: &'a Gpu,

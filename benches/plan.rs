@@ -3,16 +3,17 @@
 use moe_kernels::{PlanLayout, RoutingPlan, ops, reference};
 
 use crate::common::error::Result;
+use crate::common::routing::Draw;
 use crate::common::target::Gpu;
-use crate::{Draw, Workload};
+use crate::common::workload::Workload;
 
-/// The plan of a draw, for what comes after it.
+/// Makes the plan of a draw, for the operations that read it.
 pub(crate) fn planned<'a>(gpu: &Gpu, draw: &Draw) -> Result<RoutingPlan<'a>> {
     let ids = gpu.upload(&draw.expert_ids)?;
     Ok(ops::plan::plan_fwd(&gpu.device, &gpu.stream, draw.shape, &ids.as_view())?)
 }
 
-/// The same of the reference, whose tiles nothing reads.
+/// Makes the plan of the reference, which has no tiles.
 pub(crate) fn planned_on_cpu(draw: &Draw) -> Result<reference::Plan> {
     Ok(reference::plan_fwd(&draw.shape, &draw.expert_ids)?)
 }

@@ -1,13 +1,15 @@
-//! rms_norm of each row of the second product, into a new buffer.
+//! rms_norm: the norm of each output row of the second product, in another buffer.
 
 use moe_kernels::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_into};
 use moe_kernels::{RmsNorm, reference};
 
 use crate::common::error::Result;
+use crate::common::model::Model;
+use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu};
 use crate::common::values::normal;
+use crate::common::workload::Workload;
 use crate::plan::{planned, planned_on_cpu};
-use crate::{Draw, Model, Workload};
 
 /// The seeds of yp and of the weight.
 const YP: u64 = 103;

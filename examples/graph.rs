@@ -1,4 +1,4 @@
-//! A captured graph, replayed with another routing: `cargo run --example graph`.
+//! Captures a forward pass and replays it with another routing: `cargo run --example graph`.
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -9,7 +9,7 @@ use moe_kernels::{
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
     let context = CudaContext::new(0)?;
-    // SAFETY: everything below runs on one stream. A capture must not wait for earlier events.
+    // A capture must not wait for earlier events. SAFETY: all work below is on one stream.
     unsafe { context.disable_event_tracking() };
     let stream = context.new_stream()?;
     let device = Device::new(&context)?;
@@ -19,7 +19,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let layer = MoeLayer::new(&device, config)?;
     let num_tokens = 3;
 
-    // Expert e multiplies by about e + 1, so that the output tells who was chosen.
+    // The output of expert e is proportional to e + 1, so the output shows which expert was
+    // selected.
     let gate_up = vec![0.2f32; config.gate_up_len()];
     let per_expert = config.hidden * config.intermediate;
     let down: Vec<f32> =
@@ -32,14 +33,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut workspace = Workspace::alloc(&stream, bytes)?;
     let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());
 
-    device.warm_up(DType::F32)?; // A capture must not load images.
+    device.warm_up(DType::F32)?; // Images cannot be loaded during a capture.
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
     let inputs = MoeInputs::with_logits(x.as_view(), logits.as_view());
     layer.forward(&stream, &inputs, &weights, &mut workspace, &mut y.as_view_mut())?;
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
 
-    // The first column of y tells who was chosen.
+    // The first column of y shows which expert was selected.
     let show = |y: &[f32]| y.iter().step_by(config.hidden).copied().collect::<Vec<_>>();
     graph.launch()?;
     println!("all to expert 0:    {:?}", show(&stream.clone_dtoh(&y)?));

@@ -1,4 +1,4 @@
-//! A layer forward on plain cudarc buffers and a stream: `cargo run --example layer_forward`.
+//! The forward pass of a layer on cudarc buffers and a stream: `cargo run --example layer_forward`.
 
 use cudarc::driver::CudaContext;
 use half::bf16;
@@ -7,7 +7,8 @@ use moe_kernels::{
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // The GPU if there is one, else the software device. An application with a GPU needs no such line.
+    // Selects the GPU if there is one, else the software device. An application for GPUs omits this
+    // line.
     println!("running on {}", moe_emulator::choose(moe_emulator::Choice::from_env()?)?);
     let context = CudaContext::new(0)?;
     let stream = context.new_stream()?;
@@ -27,7 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let down = stream.clone_htod(&ramp(config.down_len(), 0.1))?;
     let mut y = stream.alloc_zeros::<bf16>(num_tokens * config.hidden)?;
 
-    // The size is known before there is a device, so a server can reserve for its largest batch.
+    // The size does not depend on the device, so a server can reserve it for its largest batch.
     let bytes = MoeLayer::workspace_bytes(&config, DType::BF16, num_tokens)?;
     let mut workspace = Workspace::alloc(&stream, bytes)?;
     let weights = MoeWeights::plain(gate_up.as_view(), down.as_view());

@@ -1,4 +1,4 @@
-//! Routing alone, for an engine that brings its own experts: `cargo run --example route`.
+//! Routing without experts, for an engine with its own experts: `cargo run --example route`.
 
 use cudarc::driver::CudaContext;
 use moe_kernels::ops::{plan, route};
@@ -10,7 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let stream = context.new_stream()?;
     let device = Device::new(&context)?;
 
-    // Three tokens, four experts. The second token has a tie: the lower expert wins.
+    // Three tokens, four experts. In the tie of the second token the lower experts are selected.
     let logits = [0.1f32, 2.0, -1.0, 0.5, 1.0, 1.0, 1.0, 0.0, f32::NAN, -3.0, 0.0, 4.0];
     let shape = RoutingShape::new(3, 4, 2)?;
     let router = RouterConfig::softmax_top_k(true);

@@ -1,13 +1,13 @@
-"""The pages of records: one for each, and the README's section on performance."""
+"""The page of each record, and the README's section on performance."""
 
 from pathlib import Path
 
-NOTHING = (
+NO_RECORDS = (
     "No GPU has run these kernels yet, so there are no figures; `gpu/bundle bundle &&\n"
     "bundle/run first` on a machine with one will make them."
 )
 OURS = "moe-kernels"
-# Outcomes that leave nothing to be done.
+# Outcomes after which a step or cell is not repeated.
 FINISHED = ("ok", "FAILED", "not possible here")
 
 
@@ -17,7 +17,7 @@ def microseconds(seconds):
 
 
 def extent(values, unit):
-    """The lowest and the highest of some rates."""
+    """Returns the lowest and the highest of some rates."""
     values = [value for value in values if value is not None]
     if not values:
         return "unknown"
@@ -30,7 +30,7 @@ def percentage(value):
 
 
 def origin(record):
-    """Where and when: what every figure is of."""
+    """Returns the date, commit, device and ceilings of a record."""
     device = record["device"]
     days = record["date"][:10]
     if record["until"][:10] != days:
@@ -39,7 +39,7 @@ def origin(record):
         f"{days}, commit {record['commit'][:9]},"
         f" compute capability {device['capability']}, driver for CUDA {device['driver']}."
     )
-    # Each bench has measured its own, and its rooflines are made of those.
+    # Each bench has measured its own ceilings, which its rooflines are computed from.
     dtypes = [ceilings["dtype"] for ceilings in record["ceilings"]]
     for dtype in dtypes[:1]:
         measured = [ceilings for ceilings in record["ceilings"] if ceilings["dtype"] == dtype]
@@ -59,7 +59,7 @@ def origin(record):
 
 
 def partial(record):
-    """What the record lacks, as a sentence; empty if it is whole."""
+    """Returns a sentence on what the record lacks; empty if it is complete."""
     missing = "; ".join(record["unfinished"])
     return f"This record is partial: {missing}." if missing else ""
 
@@ -70,13 +70,13 @@ def table(header, rows):
 
 
 def key(row):
-    """What two rows have in common that may be compared."""
+    """Returns the values that are the same in rows that can be compared."""
     names = ("op", "boundary", "model", "tokens", "dtype", "routing")
     return tuple(row[name] for name in names)
 
 
 def best_peers(record):
-    """The fastest peer for each key."""
+    """Returns the row of the fastest peer for each key."""
     best = {}
     for row in record["rows"]:
         if row["by"] != OURS and row["seconds"]:
@@ -91,14 +91,14 @@ def ours(record):
 
 
 INTRODUCTION = """\
-Times are medians in microseconds, with the 10th and the 90th percentile. The roofline is what memory
-or arithmetic allow at the ceilings above. *Of dense*: 100 % is the speed of cuBLAS on as many rows,
-columns and products. *Times as fast*: the time of the best peer, on the same boundary in the same
-run, divided by ours."""
+Times are medians in microseconds, with the 10th and the 90th percentile. The roofline is the least
+time at the ceilings above, by memory traffic or by arithmetic. *Of dense*: 100 % is the speed of
+cuBLAS on as many rows, columns and products. *Times as fast*: the time of the fastest peer, at the
+same boundary in the same run, divided by ours."""
 
 
 def page(record):
-    """The record for people."""
+    """Returns the page of a record."""
     text = [f"# {record['device']['name']}", origin(record)]
     if partial(record):
         text.append(partial(record))
@@ -128,7 +128,7 @@ def page(record):
     if others:
         text += ["## Peers", "\n".join([*sorted(present), *sorted(absent - present)])]
     steps = [[name, how, line(what)] for name, (how, what) in record["steps"].items()]
-    text += ["## The whole run", f"{record['machine']}.", table(["step", "outcome", ""], steps)]
+    text += ["## Steps and cells", f"{record['machine']}.", table(["step", "outcome", ""], steps)]
     cells = [
         [name, how, (date or "")[:10], line(what)]
         for name, (how, what, date) in record["cells"].items()
@@ -139,12 +139,12 @@ def page(record):
 
 
 def line(what):
-    """Text that does not break a table."""
+    """Returns text that is safe in a table cell."""
     return what.replace("|", "/")
 
 
 def cells_of(row, peer):
-    """A row of ours as a line of the page."""
+    """Returns the cells of one of our rows."""
     times, roofline, dense = row["seconds"], row["roofline_seconds"], row["dense"]
     low, median, high = (microseconds(times[name]) for name in ("p10", "median", "p90"))
     named = [row[name] for name in ("model", "tokens", "dtype", "routing", "router")]
@@ -165,7 +165,7 @@ def times_as_fast(row, peer):
 
 
 def matrix(rows, cell):
-    """A table of models by tokens."""
+    """Returns a table of models by tokens."""
     tokens = sorted({row["tokens"] for row in rows})
     models = {}
     for row in rows:
@@ -175,9 +175,12 @@ def matrix(rows, cell):
 
 
 def section(records):
-    """The README's part: the newest record of each GPU. `records`: by path below benches/record."""
+    """Returns the README's section: the newest record of each GPU.
+
+    `records` has each record by its path below benches/record.
+    """
     newest = {}
-    # One that was stopped before it had any times does not take the place of one that has some.
+    # A record without times does not replace one with times.
     by_worth = sorted(records.items(), key=lambda item: (bool(ours(item[1])), item[1]["date"]))
     for path, record in by_worth:
         newest[record["device"]["name"]] = (path, record)
@@ -186,7 +189,7 @@ def section(records):
         link = Path(path).with_suffix(".md")
         text += [
             f"### {name}",
-            f"{origin(record)}\nAll of it: [{link.stem}](benches/record/{link}).",
+            f"{origin(record)}\nAll results: [{link.stem}](benches/record/{link}).",
         ]
         if partial(record):
             text.append(partial(record))
@@ -207,12 +210,12 @@ def section(records):
 
         if rows:
             text += [
-                "The layer from logits, bf16, uniform routing, in microseconds (of the roofline)."
+                "The layer from logits, bf16, uniform routing, in microseconds (% of the roofline)."
             ]
             text += [matrix(rows, reached)]
         if compared:
-            text += ["The same, times as fast as the best peer of the run."]
+            text += ["The same, times as fast as the fastest peer of the run."]
             text += [matrix(compared, faster)]
-    return "\n\n".join(text) or NOTHING
+    return "\n\n".join(text) or NO_RECORDS
 
 

@@ -1,4 +1,4 @@
-"""A bundle and a toolkit of stand-ins: small programs whose behaviour environment variables decide."""
+"""Stand-ins for a bundle's programs and the CUDA toolkit, controlled by environment variables."""
 
 import io
 import sys
@@ -97,7 +97,7 @@ else:
 
 
 def write_payload(file, commit):
-    """An archive like that of a bundle."""
+    """Writes an archive like that of a bundle."""
     texts = {**PROGRAMS, "commit": commit + "\n", "cases/cases.txt": ""}
     with tarfile.open(file, "w:xz") as archive:
         for name, text in texts.items():

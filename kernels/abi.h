@@ -19,15 +19,15 @@
 
 // ---- route ------------------------------------------------------------------------------------
 
-#define ROUTE_PICK_THREADS 128      // narrow and wide: a warp per token
-#define ROUTE_PICK_MAX_TOP_K 32     // narrow and wide: a lane per choice
+#define ROUTE_PICK_THREADS 128      // narrow and wide: one warp per token
+#define ROUTE_PICK_MAX_TOP_K 32     // narrow and wide: one lane per choice
 #define ROUTE_NARROW_MAX_EXPERTS 256
 #define ROUTE_WIDE_MAX_EXPERTS 1024
-#define ROUTE_SORT_THREADS 256      // sort: a block per token
+#define ROUTE_SORT_THREADS 256      // sort: one block per token
 #define ROUTE_SORT_ENTRY_BYTES 8    // sort: shared memory begins with sort_length of these
-#define ROUTE_MAX_GROUPS 32         // a lane per group
+#define ROUTE_MAX_GROUPS 32         // one lane per group
 
-// What a number of an expert is made of: the value it is chosen by, and the score that weighs it.
+// Functions of a logit: the value that selects an expert, and the score that becomes its weight.
 #define ROUTE_LOGIT 0
 #define ROUTE_SOFTMAX 1             // over all experts
 #define ROUTE_SIGMOID 2
@@ -35,7 +35,7 @@
 #define ROUTE_SOFTMAX_CHOSEN 4      // over the chosen experts; no value
 #define ROUTE_SPARSEMIXER 5         // no value either
 
-// What scores are divided by.
+// The divisor of the scores.
 #define ROUTE_BY_NOTHING 0
 #define ROUTE_BY_SUM 1              // sum + divisor_number
 #define ROUTE_BY_SUM_AT_LEAST 2     // max(sum, divisor_number)
@@ -45,69 +45,96 @@ typedef struct RouteArgs {
   int num_tokens;        // T
   int num_experts;       // E
   int top_k;             // K
-  int num_sinks;         // The last so many experts, and slots.
-  int sort_length;       // The power of two from E on; only sort reads it.
+  int num_sinks;         // The last experts, which are in the last slots of every token.
+  int sort_length;       // The least power of two >= E; read by sort alone.
   int vector;            // 1: every row of logits starts at a 16-byte boundary.
-  int elem;              // ELEM_..., of logits and noise logits; the plain entries know it.
-  int row_words;         // E and one word more after every 32.
+  int elem;              // ELEM_..., of logits and noise logits; unused by the plain entries.
+  int row_words;         // Words of a row in shared memory: E, and one more after every 32.
   float multiplier;
   float softcap;         // 0: none
   int value;             // ROUTE_LOGIT to ROUTE_SQRT_SOFTPLUS
   int num_groups;        // 0: none
   int top_groups;
   int group_size;        // Experts of a group.
-  unsigned group_magic;  // ceil(2^31 / group_size), so that a product finds an expert's group; 0: none
-  int group_part_bits;   // 2^this lanes look at a group.
-  int group_sum;         // 1: a group is worth the sum of its two best values; 0: its best.
-  int masked_zero;       // 1: what is outside the best groups has value 0; 0: -inf.
+  unsigned group_magic;  // ceil(2^31 / group_size): divides an expert by group_size; 0: no groups
+  int group_part_bits;   // log2 of the lanes of a group.
+  int group_sum;         // 1: a group's score is the sum of its two largest values; 0: its largest.
+  int masked_zero;       // 1: values outside the best groups become 0; 0: -inf.
   int given_rows;        // V of given_ids
-  int score;             // ROUTE_LOGIT to ROUTE_SPARSEMIXER; of the plain entries, a softmax.
+  int score;             // ROUTE_LOGIT to ROUTE_SPARSEMIXER; a softmax for the plain entries.
   float jitter;          // of sparsemixer
   int divisor;           // ROUTE_BY_...
-  float divisor_number;  // epsilon, the least sum, or p
+  float divisor_number;  // epsilon, the lower bound of the sum, or p
   float scale;
   float noise_deviation;  // Multiplies the noise.
 } RouteArgs;
 
-// Addresses that route reads, 0 where there is nothing. The kernel has them as pointers.
-typedef struct RouteAddresses {
-  unsigned long long logits;          // [T, E]
-  unsigned long long selection_bias;  // [E - num_sinks]
-  unsigned long long expert_scale;    // [E]
-  unsigned long long noise;           // [T, E]
-  unsigned long long noise_logits;    // [T, E]
+// plain_narrow and plain_wide, which have no other inputs. Beyond 128 bytes of parameters, nvcc
+// unrolls their loops otherwise and needs up to 40 registers more.
+typedef struct RoutePlainParams {
+  unsigned long long expert_ids;       // [T, K] out
+  unsigned long long routing_weights;  // [T, K] out
+  unsigned long long logits;           // [T, E]
+  RouteArgs args;
+  int padding;
+} RoutePlainParams;
+
+// narrow, wide, sort and scores. Absent inputs are null.
+typedef struct RouteParams {
+  unsigned long long expert_ids;       // [T, K] out
+  unsigned long long routing_weights;  // [T, K] out
+  unsigned long long scores;           // [T, E] out; of `scores`, which has no other output
+  unsigned long long logits;           // [T, E] of args.elem
+  unsigned long long selection_bias;   // [E - num_sinks]
+  unsigned long long expert_scale;     // [E]
+  unsigned long long noise;            // [T, E]
+  unsigned long long noise_logits;     // [T, E] of args.elem
   unsigned long long selection_noise;  // [T, K, E], of sparsemixer in training
-  unsigned long long midpoint_draws;  // [T, K], of the same
-  unsigned long long given_ids;       // [V, K]
-  unsigned long long token_ids;       // [T]
-  unsigned long long active;          // [T]
-} RouteAddresses;
+  unsigned long long midpoint_draws;   // [T, K], of the same
+  unsigned long long given_ids;        // [V, K]
+  unsigned long long token_ids;        // [T]
+  unsigned long long active;           // [T]
+  RouteArgs args;
+  int padding;
+} RouteParams;
 
 // ---- plan -------------------------------------------------------------------------------------
 
 #define PLAN_THREADS 256            // count, place and single, at most
 #define PLAN_SCAN_THREADS 1024
-#define PLAN_MAX_COUNTERS 12000     // A block's counters in shared memory, 4 bytes each.
-#define PLAN_MIN_BLOCK_SLOTS 1024   // Up to this many slots go to one block.
+#define PLAN_MAX_COUNTERS 12000     // Counters of a block in shared memory, 4 bytes each.
+#define PLAN_MIN_BLOCK_SLOTS 1024   // Up to this many slots, one block does everything.
 #define PLAN_MAX_BLOCKS 128
 
 typedef struct PlanArgs {
   int slots;        // T * K
-  int num_experts;  // E, the experts that have rows here.
+  int num_experts;  // E, the experts of the plan.
   int top_k;        // K
-  int block_m;      // Rows of a tile.
-  int max_tiles;    // Tiles that the list has room for.
+  int block_m;      // Rows of a tile, at most.
+  int max_tiles;    // Length of the list of tiles.
   int num_blocks;   // Blocks of count and place.
-  int block_slots;  // Slots of a block; the last one may have fewer.
+  int block_slots;  // Slots of a block; the last block may have fewer.
   int first_expert;  // The id of the plan's expert 0.
 } PlanArgs;
+
+// The parameter of every plan kernel.
+typedef struct PlanParams {
+  unsigned long long expert_offsets;  // [E + 1] out
+  unsigned long long row_of_slot;     // [T, K] out
+  unsigned long long token_of_row;    // [T * K] out
+  unsigned long long tiles;           // [max_tiles] out
+  unsigned long long tile_offsets;    // [E + 1] out
+  unsigned long long counts;          // [E, num_blocks] out; scan turns counts into first rows
+  unsigned long long expert_ids;      // [T, K] or null: all ids are 0
+  PlanArgs args;
+} PlanParams;
 
 // ---- capacity ---------------------------------------------------------------------------------
 
 #define CAPACITY_SELECT_THREADS 256
 #define CAPACITY_TOKEN_THREADS 128
 
-// Which slots of an expert come first.
+// The order in which slots take an expert's rows.
 #define CAPACITY_BY_TOKEN 0
 #define CAPACITY_BY_CHOICE 1
 #define CAPACITY_BY_WEIGHT 2
@@ -118,43 +145,82 @@ typedef struct CapacitySelectArgs {
   int num_experts;      // E, of the plan
   int top_k;            // K
   int first_expert;     // The id of the plan's expert 0.
-  int sequence_tokens;  // Tokens of a sequence; the last one may have fewer.
+  int sequence_tokens;  // Tokens of a sequence; the last sequence may have fewer.
   int capacity;         // Rows of an expert in a sequence.
   int priority;         // CAPACITY_BY_...
-  int token_bits;       // A token's number, or for BY_TOKEN and BY_WEIGHT a slot's, has so many bits.
-  int key_bits;         // What orders slots has so many.
-  int later;            // 1: what experts hold from rounds before counts, and stays.
+  int token_bits;       // Bits of a token's index, or for BY_TOKEN and BY_WEIGHT of a slot's.
+  int key_bits;         // Bits of a sort key.
+  int later;            // 1: a later round; slots that earlier rounds kept stay and count.
 } CapacitySelectArgs;
 
-typedef struct CapacityAskArgs {
+typedef struct CapacitySelectParams {
+  unsigned long long expert_ids;       // [T, K] out
+  unsigned long long kept;             // [sequences, E] out, in and out if later
+  unsigned long long dropped;          // [sequences, E] out, in and out if later
+  unsigned long long routing_weights;  // [T, K], unused by token and by choice
+  unsigned long long expert_offsets;   // [E + 1]
+  unsigned long long row_of_slot;      // [T * K]
+  unsigned long long slot_of_row;      // [T * K]
+  CapacitySelectArgs args;
+} CapacitySelectParams;
+
+typedef struct CapacityReassignArgs {
   int num_tokens;      // T
   int num_experts;     // E, of the router
   int top_k;           // K
   int num_candidates;  // C
-  int later;           // 1: next_candidate says where a token goes on; 0: at its first candidate.
-} CapacityAskArgs;
+  int later;           // 1: a token continues at next_candidate; 0: at its first candidate.
+} CapacityReassignArgs;
+
+typedef struct CapacityReassignParams {
+  unsigned long long requests;           // [T, K] out
+  unsigned long long routing_weights;    // [T, K] in and out: written where there is a request
+  unsigned long long next_candidate;     // [T] out, in and out if later
+  unsigned long long expert_ids;         // [T, K], the router's
+  unsigned long long kept_ids;           // [T, K], as select has left them
+  unsigned long long candidates;         // [T, C]
+  unsigned long long candidate_weights;  // [T, C]
+  CapacityReassignArgs args;
+  int padding;
+} CapacityReassignParams;
 
 typedef struct CapacityNormalizeArgs {
   int num_tokens;   // T
   int num_experts;  // E, of the router
   int top_k;        // K
-  int divide;       // 1: by the sum of what is kept.
+  int divide;       // 1: by the sum of the kept weights.
   float epsilon;    // Added to the sum.
-  float min;        // The least divisor.
+  float min;        // Lower bound of the divisor.
   float scale;      // Multiplies the quotient.
 } CapacityNormalizeArgs;
+
+typedef struct CapacityNormalizeParams {
+  unsigned long long normalized;       // [T, K] out
+  unsigned long long expert_scale;     // [E] or null
+  unsigned long long expert_ids;       // [T, K], as select has left them
+  unsigned long long routing_weights;  // [T, K]
+  CapacityNormalizeArgs args;
+  int padding;
+} CapacityNormalizeParams;
 
 // ---- expert_choice ----------------------------------------------------------------------------
 
 #define EXPERT_CHOICE_THREADS 256
-#define EXPERT_CHOICE_COLUMN_BYTES 32  // A block's columns of a row of scores: one sector of memory.
+#define EXPERT_CHOICE_COLUMN_BYTES 32  // A block's columns of scores: one sector of memory.
 
 typedef struct ExpertChoiceArgs {
   int num_tokens;   // T
   int num_experts;  // E
   int capacity;     // Tokens of an expert, at most T.
-  int token_bits;   // A token's number has so many bits.
+  int token_bits;   // Bits of a token's index.
 } ExpertChoiceArgs;
+
+typedef struct ExpertChoiceParams {
+  unsigned long long expert_ids;       // [T, E] out
+  unsigned long long routing_weights;  // [T, E] out
+  unsigned long long scores;           // [T, E]
+  ExpertChoiceArgs args;
+} ExpertChoiceParams;
 
 // ---- noise ------------------------------------------------------------------------------------
 
@@ -166,11 +232,16 @@ typedef struct ExpertChoiceArgs {
 
 typedef struct NoiseArgs {
   unsigned long long seed;
-  unsigned long long offset;  // The number of the first element in the seed's sequence.
+  unsigned long long offset;  // Index of the first element in the seed's sequence.
   long long len;
   int distribution;  // NOISE_...
   int vector;        // 1: every group of four elements starts at a 16-byte boundary.
 } NoiseArgs;
+
+typedef struct NoiseParams {
+  unsigned long long noise;  // [len] out
+  NoiseArgs args;
+} NoiseParams;
 
 // ---- jitter -----------------------------------------------------------------------------------
 
@@ -181,6 +252,13 @@ typedef struct JitterArgs {
   float epsilon;
   int vector;  // 1: all buffers start at a 16-byte boundary.
 } JitterArgs;
+
+typedef struct JitterParams {
+  unsigned long long jittered;  // [T, H] out
+  unsigned long long x;         // [T, H]
+  unsigned long long u;         // [T, H] f32
+  JitterArgs args;
+} JitterParams;
 
 // ---- permute --------------------------------------------------------------------------------
 

@@ -74,79 +74,10 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
   return value;
 }
 
-// ---- Selection of the smallest keys, by radix ---------------------------------------------------
-
-constexpr int DIGIT_BITS = 8;
-constexpr int DIGITS = 1 << DIGIT_BITS;
-
-// An unsigned integer in the order of `value`: -0 is 0, and NaN is minus infinity.
-__device__ __forceinline__ uint32_t order_of(float value) {
-  if (value != value) value = -INFINITY;
-  const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
-  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
-}
-
-// For each of COLUMNS sets of keys, computes a threshold last[column]: a key is one of the
-// wanted[column] smallest of its set if and only if it is at most last[column]. Works digit by
-// digit from the most significant one, and stops as soon as all keys with the digits found so far
-// are selected. Keys of a set are distinct and have key_bits bits.
-//   last     [COLUMNS], shared: 0 on entry.
-//   wanted   [COLUMNS], shared: at most the number of keys of the set on entry, 0 on return.
-//   counters [COLUMNS, DIGITS], shared.
-//   for_each_key(visit) calls visit(column, key) for each key, each thread for its share of them.
-// All threads of the block must call it. It begins and ends with a barrier.
-template <int COLUMNS, typename ForEachKey>
-__device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int* counters,
-                                                int key_bits, ForEachKey for_each_key) {
-  const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
-  const int warps = blockDim.x / WARP_SIZE;
-  constexpr int LANE_DIGITS = DIGITS / WARP_SIZE;
-  // Bits from `above` on are known. The next digit has `bits` bits from bit `shift` on; the last
-  // digit may be shorter than DIGIT_BITS.
-  for (int above = key_bits; above > 0; above -= DIGIT_BITS) {
-    const int bits = min(above, DIGIT_BITS), shift = above - bits;
-    for (int i = threadIdx.x; i < COLUMNS * DIGITS; i += blockDim.x) counters[i] = 0;
-    __syncthreads();
-    for_each_key([=](int column, uint64_t key) {
-      // Two shifts, because a shift by 64 is undefined.
-      const bool same_digits = ((key ^ last[column]) >> shift >> bits) == 0;
-      if (wanted[column] == 0 || !same_digits) return;
-      atomicAdd(&counters[column * DIGITS + (int)(key >> shift & ((1 << bits) - 1))], 1);
-    });
-    __syncthreads();
-
-    for (int column = warp; column < COLUMNS; column += warps) {
-      const int rank = wanted[column];
-      const int* counts = counters + column * DIGITS + lane * LANE_DIGITS;
-      int sum = 0;
-#pragma unroll
-      for (int i = 0; i < LANE_DIGITS; i++) sum += counts[i];
-      const int inclusive = warp_inclusive_sum(sum);
-      int before = inclusive - sum;
-      __syncwarp();  // Every lane has read wanted[column].
-      if (before >= rank || rank > inclusive) continue;
-      // A single lane's range of digits contains this rank.
-      int i = 0;
-      for (; before + counts[i] < rank; i++) before += counts[i];
-      uint64_t digits = last[column] | (uint64_t)(lane * LANE_DIGITS + i) << shift;
-      const bool all = before + counts[i] == rank;
-      if (all) digits |= ((uint64_t)1 << shift) - 1;
-      last[column] = digits;
-      wanted[column] = all ? 0 : rank - before;
-    }
-    __syncthreads();
-    int open = 0;
-#pragma unroll
-    for (int column = 0; column < COLUMNS; column++) open |= wanted[column];
-    if (open == 0) break;
-  }
-  __syncthreads();
-}
-
 // ---- Parameters ---------------------------------------------------------------------------------
-// A kernel has one parameter. abi.h has the addresses as integers, which Rust fills in; the
-// kernel's twin of that struct has typed pointers, so that the compiler knows that they are of
-// global memory.
+// A kernel has one struct as its parameter. In abi.h its addresses are integers, which Rust fills
+// in; the kernel's twin of it has typed pointers, so that loads and stores keep their address
+// space.
 
 #define ASSERT_SAME_OFFSET(Twin, Params, field) \
   static_assert(offsetof(Twin, field) == offsetof(Params, field), "the same layout")

@@ -32,6 +32,9 @@
 //         the tile it is in, nor on the rows beside it, nor on how the weights lie.
 #include "kernel.cuh"
 
+#include "activation.cuh"
+#include "gemm_tile.cuh"
+
 using gemm_tile::HALF_FEATURES;
 using gemm_tile::Problem;
 using gemm_tile::SharedStorage;

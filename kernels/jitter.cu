@@ -1,11 +1,25 @@
-// jitter: every element times its own factor near 1, which a router sees in training.
-//   jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1)), so that uniform u gives U(1 - epsilon, 1 + epsilon)
+// jitter: every element times a factor near 1 of its own; input noise of a router in training.
+//   jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1)): factors from U(1 - epsilon, 1 + epsilon) for
+//   uniform u.
 //   In f32: fma(epsilon, fma(2, u, -1), 1), then one product, rounded to Elem.
-// Launch  grid (len / (JITTER_THREADS * LEN), rounded up), block (JITTER_THREADS): a thread has a
-//         vector of elements, or as many single ones where buffers are not aligned.
-// Bytes   reads len*(s + 4), writes len*s: at T4096 H4096 bf16, 101 MB + 34 MB.
+// Launch  grid (len / (JITTER_THREADS * LEN), rounded up), block (JITTER_THREADS): one vector of
+//         elements per thread, or as many single elements if a buffer is not aligned.
+// Roofline reads len*(s + 4) bytes, writes len*s: at T4096 H4096 bf16, 101 MB + 34 MB.
 // Writers one per element: deterministic, and the same bits on every device.
 #include "kernel.cuh"
+
+template <typename Elem>
+struct TypedJitterParams {
+  Elem* jittered;  // [T, H] out
+  const Elem* x;   // [T, H]
+  const float* u;  // [T, H]
+  JitterArgs args;
+};
+static_assert(sizeof(TypedJitterParams<float>) == sizeof(JitterParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, jittered);
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, x);
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, u);
+ASSERT_SAME_OFFSET(TypedJitterParams<float>, JitterParams, args);
 
 template <typename Elem>
 __device__ __forceinline__ Elem jitter(Elem x, float u, float epsilon) {
@@ -14,10 +28,8 @@ __device__ __forceinline__ Elem jitter(Elem x, float u, float epsilon) {
 }
 
 template <typename Elem>
-__device__ __forceinline__ void jitter_fwd(Elem* jittered,  // [T, H] out
-                                           const Elem* x,   // [T, H]
-                                           const float* u,  // [T, H]
-                                           const JitterArgs& args) {
+__device__ __forceinline__ void jitter_fwd(const TypedJitterParams<Elem>& params) {
+  const auto [jittered, x, u, args] = params;
   constexpr int LEN = Vec<Elem>::LEN;
   constexpr int FLOATS = Vec<float>::LEN;
   const int64_t first_of_block = (int64_t)blockIdx.x * JITTER_THREADS * LEN;
@@ -36,11 +48,11 @@ __device__ __forceinline__ void jitter_fwd(Elem* jittered,  // [T, H] out
     return;
   }
   if (args.vector) {
-    // The last vector, which is not a whole one.
+    // The last vector is shorter.
     for (int64_t i = first; i < args.len; i++) jittered[i] = jitter(x[i], u[i], args.epsilon);
     return;
   }
-  // The block has the same elements, but a thread's are a block apart, so that warps read runs.
+  // A thread's elements are JITTER_THREADS apart, so that a warp accesses consecutive ones.
   for (int i = 0; i < LEN; i++) {
     const int64_t at = first_of_block + i * JITTER_THREADS + threadIdx.x;
     if (at < args.len) jittered[at] = jitter(x[at], u[at], args.epsilon);
@@ -48,19 +60,13 @@ __device__ __forceinline__ void jitter_fwd(Elem* jittered,  // [T, H] out
 }
 
 extern "C" __global__ void __launch_bounds__(JITTER_THREADS)
-moe_jitter_fwd_f32(float* jittered, const float* x, const float* u, const JitterArgs args) {
-  jitter_fwd(jittered, x, u, args);
-}
+moe_jitter_fwd_f32(const TypedJitterParams<float> params) { jitter_fwd(params); }
 EXPORT_KERNEL(moe_jitter_fwd_f32, JITTER_THREADS)
 
 extern "C" __global__ void __launch_bounds__(JITTER_THREADS)
-moe_jitter_fwd_f16(f16* jittered, const f16* x, const float* u, const JitterArgs args) {
-  jitter_fwd(jittered, x, u, args);
-}
+moe_jitter_fwd_f16(const TypedJitterParams<f16> params) { jitter_fwd(params); }
 EXPORT_KERNEL(moe_jitter_fwd_f16, JITTER_THREADS)
 
 extern "C" __global__ void __launch_bounds__(JITTER_THREADS)
-moe_jitter_fwd_bf16(bf16* jittered, const bf16* x, const float* u, const JitterArgs args) {
-  jitter_fwd(jittered, x, u, args);
-}
+moe_jitter_fwd_bf16(const TypedJitterParams<bf16> params) { jitter_fwd(params); }
 EXPORT_KERNEL(moe_jitter_fwd_bf16, JITTER_THREADS)

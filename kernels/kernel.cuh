@@ -1,5 +1,6 @@
-// The one include of every kernel file, and the only place that asks which compiler is at work.
-// nvcc gets the toolkit's headers and ptx.cuh; g++ gets their twins from the software device.
+// The first include of every kernel file, and the only file that depends on the compiler. nvcc
+// includes the toolkit's headers and ptx.cuh, g++ their twins of the software device. Other headers
+// are included by the .cu files that use them.
 #pragma once
 
 #ifdef __CUDACC__
@@ -24,14 +25,14 @@
 #endif
 #endif
 
-// The launch's dynamic shared memory as `unsigned char*`. 1024 is what the widest swizzle needs.
+// The launch's dynamic shared memory as `unsigned char*`, aligned for the widest swizzle.
 #define SHARED_DYNAMIC(name) extern __shared__ __align__(1024) unsigned char name[]
 
 // A static array in shared memory.
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 
-// Makes an entry known to the software device. nvcc exports extern "C" entries by itself, so all
-// that remains here is a check that the symbol exists and that the bound is a block size.
+// Registers an entry with the software device. nvcc exports extern "C" entries by itself; here the
+// macro checks that the symbol exists and that the bound is a block size.
 #define EXPORT_KERNEL(symbol, max_threads)                           \
   static_assert(sizeof(&symbol) != 0, "the entry must be declared"); \
   static_assert((max_threads) >= 1 && (max_threads) <= 1024, "a block size");
@@ -50,9 +51,3 @@
 
 #include "abi.h"
 #include "common.cuh"
-#include "exact.cuh"
-#include "select.cuh"
-#include "team.cuh"
-#include "router.cuh"
-#include "activation.cuh"
-#include "gemm_tile.cuh"

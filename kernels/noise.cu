@@ -1,4 +1,4 @@
-// noise: random numbers that depend on (seed, number of the element) alone, whatever the launch.
+// noise: random numbers that depend on (seed, index of the element) alone, not on the launch.
 //   noise[i] is element offset + i (modulo 2^64) of the sequence of `seed`. Elements 4c .. 4c + 3
 //   come from the four words w0 .. w3 of Philox4x32-10 with counter (c, 0) and key `seed`
 //   (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3", 2011):
@@ -6,13 +6,23 @@
 //     normal    r cos(a), r sin(a) of (w0, w1), then of (w2, w3): r = sqrt(-2 ln u), where
 //               u = (w0 + 1/2) 2^-32 rounded, in (0, 1], and a = 2 pi w1 2^-32
 //     gumbel    -ln(-ln u) with u = (floor(w / 2^9) + 1/2) * 2^-23, in (0, 1)
-//   Correctly rounded operations in a stated order, and logarithm, sine and cosine of such alone:
-//   the same bits on every device.
-// Launch  grid (groups of four elements / NOISE_THREADS, rounded up), a thread per group.
-// Bytes   writes 4*len.
+//   Correctly rounded operations in a stated order, logarithm, sine and cosine included: the same
+//   bits on every device.
+// Launch  grid (groups of four elements / NOISE_THREADS, rounded up), one thread per group.
+// Roofline writes 4*len bytes.
 // Error   of ln at most 1.5 * 2^-24 of the value, of sin and cos 2^-23.
 // Writers one per element: deterministic.
 #include "kernel.cuh"
+
+#include "exact.cuh"
+
+struct TypedNoiseParams {
+  float* noise;  // [len] out
+  NoiseArgs args;
+};
+static_assert(sizeof(TypedNoiseParams) == sizeof(NoiseParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedNoiseParams, NoiseParams, noise);
+ASSERT_SAME_OFFSET(TypedNoiseParams, NoiseParams, args);
 
 constexpr int PHILOX_WORDS = 4;
 constexpr int PHILOX_ROUNDS = 10;
@@ -37,31 +47,9 @@ __device__ __forceinline__ PhiloxWords philox(uint64_t counter, uint64_t seed) {
   return word;
 }
 
-// ln(x) of a normal number above 0.
-__device__ __forceinline__ float ln_f32(float x) {
-  // x = 2^n m with m from sqrt(1/2) to sqrt(2).
-  constexpr int SQRT_HALF = 0x3f3504f3, ONE = 0x3f800000;
-  const int bits = __float_as_int(x) + (ONE - SQRT_HALF);
-  const float n = __int2float_rn((bits >> 23) - 127);
-  const float f = __fsub_rn(__int_as_float((bits & 0x007fffff) + SQRT_HALF), 1.0f);
-  // ln(1 + f) = 2 atanh(s) with s = f / (2 + f): 2s is f - f^2 / 2 + s f^2 / 2, and s z q the rest,
-  // q through the Chebyshev points of z = s^2.
-  const float s = __fdiv_rn(f, __fadd_rn(2.0f, f));
-  const float z = __fmul_rn(s, s);
-  float q = 0.233304679f;
-  q = __fmaf_rn(q, z, 0.285508215f);
-  q = __fmaf_rn(q, z, 0.400001228f);
-  q = __fmaf_rn(q, z, 0.666666687f);
-  const float half_square = __fmul_rn(0.5f, __fmul_rn(f, f));
-  const float small = __fmul_rn(s, __fmaf_rn(z, q, half_square));
-  // ln 2 as the sum of two numbers; n times the first is exact.
-  const float tail = __fmaf_rn(n, 1.42860677e-6f, small);
-  return __fmaf_rn(n, 0.693145752f, __fsub_rn(f, __fsub_rn(half_square, tail)));
-}
-
 // cos and sin of 2 pi * word * 2^-32, within 2^-23.
 __device__ __forceinline__ void cos_sin(uint32_t word, float* cosine, float* sine) {
-  // The nearest quarter turn, and what is left of it: at most an eighth to either side.
+  // The nearest quarter turn, and the rest: at most an eighth of a turn either way.
   const uint32_t quarter = (word + (1u << 29)) >> 30;
   const int rest = (int)(word - (quarter << 30));
   const float a = __fmul_rn(__int2float_rn(rest), 1.46291812e-9f);
@@ -85,8 +73,9 @@ __device__ __forceinline__ float uniform(uint32_t word) {
 }
 
 __device__ __forceinline__ void normal_pair(uint32_t radius, uint32_t angle, float* pair) {
-  const float u = __fmaf_rn(__uint2float_rn(radius), 2.32830644e-10f, 1.16415322e-10f);  // 2^-32, 2^-33
-  const float r = __fsqrt_rn(__fmul_rn(-2.0f, ln_f32(u)));
+  // 2^-32 and 2^-33
+  const float u = __fmaf_rn(__uint2float_rn(radius), 2.32830644e-10f, 1.16415322e-10f);
+  const float r = __fsqrt_rn(__fmul_rn(-2.0f, precise_log_f32(u)));
   float cosine, sine;
   cos_sin(angle, &cosine, &sine);
   pair[0] = __fmul_rn(r, cosine);
@@ -95,17 +84,16 @@ __device__ __forceinline__ void normal_pair(uint32_t radius, uint32_t angle, flo
 
 __device__ __forceinline__ float gumbel(uint32_t word) {
   const float u = __fmul_rn(__uint2float_rn(word >> 9 << 1 | 1), 5.96046448e-8f);  // 2^-24
-  return -ln_f32(-ln_f32(u));
+  return -precise_log_f32(-precise_log_f32(u));
 }
 
-extern "C" __global__ void __launch_bounds__(NOISE_THREADS)
-moe_noise_fwd(float* noise,  // [len] out
-              const NoiseArgs args) {
+__device__ __forceinline__ void noise_fwd(const TypedNoiseParams& params) {
+  const auto [noise, args] = params;
   const int64_t group = (int64_t)blockIdx.x * NOISE_THREADS + threadIdx.x;
-  // Elements of the group that come before the first one, and where the group would start.
+  // Index of the group's first element; negative if the group starts before the first element.
   const int64_t first = group * PHILOX_WORDS - (int64_t)(args.offset % PHILOX_WORDS);
   if (first >= args.len) return;
-  // Past the last element of a sequence comes the first: 2^64 is a multiple of four.
+  // The sequence wraps around after element 2^64 - 1; 2^64 is a multiple of four.
   const uint64_t counter = (args.offset / PHILOX_WORDS + group) & (~(uint64_t)0 / PHILOX_WORDS);
   const PhiloxWords word = philox(counter, args.seed);
   Vec<float> value;
@@ -128,4 +116,7 @@ moe_noise_fwd(float* noise,  // [len] out
     if (first + i >= 0 && first + i < args.len) noise[first + i] = value.at[i];
   }
 }
+
+extern "C" __global__ void __launch_bounds__(NOISE_THREADS)
+moe_noise_fwd(const TypedNoiseParams params) { noise_fwd(params); }
 EXPORT_KERNEL(moe_noise_fwd, NOISE_THREADS)

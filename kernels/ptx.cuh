@@ -1,7 +1,14 @@
 // Inline PTX: every `asm` of the project, one function per instruction, nothing else. The software
 // device has a twin of each function, with the same name and signature, in
-// emulator/simt/simt_ptx.h. Addresses in shared memory are the 32-bit offsets that smem_u32 gives.
-// Functions whose instruction is `.aligned` must be called by all lanes of a warp together.
+// emulator/simt/simt_ptx.h. Addresses in shared memory are the 32-bit offsets that smem_u32
+// returns. Functions whose instruction is `.aligned` must be called by all lanes of a warp
+// together.
+//
+// Every `asm` is `volatile`, and nearly all have a "memory" clobber. The compiler keeps volatile
+// asm statements in source order and moves no memory access across a clobber, so it may not
+// reschedule these instructions: their order in the source is their order in the machine code. A
+// main loop that issues all its copies before its first ldmatrix or mma delays the tensor cores by
+// that much; interleaving them is the kernel author's task.
 #pragma once
 
 namespace ptx {
@@ -10,7 +17,7 @@ using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
 
-// The shared-memory address of `p`, as PTX wants it.
+// The shared-memory address of `p` in the form that PTX takes.
 __device__ __forceinline__ u32 smem_u32(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
@@ -19,7 +26,7 @@ __device__ __forceinline__ u32 smem_u32(const void* p) {
 // Both addresses must be aligned to the size. Bytes from `src_bytes` on are not read but become
 // zero, so that with src_bytes = 0 the source may be any valid address.
 
-// cp.async of 4 bytes, through L1: narrower copies know no other way.
+// cp.async of 4 bytes, through L1: PTX has no narrow copies that bypass L1.
 __device__ __forceinline__ void cp_async4(u32 dst, const void* src, u32 src_bytes = 4) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(src_bytes)
                : "memory");
@@ -31,7 +38,7 @@ __device__ __forceinline__ void cp_async8(u32 dst, const void* src, u32 src_byte
                : "memory");
 }
 
-// cp.async of 16 bytes, past L1: a tile is read once per block.
+// cp.async of 16 bytes, bypassing L1: a tile is read once per block.
 __device__ __forceinline__ void cp_async16(u32 dst, const void* src, u32 src_bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(src_bytes)
                : "memory");
@@ -42,15 +49,16 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most the N youngest groups of this thread are still under way.
+// Waits until at most the N youngest groups of this thread are in flight.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // ---- Warp-wide matrix instructions --------------------------------------------------------------
-// ldmatrix: lanes 8i..8i+7 name the eight 16-byte rows of matrix i. Lane l receives in r[i] the two
-// elements (row l/4, columns 2(l%4) and 2(l%4)+1) of matrix i, or of its transpose.
+// ldmatrix: lanes 8i..8i+7 give the addresses of the eight 16-byte rows of matrix i. Lane l
+// receives in r[i] the two elements (row l/4, columns 2(l%4) and 2(l%4)+1) of matrix i, or of its
+// transpose.
 
 __device__ __forceinline__ void ldmatrix_x1(u32 (&r)[1], u32 row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
@@ -114,22 +122,22 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], const 
 }
 
 // ---- Named barriers -----------------------------------------------------------------------------
-// Barrier 0 is __syncthreads; 1 to 15 are free. `threads` is a multiple of 32 and counts both
-// sides.
+// Barrier 0 is __syncthreads; 1 to 15 are free. `threads` is a multiple of 32 and counts the
+// threads that arrive and those that wait.
 
 // Arrives and waits.
 __device__ __forceinline__ void named_bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Arrives and goes on.
+// Arrives without waiting.
 __device__ __forceinline__ void named_bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #if KERNEL_SM90
 
-// One lane of the warp, the same one each time, gets true. All lanes must take part.
+// Returns true in one lane of the warp, always the same one. All lanes must take part.
 __device__ __forceinline__ bool elect_one() {
   u32 elected;
   asm volatile(
@@ -158,12 +166,12 @@ __device__ __forceinline__ void stmatrix_x4_trans(u32 row, const u32 (&r)[4]) {
 
 // ---- mbarriers ----------------------------------------------------------------------------------
 
-// Starts the barrier at phase 0, to be completed by `count` arrivals.
+// Initialises the barrier at phase 0; `count` arrivals complete a phase.
 __device__ __forceinline__ void mbar_init(u32 bar, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 
-// Ends the barrier's life, so that its memory may be used for something else.
+// Invalidates the barrier, so that its memory may be reused.
 __device__ __forceinline__ void mbar_inval(u32 bar) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
@@ -172,25 +180,26 @@ __device__ __forceinline__ void mbar_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-// Arrives on the barrier of another block of the cluster; `bar` comes from mapa.
+// Arrives on the barrier of another block of the cluster; `bar` is a result of mapa.
 __device__ __forceinline__ void mbar_arrive_cluster(u32 bar) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar)
                : "memory");
 }
 
-// The phase shall also wait for `bytes` bytes of asynchronous copies.
+// The current phase also waits for `bytes` bytes of asynchronous copies.
 __device__ __forceinline__ void mbar_expect_tx(u32 bar, u32 bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
 }
 
-// mbar_expect_tx, then mbar_arrive, as one.
+// mbar_expect_tx and mbar_arrive in one instruction.
 __device__ __forceinline__ void mbar_arrive_expect_tx(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
 }
 
-// Whether the phase of this parity has completed; may wait for a while before it says no.
+// Returns whether the phase of this parity has completed; may wait for a while before it returns
+// false.
 __device__ __forceinline__ bool mbar_try_wait(u32 bar, u32 parity) {
   u32 done;
   asm volatile(
@@ -218,8 +227,8 @@ __device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
       : "memory");
 }
 
-// This thread arrives on the barrier as soon as all its earlier cp_async copies have completed. The
-// arrival is one of those that mbar_init counted.
+// This thread arrives on the barrier when all its earlier cp_async copies have completed. The
+// arrival is one of the `count` of mbar_init.
 __device__ __forceinline__ void cp_async_mbar_arrive(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
@@ -229,14 +238,14 @@ __device__ __forceinline__ void fence_mbar_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders ordinary accesses to shared memory before later ones of TMA and wgmma.
+// Orders ordinary accesses to shared memory before later accesses of TMA and wgmma.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- TMA ----------------------------------------------------------------------------------------
-// Coordinates are elements, innermost dimension first. What lies outside the tensor reads as zero
-// (or as the map says) and is not written. `dst` and `src` are 128-byte aligned.
+// Coordinates are elements, innermost dimension first. Elements outside the tensor read as zero (or
+// as the map's fill value) and are not written. `dst` and `src` are 128-byte aligned.
 
 // Fetches the descriptor ahead of its first use.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
@@ -327,7 +336,7 @@ __device__ __forceinline__ u32 cluster_size() {
   return size;
 }
 
-// The address that block `rank` of the cluster knows as `address`.
+// The address in block `rank` of the cluster that corresponds to this block's `address`.
 __device__ __forceinline__ u32 mapa(u32 address, u32 rank) {
   u32 mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
@@ -347,7 +356,7 @@ __device__ __forceinline__ void griddep_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Lets the next grid start early.
+// Allows the next grid to start early.
 __device__ __forceinline__ void griddep_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -358,8 +367,9 @@ __device__ __forceinline__ void griddep_launch() {
 
 // ---- Multicast ---------------------------------------------------------------------------------
 
-// One load for every block of the cluster whose rank is a bit of `blocks`: the same offset `dst` in
-// each block's shared memory, and the barrier at the same offset `bar` counts each block's bytes.
+// One load for every block of the cluster whose rank is set in the mask `blocks`: the data goes to
+// the same offset `dst` in each block's shared memory, and each block's barrier at the same offset
+// `bar` counts its bytes.
 __device__ __forceinline__ void tma_load_multicast_2d(u32 dst, const CUtensorMap* map, u32 bar,
                                                       int x, int y, u16 blocks) {
   asm volatile(
@@ -384,8 +394,8 @@ __device__ __forceinline__ void setmaxnreg_dec() {
 }
 
 // ---- wgmma -------------------------------------------------------------------------------------
-// Four warps together multiply a 64x16 tile by a 16xN tile, both described by matrix descriptors of
-// shared memory, into f32 registers: d = a * b + (scale_d ? d : 0). TRANS_A and TRANS_B say that
+// Four warps together multiply a 64x16 tile by a 16xN tile, both given by matrix descriptors of
+// shared memory, into f32 registers: d = a * b + (scale_d ? d : 0). TRANS_A and TRANS_B mean that
 // the tile is stored with M or N innermost instead of K.
 
 // Orders earlier accesses to the registers, and to shared memory by wgmma, before later wgmmas.
@@ -398,13 +408,13 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until at most the N youngest groups are still under way.
+// Waits until at most the N youngest groups are in flight.
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Keeps the compiler from moving uses of the accumulators across this point. No instruction.
+// Keeps the compiler from moving uses of the accumulators across this point; emits no instruction.
 template <int N>
 __device__ __forceinline__ void wgmma_pin(float (&d)[N]) {
 #pragma unroll

@@ -1,34 +1,59 @@
-// route: chooses each token's K experts and gives them weights, in f32 whatever the logits are.
-//   z       each logit, plus noise times its deviation, times a multiplier, soft-capped; NaN counts as -inf, -0 as +0
-//   value   z or a score of it, plus a bias; outside the best groups of experts 0 or -inf
-//   ids     the K experts of largest value, ties to the lower one; the last ones are the sinks
-//   weights the scores of the chosen, divided by their sum or norm, times scales; never NaN
-//   Of sparsemixer in training, ids are drawn one after the other, with noise of the caller's.
+// route: selects each token's K experts and computes their weights, in f32 for logits of any type.
+//   z       each logit, plus noise times its deviation, times a multiplier, soft-capped; NaN counts
+//           as -inf, -0 as +0
+//   value   z or a score of it, plus a bias; 0 or -inf outside the best groups of experts
+//   ids     the K experts of largest value, ties to the lower id; the last ones are the sinks
+//   weights the scores of the chosen experts, divided by their sum or norm, times scales; never NaN
+//   For sparsemixer in training, ids are drawn one after the other, with the caller's noise.
 //   src/reference/route.rs states each step. All are correctly rounded operations, in an order that
-//   no launch, alignment or body changes: sums of a softmax are of integers, others run over slots.
-//   So ids and weights are the same bits on every device, for any bits of the logits.
+//   depends on neither launch, alignment nor body: sums of a softmax are of integers, others are
+//   over slots. Ids and weights have the same bits on every device, for any bits of the logits.
 // Five bodies, chosen by E, K, and whether there are options:
 //   plain_narrow, plain_wide  a softmax without options, K <= 32 and E <= 256 or 1024. Grid (T / 4,
-//                 rounded up), block (ROUTE_PICK_THREADS): a warp per token holds the row in
+//                 rounded up), block (ROUTE_PICK_THREADS): one warp per token keeps the row in
 //                 registers and picks the largest key of all lanes, K times.
-//   narrow, wide  any router of those sizes. The same, after values were made in shared memory.
-//   sort          any router, any K <= E <= MAX_EXPERTS. Grid (T), block (ROUTE_SORT_THREADS): a
-//                 block per token sorts the row in shared memory, where K picks would take longer
-//                 or a warp's registers do not hold the row.
-//   scores        any router of any E: no choice, but the number of each expert that a step of the
-//                 router makes, [T, E] in f32. Grid (T / 4, rounded up), a warp per token.
-// Bytes   reads T*E*s once, writes 8*T*K: at T16384 E128 K8 f32, 8.4 MB + 1.0 MB. Noise and noise
+//   narrow, wide  any router of those sizes. The same, after values were computed in shared memory.
+//   sort          any router, any K <= E <= MAX_EXPERTS. Grid (T), block (ROUTE_SORT_THREADS): one
+//                 block per token sorts the row in shared memory, for K where picks take longer and
+//                 for E that exceeds a warp's registers.
+//   scores        any router, any E: no selection; writes the values of one step of the router for
+//                 every expert, [T, E] in f32. Grid (T / 4, rounded up), one warp per token.
+// Roofline reads T*E*s bytes, writes 8*T*K: at T16384 E128 K8 f32, 8.4 MB + 1.0 MB. Noise and noise
 //         logits are read once too; sparsemixer in training reads 4*T*K*E + 4*T*K of draws.
 // Error   of a plain router: |weight - exact| <= (|logit - m| + E / 64 + 8) * 2^-24 * exact +
 //         2^-148, where E / 64 is of integers in units of 2^-29; reference::bound has the others'.
 // Writers one per element: the result is deterministic.
 #include "kernel.cuh"
 
+#include "exact.cuh"
+#include "select.cuh"
+#include "team.cuh"
+
+#include "router.cuh"
+
 constexpr int ROUTE_TOKENS = ROUTE_PICK_THREADS / WARP_SIZE;
-static_assert(ROUTE_PICK_MAX_TOP_K <= WARP_SIZE, "a lane keeps each choice");
-static_assert(sizeof(uint64_t) == ROUTE_SORT_ENTRY_BYTES, "what the launch counts with");
+// Keys of a lane.
+constexpr int NARROW_VALUES = ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE;
+constexpr int WIDE_VALUES = ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE;
+static_assert(ROUTE_PICK_MAX_TOP_K <= WARP_SIZE, "one lane per choice");
+static_assert(sizeof(uint64_t) == ROUTE_SORT_ENTRY_BYTES, "the launch allocates this much");
 
 // ---- plain_narrow, plain_wide -------------------------------------------------------------------
+
+template <typename Elem>
+struct TypedRoutePlainParams {
+  uint32_t* expert_ids;    // [T, K] out
+  float* routing_weights;  // [T, K] out
+  const Elem* logits;      // [T, E]
+  RouteArgs args;
+  int padding;
+};
+static_assert(sizeof(TypedRoutePlainParams<float>) == sizeof(RoutePlainParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, expert_ids);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, logits);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, args);
+ASSERT_SAME_OFFSET(TypedRoutePlainParams<float>, RoutePlainParams, padding);
 
 template <typename Elem, int VALUES>
 struct PlainKeys : LaneKeys<VALUES, Vec<Elem>::LEN> {
@@ -38,16 +63,16 @@ struct PlainKeys : LaneKeys<VALUES, Vec<Elem>::LEN> {
   __device__ __forceinline__ void load(const Elem* row, int lane, const RouteArgs& args) {
     const int num_experts = args.num_experts;
     if (args.vector) {
-      // Rows are whole vectors then. All loads go out before the first key is needed.
-      Vec<Elem> loaded[Keys::RUNS];
+      // Rows are whole vectors. All loads are issued before the first key is used.
+      Vec<Elem> loaded[Keys::VECTORS];
 #pragma unroll
-      for (int c = 0; c < Keys::RUNS; c++) {
-        const int first = c * Keys::RUN + lane * LEN;
+      for (int c = 0; c < Keys::VECTORS; c++) {
+        const int first = c * Keys::STRIDE + lane * LEN;
         if (first < num_experts) loaded[c] = load_vec(row + first);
       }
 #pragma unroll
-      for (int c = 0; c < Keys::RUNS; c++) {
-        const int first = c * Keys::RUN + lane * LEN;
+      for (int c = 0; c < Keys::VECTORS; c++) {
+        const int first = c * Keys::STRIDE + lane * LEN;
 #pragma unroll
         for (int j = 0; j < LEN; j++) {
           this->at[c * LEN + j] =
@@ -63,8 +88,8 @@ struct PlainKeys : LaneKeys<VALUES, Vec<Elem>::LEN> {
     }
   }
 
-  // The shares of the lane's experts, four at a time. Experts ascend: where the first of four is none,
-  // none follows. The others' key 0 is that of a NaN, which has no share.
+  // The shares of the lane's experts, four at a time. Experts ascend, so that the loop ends at the
+  // first four without one. A key of 0 among the others reads as NaN, whose share is 0.
   __device__ __forceinline__ uint64_t units(float max) const {
     uint64_t total = 0;
 #pragma unroll
@@ -79,17 +104,15 @@ struct PlainKeys : LaneKeys<VALUES, Vec<Elem>::LEN> {
   }
 };
 
-template <typename Elem, int VALUES>
-__device__ __forceinline__ void route_fwd_plain(uint32_t* expert_ids,  // [T, K] out
-                                                float* weights,        // [T, K] out
-                                                const Elem* logits,    // [T, E]
-                                                const RouteArgs& args) {
+template <int VALUES, typename Elem>
+__device__ __forceinline__ void route_fwd_plain(const TypedRoutePlainParams<Elem>& params) {
+  const RouteArgs& args = params.args;
   const int lane = threadIdx.x % WARP_SIZE;
   const int64_t token = (int64_t)blockIdx.x * ROUTE_TOKENS + threadIdx.x / WARP_SIZE;
   if (token >= args.num_tokens) return;
 
   PlainKeys<Elem, VALUES> keys;
-  keys.load(logits + token * args.num_experts, lane, args);
+  keys.load(params.logits + token * args.num_experts, lane, args);
   uint32_t best_key, best_expert;
   keys.best(lane, args.num_experts, &best_key, &best_expert);
   const float max = number_of(__reduce_max_sync(FULL_WARP, best_key));
@@ -104,18 +127,17 @@ __device__ __forceinline__ void route_fwd_plain(uint32_t* expert_ids,  // [T, K]
   if (!sum_all) units = units_of(p);
   const float sum = sum_of_units(warp_units(units));
   if (chosen) {
-    expert_ids[token * args.top_k + lane] = my_expert;
-    weights[token * args.top_k + lane] = __fdiv_rn(p, sum);
+    params.expert_ids[token * args.top_k + lane] = my_expert;
+    params.routing_weights[token * args.top_k + lane] = __fdiv_rn(p, sum);
   }
 }
 
 // ---- narrow, wide -------------------------------------------------------------------------------
 
 template <int VALUES>
-__device__ __forceinline__ void route_fwd_pick(uint32_t* expert_ids,  // [T, K] out
-                                               float* weights,        // [T, K] out
-                                               const RouteInputs& in, const RouteArgs& args) {
+__device__ __forceinline__ void route_fwd_pick(const TypedRouteParams params) {
   SHARED_DYNAMIC(shared);
+  const RouteArgs& args = params.args;
   const int64_t token = (int64_t)blockIdx.x * ROUTE_TOKENS + threadIdx.x / WARP_SIZE;
   if (token >= args.num_tokens) return;
   const WarpTeam team;
@@ -123,8 +145,8 @@ __device__ __forceinline__ void route_fwd_pick(uint32_t* expert_ids,  // [T, K] 
   float* z = reinterpret_cast<float*>(shared) + threadIdx.x / WARP_SIZE * words;
   uint32_t* keys = reinterpret_cast<uint32_t*>(z + args.row_words);
   float* scores = z + 2 * args.row_words;
-  const Router<WarpTeam> router = {in, args, team, token, z, keys, scores};
-  router.run(expert_ids, weights, [&](uint32_t groups) {
+  const Router<WarpTeam> router = {params, args, team, token, z, keys, scores};
+  router.route([&](uint32_t groups) {
     LaneKeys<VALUES, 1> row;
 #pragma unroll
     for (int i = 0; i < VALUES; i++) {
@@ -142,10 +164,9 @@ __device__ __forceinline__ void route_fwd_pick(uint32_t* expert_ids,  // [T, K] 
 
 // ---- sort ---------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void route_fwd_sort(uint32_t* expert_ids,  // [T, K] out
-                                               float* weights,        // [T, K] out
-                                               const RouteInputs& in, const RouteArgs& args) {
+__device__ __forceinline__ void route_fwd_sort(const TypedRouteParams params) {
   SHARED_DYNAMIC(shared);
+  const RouteArgs& args = params.args;
   using Team = BlockTeam<ROUTE_SORT_THREADS>;
   SHARED_ARRAY(uint64_t, parts, Team::WARPS);
   SHARED_ARRAY(float, chunks, MAX_EXPERTS / WARP_SIZE);
@@ -153,10 +174,10 @@ __device__ __forceinline__ void route_fwd_sort(uint32_t* expert_ids,  // [T, K] 
   const Team team(parts, chunks);
   float* z = reinterpret_cast<float*>(entries + args.sort_length);
   uint32_t* keys = reinterpret_cast<uint32_t*>(z + args.row_words);
-  // Entries are no longer needed when there are scores.
+  // Scores are written after the last use of entries.
   float* scores = reinterpret_cast<float*>(entries);
-  const Router<Team> router = {in, args, team, blockIdx.x, z, keys, scores};
-  router.run(expert_ids, weights, [&](uint32_t groups) {
+  const Router<Team> router = {params, args, team, blockIdx.x, z, keys, scores};
+  router.route([&](uint32_t groups) {
     for (int e = team.rank; e < args.sort_length; e += team.SIZE) {
       entries[e] = e < router.choices() ? entry_of(router.key_in(groups, e), e) : 0;
     }
@@ -169,84 +190,67 @@ __device__ __forceinline__ void route_fwd_sort(uint32_t* expert_ids,  // [T, K] 
 
 // ---- scores -------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void route_scores_fwd(float* scores,  // [T, E] out
-                                                 const RouteInputs& in, const RouteArgs& args) {
+__device__ __forceinline__ void route_fwd_scores(const TypedRouteParams params) {
   SHARED_DYNAMIC(shared);
+  const RouteArgs& args = params.args;
   const int64_t token = (int64_t)blockIdx.x * ROUTE_TOKENS + threadIdx.x / WARP_SIZE;
   if (token >= args.num_tokens) return;
   const WarpTeam team;
   float* z = reinterpret_cast<float*>(shared) + threadIdx.x / WARP_SIZE * args.row_words;
-  const Router<WarpTeam> router = {in, args, team, token, z, nullptr, nullptr};
-  router.write_scores(scores + token * args.num_experts);
+  const Router<WarpTeam> router = {params, args, team, token, z, nullptr, nullptr};
+  router.write_scores();
 }
 
 // ---- Entries ------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_f32(uint32_t* expert_ids, float* weights, const float* logits,
-                               const RouteArgs args) {
-  route_fwd_plain<float, ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_narrow_f32(const TypedRoutePlainParams<float> params) {
+  route_fwd_plain<NARROW_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_f32, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_f16(uint32_t* expert_ids, float* weights, const f16* logits,
-                               const RouteArgs args) {
-  route_fwd_plain<f16, ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_narrow_f16(const TypedRoutePlainParams<f16> params) {
+  route_fwd_plain<NARROW_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_f16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_bf16(uint32_t* expert_ids, float* weights, const bf16* logits,
-                                const RouteArgs args) {
-  route_fwd_plain<bf16, ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_narrow_bf16(const TypedRoutePlainParams<bf16> params) {
+  route_fwd_plain<NARROW_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_bf16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_f32(uint32_t* expert_ids, float* weights, const float* logits,
-                             const RouteArgs args) {
-  route_fwd_plain<float, ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_wide_f32(const TypedRoutePlainParams<float> params) {
+  route_fwd_plain<WIDE_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_f32, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_f16(uint32_t* expert_ids, float* weights, const f16* logits,
-                             const RouteArgs args) {
-  route_fwd_plain<f16, ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_wide_f16(const TypedRoutePlainParams<f16> params) {
+  route_fwd_plain<WIDE_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_f16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_bf16(uint32_t* expert_ids, float* weights, const bf16* logits,
-                              const RouteArgs args) {
-  route_fwd_plain<bf16, ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, logits, args);
+moe_route_fwd_plain_wide_bf16(const TypedRoutePlainParams<bf16> params) {
+  route_fwd_plain<WIDE_VALUES>(params);
 }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_bf16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_narrow(uint32_t* expert_ids, float* weights, const RouteInputs in,
-                     const RouteArgs args) {
-  route_fwd_pick<ROUTE_NARROW_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, in, args);
-}
+moe_route_fwd_narrow(const TypedRouteParams params) { route_fwd_pick<NARROW_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_narrow, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_wide(uint32_t* expert_ids, float* weights, const RouteInputs in,
-                   const RouteArgs args) {
-  route_fwd_pick<ROUTE_WIDE_MAX_EXPERTS / WARP_SIZE>(expert_ids, weights, in, args);
-}
+moe_route_fwd_wide(const TypedRouteParams params) { route_fwd_pick<WIDE_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_wide, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_SORT_THREADS)
-moe_route_fwd_sort(uint32_t* expert_ids, float* weights, const RouteInputs in,
-                   const RouteArgs args) {
-  route_fwd_sort(expert_ids, weights, in, args);
-}
+moe_route_fwd_sort(const TypedRouteParams params) { route_fwd_sort(params); }
 EXPORT_KERNEL(moe_route_fwd_sort, ROUTE_SORT_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_scores(float* scores, const RouteInputs in, const RouteArgs args) {
-  route_scores_fwd(scores, in, args);
-}
+moe_route_fwd_scores(const TypedRouteParams params) { route_fwd_scores(params); }
 EXPORT_KERNEL(moe_route_fwd_scores, ROUTE_PICK_THREADS)

@@ -1,10 +1,11 @@
-// Choosing the largest of a row: numbers as keys, a warp that picks, a block that sorts.
+// Selection: keys of numbers; the largest keys of a row, picked by a warp or sorted by a block; the
+// smallest keys of a set, found by a block digit by digit.
 #pragma once
 
 // ---- Keys: unsigned integers in the order of numbers --------------------------------------------
-// No number has key 0, which marks an expert that is taken or does not exist.
+// The key of a number is never 0: 0 marks an expert that is taken or does not exist.
 
-// NaN counts as -inf. Adding +0 turns -0 into +0 and leaves every other number alone.
+// -inf for NaN. Adding +0 turns -0 into +0 and keeps every other number.
 __device__ __forceinline__ float cleaned(float value) {
   return __fadd_rn(value != value ? -INFINITY : value, 0.0f);
 }
@@ -18,40 +19,40 @@ __device__ __forceinline__ float number_of(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) ? key ^ 0x80000000u : ~key);
 }
 
-// Two largest keys.
+// The two largest keys.
 struct TopTwo {
-  uint32_t first = 0, second = 0;
+  uint32_t largest = 0, next_largest = 0;
   __device__ __forceinline__ void add(uint32_t key) {
-    second = max(second, min(first, key));
-    first = max(first, key);
+    next_largest = max(next_largest, min(largest, key));
+    largest = max(largest, key);
   }
 };
 
 // ---- A warp's row in registers ------------------------------------------------------------------
 
-// A lane's part of a row: VALUES keys, in runs of LEN consecutive experts. Run c of the warp is the
-// experts from c * RUN on, the first LEN of them in lane 0.
+// A lane's part of a row: VALUES keys, as vectors of LEN consecutive experts. Vector c of all lanes
+// covers the STRIDE experts from c * STRIDE on, the first LEN of them in lane 0.
 template <int VALUES, int LEN>
 struct LaneKeys {
-  static constexpr int RUN = WARP_SIZE * LEN;
-  static constexpr int RUNS = VALUES / LEN;
-  static_assert(VALUES % LEN == 0, "whole runs");
+  static constexpr int STRIDE = WARP_SIZE * LEN;
+  static constexpr int VECTORS = VALUES / LEN;
+  static_assert(VALUES % LEN == 0, "whole vectors");
 
   uint32_t at[VALUES];
 
   __device__ __forceinline__ static int expert(int i, int lane) {
-    return (i / LEN) * RUN + lane * LEN + i % LEN;
+    return (i / LEN) * STRIDE + lane * LEN + i % LEN;
   }
 
-  // The largest key and its expert, the lowest such one; key 0 and NO_EXPERT if all are taken. Runs
-  // past the last expert cost nothing.
+  // The largest key and the lowest expert that has it; key 0 and NO_EXPERT if all are taken. Skips
+  // vectors past the last expert.
   __device__ __forceinline__ void best(int lane, int num_experts, uint32_t* key,
                                        uint32_t* best_expert) const {
     *key = 0;
     *best_expert = NO_EXPERT;
 #pragma unroll
-    for (int c = 0; c < RUNS; c++) {
-      if (c * RUN >= num_experts) break;
+    for (int c = 0; c < VECTORS; c++) {
+      if (c * STRIDE >= num_experts) break;
 #pragma unroll
       for (int j = 0; j < LEN; j++) {
         if (at[c * LEN + j] > *key) {
@@ -69,8 +70,8 @@ struct LaneKeys {
     }
   }
 
-  // Picks `count` times; lane k gets choice k. `best_key` and `best_expert` are those of best().
-  // Lanes hold their own best, so only the lane that lost it looks again.
+  // Picks `count` times; lane k receives choice k. `best_key` and `best_expert` are those of
+  // best(). Each lane keeps its own best, so only the lane whose best was picked searches again.
   __device__ __forceinline__ void pick(int lane, int num_experts, int count, uint32_t best_key,
                                        uint32_t best_expert, uint32_t* my_key,
                                        uint32_t* my_expert) {
@@ -94,7 +95,7 @@ struct LaneKeys {
 
 // ---- A block's row in shared memory -------------------------------------------------------------
 
-// An entry orders as (key descending, expert ascending) does when entries descend; 0 is last.
+// Entries in descending order are in the order (key descending, expert ascending); 0 is last.
 __device__ __forceinline__ uint64_t entry_of(uint32_t key, int expert) {
   return (uint64_t)key << 32 | ~(uint32_t)expert;
 }
@@ -115,6 +116,66 @@ __device__ __forceinline__ void sort_entries(uint64_t* entries, int length) {
         }
       }
     }
+  }
+  __syncthreads();
+}
+
+// ---- The smallest keys among many, by their digits ----------------------------------------------
+
+constexpr int DIGIT_BITS = 8;
+constexpr int DIGITS = 1 << DIGIT_BITS;
+
+// Finds for each of COLUMNS sets of keys the largest of its wanted[column] smallest keys, digit by
+// digit from the top, and stops as soon as all keys with the digits found so far are selected: a
+// key is among the smallest if it is at most last[column]. `last` and `wanted` are in shared memory
+// and have COLUMNS elements: on entry `last` is 0, and `wanted` is 0 or at most the number of keys;
+// on exit `wanted` is 0. `counters` has COLUMNS * DIGITS elements. Keys of a set are distinct and
+// have key_bits bits. `for_each_key(visit)` calls visit(column, key) for the thread's keys. A
+// block-wide operation with a barrier at its start and its end.
+template <int COLUMNS, typename ForEachKey>
+__device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int* counters,
+                                                int key_bits, ForEachKey for_each_key) {
+  const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+  const int warps = blockDim.x / WARP_SIZE;
+  constexpr int LANE_DIGITS = DIGITS / WARP_SIZE;
+  // Bits from `above` on are known; the next digit has `bits` bits from `shift` on. The last digit
+  // may have fewer than DIGIT_BITS.
+  for (int above = key_bits; above > 0; above -= DIGIT_BITS) {
+    const int bits = min(above, DIGIT_BITS), shift = above - bits;
+    for (int i = threadIdx.x; i < COLUMNS * DIGITS; i += blockDim.x) counters[i] = 0;
+    __syncthreads();
+    for_each_key([=](int column, uint64_t key) {
+      // Two shifts: a shift by 64 is undefined.
+      const bool same_digits = ((key ^ last[column]) >> shift >> bits) == 0;
+      if (wanted[column] == 0 || !same_digits) return;
+      atomicAdd(&counters[column * DIGITS + (int)(key >> shift & ((1 << bits) - 1))], 1);
+    });
+    __syncthreads();
+
+    for (int column = warp; column < COLUMNS; column += warps) {
+      const int rank = wanted[column];
+      const int* counts = counters + column * DIGITS + lane * LANE_DIGITS;
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < LANE_DIGITS; i++) sum += counts[i];
+      const int inclusive = warp_inclusive_sum(sum);
+      int before = inclusive - sum;
+      __syncwarp();  // after every lane's read of wanted[column]
+      if (before >= rank || rank > inclusive) continue;
+      // The one lane whose digits include that of the key with this rank.
+      int i = 0;
+      for (; before + counts[i] < rank; i++) before += counts[i];
+      uint64_t digits = last[column] | (uint64_t)(lane * LANE_DIGITS + i) << shift;
+      const bool all = before + counts[i] == rank;
+      if (all) digits |= ((uint64_t)1 << shift) - 1;
+      last[column] = digits;
+      wanted[column] = all ? 0 : rank - before;
+    }
+    __syncthreads();
+    int open = 0;
+#pragma unroll
+    for (int column = 0; column < COLUMNS; column++) open |= wanted[column];
+    if (open == 0) break;
   }
   __syncthreads();
 }

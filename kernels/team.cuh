@@ -1,22 +1,23 @@
-// What the threads that share a row do together, and sums of a softmax, which have no order.
+// Operations of the threads that share a row, and sums of a softmax, which do not depend on an
+// order.
 #pragma once
 
 // ---- Shares of a softmax ------------------------------------------------------------------------
 
-// exp(z - m), at most 1. Infinite maxima share equally.
+// exp(z - max), at most 1; 1 if both are the same infinity.
 __device__ __forceinline__ float share(float z, float max) {
   return z == max ? 1.0f : exp_f32(__fsub_rn(z, max));
 }
 
-// A share in units of 2^-29, rounded to nearest even. Adding such integers has no order, and four
-// of them fit 32 bits.
+// A share in units of 2^-29, rounded to nearest even. Sums of such integers do not depend on the
+// order, and the sum of four fits 32 bits.
 constexpr int UNIT_BITS = 29;
 
 __device__ __forceinline__ uint32_t units_of(float share) {
   return __float2uint_rn(__fmul_rn(share, 0x1p29f));
 }
 
-// units_of(share(z, max)), which never needs numbers below the normal ones.
+// units_of(share(z, max)), computed without subnormal numbers.
 __device__ __forceinline__ uint32_t share_units(float z, float max) {
   int n;
   const float value = exp_parts_f32(fmaxf(__fsub_rn(z, max), -104.0f), &n);
@@ -47,12 +48,12 @@ struct WarpTeam {
     return __reduce_max_sync(FULL_WARP, value);
   }
   __device__ __forceinline__ uint64_t units(uint64_t value) const { return warp_units(value); }
-  // The sum of a number for every 32 slots: there is but one.
+  // Sums over chunks of 32 slots; a warp has one chunk.
   __device__ __forceinline__ void add_chunk(int, float) const {}
   __device__ __forceinline__ float sum_of_chunks(float chunk, int) const { return chunk; }
 };
 
-// `parts` and `chunks` are shared: WARPS integers, and a number for each 32 slots.
+// `parts` and `chunks` are in shared memory: WARPS integers, and the sum of every 32 slots.
 template <int THREADS>
 struct BlockTeam {
   static constexpr int SIZE = THREADS, WARPS = THREADS / WARP_SIZE;
@@ -63,7 +64,7 @@ struct BlockTeam {
   __device__ __forceinline__ BlockTeam(uint64_t* parts, float* chunks)
       : parts(parts), chunks(chunks) {}
   __device__ __forceinline__ void sync() const { __syncthreads(); }
-  // Every warp's part, with a barrier before they are read and one after.
+  // Joins the parts of all warps, with a barrier before the reads and one after.
   template <typename Join>
   __device__ __forceinline__ uint64_t join(uint64_t part, Join join) const {
     if (rank % WARP_SIZE == 0) parts[warp] = part;

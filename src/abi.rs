@@ -179,8 +179,42 @@ const _: () = {
     ][::core::mem::offset_of!(RouteArgs, noise_deviation) - 96usize];
 };
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct RouteAddresses {
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RoutePlainParams {
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub logits: ::core::ffi::c_ulonglong,
+    pub args: RouteArgs,
+    pub padding: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RoutePlainParams"][::core::mem::size_of::<RoutePlainParams>() - 128usize];
+    [
+        "Alignment of RoutePlainParams",
+    ][::core::mem::align_of::<RoutePlainParams>() - 8usize];
+    [
+        "Offset of field: RoutePlainParams::expert_ids",
+    ][::core::mem::offset_of!(RoutePlainParams, expert_ids) - 0usize];
+    [
+        "Offset of field: RoutePlainParams::routing_weights",
+    ][::core::mem::offset_of!(RoutePlainParams, routing_weights) - 8usize];
+    [
+        "Offset of field: RoutePlainParams::logits",
+    ][::core::mem::offset_of!(RoutePlainParams, logits) - 16usize];
+    [
+        "Offset of field: RoutePlainParams::args",
+    ][::core::mem::offset_of!(RoutePlainParams, args) - 24usize];
+    [
+        "Offset of field: RoutePlainParams::padding",
+    ][::core::mem::offset_of!(RoutePlainParams, padding) - 124usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RouteParams {
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub scores: ::core::ffi::c_ulonglong,
     pub logits: ::core::ffi::c_ulonglong,
     pub selection_bias: ::core::ffi::c_ulonglong,
     pub expert_scale: ::core::ffi::c_ulonglong,
@@ -191,41 +225,58 @@ pub struct RouteAddresses {
     pub given_ids: ::core::ffi::c_ulonglong,
     pub token_ids: ::core::ffi::c_ulonglong,
     pub active: ::core::ffi::c_ulonglong,
+    pub args: RouteArgs,
+    pub padding: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of RouteAddresses"][::core::mem::size_of::<RouteAddresses>() - 80usize];
-    ["Alignment of RouteAddresses"][::core::mem::align_of::<RouteAddresses>() - 8usize];
+    ["Size of RouteParams"][::core::mem::size_of::<RouteParams>() - 208usize];
+    ["Alignment of RouteParams"][::core::mem::align_of::<RouteParams>() - 8usize];
     [
-        "Offset of field: RouteAddresses::logits",
-    ][::core::mem::offset_of!(RouteAddresses, logits) - 0usize];
+        "Offset of field: RouteParams::expert_ids",
+    ][::core::mem::offset_of!(RouteParams, expert_ids) - 0usize];
     [
-        "Offset of field: RouteAddresses::selection_bias",
-    ][::core::mem::offset_of!(RouteAddresses, selection_bias) - 8usize];
+        "Offset of field: RouteParams::routing_weights",
+    ][::core::mem::offset_of!(RouteParams, routing_weights) - 8usize];
     [
-        "Offset of field: RouteAddresses::expert_scale",
-    ][::core::mem::offset_of!(RouteAddresses, expert_scale) - 16usize];
+        "Offset of field: RouteParams::scores",
+    ][::core::mem::offset_of!(RouteParams, scores) - 16usize];
     [
-        "Offset of field: RouteAddresses::noise",
-    ][::core::mem::offset_of!(RouteAddresses, noise) - 24usize];
+        "Offset of field: RouteParams::logits",
+    ][::core::mem::offset_of!(RouteParams, logits) - 24usize];
     [
-        "Offset of field: RouteAddresses::noise_logits",
-    ][::core::mem::offset_of!(RouteAddresses, noise_logits) - 32usize];
+        "Offset of field: RouteParams::selection_bias",
+    ][::core::mem::offset_of!(RouteParams, selection_bias) - 32usize];
     [
-        "Offset of field: RouteAddresses::selection_noise",
-    ][::core::mem::offset_of!(RouteAddresses, selection_noise) - 40usize];
+        "Offset of field: RouteParams::expert_scale",
+    ][::core::mem::offset_of!(RouteParams, expert_scale) - 40usize];
     [
-        "Offset of field: RouteAddresses::midpoint_draws",
-    ][::core::mem::offset_of!(RouteAddresses, midpoint_draws) - 48usize];
+        "Offset of field: RouteParams::noise",
+    ][::core::mem::offset_of!(RouteParams, noise) - 48usize];
     [
-        "Offset of field: RouteAddresses::given_ids",
-    ][::core::mem::offset_of!(RouteAddresses, given_ids) - 56usize];
+        "Offset of field: RouteParams::noise_logits",
+    ][::core::mem::offset_of!(RouteParams, noise_logits) - 56usize];
     [
-        "Offset of field: RouteAddresses::token_ids",
-    ][::core::mem::offset_of!(RouteAddresses, token_ids) - 64usize];
+        "Offset of field: RouteParams::selection_noise",
+    ][::core::mem::offset_of!(RouteParams, selection_noise) - 64usize];
     [
-        "Offset of field: RouteAddresses::active",
-    ][::core::mem::offset_of!(RouteAddresses, active) - 72usize];
+        "Offset of field: RouteParams::midpoint_draws",
+    ][::core::mem::offset_of!(RouteParams, midpoint_draws) - 72usize];
+    [
+        "Offset of field: RouteParams::given_ids",
+    ][::core::mem::offset_of!(RouteParams, given_ids) - 80usize];
+    [
+        "Offset of field: RouteParams::token_ids",
+    ][::core::mem::offset_of!(RouteParams, token_ids) - 88usize];
+    [
+        "Offset of field: RouteParams::active",
+    ][::core::mem::offset_of!(RouteParams, active) - 96usize];
+    [
+        "Offset of field: RouteParams::args",
+    ][::core::mem::offset_of!(RouteParams, args) - 104usize];
+    [
+        "Offset of field: RouteParams::padding",
+    ][::core::mem::offset_of!(RouteParams, padding) - 204usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -267,6 +318,47 @@ const _: () = {
     [
         "Offset of field: PlanArgs::first_expert",
     ][::core::mem::offset_of!(PlanArgs, first_expert) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PlanParams {
+    pub expert_offsets: ::core::ffi::c_ulonglong,
+    pub row_of_slot: ::core::ffi::c_ulonglong,
+    pub token_of_row: ::core::ffi::c_ulonglong,
+    pub tiles: ::core::ffi::c_ulonglong,
+    pub tile_offsets: ::core::ffi::c_ulonglong,
+    pub counts: ::core::ffi::c_ulonglong,
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub args: PlanArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PlanParams"][::core::mem::size_of::<PlanParams>() - 88usize];
+    ["Alignment of PlanParams"][::core::mem::align_of::<PlanParams>() - 8usize];
+    [
+        "Offset of field: PlanParams::expert_offsets",
+    ][::core::mem::offset_of!(PlanParams, expert_offsets) - 0usize];
+    [
+        "Offset of field: PlanParams::row_of_slot",
+    ][::core::mem::offset_of!(PlanParams, row_of_slot) - 8usize];
+    [
+        "Offset of field: PlanParams::token_of_row",
+    ][::core::mem::offset_of!(PlanParams, token_of_row) - 16usize];
+    [
+        "Offset of field: PlanParams::tiles",
+    ][::core::mem::offset_of!(PlanParams, tiles) - 24usize];
+    [
+        "Offset of field: PlanParams::tile_offsets",
+    ][::core::mem::offset_of!(PlanParams, tile_offsets) - 32usize];
+    [
+        "Offset of field: PlanParams::counts",
+    ][::core::mem::offset_of!(PlanParams, counts) - 40usize];
+    [
+        "Offset of field: PlanParams::expert_ids",
+    ][::core::mem::offset_of!(PlanParams, expert_ids) - 48usize];
+    [
+        "Offset of field: PlanParams::args",
+    ][::core::mem::offset_of!(PlanParams, args) - 56usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -323,7 +415,52 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct CapacityAskArgs {
+pub struct CapacitySelectParams {
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub kept: ::core::ffi::c_ulonglong,
+    pub dropped: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub expert_offsets: ::core::ffi::c_ulonglong,
+    pub row_of_slot: ::core::ffi::c_ulonglong,
+    pub slot_of_row: ::core::ffi::c_ulonglong,
+    pub args: CapacitySelectArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of CapacitySelectParams",
+    ][::core::mem::size_of::<CapacitySelectParams>() - 96usize];
+    [
+        "Alignment of CapacitySelectParams",
+    ][::core::mem::align_of::<CapacitySelectParams>() - 8usize];
+    [
+        "Offset of field: CapacitySelectParams::expert_ids",
+    ][::core::mem::offset_of!(CapacitySelectParams, expert_ids) - 0usize];
+    [
+        "Offset of field: CapacitySelectParams::kept",
+    ][::core::mem::offset_of!(CapacitySelectParams, kept) - 8usize];
+    [
+        "Offset of field: CapacitySelectParams::dropped",
+    ][::core::mem::offset_of!(CapacitySelectParams, dropped) - 16usize];
+    [
+        "Offset of field: CapacitySelectParams::routing_weights",
+    ][::core::mem::offset_of!(CapacitySelectParams, routing_weights) - 24usize];
+    [
+        "Offset of field: CapacitySelectParams::expert_offsets",
+    ][::core::mem::offset_of!(CapacitySelectParams, expert_offsets) - 32usize];
+    [
+        "Offset of field: CapacitySelectParams::row_of_slot",
+    ][::core::mem::offset_of!(CapacitySelectParams, row_of_slot) - 40usize];
+    [
+        "Offset of field: CapacitySelectParams::slot_of_row",
+    ][::core::mem::offset_of!(CapacitySelectParams, slot_of_row) - 48usize];
+    [
+        "Offset of field: CapacitySelectParams::args",
+    ][::core::mem::offset_of!(CapacitySelectParams, args) - 56usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CapacityReassignArgs {
     pub num_tokens: ::core::ffi::c_int,
     pub num_experts: ::core::ffi::c_int,
     pub top_k: ::core::ffi::c_int,
@@ -332,25 +469,76 @@ pub struct CapacityAskArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of CapacityAskArgs"][::core::mem::size_of::<CapacityAskArgs>() - 20usize];
     [
-        "Alignment of CapacityAskArgs",
-    ][::core::mem::align_of::<CapacityAskArgs>() - 4usize];
+        "Size of CapacityReassignArgs",
+    ][::core::mem::size_of::<CapacityReassignArgs>() - 20usize];
     [
-        "Offset of field: CapacityAskArgs::num_tokens",
-    ][::core::mem::offset_of!(CapacityAskArgs, num_tokens) - 0usize];
+        "Alignment of CapacityReassignArgs",
+    ][::core::mem::align_of::<CapacityReassignArgs>() - 4usize];
     [
-        "Offset of field: CapacityAskArgs::num_experts",
-    ][::core::mem::offset_of!(CapacityAskArgs, num_experts) - 4usize];
+        "Offset of field: CapacityReassignArgs::num_tokens",
+    ][::core::mem::offset_of!(CapacityReassignArgs, num_tokens) - 0usize];
     [
-        "Offset of field: CapacityAskArgs::top_k",
-    ][::core::mem::offset_of!(CapacityAskArgs, top_k) - 8usize];
+        "Offset of field: CapacityReassignArgs::num_experts",
+    ][::core::mem::offset_of!(CapacityReassignArgs, num_experts) - 4usize];
     [
-        "Offset of field: CapacityAskArgs::num_candidates",
-    ][::core::mem::offset_of!(CapacityAskArgs, num_candidates) - 12usize];
+        "Offset of field: CapacityReassignArgs::top_k",
+    ][::core::mem::offset_of!(CapacityReassignArgs, top_k) - 8usize];
     [
-        "Offset of field: CapacityAskArgs::later",
-    ][::core::mem::offset_of!(CapacityAskArgs, later) - 16usize];
+        "Offset of field: CapacityReassignArgs::num_candidates",
+    ][::core::mem::offset_of!(CapacityReassignArgs, num_candidates) - 12usize];
+    [
+        "Offset of field: CapacityReassignArgs::later",
+    ][::core::mem::offset_of!(CapacityReassignArgs, later) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CapacityReassignParams {
+    pub requests: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub next_candidate: ::core::ffi::c_ulonglong,
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub kept_ids: ::core::ffi::c_ulonglong,
+    pub candidates: ::core::ffi::c_ulonglong,
+    pub candidate_weights: ::core::ffi::c_ulonglong,
+    pub args: CapacityReassignArgs,
+    pub padding: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of CapacityReassignParams",
+    ][::core::mem::size_of::<CapacityReassignParams>() - 80usize];
+    [
+        "Alignment of CapacityReassignParams",
+    ][::core::mem::align_of::<CapacityReassignParams>() - 8usize];
+    [
+        "Offset of field: CapacityReassignParams::requests",
+    ][::core::mem::offset_of!(CapacityReassignParams, requests) - 0usize];
+    [
+        "Offset of field: CapacityReassignParams::routing_weights",
+    ][::core::mem::offset_of!(CapacityReassignParams, routing_weights) - 8usize];
+    [
+        "Offset of field: CapacityReassignParams::next_candidate",
+    ][::core::mem::offset_of!(CapacityReassignParams, next_candidate) - 16usize];
+    [
+        "Offset of field: CapacityReassignParams::expert_ids",
+    ][::core::mem::offset_of!(CapacityReassignParams, expert_ids) - 24usize];
+    [
+        "Offset of field: CapacityReassignParams::kept_ids",
+    ][::core::mem::offset_of!(CapacityReassignParams, kept_ids) - 32usize];
+    [
+        "Offset of field: CapacityReassignParams::candidates",
+    ][::core::mem::offset_of!(CapacityReassignParams, candidates) - 40usize];
+    [
+        "Offset of field: CapacityReassignParams::candidate_weights",
+    ][::core::mem::offset_of!(CapacityReassignParams, candidate_weights) - 48usize];
+    [
+        "Offset of field: CapacityReassignParams::args",
+    ][::core::mem::offset_of!(CapacityReassignParams, args) - 56usize];
+    [
+        "Offset of field: CapacityReassignParams::padding",
+    ][::core::mem::offset_of!(CapacityReassignParams, padding) - 76usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -394,6 +582,43 @@ const _: () = {
     ][::core::mem::offset_of!(CapacityNormalizeArgs, scale) - 24usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CapacityNormalizeParams {
+    pub normalized: ::core::ffi::c_ulonglong,
+    pub expert_scale: ::core::ffi::c_ulonglong,
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub args: CapacityNormalizeArgs,
+    pub padding: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of CapacityNormalizeParams",
+    ][::core::mem::size_of::<CapacityNormalizeParams>() - 64usize];
+    [
+        "Alignment of CapacityNormalizeParams",
+    ][::core::mem::align_of::<CapacityNormalizeParams>() - 8usize];
+    [
+        "Offset of field: CapacityNormalizeParams::normalized",
+    ][::core::mem::offset_of!(CapacityNormalizeParams, normalized) - 0usize];
+    [
+        "Offset of field: CapacityNormalizeParams::expert_scale",
+    ][::core::mem::offset_of!(CapacityNormalizeParams, expert_scale) - 8usize];
+    [
+        "Offset of field: CapacityNormalizeParams::expert_ids",
+    ][::core::mem::offset_of!(CapacityNormalizeParams, expert_ids) - 16usize];
+    [
+        "Offset of field: CapacityNormalizeParams::routing_weights",
+    ][::core::mem::offset_of!(CapacityNormalizeParams, routing_weights) - 24usize];
+    [
+        "Offset of field: CapacityNormalizeParams::args",
+    ][::core::mem::offset_of!(CapacityNormalizeParams, args) - 32usize];
+    [
+        "Offset of field: CapacityNormalizeParams::padding",
+    ][::core::mem::offset_of!(CapacityNormalizeParams, padding) - 60usize];
+};
+#[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct ExpertChoiceArgs {
     pub num_tokens: ::core::ffi::c_int,
@@ -419,6 +644,35 @@ const _: () = {
     [
         "Offset of field: ExpertChoiceArgs::token_bits",
     ][::core::mem::offset_of!(ExpertChoiceArgs, token_bits) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct ExpertChoiceParams {
+    pub expert_ids: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub scores: ::core::ffi::c_ulonglong,
+    pub args: ExpertChoiceArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of ExpertChoiceParams",
+    ][::core::mem::size_of::<ExpertChoiceParams>() - 40usize];
+    [
+        "Alignment of ExpertChoiceParams",
+    ][::core::mem::align_of::<ExpertChoiceParams>() - 8usize];
+    [
+        "Offset of field: ExpertChoiceParams::expert_ids",
+    ][::core::mem::offset_of!(ExpertChoiceParams, expert_ids) - 0usize];
+    [
+        "Offset of field: ExpertChoiceParams::routing_weights",
+    ][::core::mem::offset_of!(ExpertChoiceParams, routing_weights) - 8usize];
+    [
+        "Offset of field: ExpertChoiceParams::scores",
+    ][::core::mem::offset_of!(ExpertChoiceParams, scores) - 16usize];
+    [
+        "Offset of field: ExpertChoiceParams::args",
+    ][::core::mem::offset_of!(ExpertChoiceParams, args) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -450,6 +704,23 @@ const _: () = {
     ][::core::mem::offset_of!(NoiseArgs, vector) - 28usize];
 };
 #[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct NoiseParams {
+    pub noise: ::core::ffi::c_ulonglong,
+    pub args: NoiseArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of NoiseParams"][::core::mem::size_of::<NoiseParams>() - 40usize];
+    ["Alignment of NoiseParams"][::core::mem::align_of::<NoiseParams>() - 8usize];
+    [
+        "Offset of field: NoiseParams::noise",
+    ][::core::mem::offset_of!(NoiseParams, noise) - 0usize];
+    [
+        "Offset of field: NoiseParams::args",
+    ][::core::mem::offset_of!(NoiseParams, args) - 8usize];
+};
+#[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct JitterArgs {
     pub len: ::core::ffi::c_longlong,
@@ -469,6 +740,31 @@ const _: () = {
     [
         "Offset of field: JitterArgs::vector",
     ][::core::mem::offset_of!(JitterArgs, vector) - 12usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct JitterParams {
+    pub jittered: ::core::ffi::c_ulonglong,
+    pub x: ::core::ffi::c_ulonglong,
+    pub u: ::core::ffi::c_ulonglong,
+    pub args: JitterArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of JitterParams"][::core::mem::size_of::<JitterParams>() - 40usize];
+    ["Alignment of JitterParams"][::core::mem::align_of::<JitterParams>() - 8usize];
+    [
+        "Offset of field: JitterParams::jittered",
+    ][::core::mem::offset_of!(JitterParams, jittered) - 0usize];
+    [
+        "Offset of field: JitterParams::x",
+    ][::core::mem::offset_of!(JitterParams, x) - 8usize];
+    [
+        "Offset of field: JitterParams::u",
+    ][::core::mem::offset_of!(JitterParams, u) - 16usize];
+    [
+        "Offset of field: JitterParams::args",
+    ][::core::mem::offset_of!(JitterParams, args) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

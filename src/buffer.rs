@@ -1,4 +1,4 @@
-//! Buffers as operations make them and hand them to kernels: memory, addresses, and where those may lie.
+//! Buffers of operations: allocation, device addresses, and the checks of both.
 
 use std::sync::Arc;
 
@@ -7,10 +7,10 @@ use cudarc::driver::{
     DeviceSlice, SyncOnDrop,
 };
 
-use crate::device::{CUdeviceptr, driver_error};
+use crate::driver::{CUdeviceptr, driver_error};
 use crate::error::{Error, Result, product};
 
-/// Holds an address against the element type that the kernel reads there.
+/// Checks the alignment of an address: a multiple of `bytes`, the size of an element.
 pub(crate) fn check_aligned(
     op: &'static str,
     argument: &'static str,
@@ -24,14 +24,15 @@ pub(crate) fn check_aligned(
     }
 }
 
-/// Whether rows of `row_bytes` can be moved in 16-byte pieces in all of these buffers. One that is not
-/// there, at address 0, stands in nobody's way.
+/// Returns whether rows of `row_bytes` can be moved with 16-byte accesses in all of these buffers.
+/// A null address is ignored.
 pub(crate) fn vector_rows(row_bytes: usize, addresses: &[CUdeviceptr]) -> bool {
     row_bytes.is_multiple_of(16) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// Holds a stream, or that of a buffer, against the context of the call. cudarc orders work within one
-/// `CudaContext` alone, and two of one GPU are two as well.
+/// Checks that a stream, or the stream of a buffer, belongs to the context of the call. cudarc
+/// orders work within one `CudaContext` only, so two contexts of the same GPU must not be mixed
+/// either.
 pub(crate) fn check_context(
     op: &'static str,
     argument: &'static str,
@@ -45,8 +46,8 @@ pub(crate) fn check_context(
     }
 }
 
-/// The address of a view that an operation reads. The guard orders what is launched before it is dropped after
-/// earlier writes, and later ones after that.
+/// The address of a view that an operation reads. Launches before the guard is dropped are ordered
+/// after earlier writes of the buffer, and later writes after those launches.
 pub(crate) fn reads<'a, T>(
     op: &'static str,
     argument: &'static str,
@@ -57,7 +58,7 @@ pub(crate) fn reads<'a, T>(
     Ok(view.device_ptr(stream))
 }
 
-/// [`reads`] of a view that may be left out: 0 without one.
+/// [`reads`] for an optional view; the address is null without one.
 pub(crate) fn optional<'a, T>(
     op: &'static str,
     argument: &'static str,
@@ -70,7 +71,7 @@ pub(crate) fn optional<'a, T>(
     })
 }
 
-/// The address of a view that an operation writes, and a guard as that of [`reads`].
+/// The address of a view that an operation writes, with a guard like that of [`reads`].
 pub(crate) fn writes<'a, T>(
     op: &'static str,
     argument: &'static str,
@@ -81,26 +82,27 @@ pub(crate) fn writes<'a, T>(
     Ok(view.device_ptr_mut(stream))
 }
 
-/// Device memory for what an operation returns; `len` may be 0, which the driver itself refuses.
+/// Allocates device memory. `len` may be 0, which the driver itself rejects.
 ///
 /// # Safety
-/// The memory is unset: every element must be written before it is read.
+/// The memory is uninitialised: every element must be written before it is read.
 pub(crate) unsafe fn alloc<T: DeviceRepr>(
     op: &'static str,
     stream: &Arc<CudaStream>,
     len: usize,
 ) -> Result<CudaSlice<T>> {
     product(op, "bytes", len, size_of::<T>())?;
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller writes every element before it is read.
     let slice = unsafe { stream.alloc::<T>(len.max(1)) }.map_err(driver_error(op))?;
     if len > 0 {
         return Ok(slice);
     }
-    // SAFETY: the address was allocated on this stream, and no element of it is ever reached.
+    // SAFETY: the address was allocated on this stream, and the slice has no elements.
     Ok(unsafe { stream.upgrade_device_ptr(slice.leak(), 0) })
 }
 
-/// Numbers of the host's in memory of their own; there may be none, which the driver itself refuses.
+/// Copies a host slice to newly allocated device memory. The slice may be empty, which the driver
+/// itself rejects.
 pub(crate) fn upload<T: DeviceRepr>(
     op: &'static str,
     stream: &Arc<CudaStream>,

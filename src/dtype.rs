@@ -18,10 +18,10 @@ pub enum DType {
 }
 
 impl DType {
-    /// All of them, in the order of the kernel tables.
+    /// All element types, in the order of the kernel table.
     pub const ALL: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-    /// Bytes of one element.
+    /// The size of one element in bytes.
     pub const fn size(self) -> usize {
         match self {
             DType::F32 => 4,
@@ -29,7 +29,8 @@ impl DType {
         }
     }
 
-    /// The suffix of kernel symbols and the name on the command line: `f32`, `f16` or `bf16`.
+    /// The name, `f32`, `f16` or `bf16`: the suffix of kernel symbols, and the word on a command
+    /// line.
     pub const fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
@@ -38,8 +39,8 @@ impl DType {
         }
     }
 
-    /// Half the distance between 1 and the next larger number: the most that rounding to nearest
-    /// can be off, relative to the value.
+    /// The unit roundoff, half the distance between 1 and the next larger number: the largest
+    /// relative error of rounding to nearest.
     pub const fn unit_roundoff(self) -> f64 {
         match self {
             DType::F32 => 1.0 / (1u64 << 24) as f64,
@@ -48,7 +49,7 @@ impl DType {
         }
     }
 
-    /// The smallest positive normal number; below it rounding errors are absolute.
+    /// The smallest positive normal number. Below it the error of rounding is absolute.
     pub const fn min_positive(self) -> f64 {
         match self {
             DType::F32 | DType::BF16 => f32::MIN_POSITIVE as f64,
@@ -85,27 +86,37 @@ mod private {
     impl Sealed for half::bf16 {}
 }
 
+/// An element of any tensor of a layer: activations, weights, ids or flags.
+pub(crate) trait Plain: Pod + DeviceRepr {}
+
+impl Plain for f32 {}
+impl Plain for f16 {}
+impl Plain for bf16 {}
+impl Plain for u32 {}
+impl Plain for u8 {}
+
 /// An element type, known at compile time: `f32`, [`half::f16`] or [`half::bf16`].
 ///
-/// Slices of any such type may be uploaded, and allocated full of zeros: generic callers need no trait of their own.
+/// It implies cudarc's `DeviceRepr` and `ValidAsZeroBits`, so generic code can upload slices and
+/// allocate zeroed memory of any such type without further bounds.
 pub trait Dtype:
     Pod + DeviceRepr + ValidAsZeroBits + Send + Sync + PartialOrd + std::fmt::Debug + private::Sealed
 {
-    /// The same at run time.
+    /// The same type as a run-time value.
     const DTYPE: DType;
 
-    /// Exact.
+    /// Converts to f32 exactly.
     fn to_f32(self) -> f32;
 
-    /// Rounds to nearest, ties to even.
+    /// Rounds an f32 to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
 
-    /// Exact.
+    /// Converts to f64 exactly.
     fn to_f64(self) -> f64 {
         f64::from(self.to_f32())
     }
 
-    /// Rounds to nearest, ties to even, once.
+    /// Rounds an f64 to nearest, ties to even, in one step.
     fn from_f64(value: f64) -> Self;
 }
 
@@ -157,8 +168,9 @@ impl Dtype for bf16 {
     }
 }
 
-/// An f64 as an f32 that rounds on to any narrower type as the f64 itself would: where the f32 is
-/// not exact, it is the neighbour whose last bit is 1.
+/// Rounds an f64 to odd: if it is not exactly an f32, the result is the neighbour whose last bit is
+/// 1. Rounding the result to a narrower type then gives the same number as rounding the f64
+/// directly.
 fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     if f64::from(nearest) == value || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {
@@ -175,13 +187,14 @@ mod tests {
 
     #[test]
     fn f64_rounds_once() {
-        // 1 + 2^-11 is halfway between two f16; a hair above it must go up, though f32 cannot see the hair.
-        let hair = 1.0 + 2f64.powi(-11) + 2f64.powi(-40);
+        // 1 + 2^-11 is halfway between two f16. 2^-40 more must round up, though f32 does not hold
+        // it.
+        let above = 1.0 + 2f64.powi(-11) + 2f64.powi(-40);
         let (to_f16, to_bf16) = (<f16 as Dtype>::from_f64, <bf16 as Dtype>::from_f64);
-        assert_eq!(to_f16(hair).to_f64(), 1.0 + 2f64.powi(-10));
+        assert_eq!(to_f16(above).to_f64(), 1.0 + 2f64.powi(-10));
         assert_eq!(to_f16(1.0 + 2f64.powi(-11)).to_f64(), 1.0);
-        let hair = 2f64.powi(-8) + 2f64.powi(-50);
-        assert_eq!(to_bf16(-(1.0 + hair)).to_f64(), -(1.0 + 2f64.powi(-7)));
+        let above = 2f64.powi(-8) + 2f64.powi(-50);
+        assert_eq!(to_bf16(-(1.0 + above)).to_f64(), -(1.0 + 2f64.powi(-7)));
         assert_eq!(to_bf16(f64::INFINITY), bf16::INFINITY);
         assert!(to_f16(f64::NAN).is_nan());
         assert_eq!(to_f16(0.0).to_bits(), 0);

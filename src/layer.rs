@@ -1,9 +1,10 @@
-//! A whole layer: the operations in order.
+//! The layer: its operations in order.
 
 mod contexts;
 mod experts;
 mod memory;
 mod outputs;
+mod pass;
 mod route;
 mod scores;
 mod sections;
@@ -17,26 +18,24 @@ use crate::config::MoeConfig;
 use crate::device::Device;
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len};
-use crate::ops::plan::plan_fwd_into;
-use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
-use crate::tensors::{MoeInputs, MoeWeights, Typed, no_gate, shape_of};
+use crate::tensors::{MoeInputs, MoeWeights, Typed, no_router_gate, shape_of};
 use crate::workspace::{Arena, Section, Workspace};
-use contexts::Contexts;
-use sections::{Sections, one_expert};
+use experts::Routing;
+use pass::Pass;
+use sections::{OP, Sections};
 
-const OP: &str = "MoeLayer";
-
-/// A Mixture-of-Experts layer on a device. It holds no weights and no memory: those are the caller's.
+/// A Mixture-of-Experts layer on a device. The caller owns its weights and its workspace.
 ///
-/// One forward pass enqueues what the configuration asks for, in this order: the router's norm and
-/// projection, `route`, `capacity`, `plan`, the products of the shared expert, those of the routed ones, and
-/// `combine`. Nothing is allocated, nothing is read back, and the launches depend on the number of tokens
-/// alone, so a captured graph replays with any routing.
+/// One forward pass enqueues the operations that the configuration enables, in this order: the norm
+/// and projection of the router, `route`, `capacity`, `plan`, the products of the shared expert,
+/// those of the routed experts, and `combine`. It allocates nothing and reads nothing back, and its
+/// launches depend on the number of tokens only, so a captured graph replays with any routing.
 ///
 /// To capture a pass on a stream of `CudaContext::new_stream`, call
-/// `CudaContext::disable_event_tracking` before the buffers are allocated: otherwise cudarc waits for
-/// events from before the capture, which CUDA refuses. [`Device::warm_up`] comes before as well.
+/// `CudaContext::disable_event_tracking` before the buffers are allocated: otherwise cudarc waits
+/// for events from before the capture, which CUDA rejects. Call [`Device::warm_up`] before the
+/// capture as well.
 #[derive(Debug, Clone)]
 pub struct MoeLayer {
     device: Device,
@@ -44,7 +43,7 @@ pub struct MoeLayer {
 }
 
 impl MoeLayer {
-    /// A layer of this configuration.
+    /// Creates a layer of this configuration.
     ///
     /// # Errors
     /// [`Error::Unsupported`], which names the field.
@@ -53,13 +52,13 @@ impl MoeLayer {
         Ok(Self { device: device.clone(), config })
     }
 
-    /// What it computes.
+    /// The configuration.
     pub fn config(&self) -> &MoeConfig {
         &self.config
     }
 
-    /// Bytes of workspace that a pass over at most `num_tokens` tokens needs, or any part of one: a pure
-    /// function, known before there is a device.
+    /// The size of the workspace in bytes for a pass over at most `num_tokens` tokens, or any part
+    /// of a pass. It needs no device.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a configuration or a shape out of range.
@@ -68,22 +67,24 @@ impl MoeLayer {
         Section::total(OP, &Sections::new(config, dtype, num_tokens)?.of_forward())
     }
 
-    /// A whole pass: `inputs` of `T` tokens to `y` `[T, H]`.
+    /// Enqueues a whole pass: `inputs` of `T` tokens to `y` `[T, H]`.
     ///
-    /// `T` is what the length of `inputs.x` says. Asynchronous, ordered on `stream`. Products accumulate in
-    /// f32; what lies between two operations is rounded to `D` once, and so is `y`. Logits that are not given
-    /// are the product of the tokens with the router's gate, in f32 or rounded to `D` as the configuration says.
+    /// `T` follows from the length of `inputs.x`. The call is asynchronous, ordered on `stream`.
+    /// Products accumulate in f32; each intermediate tensor and `y` is rounded to `D` once. Logits
+    /// that are not given are the product of the tokens with the router gate, in f32 or rounded to
+    /// `D`, by [`f32_logits`](crate::RouterProjection::f32_logits).
     ///
-    /// In f16 each expert's output is multiplied by its weight before it is rounded, so that it may leave the range
-    /// of f16 (65504) on the way. All else that is stored is in that range, or becomes infinite: logits that are not
-    /// computed in f32, by which other experts may then be chosen, activations, such products, the shared expert's
-    /// output, and the experts' where their norm ([`post_norm`](crate::ExpertConfig::post_norm)) is next or their
-    /// weight came before ([`weight_position`](crate::ExpertConfig::weight_position)).
+    /// In f16, each expert's output is multiplied by its routing weight before it is rounded, so
+    /// the output itself may exceed the range of f16 (65504). All other stored values overflow to
+    /// infinity beyond that range: logits that are not f32 (which may then select other experts),
+    /// activations, the weighted outputs, the output of the shared expert, and the outputs of the
+    /// experts if they have a norm ([`post_norm`](crate::ExpertConfig::post_norm)) or apply the
+    /// weight earlier ([`weight_position`](crate::ExpertConfig::weight_position)).
     ///
     /// # Errors
-    /// [`Error::Length`] for a buffer or a workspace that does not fit,
-    /// [`Error::Mismatch`] for weights or inputs that are not as the configuration says, [`Error::Context`]
-    /// for a stream or a buffer of another `CudaContext`, and what a launch can meet.
+    /// [`Error::Length`] for a buffer or a workspace of another length, [`Error::Presence`] and
+    /// [`Error::Mismatch`] for weights or inputs that contradict the configuration,
+    /// [`Error::Context`] for a stream or a buffer of another `CudaContext`, and any launch error.
     pub fn forward<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -92,7 +93,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         y: &mut CudaViewMut<'_, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
         check_len(OP, "y", y.len(), inputs.x.len())?;
         pass.contexts.inputs(inputs)?;
@@ -106,17 +107,21 @@ impl MoeLayer {
             arena.take(pass.sections.routing_weights)?,
         );
         pass.route(inputs, dense.as_ref(), &mut arena, &mut outputs)?;
-        let routing = (&outputs.expert_ids.as_view(), &outputs.routing_weights.as_view());
+        let routing = Routing {
+            expert_ids: &outputs.expert_ids.as_view(),
+            routing_weights: &outputs.routing_weights.as_view(),
+        };
         pass.experts(&inputs.x, routing, dense.as_ref(), &mut arena, y)
     }
 
-    /// The first part of [`forward`](Self::forward): the router's logits `[T, E']`, of the type that
-    /// [`f32_logits`](crate::RouterProjection::f32_logits) says; the auxiliary losses read them. They
-    /// are those of the product, before noise, multiplier and soft-cap; [`router_scores`](Self::router_scores) has
-    /// what follows.
+    /// The first part of [`forward`](Self::forward): the logits of the router `[T, E']`, in f32 or
+    /// `D`, by [`f32_logits`](crate::RouterProjection::f32_logits), for auxiliary losses for
+    /// example. They are those of the product, before noise, multiplier and soft-cap;
+    /// [`router_scores`](Self::router_scores) has the later steps.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a gate.
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for weights without a router
+    /// gate or logits of the wrong type.
     pub fn router_logits<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -125,10 +130,10 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
-        let gate = weights.router.gate.as_ref().ok_or_else(|| no_gate(OP))?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
+        let router_gate = weights.router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?;
         if logits.is_f32() != self.config.projection.f32_logits {
-            let why = "`logits` are not of the type that `projection.f32_logits` says".into();
+            let why = "the type of `logits` contradicts `projection.f32_logits`".into();
             return Err(Error::Mismatch { op: OP, why });
         }
         check_len(OP, "logits", logits.len(), pass.shape.logits())?;
@@ -139,7 +144,7 @@ impl MoeLayer {
         let dense = pass.dense(&mut arena, pass.projects_by_gemm(inputs))?;
         pass.router_gemm(
             inputs,
-            gate,
+            router_gate,
             weights.router.bias.as_ref(),
             dense.as_ref(),
             &mut arena,
@@ -148,7 +153,7 @@ impl MoeLayer {
     }
 
     /// The first half of [`forward`](Self::forward): the experts of each token, `expert_ids` and
-    /// `routing_weights` `[T, K]`. Slots that capacity dropped and those of inactive tokens have the id
+    /// `routing_weights` `[T, K]`. Dropped slots and slots of inactive tokens have the id
     /// `u32::MAX`. [`route_into`](Self::route_into) has further outputs.
     ///
     /// # Errors
@@ -162,16 +167,17 @@ impl MoeLayer {
         expert_ids: &mut CudaViewMut<'_, u32>,
         routing_weights: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let (ids, of_slots) = (expert_ids.slice_mut(..), routing_weights.slice_mut(..));
-        let outputs = &mut RoutingOutputs::new(ids, of_slots);
+        let outputs =
+            &mut RoutingOutputs::new(expert_ids.slice_mut(..), routing_weights.slice_mut(..));
         self.route_into(stream, inputs, weights, workspace, outputs)
     }
 
-    /// [`route`](Self::route) with every output that the caller has a view for: the counts of a layer with capacity, for
-    /// one. Capturable as the whole pass is.
+    /// [`route`](Self::route) with optional outputs, such as the counts of a layer with capacity.
+    /// It can be captured like a whole pass.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`] for counts of a layer without capacity.
+    /// Those of [`forward`](Self::forward), and [`Error::Presence`] for counts of a layer without
+    /// capacity.
     pub fn route_into<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -180,7 +186,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
         outputs.check(OP, &self.config, pass.shape, inputs.sequence_tokens)?;
         pass.contexts.inputs(inputs)?;
@@ -191,12 +197,12 @@ impl MoeLayer {
         pass.route(inputs, dense.as_ref(), &mut arena, outputs)
     }
 
-    /// The second half of [`forward`](Self::forward), for experts that were chosen elsewhere or before:
-    /// `expert_ids` and `routing_weights` `[T, K]`. Slots whose id is no expert's take no part.
+    /// The second half of [`forward`](Self::forward), for a given routing: `expert_ids` and
+    /// `routing_weights` `[T, K]`. Slots whose id is not below the number of experts are ignored.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
-    #[allow(clippy::too_many_arguments, reason = "each is a part of a layer")]
+    #[allow(clippy::too_many_arguments, reason = "the parts of a layer")]
     pub fn forward_routed<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -207,7 +213,7 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         y: &mut CudaViewMut<'_, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, shape_of(OP, &self.config, x.len())?, weights)?;
+        let pass = self.pass(stream, shape_of(OP, &self.config, x.len())?, weights)?;
         check_len(OP, "y", y.len(), x.len())?;
         check_len(OP, "expert_ids", expert_ids.len(), pass.shape.slots())?;
         check_len(OP, "routing_weights", routing_weights.len(), pass.shape.slots())?;
@@ -218,43 +224,16 @@ impl MoeLayer {
         pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_experts())?;
         let dense = pass.dense(&mut arena, pass.has_dense_experts())?;
-        pass.experts(x, (expert_ids, routing_weights), dense.as_ref(), &mut arena, y)
+        pass.experts(x, Routing { expert_ids, routing_weights }, dense.as_ref(), &mut arena, y)
     }
-}
 
-/// One pass on its way: every buffer has been held against the configuration.
-struct Pass<'p, 'w, D: Dtype> {
-    device: &'p Device,
-    stream: &'p CudaStream,
-    config: &'p MoeConfig,
-    weights: &'p MoeWeights<OnDevice<'w>, D>,
-    shape: RoutingShape,
-    sections: Sections,
-    contexts: Contexts<'p>,
-}
-
-impl<'p, 'w, D: Dtype> Pass<'p, 'w, D> {
-    fn new(
-        layer: &'p MoeLayer,
+    /// Checks the weights for a pass of this shape.
+    fn pass<'p, 'w, D: Dtype>(
+        &'p self,
         stream: &'p CudaStream,
         shape: RoutingShape,
         weights: &'p MoeWeights<OnDevice<'w>, D>,
-    ) -> Result<Self> {
-        let MoeLayer { device, config } = layer;
-        weights.check(OP, config)?;
-        let contexts = Contexts::new(device, stream)?;
-        contexts.weights(weights)?;
-        let sections = Sections::new(config, D::DTYPE, shape.num_tokens)?;
-        Ok(Self { device, stream, config, weights, shape, sections, contexts })
-    }
-
-    /// The plan of dense products, which are grouped ones with a single expert that every token goes to.
-    fn dense<'a>(&self, arena: &mut Arena<'a>, wanted: bool) -> Result<Option<RoutingPlan<'a>>> {
-        let memory = arena.take::<u8>(self.sections.dense)?;
-        if !wanted {
-            return Ok(None);
-        }
-        let shape = one_expert(self.shape.num_tokens);
-        plan_fwd_into(self.device, self.stream, shape, None, memory).map(Some)
+    ) -> Result<Pass<'p, 'w, D>> {
+        Pass::new(&self.device, &self.config, stream, shape, weights)
     }
 }

@@ -1,22 +1,28 @@
 //! CUDA kernels for Mixture-of-Experts layers, with a safe API over `cudarc`.
 //!
-//! A layer sends each of `T` tokens to `K` of `E` experts and adds up what they make of it:
+//! A layer routes each of `T` tokens to `K` of `E` experts and sums their outputs, each times its
+//! routing weight. `H` is the width of a token, `I` that of an expert, and `R = T * K` the number
+//! of rows, of which each is one token at one expert:
 //!
 //! ```text
-//! logits [T, E] -route-> expert_ids [T, K], weights [T, K] -plan-> RoutingPlan
+//! logits [T, E] -route-> expert_ids [T, K], routing_weights [T, K] -plan-> RoutingPlan
 //! x [T, H] -grouped_gemm + activation (gate_up [E, 2I, H])-> act [R, I]
 //!          -grouped_gemm (down [E, H, I])-> yp [R, H] -combine-> y [T, H]
 //! ```
 //!
-//! [`MoeLayer`] runs all of it in a [`Workspace`] of the caller's; [`ops`] has the operations one by
-//! one; [`mod@reference`] computes the same on the CPU and is their specification. Experts are chosen
-//! exactly, ties to the lower expert, and results are the same bits from run to run: every output
-//! element has one owner and a fixed order of summation.
+//! - [`MoeLayer`] runs the whole layer in a [`Workspace`] that the caller owns.
+//! - [`ops`] has each operation on its own.
+//! - [`mod@reference`] computes the same on the CPU and is the specification of the kernels.
+//!
+//! The choice of experts is exact, with ties to the lower expert. Results are the same bits on
+//! every execution: each output element has one writer and a fixed order of summation.
 //!
 //! ```no_run
 //! use cudarc::driver::CudaContext;
 //! use half::bf16;
-//! use moe_kernels::{DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, RouterStep, Workspace};
+//! use moe_kernels::{
+//!     DType, Device, MoeConfig, MoeInputs, MoeLayer, MoeWeights, RouterConfig, Workspace,
+//! };
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let context = CudaContext::new(0)?;
@@ -44,35 +50,33 @@
 //! # Features
 //!
 //! - `serde`: `Serialize` and `Deserialize` for the configuration types.
-//! - `hf`: [`MoeConfig::from_hf`] and the names of the tensors, for every family of Hugging Face's transformers
-//!   whose block is a routed FFN.
-//! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, handed on to cudarc. Without
-//!   one, cudarc takes that of the `nvcc` on `PATH`, or its newest. CUDA 12.0 is the oldest.
-//! - `bindgen`: generates the argument structs afresh in the build, instead of the committed copy.
+//! - `cuda-12000` ... `cuda-13040`: one explicit version of the driver API, forwarded to cudarc.
+//!   Without one, cudarc uses that of the `nvcc` on `PATH`, or else its newest. CUDA 12.0 is the
+//!   oldest.
+//! - `bindgen`: generates the argument structs in the build instead of using the committed copy.
 //!
 //! # Streams and capture
 //!
-//! Every call enqueues on the given stream and returns. Nothing synchronises, reads the device, or
-//! (but for the forms that return new buffers) allocates. Images load on first use;
-//! [`Device::warm_up`] loads all that a layer of an element type needs, before a stream capture for example.
+//! Every call enqueues work on the given stream and returns. No call synchronises or reads device
+//! memory from the host, and only the forms that return new buffers allocate. Kernel images load on
+//! first use. [`Device::warm_up`] loads all images that a layer of an element type needs; call it
+//! before a stream capture.
 
 #[cfg(not(feature = "bindgen"))]
-#[allow(dead_code, reason = "some constants are for the kernels alone")]
+#[allow(dead_code, reason = "only kernels use some of the constants")]
 #[rustfmt::skip]
 mod abi;
 #[cfg(feature = "bindgen")]
-#[allow(dead_code, reason = "some constants are for the kernels alone")]
+#[allow(dead_code, reason = "only kernels use some of the constants")]
 mod abi {
     include!(concat!(env!("OUT_DIR"), "/abi.rs"));
 }
 mod buffer;
 mod config;
 mod device;
+mod driver;
 mod dtype;
 mod error;
-pub mod format;
-#[cfg(feature = "hf")]
-pub mod hf;
 mod images;
 mod kernels;
 mod layer;
@@ -85,11 +89,11 @@ mod tensors;
 mod workspace;
 
 pub use config::*;
-pub use device::{
-    CUdeviceptr, CUstream, Device, KernelFile, kernel_files, kernel_symbols, kernel_toolkit,
-};
+pub use device::{Device, kernel_symbols};
+pub use driver::{CUdeviceptr, CUstream};
 pub use dtype::{DType, Dtype};
 pub use error::{Error, Result};
+pub use images::{KernelFile, kernel_files, kernel_toolkit};
 pub use layer::{MoeLayer, OnDevice, OnDeviceMut, OwnedOnDevice, RoutingOutputs};
 pub use routing_plan::{PlanLayout, RoutingPlan};
 pub use shape::{MAX_EXPERTS, RoutingShape};

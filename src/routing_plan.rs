@@ -1,4 +1,4 @@
-//! The plan's data type: where each slot's row is, and whose row each is, on a device.
+//! The plan's data type: the maps between slots and rows of a routing, on a device.
 
 use std::ops::Range;
 
@@ -9,13 +9,13 @@ use crate::buffer::check_context;
 use crate::error::{Error, Result};
 use crate::shape::RoutingShape;
 
-/// Parts of a plan start at multiples of this, which is what device allocations start at.
+/// Parts of a plan start at multiples of this, as device allocations do.
 const PART_ALIGNMENT: usize = 256;
 
-/// Where the parts of a plan lie in one piece of memory: pure numbers, from a shape alone.
+/// The offsets of a plan's parts in one piece of memory, computed from a shape alone.
 ///
-/// Parts are ranges of bytes from the start of that memory, and hold something after
-/// [`plan_fwd`](crate::ops::plan) has run on it.
+/// Parts are ranges of bytes from the start of that memory, which [`plan_fwd`](crate::ops::plan)
+/// writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlanLayout {
     shape: RoutingShape,
@@ -82,8 +82,8 @@ impl PlanLayout {
         })
     }
 
-    /// The shape of the plan: `E` is how many experts it holds, which may be fewer than the router has, and
-    /// fewer than `K`.
+    /// The shape of the plan: `E` is the number of its experts, which may be fewer than the
+    /// router's, and fewer than `K`.
     pub fn shape(&self) -> RoutingShape {
         self.shape
     }
@@ -98,8 +98,8 @@ impl PlanLayout {
         self.counts.end
     }
 
-    /// How many tiles the list has room for, whatever the routing: a grid of this many blocks reaches
-    /// every tile.
+    /// The length of the list of tiles, a bound for every routing: a grid of this many blocks
+    /// covers all tiles.
     pub fn max_tiles(&self) -> usize {
         self.max_tiles
     }
@@ -124,7 +124,7 @@ impl PlanLayout {
         self.tiles.clone()
     }
 
-    /// `[1]` `i32`: how many tiles are in use.
+    /// `[1]` `i32`: the number of tiles in use.
     pub fn num_tiles(&self) -> Range<usize> {
         self.tile_offsets.end - size_of::<i32>()..self.tile_offsets.end
     }
@@ -150,16 +150,16 @@ impl PlanLayout {
     }
 }
 
-/// Slots grouped by expert, on a device: what [`plan_fwd`](crate::ops::plan::plan_fwd) makes.
+/// Slots grouped by expert, on a device: the result of [`plan_fwd`](crate::ops::plan::plan_fwd).
 ///
-/// Only that operation can make one, and nothing else can write it while it lives. Reading it is ordered after the
-/// operation on the same stream, and on other streams as cudarc orders views.
+/// Only that operation creates a plan, and no other operation writes it. Reads are ordered after
+/// the operation on the same stream, and on other streams as cudarc orders views.
 ///
-/// A plan that was made while its stream captured holds nothing until the graph has run: use it within that capture,
-/// or after a replay. Neither the type nor cudarc can tell when that is; a capture may be given up, and a replay
-/// is ordered with nothing but its own stream. Therefore no kernel trusts a plan: each compares the indices that it
-/// reads with the sizes that its launch states, which costs a comparison where it compared with -1 before. A plan
-/// that is used at the wrong time gives wrong numbers, never an access outside a buffer.
+/// A plan that was created during a stream capture is undefined until the graph has run: use it
+/// within that capture, or after a replay. Neither this type nor cudarc can check that: a capture
+/// may be abandoned, and a replay is ordered on its own stream alone. Kernels therefore compare
+/// every index that they read from a plan with the sizes of their launch, instead of with -1. A
+/// plan that is used too early gives wrong results, never an access outside a buffer.
 pub struct RoutingPlan<'a> {
     layout: PlanLayout,
     memory: PlanMemory<'a>,
@@ -175,13 +175,13 @@ impl<'a> RoutingPlan<'a> {
     /// The plan in `memory`.
     ///
     /// # Safety
-    /// `memory` has `layout.bytes()` bytes and starts at a multiple of 4. What they hold need not be a plan: see the
-    /// type's description.
+    /// `memory` has `layout.bytes()` bytes and starts at a multiple of 4. It need not contain a
+    /// plan yet: see the type's description.
     pub(crate) unsafe fn new(layout: PlanLayout, memory: PlanMemory<'a>) -> Self {
         Self { layout, memory }
     }
 
-    /// Holds the plan against the stream of an operation that reads it.
+    /// Checks the plan's context against the stream of an operation that reads it.
     pub(crate) fn check_stream(&self, op: &'static str, stream: &CudaStream) -> Result<()> {
         let own = match &self.memory {
             PlanMemory::Owned(memory) => memory.stream(),
@@ -190,8 +190,8 @@ impl<'a> RoutingPlan<'a> {
         check_context(op, "plan", own, stream.context())
     }
 
-    /// The shape of the plan: `E` is how many experts it holds, which may be fewer than the router has, and
-    /// fewer than `K`. Weights of that many experts go with it.
+    /// The shape of the plan: `E` is the number of its experts, which may be fewer than the
+    /// router's, and fewer than `K`. Products with this plan take the weights of these experts.
     pub fn shape(&self) -> RoutingShape {
         self.layout.shape
     }
@@ -201,12 +201,12 @@ impl<'a> RoutingPlan<'a> {
         self.layout.experts()
     }
 
-    /// Where the parts are.
+    /// The offsets of the parts.
     pub fn layout(&self) -> &PlanLayout {
         &self.layout
     }
 
-    /// How many tiles the list has room for.
+    /// The length of the list of tiles.
     pub fn max_tiles(&self) -> usize {
         self.layout.max_tiles
     }
@@ -231,7 +231,7 @@ impl<'a> RoutingPlan<'a> {
         self.part(self.layout.tiles())
     }
 
-    /// `[1]`: how many tiles are in use.
+    /// `[1]`: the number of tiles in use.
     pub fn num_tiles(&self) -> CudaView<'_, i32> {
         self.part(self.layout.num_tiles())
     }
@@ -260,7 +260,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_are_aligned_and_apart() {
+    fn parts_are_aligned_and_disjoint() {
         for (t, e, k) in [
             (0, 1, 1),
             (0, 4096, 7),
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_cover_slots() {
+    fn blocks_cover_all_slots() {
         let most = i32::MAX as usize - 4096;
         for slots in [0, 1, 1023, 1024, 1025, 131072, 131073, 1 << 24, most] {
             let layout = PlanLayout::new(RoutingShape::new(slots, 8, 1).unwrap()).unwrap();
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn limits() {
+    fn shapes_out_of_range_are_rejected() {
         assert!(PlanLayout::new(RoutingShape { num_tokens: 1, num_experts: 0, top_k: 1 }).is_err());
         assert!(
             PlanLayout::new(RoutingShape { num_tokens: usize::MAX, num_experts: 2, top_k: 2 })

@@ -3,13 +3,13 @@
 use crate::abi;
 use crate::error::{Error, Result, product};
 
-/// The most experts that a layer may have.
+/// The largest number of experts of a layer.
 pub const MAX_EXPERTS: usize = abi::MAX_EXPERTS as usize;
 
-/// How many tokens go to how many of how many experts.
+/// The dimensions of a routing: each of `T` tokens is sent to `K` of `E` experts.
 ///
-/// A *slot* is a pair (token, k), numbered `token * top_k + k`. Grouping slots by expert gives
-/// *rows*; there are as many rows as active slots, so at most [`slots`](Self::slots).
+/// A *slot* is a pair (token, k), numbered `token * top_k + k`. Grouping the active slots by expert
+/// gives the *rows*: one row per active slot, so at most [`slots`](Self::slots).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
@@ -23,7 +23,7 @@ pub struct RoutingShape {
 }
 
 impl RoutingShape {
-    /// A shape that has been checked.
+    /// Creates a shape after checking it.
     ///
     /// # Errors
     /// [`Error::Unsupported`] unless `1 <= top_k <= num_experts <= MAX_EXPERTS` and the number of
@@ -34,28 +34,29 @@ impl RoutingShape {
         Ok(shape)
     }
 
-    /// `T * K`: the number of slots, and the bound on the number of rows.
+    /// `T * K`: the number of slots, and an upper bound of the number of rows.
     pub fn slots(&self) -> usize {
         self.num_tokens.saturating_mul(self.top_k)
     }
 
-    /// `T * E`: elements of the logits.
+    /// `T * E`: the number of logits.
     pub fn logits(&self) -> usize {
         self.num_tokens.saturating_mul(self.num_experts)
     }
 
-    /// The same slots, each as a token of its own: a plan for this shape lists slots where others list tokens.
+    /// The shape in which each slot counts as one token with one expert, `[T * K, E]`. A plan of
+    /// this shape lists slots in place of tokens.
     pub fn by_slot(&self) -> Self {
         Self { num_tokens: self.slots(), num_experts: self.num_experts, top_k: 1 }
     }
 
-    /// How many sequences of `sequence_tokens` tokens there are, the last one perhaps shorter; without a length
-    /// the batch is one sequence.
+    /// The number of sequences of `sequence_tokens` tokens, of which the last may be shorter.
+    /// `None` makes the batch one sequence.
     pub fn sequences(&self, sequence_tokens: Option<usize>) -> usize {
         self.num_tokens.div_ceil(sequence_tokens.unwrap_or(self.num_tokens).max(1))
     }
 
-    /// What [`RoutingShape::new`] checks; operations repeat it, since the fields are public.
+    /// The checks of [`RoutingShape::new`]. Operations repeat them, since the fields are public.
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         self.check_rows(op)?;
         if self.top_k > self.num_experts {
@@ -65,7 +66,7 @@ impl RoutingShape {
         Ok(())
     }
 
-    /// What operations on the rows of a plan need: its experts may be fewer than a token chooses.
+    /// The checks of operations on the rows of a plan, whose experts may be fewer than `top_k`.
     pub(crate) fn check_rows(&self, op: &'static str) -> Result<()> {
         if !(1..=MAX_EXPERTS).contains(&self.num_experts) {
             let wanted = format!("1 to {MAX_EXPERTS}");
@@ -83,14 +84,14 @@ impl RoutingShape {
         Ok(())
     }
 
-    /// The shape of a plan that holds the experts of this routing from `first` on, below `end`, alone.
+    /// The shape of a plan for the experts `first..end` of this routing.
     pub(crate) fn of_experts(&self, op: &'static str, first: usize, end: usize) -> Result<Self> {
         self.check(op)?;
         if first >= end || end > self.num_experts {
             return Err(Error::Unsupported {
                 op,
                 argument: "experts",
-                wanted: format!("a range of some of {}", self.num_experts),
+                wanted: format!("a non-empty range within 0..{}", self.num_experts),
                 got: format!("{first}..{end}"),
             });
         }
@@ -102,7 +103,7 @@ fn unsupported(op: &'static str, argument: &'static str, wanted: String, got: us
     Error::Unsupported { op, argument, wanted, got: got.to_string() }
 }
 
-/// Rows and slots are counted in `int` by the kernels; a tile may reach past the last row.
+/// Kernels count rows and slots in `int`, and a tile may extend past the last row.
 const MAX_SLOTS: usize = i32::MAX as usize - 4096;
 
 impl std::fmt::Display for RoutingShape {
@@ -116,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits() {
+    fn shapes_are_checked() {
         assert!(RoutingShape::new(0, 1, 1).is_ok());
         assert!(RoutingShape::new(5, 4096, 4096).is_ok());
         for (t, e, k) in
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn some_of_the_experts() {
+    fn range_of_experts_is_checked() {
         let whole = RoutingShape::new(5, 8, 2).unwrap();
         let part = whole.of_experts("test", 3, 4).unwrap();
         assert_eq!((part.num_tokens, part.num_experts, part.top_k), (5, 1, 2));

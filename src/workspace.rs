@@ -1,21 +1,21 @@
-//! Scratch memory of a layer: one arena that the caller owns.
+//! The workspace of a layer: one arena of scratch memory that the caller owns.
 
 use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DevicePtr, DeviceSlice};
 
-use crate::device::{self, check_aligned};
+use crate::buffer::{self, check_aligned};
 use crate::error::{Error, Result};
 
-/// Sections of an arena start at multiples of this, which is what device allocations start at.
+/// The alignment of sections in bytes: that of device allocations.
 const SECTION_ALIGNMENT: usize = 256;
 
-/// Scratch memory for [`MoeLayer`](crate::MoeLayer), of at least
+/// Scratch memory of a [`MoeLayer`](crate::MoeLayer), of at least
 /// [`workspace_bytes`](crate::MoeLayer::workspace_bytes) bytes.
 ///
-/// What it holds between calls means nothing; one may serve many layers, one after the other on one
-/// stream. Its address does not change, as a captured graph needs.
+/// Its contents do not persist between calls, so one workspace can serve many layers in turn on one
+/// stream. Its address is fixed, as a captured graph requires.
 pub struct Workspace<'a> {
     memory: Memory<'a>,
 }
@@ -29,21 +29,22 @@ impl Workspace<'static> {
     /// Allocates `bytes` on `stream`.
     ///
     /// # Errors
-    /// [`Error::Driver`] if the driver has no such memory.
+    /// [`Error::Driver`] if the driver cannot allocate the memory.
     pub fn alloc(stream: &Arc<CudaStream>, bytes: usize) -> Result<Self> {
         // SAFETY: every operation writes what a later one reads.
-        let memory = unsafe { device::alloc("Workspace::alloc", stream, bytes) }?;
+        let memory = unsafe { buffer::alloc("Workspace::alloc", stream, bytes) }?;
         Ok(Self { memory: Memory::Owned(memory) })
     }
 }
 
 impl<'a> Workspace<'a> {
-    /// Uses memory of the caller's, which starts at a multiple of 256 bytes.
+    /// Uses memory of the caller. Its address must be a multiple of 256 bytes, which each call
+    /// checks.
     pub fn borrow(memory: CudaViewMut<'a, u8>) -> Self {
         Self { memory: Memory::Borrowed(memory) }
     }
 
-    /// Its size in bytes.
+    /// The size in bytes.
     pub fn bytes(&self) -> usize {
         match &self.memory {
             Memory::Owned(memory) => memory.len(),
@@ -59,7 +60,7 @@ impl<'a> Workspace<'a> {
         }
     }
 
-    /// All of it, if it has `wanted` bytes.
+    /// The first `wanted` bytes, after checking size and alignment.
     pub(crate) fn view_mut(
         &mut self,
         op: &'static str,
@@ -78,17 +79,17 @@ impl<'a> Workspace<'a> {
     }
 }
 
-/// A section of an arena: where elements of one type lie.
+/// The size of one section of an arena.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Section {
-    /// Elements.
+    /// The number of elements.
     len: usize,
-    /// Bytes, with the padding that lets the next section start at a boundary.
+    /// The size in bytes, padded to [`SECTION_ALIGNMENT`].
     bytes: usize,
 }
 
 impl Section {
-    /// Room for `len` elements of `size` bytes, or an error where `usize` ends.
+    /// A section of `len` elements of `size` bytes; returns an error if the size overflows `usize`.
     pub(crate) fn new(op: &'static str, len: usize, size: usize) -> Result<Self> {
         len.checked_mul(size)
             .and_then(|bytes| bytes.checked_next_multiple_of(SECTION_ALIGNMENT))
@@ -96,14 +97,14 @@ impl Section {
             .ok_or_else(|| too_large(op))
     }
 
-    /// The bytes of all of `sections`, or an error where `usize` ends.
+    /// The size of all `sections` in bytes; returns an error if it overflows `usize`.
     pub(crate) fn total(op: &'static str, sections: &[Section]) -> Result<usize> {
         let sum = |total: usize, section: &Section| total.checked_add(section.bytes);
         sections.iter().try_fold(0, sum).ok_or_else(|| too_large(op))
     }
 }
 
-/// Hands out the sections of a workspace one after the other, in the order in which their bytes were added up.
+/// Hands out the sections of a workspace, one after another.
 pub(crate) struct Arena<'a> {
     op: &'static str,
     memory: CudaViewMut<'a, u8>,
@@ -111,7 +112,7 @@ pub(crate) struct Arena<'a> {
 }
 
 impl<'a> Arena<'a> {
-    /// All of `workspace`, if it has room for `sections`.
+    /// Checks that `workspace` has room for `sections`, of which none has been taken yet.
     pub(crate) fn new(
         op: &'static str,
         workspace: &'a mut Workspace<'_>,
@@ -121,16 +122,16 @@ impl<'a> Arena<'a> {
         Ok(Self { op, memory: workspace.view_mut(op, wanted)?, used: 0 })
     }
 
-    /// The next section.
+    /// Returns the next section.
     pub(crate) fn take<T: Pod>(&mut self, section: Section) -> Result<CudaViewMut<'a, T>> {
         let (got, start) = (self.memory.len(), self.used);
         let wanted = start.saturating_add(section.bytes);
         let short = || Error::Length { op: self.op, argument: "workspace", wanted, got };
         let mut bytes = self.memory.try_slice_mut(start..wanted).ok_or_else(short)?;
-        // SAFETY: every pattern of bytes is a `Pod` value; operations hold the address against the
+        // SAFETY: every pattern of bytes is a `Pod` value; operations check the address against the
         // alignment of `T` before they launch.
         let elements = unsafe { bytes.transmute_mut::<T>(section.len) }.ok_or_else(short)?;
-        // SAFETY: `used` only grows, so no two sections share a byte, and none is reached through
+        // SAFETY: `used` only grows, so sections do not overlap, and no section is accessed through
         // `memory` again, which is borrowed for all of 'a.
         let elements =
             unsafe { std::mem::transmute::<CudaViewMut<'_, T>, CudaViewMut<'a, T>>(elements) };
@@ -149,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sections_add_up() {
+    fn sizes_of_sections_are_padded_and_checked() {
         let sections = [Section::new("t", 0, 4), Section::new("t", 1, 4), Section::new("t", 65, 4)];
         let sections = sections.map(Result::unwrap);
         assert_eq!(Section::total("t", &sections), Ok(256 + 512));

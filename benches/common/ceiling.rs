@@ -1,5 +1,5 @@
-//! What the machine can do, measured in the run that it is compared with: bandwidth, the rate of a
-//! large dense product, and the dense products that match an operation's shape.
+//! Ceilings of the machine: memory bandwidth, the rate of a large dense product, and dense products
+//! of an operation's shape. They are measured in the process whose times are compared with them.
 
 use std::time::{Duration, Instant};
 
@@ -12,40 +12,41 @@ use rayon::prelude::*;
 
 use crate::common::error::{Result, cublas, driver};
 use crate::common::model::Model;
+use crate::common::op::Op;
 use crate::common::routing::Draw;
 use crate::common::target::{Element, Gpu, Target};
 use crate::common::timing::{Samples, between_events};
 use crate::common::values::normal;
-use crate::{Op, Workload};
+use crate::common::workload::Workload;
 
-/// The bytes of one tensor of a bandwidth measurement: more than any cache holds.
+/// The bytes of one tensor of a bandwidth measurement, more than the size of any cache.
 const GPU_BYTES: usize = 1 << 30;
 const CPU_BYTES: usize = 1 << 28;
 
-/// The side of the dense product.
+/// The side of the square matrices of the dense product.
 const GPU_SIDE: usize = 8192;
 const CPU_SIDE: usize = 1536;
 
-/// Best of so many.
+/// The most repetitions of a measurement.
 const ROUNDS: usize = 9;
 
-/// The ceilings of a target; what could not be measured is not there.
+/// The ceilings of a target. Those that could not be measured are `None`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Ceilings {
     /// Bytes per second of a copy, reads and writes counted.
     pub copy: Option<f64>,
-    /// Bytes per second of reading alone.
+    /// Bytes per second of reads without writes.
     pub read: Option<f64>,
-    /// Operations per second of a large dense product in the element type; of f32 on the CPU.
+    /// Operations per second of a large dense product in the element type, on the CPU in f32.
     pub dense: Option<f64>,
 }
 
 impl Ceilings {
-    /// Measures them. cuBLAS reads and multiplies on a GPU; where it cannot be loaded, only the copy
-    /// remains.
+    /// Measures the ceilings. On a GPU, reads and products run in cuBLAS; if it cannot be loaded, only
+    /// the copy is measured.
     ///
     /// # Errors
-    /// What the driver or cuBLAS says.
+    /// Errors of the driver or of cuBLAS.
     pub fn measure(target: &Target<'_>, dtype: DType) -> Result<Self> {
         match target {
             Target::Cpu => Ok(Self::of_cpu()),
@@ -57,7 +58,7 @@ impl Ceilings {
         }
     }
 
-    /// The bandwidth that rooflines are made with: whichever way of moving bytes was faster.
+    /// The bandwidth of rooflines: the higher one of copying and reading.
     pub fn bandwidth(&self) -> Option<f64> {
         [self.copy, self.read].into_iter().flatten().reduce(f64::max)
     }
@@ -118,13 +119,13 @@ impl Ceilings {
         CudaBlas: Gemm<D>,
     {
         let mut bytes = GPU_BYTES;
-        let (free, _) = gpu.context().mem_get_info().map_err(driver("ask for free memory"))?;
+        let (free, _) = gpu.context().mem_get_info().map_err(driver("query the free memory"))?;
         while bytes > free / 4 {
             bytes /= 2;
         }
         let a = gpu.normal::<f32>(bytes / 4, 1.0, 1)?;
         let mut b = gpu.normal::<f32>(bytes / 4, 1.0, 2)?;
-        let seconds = best_on(gpu, || {
+        let seconds = median_on(gpu, || {
             gpu.stream.memcpy_dtod(&a, &mut b).map_err(driver("copy on the device"))
         })?;
         let copy = Some(2.0 * bytes as f64 / seconds);
@@ -133,27 +134,28 @@ impl Ceilings {
         drop((a, b));
         let side = GPU_SIDE;
         let mut product = dense.product::<D>(1, side, side, side)?;
-        let seconds = best_on(gpu, || product.call(0))?;
+        let seconds = median_on(gpu, || product.call(0))?;
         Ok(Self { copy, read, dense: Some(2.0 * (side as f64).powi(3) / seconds) })
     }
 }
 
-/// Seconds of the fastest of several runs.
-fn best(mut run: impl FnMut()) -> f64 {
+/// Returns the seconds of the fastest of several calls.
+fn best(mut call: impl FnMut()) -> f64 {
     let start = Instant::now();
     let mut best = f64::INFINITY;
     let mut rounds = 0;
     while rounds < ROUNDS && (rounds < 3 || start.elapsed() < Duration::from_secs(2)) {
         let start = Instant::now();
-        run();
+        call();
         best = best.min(start.elapsed().as_secs_f64());
         rounds += 1;
     }
     best
 }
 
-/// The same on a device's stream. The median, as for what is compared with it.
-fn best_on(gpu: &Gpu, mut enqueue: impl FnMut() -> Result<()>) -> Result<f64> {
+/// Returns the median seconds of several calls on a device's stream. The times that are compared with
+/// it are medians too.
+fn median_on(gpu: &Gpu, mut enqueue: impl FnMut() -> Result<()>) -> Result<f64> {
     enqueue()?;
     let taken = (0..ROUNDS).map(|_| between_events(gpu, &mut enqueue));
     Ok(Samples::new(taken.collect::<Result<_>>()?).median())
@@ -166,10 +168,10 @@ pub struct Dense<'g> {
 }
 
 impl<'g> Dense<'g> {
-    /// `None` where cuBLAS cannot be loaded.
+    /// Loads cuBLAS. `None` if it cannot be loaded.
     ///
     /// # Errors
-    /// What cuBLAS says.
+    /// Errors of cuBLAS.
     pub fn new(gpu: &'g Gpu) -> Result<Option<Self>> {
         // SAFETY: loading cuBLAS runs its initialisers, as every program that links it does.
         if !unsafe { cudarc::cublas::sys::is_culib_present() } {
@@ -179,12 +181,11 @@ impl<'g> Dense<'g> {
         Ok(Some(Self { gpu, blas }))
     }
 
-    /// The products of `op` with as many rows for every expert that has any: what a library makes of
-    /// the same arithmetic without groups of unequal size, without the gather and SwiGLU. `None` for
-    /// what is no product.
+    /// Prepares batched products with the arithmetic of `op`: groups of equal size, one for each
+    /// expert that has a row, without the gather and SwiGLU. `None` if `op` is not a product.
     ///
     /// # Errors
-    /// What the driver says, above all that there is not enough memory.
+    /// Errors of the driver, such as too little memory.
     pub fn matching<D: Element>(
         &self,
         op: Op,
@@ -215,47 +216,48 @@ impl<'g> Dense<'g> {
         })
     }
 
-    /// `groups` products y [rows, n] = x [rows, k] * w [n, k] transposed.
+    /// Prepares `groups` products y [rows, out] = x [rows, in] * w [out, in] transposed.
     fn product<D: Element>(
         &self,
         groups: usize,
         rows: usize,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
     ) -> Result<Workload<'_>>
     where
         CudaBlas: Gemm<D>,
     {
-        let x = self.gpu.normal::<D>(groups * rows * k, 1.0, 1)?;
-        let w = self.gpu.normal::<D>(groups * n * k, (k as f64).sqrt().recip(), 2)?;
-        let mut y = self.gpu.zeros::<D>(groups * rows * n)?;
-        // cuBLAS counts columns first: its y is n by rows, and w is transposed.
+        let matrix = out_features * in_features;
+        let x = self.gpu.normal::<D>(groups * rows * in_features, 1.0, 1)?;
+        let w = self.gpu.normal::<D>(groups * matrix, (in_features as f64).sqrt().recip(), 2)?;
+        let mut y = self.gpu.zeros::<D>(groups * rows * out_features)?;
+        // cuBLAS is column-major: its y is [out, rows], and w is transposed.
         let config = StridedBatchedConfig {
             gemm: GemmConfig {
                 transa: CUBLAS_OP_T,
                 transb: CUBLAS_OP_N,
-                m: n as i32,
+                m: out_features as i32,
                 n: rows as i32,
-                k: k as i32,
+                k: in_features as i32,
                 alpha: D::from_f32(1.0),
-                lda: k as i32,
-                ldb: k as i32,
+                lda: in_features as i32,
+                ldb: in_features as i32,
                 beta: D::from_f32(0.0),
-                ldc: n as i32,
+                ldc: out_features as i32,
             },
             batch_size: groups as i32,
-            stride_a: (n * k) as i64,
-            stride_b: (rows * k) as i64,
-            stride_c: (rows * n) as i64,
+            stride_a: matrix as i64,
+            stride_b: (rows * in_features) as i64,
+            stride_c: (rows * out_features) as i64,
         };
         let blas = &self.blas;
         Ok(Workload::new(move |_| {
-            // SAFETY: the tensors are as long as groups, sides and strides say.
+            // SAFETY: the tensors have the lengths that groups, sides and strides require.
             unsafe { blas.gemm_strided_batched(config, &w, &x, &mut y) }.map_err(cublas("multiply"))
         }))
     }
 
-    /// Bytes per second of a dot product of two long vectors, which reads and does nothing else.
+    /// Measures the bytes per second of a dot product of two long vectors, which only reads.
     fn read_bandwidth(
         &self,
         a: &cudarc::driver::CudaSlice<f32>,
@@ -268,9 +270,9 @@ impl<'g> Dense<'g> {
         let (a_address, _a) = a.device_ptr(stream);
         let (b_address, _b) = b.device_ptr(stream);
         let (result, _result) = result.device_ptr_mut(stream);
-        // The result stays on the device: fetching it would be part of the time.
+        // The result stays on the device, since a copy to the host would be timed.
         mode(cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE)?;
-        let seconds = best_on(self.gpu, || {
+        let seconds = median_on(self.gpu, || {
             // SAFETY: both vectors have this many elements and the result has one.
             unsafe {
                 cublasSdot_v2(
@@ -296,10 +298,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cpu_has_ceilings() {
+    fn ceilings_of_the_cpu_are_plausible() {
         let ceilings = Ceilings::measure(&Target::Cpu, DType::BF16).unwrap();
         for ceiling in [ceilings.copy, ceilings.read, ceilings.dense] {
-            // Any machine since 1990, and none yet.
+            // Bounds that hold for any machine.
             assert!((1e7..1e15).contains(&ceiling.unwrap()), "{ceilings:?}");
         }
         assert_eq!(ceilings.bandwidth(), Some(ceilings.copy.unwrap().max(ceilings.read.unwrap())));

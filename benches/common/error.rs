@@ -1,26 +1,26 @@
-//! What can go wrong while something is measured.
+//! The errors of the benches.
 
-/// Each message says what was being done.
+/// An error of the library, the driver or cuBLAS. Its message names the failed step.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The library refused a call.
+    /// A call of the library failed.
     #[error(transparent)]
     Library(#[from] moe_kernels::Error),
-    /// The driver refused something that the benches ask of it themselves.
+    /// A call of the driver by the benches failed.
     #[error("cannot {doing}: {source}")]
     Driver {
-        /// What was asked.
+        /// The failed step.
         doing: &'static str,
-        /// The driver's answer.
+        /// The driver's error.
         source: cudarc::driver::DriverError,
     },
-    /// cuBLAS refused something.
+    /// A call of cuBLAS failed.
     #[error("cuBLAS cannot {doing}: {source}")]
     Cublas {
-        /// What was asked.
+        /// The failed step.
         doing: &'static str,
-        /// The library's answer.
+        /// The error of cuBLAS.
         source: cudarc::cublas::result::CublasError,
     },
 }
@@ -28,12 +28,12 @@ pub enum Error {
 /// `Result` with the benches' [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// For `map_err` on calls to cudarc's driver.
+/// Converts errors of cudarc's driver, for `map_err`.
 pub(crate) fn driver(doing: &'static str) -> impl Fn(cudarc::driver::DriverError) -> Error {
     move |source| Error::Driver { doing, source }
 }
 
-/// For `map_err` on calls to cuBLAS.
+/// Converts errors of cuBLAS, for `map_err`.
 pub(crate) fn cublas(doing: &'static str) -> impl Fn(cudarc::cublas::result::CublasError) -> Error {
     move |source| Error::Cublas { doing, source }
 }

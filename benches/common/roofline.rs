@@ -1,18 +1,20 @@
-//! The physical roofline: what no kernel can be faster than.
+//! The roofline: a lower bound on the time of an operation.
 //!
-//! An operation has to read each of its inputs once, write each of its outputs once, and do its
-//! arithmetic. The first two take `bytes / bandwidth`, the last `flops / rate`, and they can overlap:
-//! the roofline is the longer of the two. Bandwidth and rate are measured, in the same run, by
-//! [`crate::ceiling`].
+//! An operation reads each of its inputs once, writes each of its outputs once, and does its
+//! arithmetic. Memory traffic takes `bytes / bandwidth`, arithmetic `flops / rate`. The two can
+//! overlap, so that the roofline is the longer of them. `ceiling.rs` measures bandwidth and rate in
+//! the same process as the times that are compared with them.
 //!
-//! What is between two products is free: a perfect layer keeps it on the chip. Weights of experts
-//! without a row are free too.
+//! Intermediate results between two products count no bytes, because an ideal layer keeps them on
+//! the chip. Weights of experts without a row count none either.
 
 use moe_kernels::MoeConfig;
 
-use crate::Op;
+use crate::common::model::Model;
+use crate::common::op::Op;
+use crate::common::routing::Draw;
 
-/// The least that one call has to do.
+/// The least work of one call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Work {
     /// Bytes of device memory, read and written.
@@ -21,7 +23,7 @@ pub struct Work {
     pub flops: f64,
 }
 
-/// What limits.
+/// The resource that limits an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bound {
     /// Bytes.
@@ -31,7 +33,7 @@ pub enum Bound {
 }
 
 impl Bound {
-    /// In one word.
+    /// The name in tables and files.
     pub fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
@@ -40,20 +42,20 @@ impl Bound {
     }
 }
 
-/// The shortest time there can be.
+/// The least time of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Roofline {
     /// Seconds of one call.
     pub seconds: f64,
-    /// What takes that long.
+    /// The resource that takes that long.
     pub bound: Bound,
 }
 
 /// The least work of `op` on `tokens` tokens, with elements of `size` bytes.
 ///
-/// `distinct` experts have a row; its expectation under uniform routing is [`expected_distinct`].
-/// Logits and the gate have the element type (but for the f32 logits of `router_gemm`), ids and maps 4 bytes, weights of the
-/// choice 4.
+/// `distinct` is the number of experts with a row, under uniform routing [`expected_distinct`].
+/// Logits and the router gate have the element type, except for the f32 logits of `router_gemm`. Ids, maps,
+/// routing weights and the selection bias have 4 bytes.
 pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f64) -> Work {
     let [t, h, i, e, k] =
         [tokens, config.hidden, config.intermediate, config.num_experts, config.top_k]
@@ -67,9 +69,10 @@ pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f6
     let yp = rows * h * size;
     let matrix = distinct * h * i * size;
     let product = 2.0 * rows * h * i;
+    let bias = if config.router.selection_bias { 4.0 * e } else { 0.0 };
     let (bytes, flops) = match op {
         Op::RouterGemm => (x + e * h * size + 4.0 * t * e, 2.0 * t * h * e),
-        Op::Route => (t * e * size + 2.0 * list, 0.0),
+        Op::Route => (t * e * size + bias + 2.0 * list, 0.0),
         Op::Noise => (4.0 * t * e, 0.0),
         Op::Jitter => (x + 4.0 * t * h + x, 0.0),
         // The plan's slots, weights and ids.
@@ -82,24 +85,37 @@ pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f6
         Op::Experts => (x + 3.0 * matrix + yp, 3.0 * product),
         Op::RmsNorm => (2.0 * yp, 0.0),
         Op::Combine => (yp + 2.0 * list + y, 2.0 * rows * h),
-        Op::Layer => (x + t * e * size + 3.0 * matrix + y, 3.0 * product),
-        Op::LayerFromX => (x + e * h * size + 3.0 * matrix + y, 3.0 * product + 2.0 * t * h * e),
+        Op::Layer => (x + t * e * size + bias + 3.0 * matrix + y, 3.0 * product),
+        Op::LayerFromX => {
+            (x + e * h * size + bias + 3.0 * matrix + y, 3.0 * product + 2.0 * t * h * e)
+        }
     };
     Work { bytes, flops }
 }
 
 impl Work {
-    /// The roofline at a bandwidth in bytes per second and a rate in operations per second. `None` where
-    /// a ceiling that counts was not measured.
+    /// Returns the roofline at a bandwidth in bytes per second and a rate in operations per second.
+    /// `None` if a ceiling that it depends on was not measured.
     pub fn roofline(&self, bandwidth: Option<f64>, rate: Option<f64>) -> Option<Roofline> {
         let memory = Roofline { seconds: self.bytes / bandwidth?, bound: Bound::Memory };
-        // What a copy does beside its bytes is nothing that a matrix product's rate says anything about.
+        // The few operations of a copy do not run at the rate of a matrix product.
         if self.flops < self.bytes {
             return Some(memory);
         }
         let compute = Roofline { seconds: self.flops / rate?, bound: Bound::Compute };
         Some(if compute.seconds > memory.seconds { compute } else { memory })
     }
+}
+
+/// The least work of an operation on the tokens of a draw.
+pub fn least_work<D>(op: Op, model: &Model, draw: &Draw) -> Work {
+    let num_tokens = draw.shape.num_tokens;
+    let distinct = match op {
+        // The routing follows from random tokens and a random router gate, not from the draw.
+        Op::LayerFromX => expected_distinct(&model.config, num_tokens),
+        _ => draw.distinct as f64,
+    };
+    work(op, &model.config, num_tokens, size_of::<D>(), distinct)
 }
 
 /// The expected number of experts with a row under uniform, independent choices:
@@ -112,9 +128,9 @@ pub fn expected_distinct(config: &MoeConfig, tokens: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Model, TOKENS};
+    use crate::common::model::TOKENS;
 
-    /// Copy bandwidth and dense bf16 rate that were measured on an H200; the tables below follow.
+    /// Copy bandwidth and dense bf16 rate measured on an H200. The tables below are computed from them.
     const BANDWIDTH: f64 = 4.3e12;
     const RATE: f64 = 790e12;
 
@@ -176,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn operations_move_what_the_kernels_say() {
+    fn bytes_match_the_kernels_headers() {
         let config = Model::find("deepseek-v3").unwrap().config;
         // The figures of the kernels' header comments, at T4096 H7168 K8 bf16.
         let permute = work(Op::Permute, &config, 4096, 2, 256.0);
@@ -199,7 +215,7 @@ mod tests {
         assert_eq!((roofline.seconds, roofline.bound), (100.0, Bound::Memory));
         let roofline = work.roofline(Some(100.0), Some(1.0)).unwrap();
         assert_eq!((roofline.seconds, roofline.bound), (1000.0, Bound::Compute));
-        // No arithmetic to speak of: the rate does not matter.
+        // Without arithmetic the rate is unused.
         assert!(Work { bytes: 100.0, flops: 0.0 }.roofline(Some(1.0), None).is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! How tokens spread over experts.
+//! Random routings: how tokens spread over experts.
 
 use moe_kernels::{DType, Dtype, RoutingShape, reference};
 use rand::rngs::SmallRng;
@@ -9,14 +9,15 @@ use rand_distr::{Distribution, Gumbel};
 use crate::common::error::Result;
 use crate::common::model::Model;
 
-/// A distribution of tokens over experts.
+/// A distribution of tokens over experts. A router with groups changes it: a token whose best expert
+/// is in a masked group does not choose that expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Routing {
-    /// Every expert alike.
+    /// All experts are equally likely.
     Uniform,
-    /// The expert of rank r in proportion to 1 / r.
+    /// The likelihood of the expert of rank r is proportional to 1 / r.
     Zipf,
-    /// One expert is chosen by 60 % of the tokens, the others alike.
+    /// 60 % of the tokens choose one expert; the others are equally likely.
     Hot,
 }
 
@@ -27,7 +28,7 @@ impl Routing {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Uniform, Self::Zipf, Self::Hot];
 
-    /// As on the command line.
+    /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Uniform => "uniform",
@@ -36,18 +37,18 @@ impl Routing {
         }
     }
 
-    /// Logits `[T, E]` whose `K` largest are a draw without replacement from the distribution: the
-    /// logarithm of each probability plus Gumbel noise.
+    /// Draws logits `[T, E]`: the logarithm of each probability plus Gumbel noise, so that the `K`
+    /// largest are a draw without replacement from the distribution.
     fn logits(self, shape: &RoutingShape, seed: u64) -> Vec<f32> {
         let RoutingShape { num_tokens, num_experts, .. } = *shape;
         let mut random = SmallRng::seed_from_u64(seed);
         let gumbel = Gumbel::new(0.0f32, 1.0).expect("a scale of one");
-        // Which experts are popular is drawn too: the first ones are nothing special.
+        // The ranks are drawn too, so that rank does not depend on the expert's id.
         let mut rank: Vec<usize> = (0..num_experts).collect();
         rank.shuffle(&mut random);
         let mut logits = Vec::with_capacity(shape.logits());
         for _ in 0..num_tokens {
-            // More than any noise, either way.
+            // Larger than any noise.
             let hot = if random.random_bool(HOT_SHARE) { 100.0 } else { -100.0 };
             for rank in &rank {
                 let preference = match self {
@@ -68,23 +69,23 @@ impl Routing {
 pub struct Draw {
     /// T, E and K.
     pub shape: RoutingShape,
-    /// What it was drawn from.
+    /// The distribution that it was drawn from.
     pub routing: Routing,
-    /// `[T, E]`, each representable in the element type it was drawn for.
+    /// `[T, E]`, rounded to the element type that it was drawn for.
     pub logits: Vec<f32>,
-    /// `[T, K]`, the model's router's choice.
+    /// `[T, K]`, the choice of the model's router.
     pub expert_ids: Vec<u32>,
     /// `[T, K]`
     pub weights: Vec<f32>,
-    /// Experts that have a row at all: only their weights have to be read.
+    /// The number of experts that have a row. Only their weights have to be read.
     pub distinct: usize,
 }
 
 impl Draw {
-    /// The same for the same arguments, on any machine.
+    /// Draws a routing, which depends on the arguments alone and not on the machine.
     ///
     /// # Errors
-    /// A configuration that the library refuses.
+    /// Errors of the library for an invalid configuration.
     pub fn new(model: &Model, num_tokens: usize, routing: Routing, dtype: DType) -> Result<Self> {
         let shape = model.config.routing(num_tokens);
         let mut logits = routing.logits(&shape, num_tokens as u64);
@@ -93,11 +94,12 @@ impl Draw {
             DType::F16 => round::<half::f16>(&mut logits),
             DType::BF16 => round::<half::bf16>(&mut logits),
         }
-        let chosen = reference::route_fwd::<f32, f32>(
-            &shape,
-            &model.config.router,
-            &reference::RouteInputs::new(&logits),
-        )?;
+        let bias = model.selection_bias();
+        let inputs = reference::RouteInputs {
+            selection_bias: bias.as_deref(),
+            ..reference::RouteInputs::new(&logits)
+        };
+        let chosen = reference::route_fwd::<f32, f32>(&shape, &model.config.router, &inputs)?;
         let mut used = vec![false; shape.num_experts];
         chosen.expert_ids.iter().for_each(|&id| used[id as usize] = true);
         Ok(Self {
@@ -128,26 +130,28 @@ mod tests {
     }
 
     #[test]
-    fn the_busiest_expert_is_as_busy_as_the_name_says() {
+    fn distributions_have_their_busiest_expert() {
         let (uniform, distinct) = share_of_the_busiest(Routing::Uniform, "qwen3-30b-a3b", 4096);
         assert!((0.06..0.08).contains(&uniform), "8 of 128 is 0.0625, not {uniform}");
         assert_eq!(distinct, 128);
         let (hot, _) = share_of_the_busiest(Routing::Hot, "qwen3-30b-a3b", 4096);
         assert!((0.57..0.63).contains(&hot), "{hot}");
-        // One choice of 16, in proportion to 1 / rank: the first has 1 / H(16) = 0.296 of them.
+        let (hot, _) = share_of_the_busiest(Routing::Hot, "deepseek-v3", 4096);
+        assert!((0.5..0.6).contains(&hot), "{hot} with groups");
+        // One choice of 16, in proportion to 1 / rank: the share of the first is 1 / H(16) = 0.296.
         let (zipf, _) = share_of_the_busiest(Routing::Zipf, "llama-4-scout", 4096);
         assert!((0.27..0.32).contains(&zipf), "{zipf}");
     }
 
     #[test]
-    fn a_draw_repeats() {
+    fn a_draw_is_reproducible() {
         let model = Model::find("olmoe-1b-7b").unwrap();
         let draw = || Draw::new(&model, 8, Routing::Zipf, DType::F32).unwrap().expert_ids;
         assert_eq!(draw(), draw());
     }
 
     #[test]
-    fn one_token_has_as_many_experts_as_it_chooses() {
+    fn one_token_has_top_k_distinct_experts() {
         let (_, distinct) = share_of_the_busiest(Routing::Uniform, "deepseek-v3", 1);
         assert_eq!(distinct, 8);
     }

@@ -1,4 +1,4 @@
-//! Where a workload runs: the CPU reference, or a CUDA device with a stream of its own.
+//! The device that a workload runs on: the CPU reference, or a CUDA device with its stream.
 
 use std::sync::Arc;
 
@@ -8,33 +8,33 @@ use moe_kernels::{Device, Dtype};
 use crate::common::error::{Result, driver};
 use crate::common::values;
 
-/// An element type that host and device know.
+/// An element type of tensors on the host and on a device.
 pub trait Element: Dtype + DeviceRepr + ValidAsZeroBits {}
 impl<D: Dtype + DeviceRepr + ValidAsZeroBits> Element for D {}
 
-/// Where something is measured.
+/// The device that is measured.
 pub enum Target<'g> {
-    /// The reference, in f32, on all cores.
+    /// The CPU reference in f32, on all cores.
     Cpu,
-    /// A GPU, or the software device.
+    /// A GPU or the software device.
     Gpu(&'g Gpu),
 }
 
-/// A CUDA device and the one stream that everything here runs on.
+/// A CUDA device and the stream of all calls.
 pub struct Gpu {
     pub(crate) device: Device,
     pub(crate) stream: Arc<CudaStream>,
 }
 
 impl Gpu {
-    /// Opens the first device of the driver that this process uses, and loads all kernels.
+    /// Opens the first device of the process's driver and loads all kernels.
     ///
     /// # Errors
-    /// What the driver says.
+    /// Errors of the driver.
     pub fn open() -> Result<Self> {
         let context = CudaContext::new(0).map_err(driver("open the device"))?;
-        // SAFETY: everything here runs on one stream, in the order in which it was enqueued. A
-        // capture must not wait for events that were recorded before it.
+        // SAFETY: all calls run on one stream, in the order in which they are enqueued. Tracking is
+        // off because a capture must not wait for events that were recorded before it.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(driver("create a stream"))?;
         let device = Device::new(&context)?;
@@ -54,10 +54,10 @@ impl Gpu {
         &self.stream
     }
 
-    /// Waits for everything.
+    /// Waits for all enqueued work.
     ///
     /// # Errors
-    /// What failed on the device.
+    /// Errors of that work or of the driver.
     pub fn wait(&self) -> Result<()> {
         self.stream.synchronize().map_err(driver("wait for the device"))
     }
@@ -73,7 +73,7 @@ impl Gpu {
         self.stream.alloc_zeros(len).map_err(driver("allocate a tensor"))
     }
 
-    /// What [`values::normal`] has, made on the device from one period.
+    /// Makes the values of [`values::normal`] on the device, by copies of one period.
     pub(crate) fn normal<D: Element>(
         &self,
         len: usize,

@@ -1,4 +1,4 @@
-//! Time: events on a device's stream, the clock on the CPU.
+//! Timing: CUDA events on a device's stream, the clock on the CPU.
 
 use std::time::{Duration, Instant};
 
@@ -6,32 +6,33 @@ use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 
 use crate::common::error::{Result, driver};
-use crate::common::stage::Workload;
 use crate::common::target::{Gpu, Target};
+use crate::common::workload::Workload;
 
-/// Up to so many tokens a call is so short that launching it from the host would be what is measured:
-/// calls are captured and replayed.
+/// The most tokens of a call that is captured and replayed. Such a call takes so little time that the
+/// launches from the host would dominate it.
 const MOST_GRAPH_TOKENS: usize = 512;
 
-/// Calls in a graph.
+/// Calls in one graph.
 const GRAPH_CALLS: usize = 24;
 
-/// Before anything counts: clocks rise, caches and page tables fill.
+/// The time of calls before the first sample, in which clocks rise and caches and page tables fill.
 const WARM_UP: Duration = Duration::from_millis(200);
 
-/// The shortest time that a sample on a device may take; below it calls are repeated.
+/// The least time of a sample on a device. Shorter calls are repeated.
 const SAMPLE: Duration = Duration::from_millis(2);
 
-/// Repeats a workload and says how long it took.
+/// Repeats a workload and measures its time.
 pub struct Repeater<'a> {
     workload: Workload<'a>,
-    way: Way<'a>,
+    launch: Launch<'a>,
 }
 
-enum Way<'a> {
-    Wall,
+/// How calls are launched.
+enum Launch<'a> {
+    Call,
     Stream(&'a Gpu),
-    /// `GRAPH_CALLS` calls each.
+    /// Each launch has `GRAPH_CALLS` calls.
     Graph(&'a Gpu, CudaGraph),
 }
 
@@ -39,54 +40,54 @@ impl<'a> Repeater<'a> {
     /// Prepares a workload on `num_tokens` tokens.
     ///
     /// # Errors
-    /// What the first call says.
+    /// Errors of the first call.
     pub fn new(target: &Target<'a>, mut workload: Workload<'a>, num_tokens: usize) -> Result<Self> {
-        let way = match target {
-            Target::Cpu => Way::Wall,
+        let launch = match target {
+            Target::Cpu => Launch::Call,
             Target::Gpu(gpu) => {
                 workload.call(0)?;
                 gpu.wait()?;
                 if num_tokens <= MOST_GRAPH_TOKENS {
-                    Way::Graph(gpu, capture(gpu, &mut workload)?)
+                    Launch::Graph(gpu, capture(gpu, &mut workload)?)
                 } else {
-                    Way::Stream(gpu)
+                    Launch::Stream(gpu)
                 }
             }
         };
-        Ok(Self { workload, way })
+        Ok(Self { workload, launch })
     }
 
-    /// How calls come to the device: `graph`, `stream`, or `call` on the CPU.
+    /// How calls are launched: `graph`, `stream`, or `call` on the CPU.
     pub fn launch(&self) -> &'static str {
-        match self.way {
-            Way::Wall => "call",
-            Way::Stream(_) => "stream",
-            Way::Graph(..) => "graph",
+        match self.launch {
+            Launch::Call => "call",
+            Launch::Stream(_) => "stream",
+            Launch::Graph(..) => "graph",
         }
     }
 
-    /// `cold` if what is read comes from memory, `warm` if from a cache.
+    /// `cold` if the inputs are read from memory, `warm` if from a cache.
     pub fn cache(&self) -> &'static str {
         if self.workload.cold { "cold" } else { "warm" }
     }
 
-    /// The seconds that `calls` calls take. In a graph there are no fewer than a couple of dozen, of
-    /// which this is the share.
+    /// Measures the seconds of `calls` calls. Whole graphs are launched; the result is the share of
+    /// `calls` in their time.
     ///
     /// # Errors
-    /// What the library or the device says.
+    /// Errors of the library or the device.
     pub fn seconds(&mut self, calls: usize) -> Result<f64> {
         let workload = &mut self.workload;
-        match &self.way {
-            Way::Wall => {
+        match &self.launch {
+            Launch::Call => {
                 let start = Instant::now();
                 (0..calls).try_for_each(|set| workload.call(set))?;
                 Ok(start.elapsed().as_secs_f64())
             }
-            Way::Stream(gpu) => {
+            Launch::Stream(gpu) => {
                 between_events(gpu, || (0..calls).try_for_each(|set| workload.call(set)))
             }
-            Way::Graph(gpu, graph) => {
+            Launch::Graph(gpu, graph) => {
                 let launches = calls.div_ceil(GRAPH_CALLS);
                 let launch = |_| graph.launch().map_err(driver("launch a graph"));
                 let seconds = between_events(gpu, || (0..launches).try_for_each(launch))?;
@@ -95,13 +96,13 @@ impl<'a> Repeater<'a> {
         }
     }
 
-    /// Warms up, then takes `samples` of the time of one call; on the CPU fewer, but five at least,
-    /// if they take longer than `patience`.
+    /// Warms up, then takes `samples` samples of the time of one call. If they take longer than
+    /// `patience`, sampling stops after at least five.
     ///
     /// # Errors
-    /// What the library or the device says.
+    /// Errors of the library or the device.
     pub fn samples(&mut self, samples: usize, patience: Duration) -> Result<Samples> {
-        let on_device = !matches!(self.way, Way::Wall);
+        let on_device = !matches!(self.launch, Launch::Call);
         let start = Instant::now();
         let mut one = self.seconds(1)?;
         while on_device && start.elapsed() < WARM_UP {
@@ -121,7 +122,7 @@ impl<'a> Repeater<'a> {
     }
 }
 
-/// The seconds between an event before and one after what `enqueue` puts on the stream.
+/// Measures the seconds between an event before and an event after the work of `enqueue`.
 pub(crate) fn between_events(gpu: &Gpu, enqueue: impl FnOnce() -> Result<()>) -> Result<f64> {
     const DOING: &str = "time with events";
     let event = || gpu.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
@@ -139,7 +140,7 @@ fn capture(gpu: &Gpu, workload: &mut Workload<'_>) -> Result<CudaGraph> {
     gpu.stream.begin_capture(mode).map_err(driver(DOING))?;
     let calls = (0..GRAPH_CALLS).try_for_each(|set| workload.call(set));
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    // The capture ends, whatever the calls said.
+    // The capture must end even if a call has failed.
     let graph = gpu.stream.end_capture(flags);
     calls?;
     let graph = graph.map_err(driver(DOING))?;
@@ -155,19 +156,18 @@ fn capture(gpu: &Gpu, workload: &mut Workload<'_>) -> Result<CudaGraph> {
 pub struct Samples(Vec<f64>);
 
 impl Samples {
-    /// Takes them in any order; there must be one at least.
+    /// Sorts the times, which may be in any order.
     pub fn new(mut seconds: Vec<f64>) -> Self {
         seconds.sort_by(f64::total_cmp);
         Self(seconds)
     }
 
-    /// How many there are.
+    /// The number of samples.
     pub fn count(&self) -> usize {
         self.0.len()
     }
 
-    /// The time that the share `q` of the samples is not above, between samples by interpolation.
-    /// Not a number if there are no samples.
+    /// The `q`-quantile, interpolated between samples. NaN without samples.
     pub fn quantile(&self, q: f64) -> f64 {
         let Some(last) = self.0.len().checked_sub(1) else { return f64::NAN };
         let position = q.clamp(0.0, 1.0) * last as f64;
@@ -177,7 +177,7 @@ impl Samples {
         self.0[below] * (1.0 - share) + self.0[above] * share
     }
 
-    /// The middle one.
+    /// The 0.5-quantile.
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }

@@ -1,7 +1,7 @@
-"""Peers that are packages of others, used where a machine has them.
+"""Peers that call an installed package: DeepGEMM, ScatterMoE, SonicMoE.
 
-Each calls the package's public functions as its own tests and layers do; the versions whose sources
-these calls were written against are DeepGEMM 2.6.1, ScatterMoE 0.3.0 and SonicMoE 0.1.2.post1.
+Each calls the package's public functions as the package's own tests and layers do. The calls follow
+the sources of DeepGEMM 2.6.1, ScatterMoE 0.3.0 and SonicMoE 0.1.2.post1.
 """
 
 from dataclasses import dataclass
@@ -16,29 +16,29 @@ from peer import GroupedPeer, Peer
 
 
 def need_cuda(layer, major=None, dtypes=(torch.bfloat16,)):
-    """Raises where the device or the dtype is one that a package has no kernels for."""
+    """Raises `Unavailable` if a package has no kernels for the device or the dtype."""
     if layer.device.type != "cuda":
-        raise Unavailable("it is for CUDA alone")
+        raise Unavailable("it needs CUDA")
     capability = torch.cuda.get_device_capability(layer.device)
     if major and capability[0] not in major:
         wanted = ", ".join(f"{number}.x" for number in major)
         raise Unavailable(f"it needs compute capability {wanted}, not {capability}")
     if layer.dtype not in dtypes:
-        raise Unavailable(f"it has no {layer.dtype}")
+        raise Unavailable(f"it does not support {layer.dtype}")
 
 
 @dataclass
 class Padded(glue.Grouping):
-    """A grouping where each expert begins at a multiple of what the package asks for."""
+    """A grouping in which each expert begins at a multiple of the package's alignment."""
 
-    slots: torch.Tensor  # [T*K]: the padded row of each slot
+    slots: torch.Tensor  # [T*K]: the row of each slot, with padding
 
     def row_of_slot(self):
         return self.slots
 
 
 class DeepGemm(GroupedPeer):
-    """DeepGEMM's bf16 product of contiguous groups; the rest is torch's."""
+    """DeepGEMM's bf16 product of contiguous groups; all other steps are torch's."""
 
     def __init__(self, layer):
         import deep_gemm
@@ -54,7 +54,7 @@ class DeepGemm(GroupedPeer):
         ends = grouping.ends.long()
         sizes = ends.diff(prepend=ends.new_zeros(1))
         padded = (sizes + step - 1) // step * step
-        # How far padding moves an expert's rows; the bound on their number is the host's to know.
+        # Padding moves an expert's rows by `shift`. The host allocates for a bound on their number.
         shift = (padded.cumsum(0) - padded) - (ends - sizes)
         place = torch.arange(expert_ids.numel(), device=ends.device)
         place = place + shift[grouping.expert_of_row]
@@ -78,14 +78,14 @@ class DeepGemm(GroupedPeer):
 
 
 class ScatterMoe(Peer):
-    """ScatterMoE's product, which groups without padding; its own sort and weighted sum."""
+    """ScatterMoE's product, which groups without padding, with its own sort and weighted sum."""
 
     def __init__(self, layer):
         import scattermoe
         import triton
 
         if layer.device.type != "cuda":
-            raise Unavailable("it is for CUDA alone")
+            raise Unavailable("it needs CUDA")
         super().__init__(layer)
         self.scattermoe = scattermoe
         self.version = f"scattermoe {metadata.version('scattermoe')}, triton {triton.__version__}"
@@ -108,7 +108,7 @@ class ScatterMoe(Peer):
 
 
 class SonicMoe(Peer):
-    """SonicMoE's layer, which has its router inside."""
+    """SonicMoE's layer, which includes the router."""
 
     boundaries = (FROM_X,)
 
@@ -122,7 +122,8 @@ class SonicMoe(Peer):
 
     def call(self, boundary, weights):
         layer = self.layer
-        # Its rows of gate and up alternate, and its expert is the last dimension but not in memory.
+        # Its rows of gate and up alternate. The expert is its last dimension, but the outermost one
+        # in memory.
         halves = weights.gate_up.view(layer.experts, 2, layer.intermediate, layer.hidden)
         gate_up = halves.transpose(1, 2).reshape(weights.gate_up.shape)
         experts = (gate_up.permute(1, 2, 0), None, weights.down.permute(1, 2, 0), None)
@@ -130,8 +131,8 @@ class SonicMoe(Peer):
         def run():
             stream = torch.cuda.current_stream().cuda_stream
             rest = (layer.top_k, stream, "swiglu", True)
-            # A softmax over the selected is one over all, renormalised.
+            # The softmax over the selected is the softmax over all, renormalised.
             softmax = {"is_softmax_over_topk": layer.renormalize}
-            return self.layer_function(layer.x, weights.gate, *experts, *rest, **softmax)[0]
+            return self.layer_function(layer.x, weights.router_gate, *experts, *rest, **softmax)[0]
 
         return Call(run)

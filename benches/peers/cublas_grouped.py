@@ -1,4 +1,4 @@
-"""The peer made of cuBLAS' grouped product, called through ctypes."""
+"""The peer of cuBLAS' grouped product, called through ctypes."""
 
 import ctypes
 import os
@@ -10,17 +10,17 @@ import glue
 from errors import Unavailable
 from peer import GroupedPeer
 
-# Numbers of cublas_api.h and library_types.h.
+# Constants of cublas_api.h and library_types.h.
 OP_N, OP_T = 0, 1
 COMPUTE_32F = 68
 CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 
 
 class Cublas:
-    """The library and a handle of it."""
+    """The library with a handle."""
 
     def __init__(self):
-        # torch has its own libcublas, loaded already, which the loader then finds by name.
+        # torch has loaded its own libcublas, which the loader finds by name.
         major = (torch.version.cuda or "13").split(".")[0]
         name = os.environ.get("MOE_PEERS_CUBLAS", f"libcublas.so.{major}")
         try:
@@ -29,27 +29,27 @@ class Cublas:
             raise Unavailable(f"libcublas: {error}") from error
         if not hasattr(self.library, "cublasGemmGroupedBatchedEx"):
             raise Unavailable(
-                f"{name} has no cublasGemmGroupedBatchedEx, which came with CUDA 12.5"
+                f"{name} has no cublasGemmGroupedBatchedEx, which needs CUDA 12.5"
             )
         self.handle = ctypes.c_void_p()
-        self.ask("cublasCreate_v2", ctypes.byref(self.handle))
+        self.call("cublasCreate_v2", ctypes.byref(self.handle))
 
-    def ask(self, name, *arguments):
+    def call(self, name, *arguments):
         status = getattr(self.library, name)(*arguments)
         if status != 0:
             raise RuntimeError(f"{name} returned status {status}")
 
     def version(self):
         number = ctypes.c_int()
-        self.ask("cublasGetVersion_v2", self.handle, ctypes.byref(number))
+        self.call("cublasGetVersion_v2", self.handle, ctypes.byref(number))
         return f"cublas {number.value // 10000}.{number.value // 100 % 100}.{number.value % 100}"
 
     def grouped(self, c, a, b, groups, stream):
-        """For each group `c[rows] = a[rows] b[expert]^T`, with all three row-major.
+        """Computes `c[rows] = a[rows] b[expert]^T` for each group, with all three row-major.
 
-        To cuBLAS, which has matrices column-major, that is `c^T = b a^T`, with b transposed.
+        cuBLAS is column-major and computes `c^T = b a^T`, with b transposed.
         """
-        _, n, k = b.shape
+        _, out_features, in_features = b.shape
         count = len(groups.sizes)
         ints, floats = ctypes.c_int * count, ctypes.c_float * count
         same = lambda value: ints(*[value] * count)
@@ -58,24 +58,24 @@ class Cublas:
         def pointers(tensor, index, elements):
             return tensor.data_ptr() + index * (elements * tensor.element_size())
 
-        # The addresses of the matrices are read on the device, and made there.
-        b_at = pointers(b, groups.experts, n * k)
-        a_at = pointers(a, groups.starts, k)
-        c_at = pointers(c, groups.starts, n)
-        self.ask("cublasSetStream_v2", self.handle, ctypes.c_void_p(stream))
-        self.ask(
+        # cuBLAS reads the addresses of the matrices from device memory, so they are computed there.
+        b_at = pointers(b, groups.experts, out_features * in_features)
+        a_at = pointers(a, groups.starts, in_features)
+        c_at = pointers(c, groups.starts, out_features)
+        self.call("cublasSetStream_v2", self.handle, ctypes.c_void_p(stream))
+        self.call(
             "cublasGemmGroupedBatchedEx",
             self.handle,
             same(OP_T),
             same(OP_N),
-            same(n),
+            same(out_features),
             ints(*groups.sizes),
-            same(k),
+            same(in_features),
             floats(*[1.0] * count),
-            *(ctypes.c_void_p(b_at.data_ptr()), kind, same(k)),
-            *(ctypes.c_void_p(a_at.data_ptr()), kind, same(k)),
+            *(ctypes.c_void_p(b_at.data_ptr()), kind, same(in_features)),
+            *(ctypes.c_void_p(a_at.data_ptr()), kind, same(in_features)),
             floats(),
-            *(ctypes.c_void_p(c_at.data_ptr()), kind, same(n)),
+            *(ctypes.c_void_p(c_at.data_ptr()), kind, same(out_features)),
             count,
             same(1),
             COMPUTE_32F,
@@ -84,7 +84,7 @@ class Cublas:
 
 @dataclass
 class Groups(glue.Grouping):
-    """A grouping of which the host knows the sizes; experts without rows are left out."""
+    """A grouping whose sizes are on the host. Experts without rows are left out."""
 
     experts: torch.Tensor
     starts: torch.Tensor
@@ -94,14 +94,14 @@ class Groups(glue.Grouping):
 class CublasGrouped(GroupedPeer):
     """cublasGemmGroupedBatchedEx; permutation, activation and combine are torch's."""
 
-    # Its arrays of sizes are the host's, which a replay would read after they are gone.
+    # Its arrays of sizes are in host memory, which is freed before a graph would be replayed.
     graph = False
-    note = "sizes of the groups are on the host, which waits for the device to know them"
+    note = "the host waits for the device to read the sizes of the groups"
 
     def __init__(self, layer):
-        # A stand-in for the library, which the tests have, computes on the CPU.
+        # The tests' stand-in for the library computes on the CPU.
         if layer.device.type != "cuda" and "MOE_PEERS_CUBLAS" not in os.environ:
-            raise Unavailable("it is for CUDA alone")
+            raise Unavailable("it needs CUDA")
         self.cublas = Cublas()
         super().__init__(layer)
         self.version = self.cublas.version()

@@ -1,6 +1,6 @@
-// Plays cuBLAS on the CPU for test_peers.py: what the manual says of cublasGemmGroupedBatchedEx,
-// for groups of one matrix in f32 or bf16, sums in double. It knows nothing of row-major matrices,
-// as cuBLAS does not.
+// A stand-in for cuBLAS on the CPU, for test_peers.py: cublasGemmGroupedBatchedEx after the manual,
+// for groups of one matrix in f32 or bf16, with sums in double. All matrices are column-major, as in
+// cuBLAS.
 
 #include <cstdint>
 #include <cstring>
@@ -25,7 +25,7 @@ void store(void* matrix, int type, int64_t index, float value) {
   }
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  bits += 0x7fff + (bits >> 16 & 1);  // To nearest, ties to even.
+  bits += 0x7fff + (bits >> 16 & 1);  // Rounds to nearest, ties to even.
   static_cast<uint16_t*>(matrix)[index] = static_cast<uint16_t>(bits >> 16);
 }
 

@@ -1,28 +1,28 @@
-"""Errors whose message is all that a caller needs."""
+"""Errors that are reported by their message, without a traceback."""
 
 
 class Refusal(Exception):
-    """The base of them: a reply has the message alone, and no traceback."""
+    """The base class: a reply has the message alone, without a traceback."""
 
 
 class InputError(Refusal):
-    """The input file is not one that peers can use."""
+    """The input file is invalid."""
 
 
 class RequestError(Refusal):
-    """A request that cannot be served."""
+    """The request is invalid."""
 
 
 class Unavailable(Refusal):
-    """A peer cannot run here."""
+    """The peer cannot run on this machine."""
 
 
 class Wrong(Refusal):
-    """A result that no tolerance makes right."""
+    """The result is wrong whatever the tolerance."""
 
 
 def brief(error):
-    """Any error as one line: its type, where it is not ours, and the beginning of what it says."""
+    """Returns an error as one line: its type, unless it is one of these, and its message."""
     lines = str(error).strip().splitlines() or [""]
     said = lines[0][:300]
     return said if isinstance(error, (Refusal, ImportError)) else f"{type(error).__name__}: {said}"

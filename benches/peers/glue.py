@@ -1,6 +1,6 @@
-"""What peers made of a grouped GEMM share: routing, grouping and combine, as torch has them.
+"""Routing, grouping and combine in torch, for peers that are a grouped GEMM.
 
-Nothing here reads the device from the host, so all of it can be captured in a graph.
+The host does not read from the device here, so that all of it can be captured in a graph.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Grouping:
-    """Slots (token, k) in the order of their experts; a slot in that order is a row."""
+    """Slots (token, k) sorted by expert. A slot in that order is a row."""
 
     slot_of_row: torch.Tensor  # [R]
     expert_of_row: torch.Tensor  # [R]
@@ -25,7 +25,7 @@ class Grouping:
 
 
 def route(logits, top_k, renormalize):
-    """Softmax over all experts and the largest, whose weights may be made to sum to one."""
+    """Softmax over all experts, then the K largest, renormalised if `renormalize`."""
     weights, ids = torch.topk(torch.softmax(logits.float(), dim=1), top_k, dim=1)
     return ids, weights / weights.sum(1, keepdim=True) if renormalize else weights
 
@@ -44,7 +44,7 @@ def swiglu(gate_up):
 
 
 def combine(rows, row_of_slot, weights):
-    """The weighted sum of each token's rows, as a batched product, which sums in f32."""
+    """The weighted sum of each token's rows, as a batched product with f32 sums."""
     tokens, top_k = weights.shape
     rows = rows[row_of_slot].view(tokens, top_k, -1)
     return torch.bmm(weights.to(rows.dtype)[:, None, :], rows)[:, 0, :]

@@ -1,4 +1,4 @@
-"""One layer and its input, as the input file has them, and what is asked of every peer."""
+"""The layer and the input of an input file, and the boundaries of the measurements."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from errors import InputError
 
 GEMM = "GEMM alone"
 FROM_LOGITS = "layer from logits"
-FROM_X = "layer from x with the gate"
+FROM_X = "layer from x with the router"
 
-# L2 is 50 to 126 MB today: so many other bytes between two reads of a weight push it out.
+# Reads of as many other bytes evict a weight from L2, which has 50 to 126 MB today.
 COLD_BYTES = 256 << 20
 
 RENORMALIZE = {"true": True, "false": False}
@@ -22,9 +22,9 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Weights(NamedTuple):
-    """Weights of a layer on the device; a benchmark may hold several copies."""
+    """The weights of a layer on the device. A benchmark may have several copies."""
 
-    gate: torch.Tensor  # [E, H]
+    router_gate: torch.Tensor  # [E, H]
     gate_up: torch.Tensor  # [E, 2I, H], the rows of the gate first
     down: torch.Tensor  # [E, H, I]
 
@@ -39,7 +39,7 @@ class Layer:
     expert_ids: torch.Tensor  # [T, K], int64
     expert_weights: torch.Tensor  # [T, K], f32
     y: torch.Tensor  # [T, H], by moe-kernels
-    renormalize: bool  # whether the weights of the selected are made to sum to one
+    renormalize: bool  # whether the routing weights of a token are divided by their sum
 
     @property
     def tokens(self):
@@ -70,21 +70,21 @@ class Layer:
         return self.x.device
 
     def active_bytes(self):
-        """Bytes of the weights that one call reads: those of experts that have a row."""
+        """Bytes of the weights that one call reads: those of experts with a row."""
         active = self.expert_ids.unique().numel()
         return active * 3 * self.hidden * self.intermediate * self.dtype.itemsize
 
     @cached_property
     def cold_weights(self):
-        """Copies of the weights that calls go round, so that each reads what no cache holds.
+        """Copies of the weights that calls use in turn, so that no call finds them in a cache.
 
-        A CPU has one: its calls are timed with whatever the caches hold.
+        On a CPU there is one copy, and the caches are warm.
         """
         wanted = 1
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             each = sum(tensor.nbytes for tensor in self.weights)
-            # Half of what is free stays for what calls allocate.
+            # Half of the free memory is left for the calls' own allocations.
             wanted = min(math.ceil(COLD_BYTES / self.active_bytes()), 1 + int(free / 2 / each))
         copy = lambda: Weights(*(tensor.clone() for tensor in self.weights))
         return [self.weights] + [copy() for _ in range(wanted - 1)]
@@ -103,10 +103,10 @@ class Layer:
 
 @dataclass
 class Call:
-    """A computation that is ready to run, and what the rows of its result are.
+    """A computation that is ready to run, and the token and expert of each row of its result.
 
-    `token` and `expert` are set at "GEMM alone", where each peer has an order of rows of its own;
-    a row whose token is negative is padding.
+    `token` and `expert` are set at "GEMM alone", where each peer has its own order of rows. A row
+    with a negative token is padding.
     """
 
     run: Callable[[], torch.Tensor]
@@ -115,7 +115,7 @@ class Call:
 
 
 def read(path):
-    """The layer of a file, on the CPU; every name, shape and dtype is checked here."""
+    """Reads a layer to the CPU and checks every name, shape and dtype."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -124,8 +124,8 @@ def read(path):
         raise InputError(f"{path}: {error}") from error
     renormalize = RENORMALIZE.get(metadata.get("renormalize"))
     if renormalize is None:
-        said = metadata.get("renormalize")
-        raise InputError(f"metadata 'renormalize' is {said!r}, not true or false")
+        value = metadata.get("renormalize")
+        raise InputError(f"metadata 'renormalize' is {value!r}, not true or false")
     dtype = DTYPES.get(metadata.get("dtype"))
     if dtype is None:
         raise InputError(f"metadata 'dtype' is {metadata.get('dtype')!r}, not f32, f16 or bf16")
@@ -153,7 +153,7 @@ def read(path):
         x=x,
         logits=take("logits", dtype, [tokens, experts]),
         weights=Weights(
-            gate=take("gate", dtype, [experts, hidden]),
+            router_gate=take("router_gate", dtype, [experts, hidden]),
             gate_up=take("gate_up", dtype, [experts, 2 * intermediate, hidden]),
             down=down,
         ),

@@ -1,4 +1,4 @@
-"""What a peer is."""
+"""The base classes of peers."""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,13 @@ from layer import FROM_LOGITS, FROM_X, GEMM, Call
 
 
 class Peer:
-    """A layer by somebody else's kernels.
+    """A MoE layer of another library.
 
-    A constructor raises `Unavailable`, or ImportError, where the peer cannot run.
+    A constructor raises `Unavailable` or ImportError if the peer cannot run.
     """
 
     boundaries = (GEMM, FROM_LOGITS, FROM_X)
-    # Whether a call may be captured in a CUDA graph: not where the host waits for the device.
+    # Whether a call can be captured in a CUDA graph: false if the host waits for the device.
     graph = True
     note = None
 
@@ -23,13 +23,15 @@ class Peer:
         self.version = f"torch {torch.__version__}"
 
     def call(self, boundary, weights):
-        """A call that computes `boundary` with `weights`; what comes before it is done."""
+        """Prepares a call that computes `boundary` with `weights`."""
         if boundary == GEMM:
             return self.products(weights)
         layer = self.layer
 
         def run():
-            logits = layer.logits if boundary == FROM_LOGITS else F.linear(layer.x, weights.gate)
+            logits = layer.logits
+            if boundary == FROM_X:
+                logits = F.linear(layer.x, weights.router_gate)
             return self.experts(weights, *self.route(logits))
 
         return Call(run)
@@ -38,16 +40,16 @@ class Peer:
         return glue.route(logits, self.layer.top_k, self.layer.renormalize)
 
     def products(self, weights):
-        """A call from x to yp, by the ids of the file."""
+        """Prepares a call from x to yp, by the ids of the file."""
         raise NotImplementedError
 
     def experts(self, weights, expert_ids, expert_weights):
-        """y, by ids and weights on the device."""
+        """Computes y from ids and routing weights on the device."""
         raise NotImplementedError
 
 
 class GroupedPeer(Peer):
-    """A peer that is a grouped product; permutation, activation and combine are torch's."""
+    """A peer with a grouped product; permutation, activation and combine are torch's."""
 
     def __init__(self, layer):
         super().__init__(layer)
@@ -57,7 +59,7 @@ class GroupedPeer(Peer):
         return glue.group(expert_ids, self.layer.experts)
 
     def grouped(self, a, weight, grouping):
-        """For each row of `a [R, K]` the product with its expert's `weight [E, N, K]`."""
+        """Multiplies each row of `a [R, in]` by its expert's `weight [E, out, in]`."""
         raise NotImplementedError
 
     def rows(self, weights, grouping):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Peers of moe-kernels, for its benches: JSON requests on stdin, one a line, and a reply to each.
+"""Runs the peers of moe-kernels' benches: replies to JSON requests on stdin, one a line.
 
-See README.md beside this file for the peers and for the requests.
+README.md in this folder describes the peers and the protocol.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from errors import RequestError, brief
 
-# Name of a peer, its module and its class. Modules are imported one by one, so that what a machine
-# lacks costs it one peer and no more.
+# The module and the class of each peer. A module is imported only for its peer, so that a missing
+# package makes only that peer unavailable.
 PEERS = {
     "torch-loop": ("torch_peers", "TorchLoop"),
     "torch-bmm": ("torch_peers", "TorchBmm"),
@@ -30,7 +30,7 @@ MOST_SAMPLES = 1000
 
 
 class Server:
-    """The peers that can run here with one input file."""
+    """The peers that can run on this machine, with one input file."""
 
     def __init__(self, device, path, cache, tuning_seconds, only=PEERS):
         import torch
@@ -57,7 +57,7 @@ class Server:
         kind = getattr(importlib.import_module(module), kind)
         return kind(self.layer, *self.tuning) if name == "triton-fused-moe" else kind(self.layer)
 
-    def presentation(self):
+    def greeting(self):
         return {
             "peers": [
                 {"name": name, "version": peer.version, "boundaries": list(peer.boundaries)}
@@ -68,7 +68,7 @@ class Server:
         }
 
     def answer(self, line):
-        """The reply to a request."""
+        """Returns the reply to a request."""
         try:
             request = json.loads(line)
         except ValueError as error:
@@ -81,7 +81,7 @@ class Server:
         raise RequestError("a request has 'check' alone, or 'time', 'boundary' and 'samples'")
 
     def check(self, name):
-        """The worst relative error over the peer's boundaries."""
+        """Returns the largest relative error over the peer's boundaries."""
         if name == OURS:
             return self.truth.error_of_file()
         peer = self.peer(name)
@@ -104,35 +104,35 @@ class Server:
 
     def peer(self, name):
         if not isinstance(name, str) or name not in PEERS:
-            raise RequestError(f"there is no peer {name!r}")
+            raise RequestError(f"unknown peer {name!r}")
         if name not in self.peers:
-            why = self.unavailable.get(name, "not among those of --only")
+            why = self.unavailable.get(name, "not listed in --only")
             raise RequestError(f"{name} is unavailable: {why}")
         return self.peers[name]
 
 
-class Nothing:
-    """What serves where torch or safetensors is missing: every peer is unavailable."""
+class UnavailableServer:
+    """Replies if torch or safetensors is missing: every peer is unavailable."""
 
     def __init__(self, why, only):
         self.why, self.only = why, only
 
-    def presentation(self):
+    def greeting(self):
         return {"peers": [], "unavailable": [{"name": name, "why": self.why} for name in self.only]}
 
     def answer(self, line):
         raise RequestError(self.why)
 
 
-def serve(server, say):
-    say(server.presentation())
+def serve(server, send):
+    send(server.greeting())
     for line in sys.stdin:
         if not line.strip():
             continue
         try:
-            say(server.answer(line))
+            send(server.answer(line))
         except Exception as error:
-            say({"error": brief(error)})
+            send({"error": brief(error)})
 
 
 def main():
@@ -142,33 +142,33 @@ def main():
     parser.add_argument(
         "--cache",
         metavar="DIR",
-        help="where the Triton peer's best configurations are kept (default: beside the inputs)",
+        help="folder of the Triton peer's best configurations (default: the folder of the inputs)",
     )
     parser.add_argument(
         "--tuning-seconds",
         type=float,
         default=30,
         metavar="S",
-        help="most time that the Triton peer may search for one shape's best (default: 30)",
+        help="time limit of the Triton peer's search for one shape (default: 30)",
     )
     parser.add_argument(
         "--only",
         type=lambda names: names.split(","),
         default=list(PEERS),
         metavar="NAMES",
-        help="peers to load, with commas between them (default: all)",
+        help="peers to load, separated by commas (default: all)",
     )
     arguments = parser.parse_args()
     unknown = set(arguments.only) - set(PEERS)
     if unknown:
-        parser.error(f"there is no peer {', '.join(sorted(unknown))}")
+        parser.error(f"unknown peer {', '.join(sorted(unknown))}")
 
-    # Replies have the stdout that the program was given to themselves: what libraries print goes to
-    # stderr, also where they print from C.
+    # Replies alone go to the program's stdout. The output of libraries, from Python and from C, is
+    # redirected to stderr.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(message):
+    def send(message):
         print(json.dumps(message), file=replies, flush=True)
 
     cache = Path(arguments.cache or Path(arguments.inputs).parent)
@@ -176,11 +176,11 @@ def main():
         seconds, only = arguments.tuning_seconds, arguments.only
         server = Server(arguments.device, arguments.inputs, cache, seconds, only)
     except ImportError as error:
-        server = Nothing(str(error), arguments.only)
+        server = UnavailableServer(str(error), arguments.only)
     except Exception as error:
-        say({"peers": [], "unavailable": [], "error": brief(error)})
+        send({"peers": [], "unavailable": [], "error": brief(error)})
         return 2
-    serve(server, say)
+    serve(server, send)
     return 0
 
 

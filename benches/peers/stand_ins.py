@@ -1,4 +1,4 @@
-"""What the tests of clocks, graphs and the search ask of torch, triton and safetensors, for machines without them."""
+"""Stand-ins for torch, triton and safetensors in the tests of clocks, graphs and the search."""
 
 import sys
 import types
@@ -10,7 +10,7 @@ class Dtype:
 
 
 class Ids(list):
-    """Whole numbers in a row."""
+    """A tensor of integers."""
 
     def __mod__(self, divisor):
         return Ids(each % divisor for each in self)
@@ -22,18 +22,18 @@ class Ids(list):
         return len(self)
 
 
-def absent(*all, **more):
-    raise AssertionError("a test without torch asks for something of it that is not played")
+def missing(*all, **more):
+    raise AssertionError("the stand-in for torch has no such function")
 
 
 def torch():
-    """Names that modules read when they are imported, and functions that tests put others in the place of."""
+    """The names that modules read at import, and the functions that tests patch."""
     functions = "Event CUDAGraph graph Stream current_stream stream synchronize".split()
     dtypes = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4, "float64": 8}
     module = types.ModuleType("torch")
-    module.cuda = types.SimpleNamespace(**dict.fromkeys(functions, absent))
+    module.cuda = types.SimpleNamespace(**dict.fromkeys(functions, missing))
     module.Tensor = module.device = module.dtype = object
-    module.empty = absent
+    module.empty = missing
     module.arange = lambda count: Ids(range(count))
     for name, itemsize in dtypes.items():
         setattr(module, name, Dtype(itemsize))
@@ -42,16 +42,16 @@ def torch():
 
 def triton():
     module = types.ModuleType("triton")
-    module.__version__ = "played"
+    module.__version__ = "stand-in"
     module.errors = types.ModuleType("triton.errors")
     module.errors.TritonError = type("TritonError", (Exception,), {})
     return module
 
 
 def install():
-    """Puts them in the place of what is not installed, all or none: tests that need more fail."""
-    played = triton()
+    """Replaces all of the packages in `sys.modules`, so that tests that need the real ones fail."""
+    triton_ = triton()
     safetensors = types.ModuleType("safetensors")
-    safetensors.safe_open = absent
-    modules = {"torch": torch(), "triton": played, "triton.errors": played.errors}
+    safetensors.safe_open = missing
+    modules = {"torch": torch(), "triton": triton_, "triton.errors": triton_.errors}
     sys.modules.update(modules | {"safetensors": safetensors})

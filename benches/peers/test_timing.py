@@ -1,4 +1,4 @@
-"""Tests of what runs on a GPU alone, with a GPU that is played: clocks, graphs, and the search."""
+"""Tests of the code that needs a GPU, with a stand-in for it: clocks, graphs, and the search."""
 
 import contextlib
 import sys
@@ -22,7 +22,7 @@ MILLISECOND = 1e-3
 
 
 class Gpu:
-    """A clock that calls move on, a graph that remembers them, and events that read the clock."""
+    """A clock that calls advance, a graph that records them, and events that read the clock."""
 
     def __init__(self, breaks_capture=False):
         self.now, self.graph, self.turns = 0.0, None, []
@@ -98,13 +98,13 @@ class Clocks(unittest.TestCase):
                 self.assertGreaterEqual(each, seconds)
                 self.assertLess(each, seconds + 0.05)
 
-    def test_few_tokens_replay_a_graph_over_every_copy(self):
+    def test_few_tokens_replay_a_graph_over_all_copies(self):
         gpu = Gpu()
         reply = gpu.time(3, 512, COLD_BYTES // 3 + 1)
         self.near(reply, MILLISECOND)
         self.assertEqual((reply["launch"], reply["cache"], reply["note"]), ("graph", "cold", None))
         self.assertNotIn("flush", gpu.turns)
-        # The least number of calls from 20 on that goes round the copies evenly.
+        # The least multiple of the number of copies that is at least 20.
         self.assertEqual(len(gpu.captured), 21)
         self.assertEqual(gpu.turns[-21:], [0, 1, 2] * 7)
 
@@ -119,7 +119,7 @@ class Clocks(unittest.TestCase):
         self.assertEqual(set(gpu.turns[::2]), {"flush"})
         self.assertEqual(set(gpu.turns[1::2]), {0, 1})
 
-    def test_what_cannot_be_captured_is_eager(self):
+    def test_calls_that_cannot_be_captured_are_eager(self):
         reply = Gpu(breaks_capture=True).time(1, 8, COLD_BYTES)
         self.near(reply, MILLISECOND)
         self.assertEqual(reply["launch"], "eager")
@@ -129,7 +129,7 @@ class Clocks(unittest.TestCase):
 
 
 class Search(unittest.TestCase):
-    """The search over a cost that is made up; the best lies away from the start."""
+    """The search over an artificial cost whose minimum is not at the start."""
 
     best = Config(block_m=64, block_n=128, block_k=128, group_m=8, warps=8, stages=4)
 
@@ -149,23 +149,23 @@ class Search(unittest.TestCase):
         with mock.patch.object(triton_tuning, "median", side_effect=self.cost) as asked:
             return triton_tuning.search(self.peer, seconds), asked.call_count
 
-    def test_the_whole_space_is_seen_where_there_is_time(self):
+    def test_a_search_with_enough_time_covers_the_space(self):
         found, asked = self.search(60)
         self.assertEqual(Config(**found["config"]), self.best)
-        # Of 432; the others' tiles take more than a block may have.
+        # The tiles of the other 42 of 432 exceed a block's shared memory.
         self.assertEqual((found["tried"], found["complete"], asked), (390, True, 390))
 
-    def test_a_search_out_of_time_has_its_start(self):
+    def test_a_search_out_of_time_returns_its_start(self):
         found, asked = self.search(0)
         self.assertEqual((found["tried"], found["complete"], asked), (1, False, 1))
         self.assertEqual(found["config"]["block_m"], 16)
 
-    def test_nothing_that_runs_is_an_error(self):
+    def test_no_configuration_that_runs_is_an_error(self):
         with mock.patch.object(triton_tuning, "median", return_value=float("inf")):
             with self.assertRaises(RuntimeError):
                 triton_tuning.search(self.peer, 0)
 
-    def test_a_best_is_remembered(self):
+    def test_the_best_configuration_is_cached(self):
         found = {"config": vars(self.best), "seconds": 1.0, "tried": 7, "complete": False}
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "cache"

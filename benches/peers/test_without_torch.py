@@ -1,6 +1,6 @@
-"""Tests that need neither torch nor a GPU, which CI runs: `python -m unittest test_without_torch`.
+"""Tests without torch and without a GPU: `python -m unittest test_without_torch`.
 
-The program's protocol where torch is missing; and, with stand-ins, the clocks, graphs and search of test_timing.py.
+They check the program's protocol without torch and, with stand-ins, the tests of test_timing.py.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ stand_ins.install()
 
 from errors import InputError, RequestError, Unavailable, Wrong, brief
 from peers import PEERS
-# Test cases of another file run here as well.
+# unittest runs the imported test cases too.
 from test_timing import Clocks, Search  # noqa: F401
 
 
@@ -35,7 +35,7 @@ class Errors(unittest.TestCase):
 
 
 class WithoutTorch(unittest.TestCase):
-    """The program beside a torch that cannot be imported."""
+    """The program with a torch that cannot be imported."""
 
     def setUp(self):
         scratch = tempfile.TemporaryDirectory()
@@ -59,11 +59,11 @@ class WithoutTorch(unittest.TestCase):
         why = "No module named torch"
         self.assertEqual(first["peers"], [])
         self.assertEqual(first["unavailable"], [{"name": name, "why": why} for name in PEERS])
-        # An empty line is no request.
+        # Empty lines are ignored.
         self.assertEqual(replies, [{"error": why}] * 3)
 
-    def test_arguments_that_do_not_fit(self):
-        for words, said in [
+    def test_rejects_invalid_arguments(self):
+        for words, message in [
             ([], "--device"),
             (["--device", "tpu", "--inputs", "x"], "invalid choice: 'tpu'"),
             (["--device", "cpu"], "--inputs"),
@@ -71,18 +71,18 @@ class WithoutTorch(unittest.TestCase):
         ]:
             done = self.run_it(*words)
             self.assertEqual((done.returncode, done.stdout), (2, ""), words)
-            self.assertIn(said, done.stderr)
+            self.assertIn(message, done.stderr)
 
 
 class StandIns(unittest.TestCase):
-    def test_what_is_not_played_fails(self):
+    def test_missing_functions_fail(self):
         import torch
 
         with self.assertRaises(AssertionError):
             torch.empty(3)
         with contextlib.suppress(AttributeError):
             torch.matmul
-            self.fail("a stand-in has a product")
+            self.fail("the stand-in for torch has a product")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds per call: CUDA events and graphs over cold weights, or the CPU's clock."""
+"""Measures the seconds of a call: CUDA events and graphs with cold weights, or the CPU's clock."""
 
 import itertools
 import math
@@ -9,7 +9,8 @@ import torch
 from errors import brief
 from layer import COLD_BYTES
 
-# Up to so many tokens launches cost as much as kernels, so calls are replayed from a graph.
+# The most tokens of a call that is replayed from a graph: with so few, launches cost as much as
+# kernels.
 GRAPH_TOKENS = 512
 GRAPH_CALLS = 20
 # A sample repeats a short call until it lasts about this long.
@@ -18,7 +19,7 @@ MOST_CALLS = 100
 
 
 def time_calls(runs, layer, graph, samples, warm_up_seconds=0.2):
-    """A reply for `samples` timings of `runs`, which differ in their copies of the weights."""
+    """Returns the reply for `samples` timings of `runs`, which have a copy of the weights each."""
     if layer.device.type != "cuda":
         seconds = on_cpu(runs[0], samples)
         return {"seconds": seconds, "launch": "eager", "cache": "warm", "note": None}
@@ -52,7 +53,7 @@ def on_cpu(run, samples):
 
 
 def captured(runs, samples, warm_up_seconds):
-    """Replays of one graph that holds every copy's call equally often."""
+    """Times replays of a graph that has the call of every copy equally often."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -70,7 +71,7 @@ def captured(runs, samples, warm_up_seconds):
 
 
 def eager(runs, samples, warm_up_seconds):
-    """Calls between two events each; before each the L2 is filled with something else."""
+    """Times each call between two events, after overwriting L2 with other bytes."""
     filler = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
     turn = itertools.cycle(runs)
 

@@ -1,4 +1,4 @@
-"""Peers that are torch alone."""
+"""Peers in torch alone."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ from peer import GroupedPeer, Peer
 
 
 class TorchLoop(Peer):
-    """A loop over the experts that have rows, which adds each one's rows to y by index.
+    """A loop over the experts with rows that adds each expert's rows to y by index.
 
-    This is what a checkpoint runs on in eager transformers.
+    Eager transformers does the same.
     """
 
     graph = False
-    note = "the host reads which experts have rows"
+    note = "the host waits for the device to read which experts have rows"
 
     def expert(self, weights, expert, x):
         return F.linear(glue.swiglu(F.linear(x, weights.gate_up[expert])), weights.down[expert])
@@ -46,9 +46,9 @@ class TorchLoop(Peer):
 
 
 class TorchBmm(Peer):
-    """The two products as batched ones, in equal groups over as many experts as have rows.
+    """The two products as batched products, in equal groups over as many experts as have rows.
 
-    It is what cuBLAS reaches where nothing is ragged: a ceiling for the products, not a layer.
+    This is the speed of cuBLAS on groups of equal size: a ceiling for the products, not a layer.
     """
 
     boundaries = (GEMM,)
@@ -58,7 +58,7 @@ class TorchBmm(Peer):
         layer = self.layer
         active = layer.expert_ids.unique()
         grouping = glue.group(layer.expert_ids, layer.experts)
-        # Where rows do not divide, tokens at the front are taken twice, so that no zeros are timed.
+        # If rows do not divide evenly, the first tokens are repeated, so that no zeros are timed.
         each = -(-grouping.token_of_row.numel() // active.numel())
         wanted = torch.arange(each * active.numel(), device=layer.device)
         token = grouping.token_of_row[wanted % grouping.token_of_row.numel()]
@@ -85,7 +85,7 @@ class TorchGroupedMm(GroupedPeer):
         self.grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
         if self.grouped_mm is None:
             raise Unavailable(f"torch {torch.__version__} has no grouped_mm")
-        # Whether it takes this device, dtype and these strides, one row says.
+        # A product of one row shows whether it supports the device, the dtype and the strides.
         one = torch.ones(1, dtype=torch.int32, device=layer.device)
         act = layer.weights.down.new_ones(1, layer.intermediate)
         try:

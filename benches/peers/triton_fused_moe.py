@@ -1,4 +1,4 @@
-"""The peer made of Triton kernels, with a configuration that was searched for on this device."""
+"""The peer of Triton kernels, with a configuration found by a search on the device."""
 
 import os
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from peer import Peer
 from triton_tuning import Config, tuned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ELEMENTS = 1024  # of a program of the elementwise kernels
-SLOTS = 2048  # that a program of the listing kernels reads at a time
+ELEMENTS = 1024  # elements of a program of the elementwise kernels
+SLOTS = 2048  # slots that a program of the listing kernels reads at a time
 
 
 @dataclass
 class Listing:
-    """Slots by expert, padded to blocks; see triton_kernels."""
+    """Slots sorted by expert and padded to blocks; see triton_kernels."""
 
     slot_of_row: torch.Tensor
     expert_of_block: torch.Tensor
 
 
 class TritonFusedMoe(Peer):
-    """Route, list, product, SwiGLU, product, sum: six steps, seven launches."""
+    """Six steps in seven launches: route, list, product, SwiGLU, product, sum."""
 
     def __init__(self, layer, cache, tuning_seconds):
         super().__init__(layer)
@@ -81,7 +81,7 @@ class TritonFusedMoe(Peer):
 
     def list(self, expert_ids):
         experts, slots = self.layer.experts, expert_ids.numel()
-        # Every expert with rows fills one block in part at most, and a block has at least a row.
+        # Each expert has at most one partial block, and each block has at least one row.
         blocks = min(slots, slots // self.config.block_m + experts)
         new = lambda size: torch.empty(size, dtype=torch.int32, device=expert_ids.device)
         listing = Listing(new(blocks * self.config.block_m), new(blocks))
@@ -102,7 +102,7 @@ class TritonFusedMoe(Peer):
         return listing
 
     def rows(self, weights, listing, expert_weights=None):
-        """Both products; row `s` of the result is slot `s`, weighted where there are weights."""
+        """Computes both products; row `s` is that of slot `s`, weighted if weights are given."""
         layer = self.layer
         slots = layer.expert_ids.numel()
         gate_up = layer.x.new_empty(slots, 2 * layer.intermediate)
@@ -116,9 +116,9 @@ class TritonFusedMoe(Peer):
 
     def product(self, c, a, b, listing, expert_weights):
         config = self.config
-        _, n, k = b.shape
+        _, out_features, in_features = b.shape
         blocks = listing.expert_of_block.numel()
-        kernels.product_kernel[(blocks * triton.cdiv(n, config.block_n),)](
+        kernels.product_kernel[(blocks * triton.cdiv(out_features, config.block_n),)](
             c,
             a,
             b,
@@ -126,12 +126,12 @@ class TritonFusedMoe(Peer):
             listing.expert_of_block,
             c if expert_weights is None else expert_weights,
             c.shape[0],
-            n,
-            k,
+            out_features,
+            in_features,
             blocks,
             SLOTS_PER_ROW=c.shape[0] // a.shape[0],
             WEIGHTED=expert_weights is not None,
-            EVEN_K=k % config.block_k == 0,
+            EVEN_K=in_features % config.block_k == 0,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,

@@ -1,8 +1,8 @@
-"""Kernels of a fused MoE layer in Triton, after the plan that vLLM's Triton path made common.
+"""Kernels of a fused MoE layer in Triton, with the plan of vLLM's Triton path.
 
-Slots (token, k) are listed by expert, each expert's list padded to a multiple of BLOCK_M. So a
-block of rows has one expert, and one kernel serves both products: it gathers rows of A by the list
-and writes rows of C back to their slots.
+Slots (token, k) are sorted by expert, and each expert's list is padded to a multiple of BLOCK_M. A
+block of rows then has one expert. One kernel computes both products: it gathers rows of A by the
+list and writes rows of C back to their slots.
 """
 
 import triton
@@ -16,11 +16,11 @@ def route_kernel(
     logits,  # [T, E]
     experts,
     TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,  # TOP_K, up to a power of two
-    BLOCK: tl.constexpr,  # E, up to a power of two
-    RENORMALIZE: tl.constexpr,  # whether weights of the chosen sum to one, or those of all experts
+    SLOTS: tl.constexpr,  # TOP_K, rounded up to a power of two
+    BLOCK: tl.constexpr,  # E, rounded up to a power of two
+    RENORMALIZE: tl.constexpr,  # divides by the sum over the chosen experts, else over all experts
 ):
-    """A program per token: softmax, then TOP_K rounds of the largest."""
+    """A program per token: softmax, then TOP_K searches for the largest score."""
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     inside = expert < experts
@@ -28,14 +28,14 @@ def route_kernel(
     scores = scores.to(tl.float32)
     scores = tl.exp(scores - tl.max(scores, 0))
     total = tl.sum(scores, 0)
-    # A score that was taken, or is of no expert, is below every other.
+    # Scores that were chosen, and those past the last expert, are below all others.
     scores = tl.where(inside, scores, -1.0)
     slot = tl.arange(0, SLOTS)
     chosen = tl.zeros([SLOTS], tl.int32)
     taken = tl.zeros([SLOTS], tl.float32)
     for rank in tl.static_range(TOP_K):
         best = tl.max(scores, 0)
-        # Of equal scores the lowest expert.
+        # Ties go to the lower expert.
         winner = tl.min(tl.where(scores == best, expert, BLOCK), 0)
         chosen = tl.where(slot == rank, winner, chosen)
         taken = tl.where(slot == rank, best, taken)
@@ -59,18 +59,18 @@ def count_kernel(counts, ids, slots, BLOCK: tl.constexpr):  # counts [E], ids [T
 
 @triton.jit
 def align_kernel(
-    slot_of_row,  # [blocks * BLOCK_M]: padding has `slots`
-    expert_of_block,  # [blocks]: blocks without rows have -1
+    slot_of_row,  # [blocks * BLOCK_M]: `slots` in padding
+    expert_of_block,  # [blocks]: -1 for blocks without rows
     counts,  # [E]
     ids,  # [T*K]
     slots,
     experts,
     blocks,
     BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # E, up to a power of two
+    BLOCK_E: tl.constexpr,  # E, rounded up to a power of two
     BLOCK: tl.constexpr,
 ):
-    """A program per expert lists its slots in order and names the blocks that they fill."""
+    """A program per expert lists its slots in order and sets the expert of their blocks."""
     expert = tl.program_id(0)
     every = tl.arange(0, BLOCK_E)
     count = tl.load(counts + every, every < experts, other=0)
@@ -95,15 +95,15 @@ def align_kernel(
 
 @triton.jit
 def product_kernel(
-    c,  # [slots, n]
-    a,  # [slots // SLOTS_PER_ROW, k]
-    b,  # [E, n, k]
+    c,  # [slots, out_features]
+    a,  # [slots // SLOTS_PER_ROW, in_features]
+    b,  # [E, out_features, in_features]
     slot_of_row,
     expert_of_block,
     weights,  # [slots], read where WEIGHTED
     slots,
-    n,
-    k,
+    out_features,
+    in_features,
     blocks,
     SLOTS_PER_ROW: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -114,9 +114,9 @@ def product_kernel(
     GROUP_M: tl.constexpr,
 ):
     """A program per tile of C: rows of one block times columns of its expert."""
-    # Tiles of GROUP_M blocks go together, so that the columns of B they share stay in L2.
+    # Programs take the tiles of GROUP_M blocks together, so that their columns of B stay in L2.
     program = tl.program_id(0)
-    columns = tl.cdiv(n, BLOCK_N)
+    columns = tl.cdiv(out_features, BLOCK_N)
     band = program // (GROUP_M * columns)
     height = tl.minimum(blocks - band * GROUP_M, GROUP_M)
     block = band * GROUP_M + program % (GROUP_M * columns) % height
@@ -127,27 +127,28 @@ def product_kernel(
     slot = tl.load(slot_of_row + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_inside = slot < slots
     col = column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    col_inside = col < n
+    col_inside = col < out_features
     inner = tl.arange(0, BLOCK_K)
-    a_at = a + (slot // SLOTS_PER_ROW)[:, None] * k + inner[None, :]
-    # Columns beyond the end read numbers of others, which are not stored.
-    b_at = b + expert * n * k + (col % n)[None, :] * k + inner[:, None]
+    a_at = a + (slot // SLOTS_PER_ROW)[:, None] * in_features + inner[None, :]
+    # Columns past the end wrap around; their results are not stored.
+    row_of_b = expert * out_features + col % out_features
+    b_at = b + row_of_b[None, :] * in_features + inner[:, None]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, k, BLOCK_K):
+    for start in range(0, in_features, BLOCK_K):
         if EVEN_K:
             a_part = tl.load(a_at, row_inside[:, None], other=0.0)
             b_part = tl.load(b_at)
         else:
-            left = inner < k - start
+            left = inner < in_features - start
             a_part = tl.load(a_at, row_inside[:, None] & left[None, :], other=0.0)
             b_part = tl.load(b_at, left[:, None], other=0.0)
-        # f32 is multiplied as f32, never as TF32; the other dtypes do not ask.
+        # f32 is multiplied as f32, never as TF32. The other dtypes ignore the option.
         sums = tl.dot(a_part, b_part, sums, input_precision="ieee")
         a_at += BLOCK_K
         b_at += BLOCK_K
     if WEIGHTED:
         sums *= tl.load(weights + slot, row_inside, other=0.0)[:, None]
-    c_at = c + slot[:, None] * n + col[None, :]
+    c_at = c + slot[:, None] * out_features + col[None, :]
     tl.store(c_at, sums.to(c.dtype.element_ty), row_inside[:, None] & col_inside[None, :])
 
 

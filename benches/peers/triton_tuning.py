@@ -1,4 +1,4 @@
-"""The search for the configuration of the Triton peer's products, and its memory."""
+"""The search for the configuration of the Triton peer's products, and its cache."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from errors import brief
 
 @dataclass(frozen=True)
 class Config:
-    """What one compilation of the product kernel is; the values are the search's start."""
+    """The constants of one compilation of the product kernel, by default the search's start."""
 
     block_m: int = 16
     block_n: int = 64
@@ -28,7 +28,7 @@ class Config:
     stages: int = 3
 
     def stage_bytes(self, dtype):
-        """Shared memory that the tiles of A and B take at least: one stage may be in registers."""
+        """The least shared memory of the tiles of A and B: one stage may be in registers."""
         tiles = (self.block_m + self.block_n) * self.block_k
         return (self.stages - 1) * tiles * dtype.itemsize
 
@@ -44,7 +44,7 @@ SPACE = {
 
 
 def tuned(peer, folder, seconds):
-    """The best configuration for the peer's layer, and how it was found."""
+    """Returns the best configuration for the peer's layer, and a note on the search."""
     path = Path(folder) / "triton-fused-moe.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     key = name(peer.layer)
@@ -60,7 +60,7 @@ def tuned(peer, folder, seconds):
 
 
 def name(layer):
-    """What a best configuration depends on."""
+    """Returns the cache key: all that the best configuration depends on."""
     device = torch.cuda.get_device_name(layer.device)
     shape = f"T{layer.tokens}H{layer.hidden}I{layer.intermediate}E{layer.experts}K{layer.top_k}"
     active = layer.expert_ids.unique().numel()
@@ -68,15 +68,15 @@ def name(layer):
 
 
 def shared_memory(device):
-    """Bytes that a block may have."""
+    """Returns the most bytes of shared memory of a block."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def search(peer, seconds):
-    """Descends along one parameter after the other, then tries what is left until time is up."""
+    """Descends along one parameter after the other, then tries the rest until time is up."""
     end = time.monotonic() + seconds
     every = (Config(**dict(zip(SPACE, values))) for values in itertools.product(*SPACE.values()))
-    # What cannot fit is left out before it is compiled, which for large tiles takes a minute.
+    # Configurations that cannot fit are not compiled, which takes a minute for large tiles.
     limit = shared_memory(peer.layer.device)
     rest = [config for config in every if config.stage_bytes(peer.layer.dtype) <= limit]
     random.Random(0).shuffle(rest)
@@ -89,7 +89,7 @@ def search(peer, seconds):
             measured[config] = median(peer, config)
         return measured[config]
 
-    # The block that a mean expert fills is where a person would begin.
+    # The search starts at the block size that the mean expert fills.
     mean = peer.layer.expert_ids.numel() / peer.layer.expert_ids.unique().numel()
     best = replace(Config(), block_m=next((m for m in SPACE["block_m"] if m >= mean), 128))
     measure(best)
@@ -116,7 +116,7 @@ def search(peer, seconds):
 
 
 def median(peer, config):
-    """Seconds of both products with `config`; infinite where it does not compile or fit."""
+    """Returns the seconds of both products; infinity if `config` does not compile or fit."""
     peer.config = config
     try:
         runs = [peer.products(weights).run for weights in peer.layer.cold_weights]

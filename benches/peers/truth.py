@@ -1,30 +1,30 @@
-"""The layer in f64 on the CPU, for a few tokens, and how far a result is from it."""
+"""The layer in f64 on the CPU for a few tokens, and the relative error of a result."""
 
 import torch
 
 from errors import Wrong
 from layer import FROM_LOGITS, GEMM
 
-# At most so many tokens, or rows at "GEMM alone", are held against the truth.
+# The most tokens, or rows at "GEMM alone", that are compared with the truth.
 CHECKED = 16
 
 
 class Truth:
-    """Computes each expert's output for a token once, whichever peers are held against it."""
+    """Computes each expert's output for a token once, for all peers."""
 
     def __init__(self, layer):
         self.layer = layer
         self.outputs = {}
 
     def error(self, boundary, call):
-        """The relative error of what `call` computes at `boundary`."""
+        """Returns the relative error of the result of `call` at `boundary`."""
         got = call.run()
         if boundary == GEMM:
             return relative_error(got, *self.product_rows(call.token.cpu(), call.expert.cpu()))
         return relative_error(got, *self.layer_rows(self.clear_tokens(boundary), boundary))
 
     def error_of_file(self):
-        """The same for the `y` of the file, and for its ids and weights, which peers group by."""
+        """Returns the largest relative error of the file's `y` and of its ids and weights."""
         layer = self.layer
         logits = self.logits(FROM_LOGITS)
         ids, weights = route(logits, layer.top_k, layer.renormalize)
@@ -39,14 +39,14 @@ class Truth:
         return max(routing, relative_error(layer.y, *rows))
 
     def product_rows(self, token, expert):
-        """Rows of a result whose row r is of token[r] and expert[r], and what they ought to be."""
+        """Returns some rows of a result whose row r has token[r] and expert[r], and their truth."""
         rows = spread((token >= 0).nonzero().flatten())
         pairs = list(zip(token[rows].tolist(), expert[rows].tolist()))
         outputs = self.expert_outputs(pairs)
         return rows, torch.stack([outputs[pair] for pair in pairs])
 
     def layer_rows(self, tokens, boundary):
-        """The rows of y for `tokens`."""
+        """Returns `tokens` and the truth of their rows of y."""
         logits = self.logits(boundary)[tokens]
         ids, weights = route(logits, self.layer.top_k, self.layer.renormalize)
         pairs = [(t, e) for t, row in zip(tokens.tolist(), ids.tolist()) for e in row]
@@ -55,7 +55,7 @@ class Truth:
         return tokens, (weights[..., None] * outputs).sum(1)
 
     def expert_outputs(self, pairs):
-        """The output of an expert for a token, for each pair (token, expert)."""
+        """Returns the output of an expert for a token, for each pair (token, expert)."""
         missing = {}
         for token, expert in pairs:
             if (token, expert) not in self.outputs:
@@ -71,12 +71,12 @@ class Truth:
     def logits(self, boundary):
         if boundary == FROM_LOGITS:
             return self.layer.logits.double()
-        return self.layer.x.double() @ self.layer.weights.gate.double().T
+        return self.layer.x.double() @ self.layer.weights.router_gate.double().T
 
     def clear_tokens(self, boundary):
-        """Tokens whose choice of experts no rounding of the scores can change.
+        """Returns tokens whose choice of experts does not change with the rounding of the scores.
 
-        Where two scores are one rounding apart, a peer that is right may choose either.
+        If two scores differ by a rounding, either choice is right.
         """
         logits = self.logits(boundary)
         scores = logits.sort(dim=1, descending=True).values
@@ -89,24 +89,24 @@ class Truth:
 
 
 def route(logits, top_k, renormalize):
-    """The largest, ties to the lower expert, and their softmax over all, or over themselves."""
+    """Returns the K largest, ties to the lower expert, and their softmax over all or over the K."""
     logits, order = torch.sort(logits, dim=1, descending=True, stable=True)
     among = logits[:, :top_k] if renormalize else logits
     return order[:, :top_k], torch.softmax(among, dim=1)[:, :top_k]
 
 
 def spread(indices):
-    """At most CHECKED of the indices, from the first to the last."""
+    """Returns at most CHECKED of the indices, evenly spread from the first to the last."""
     return indices[torch.linspace(0, len(indices) - 1, min(len(indices), CHECKED)).long()]
 
 
 def relative_error(got, rows, truth):
-    """||got - truth|| / ||truth|| over the rows; what is not finite raises, and never passes."""
+    """Returns ||got - truth|| / ||truth|| over the rows. Raises `Wrong` for NaN and infinity."""
     if got.dim() != 2 or got.shape[1] != truth.shape[1] or got.shape[0] <= rows.max():
         raise Wrong(f"the result has shape {list(got.shape)}")
     got = got[rows.to(got.device)].cpu().double()
     if not (torch.isfinite(got).all() and torch.isfinite(truth).all()):
         raise Wrong("the result, or the truth, has NaN or infinity")
     if truth.norm() == 0:
-        raise Wrong("the truth is all zeros: there is nothing to compare with")
+        raise Wrong("the truth is all zeros")
     return ((got - truth).norm() / truth.norm()).item()

@@ -1,19 +1,14 @@
-//! A layer on the device of this process: the CPU reference, or the kernels.
+//! A forward pass of a layer on the device of this process: the CPU reference or the kernels.
 
-use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use moe_kernels::{Dtype, MoeConfig, MoeInputs, MoeWeights, Owned, Typed, reference};
+use moe_kernels_hf::Block;
 
-use crate::checkpoint::Layer;
 use crate::device::{Gpu, Place};
 use crate::error::Result;
+use crate::load::load_weights;
 use crate::progress::Steps;
-use crate::weights::read_weights;
 
-/// An element type that the CPU and the device know.
-pub trait Element: Dtype + DeviceRepr + ValidAsZeroBits {}
-impl<D: Dtype + DeviceRepr + ValidAsZeroBits> Element for D {}
-
-/// Evaluates an expression with a type name that stands for the element type.
+/// Evaluates an expression for the element type of a [`moe_kernels::DType`], as the type `$D`.
 macro_rules! dispatch {
     ($dtype:expr, $D:ident => $body:expr) => {
         match $dtype {
@@ -40,26 +35,26 @@ pub enum Backend {
     Gpu(Gpu),
 }
 
-/// What a block makes of tokens.
+/// The output of a block.
 pub struct Output<D> {
-    /// The router's logits, [T, E]; E includes zero experts.
+    /// The router's logits `[T, E]`; E includes zero experts.
     pub logits: Vec<f32>,
-    /// [T, H]
+    /// `[T, H]`
     pub y: Vec<D>,
-    /// [T, K]
+    /// `[T, K]`
     pub expert_ids: Vec<u32>,
-    /// [T, K]
+    /// `[T, K]`
     pub weights: Vec<f32>,
 }
 
-/// The name of the step that is the layer itself.
+/// The name of the step that runs the whole layer.
 pub const FORWARD: &str = "layer forward";
 
-/// The names of its parts.
+/// The names of the steps that run its parts.
 pub const PARTS: [&str; 3] = ["  router logits", "  route", "  experts"];
 
 impl Backend {
-    /// A choice for the whole process: a driver that was opened stays.
+    /// Opens the device. A process cannot change its driver afterwards.
     pub fn open(place: Place) -> Result<Self> {
         match place {
             Place::Cpu => Ok(Backend::Cpu),
@@ -78,7 +73,7 @@ impl Backend {
         }
     }
 
-    /// The device in words.
+    /// The device's kind, name and capability.
     pub fn describe(&self) -> String {
         match self {
             Backend::Cpu => {
@@ -88,52 +83,57 @@ impl Backend {
         }
     }
 
-    /// One forward pass of a block.
-    pub fn forward<D: Element>(
+    /// Runs a block forward.
+    pub fn forward<D: Dtype>(
         &self,
-        layer: &Layer<'_>,
+        layer: &Block,
         inputs: MoeInputs<Owned, D>,
         steps: &mut Steps,
     ) -> Result<Output<D>> {
-        let weights = steps.measure("read the weights", || read_weights::<D>(layer))?;
+        let weights = steps.measure("read the weights", || load_weights::<D>(layer))?;
         match self {
-            Backend::Cpu => forward_cpu(&layer.config, &inputs, &weights, steps),
-            Backend::Gpu(gpu) => gpu.forward(&layer.config, inputs, &weights, steps),
+            Backend::Cpu => forward_cpu(layer.config(), &inputs, &weights, steps),
+            Backend::Gpu(gpu) => gpu.forward(layer.config(), inputs, &weights, steps),
         }
     }
 }
 
-/// The reference, computing in f32; what lies between two operations is not rounded to `D`.
-pub(crate) fn forward_cpu<D: Element>(
+/// Runs the reference in f32. Values between two operations are not rounded to `D`.
+pub(crate) fn forward_cpu<D: Dtype>(
     config: &MoeConfig,
     inputs: &MoeInputs<Owned, D>,
     weights: &MoeWeights<Owned, D>,
     steps: &mut Steps,
 ) -> Result<Output<D>> {
     let (mut inputs, weights) = (inputs.as_host(), weights.as_host());
-    let made;
+    let computed;
     if inputs.logits.is_none() {
-        made = steps
+        computed = steps
             .time(PARTS[0], || reference::router_logits::<f32, D>(config, &inputs, &weights))?;
-        inputs.logits = Some(match &made {
+        inputs.logits = Some(match &computed {
             Typed::Element(logits) => Typed::Element(&logits[..]),
             Typed::F32(logits) => Typed::F32(&logits[..]),
         });
     }
     let logits = match &inputs.logits {
         None => Vec::new(),
-        Some(Typed::Element(logits)) => logits.iter().map(|logit| logit.to_f32()).collect(),
+        Some(Typed::Element(logits)) => to_f32(logits),
         Some(Typed::F32(logits)) => logits.to_vec(),
     };
     let routing = steps
         .time(PARTS[1], || reference::moe_layer_route_fwd::<f32, D>(config, &inputs, &weights))?;
-    let reference::LayerRouting { expert_ids, weights: of_slots, .. } = routing;
+    let reference::LayerRouting { expert_ids, weights: routing_weights, .. } = routing;
     let y = steps.time(PARTS[2], || {
         let (x, ids) = (inputs.x, &expert_ids);
-        reference::moe_layer_experts_fwd::<f32, D>(config, x, ids, &of_slots, &weights)
+        reference::moe_layer_experts_fwd::<f32, D>(config, x, ids, &routing_weights, &weights)
     })?;
     steps.add(FORWARD, PARTS.iter().map(|part| steps.of(part)).sum());
-    Ok(Output { logits, y: reference::round(&y), expert_ids, weights: of_slots })
+    Ok(Output { logits, y: reference::round(&y), expert_ids, weights: routing_weights })
+}
+
+/// Converts each value to f32, which is exact.
+pub fn to_f32<D: Dtype>(values: &[D]) -> Vec<f32> {
+    values.iter().map(|value| value.to_f32()).collect()
 }
 
 /// Counts the slots of each expert.

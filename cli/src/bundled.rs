@@ -1,14 +1,14 @@
-//! The checkpoints of fixtures/ that are part of this binary.
+//! The checkpoints of fixtures/ that are embedded in this binary.
 
-use crate::folder::Folder;
+use moe_kernels_hf::Folder;
 
-/// One bundled checkpoint: the files of its folder.
+/// An embedded checkpoint: the files of its folder.
 pub struct Fixture {
     pub name: &'static str,
     files: &'static [(&'static str, &'static [u8])],
 }
 
-/// A file of fixtures/ with its name.
+/// Embeds files of a folder of fixtures/, each with its name.
 macro_rules! files {
     ($folder:literal: $($file:literal),* $(,)?) => {
         Fixture {
@@ -33,6 +33,6 @@ pub const FIXTURES: &[Fixture] = &[
 
 impl Fixture {
     pub fn folder(&self) -> Folder {
-        Folder::Bundled(self.name, self.files)
+        Folder::Memory { name: format!("bundled {}", self.name), files: self.files }
     }
 }

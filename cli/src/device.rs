@@ -1,26 +1,26 @@
-//! Which device runs. A process has one driver, chosen before the first call to it.
+//! The device of a process. A process has one driver, chosen before its first call.
 
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use cudarc::driver::{CudaContext, CudaStream, sys};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DeviceRepr, sys};
 
 use crate::error::{Error, Result};
 
-/// What the command line can ask for.
+/// The values of `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
-    /// The reference, in f32, on all cores
+    /// The CPU reference in f32, on all cores
     Cpu,
     /// The GPU
     Cuda,
-    /// The software CUDA device: the same kernels, on the CPU
+    /// The software CUDA device: the same kernels, executed on the CPU
     Emulator,
-    /// The GPU if there is one, else the emulator
+    /// The GPU if there is one, otherwise the emulator
     Auto,
 }
 
-/// Where a run takes place.
+/// The device that executes a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     Cpu,
@@ -50,7 +50,7 @@ impl Choice {
     }
 }
 
-/// All places where this machine and this binary can run a layer.
+/// All devices that this machine and this binary have.
 pub fn available() -> Vec<Place> {
     let mut places = vec![Place::Cpu];
     if cfg!(feature = "emulator") {
@@ -62,10 +62,10 @@ pub fn available() -> Vec<Place> {
     places
 }
 
-/// How many GPUs the real driver has, or why there is none.
+/// Returns the number of GPUs of the real driver, or the reason why there is none.
 ///
-/// The driver is asked for as `libcuda.so.1`: `libcuda.so` is what the emulator is called once it is
-/// installed, and what a toolkit's stub is called.
+/// The driver is opened as `libcuda.so.1`: `libcuda.so` is the name of the emulator once it is
+/// installed, and of a toolkit's stub.
 pub fn probe() -> std::result::Result<i32, String> {
     type Init = unsafe extern "C" fn(u32) -> i32;
     type GetCount = unsafe extern "C" fn(*mut i32) -> i32;
@@ -77,10 +77,10 @@ pub fn probe() -> std::result::Result<i32, String> {
     let init = unsafe { library.get::<Init>(b"cuInit\0") }.map_err(missing)?;
     // SAFETY: as above.
     let get_count = unsafe { library.get::<GetCount>(b"cuDeviceGetCount\0") }.map_err(missing)?;
-    // SAFETY: 0 is the only flag there is.
+    // SAFETY: the driver defines no flag but 0.
     let code = unsafe { init(0) };
     if code != 0 {
-        return Err(format!("the CUDA driver does not initialise (cuInit answers {code})"));
+        return Err(format!("the CUDA driver does not initialise (cuInit returns {code})"));
     }
     let mut count = 0;
     // SAFETY: the pointer is to a live integer.
@@ -89,12 +89,12 @@ pub fn probe() -> std::result::Result<i32, String> {
         (0, 1..) => Ok(count),
         (0, _) => Err("the CUDA driver has no device".into()),
         _ => Err(format!(
-            "the CUDA driver cannot count its devices (cuDeviceGetCount answers {code})"
+            "the CUDA driver cannot count its devices (cuDeviceGetCount returns {code})"
         )),
     }
 }
 
-/// A device with a stream of its own.
+/// A CUDA device and a stream on it.
 pub struct Gpu {
     pub place: Place,
     pub device: moe_kernels::Device,
@@ -102,7 +102,7 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// Opens the GPU or the emulator; `place` is one of the two.
+    /// Opens the GPU or the emulator; `place` is not [`Place::Cpu`].
     pub fn open(place: Place) -> Result<Self> {
         Self::open_after(
             place,
@@ -113,12 +113,12 @@ impl Gpu {
         )
     }
 
-    /// Opens the emulator in the variant that counts what kernels move.
+    /// Opens the emulator that counts the memory traffic of kernels.
     pub fn open_counting() -> Result<Self> {
         Self::open_after(Place::Emulator, install_counting_emulator())
     }
 
-    /// Opens a device whose driver has been chosen.
+    /// Opens device 0 of the driver that was chosen.
     fn open_after(place: Place, chosen: std::result::Result<(), String>) -> Result<Self> {
         let failed = |why: String| Error::Device { device: place.name(), why };
         chosen.map_err(failed)?;
@@ -129,18 +129,18 @@ impl Gpu {
         Ok(Self { place, device, stream })
     }
 
-    /// The CUDA version of its driver, as in `13.0`.
+    /// The CUDA version of the driver, as in `13.0`.
     pub fn driver_version(&self) -> Result<String> {
         let mut version = 0;
         // SAFETY: the pointer is to a live integer.
         unsafe { sys::cuDriverGetVersion(&mut version) }
             .result()
-            .map_err(self.failed("ask for the version"))?;
+            .map_err(self.failed("read the driver's version"))?;
         Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
     }
 
-    /// Lets the emulator run the blocks of a launch on all cores. Results do not depend on it; the
-    /// order in which things happen does, so that a seed no longer decides it.
+    /// Runs the blocks of a launch on all cores of the emulator's host. Results do not change; the
+    /// order of execution is then no longer determined by the seed.
     pub fn use_all_cores(&self) {
         #[cfg(feature = "emulator")]
         if self.place == Place::Emulator && std::env::var_os("MOE_EMULATOR_THREADS").is_none() {
@@ -149,7 +149,7 @@ impl Gpu {
         }
     }
 
-    /// Draws another order of everything that may happen in any order; a real GPU needs no telling.
+    /// Sets the seed of the emulator's schedule; does nothing on a GPU.
     pub fn reschedule(&self, seed: u64) {
         #[cfg(feature = "emulator")]
         if self.place == Place::Emulator {
@@ -159,9 +159,28 @@ impl Gpu {
         let _ = seed;
     }
 
-    /// For `map_err` on calls to cudarc.
-    pub fn failed(&self, what: &'static str) -> impl Fn(cudarc::driver::DriverError) -> Error + '_ {
-        move |error| Error::Device { device: self.place.name(), why: format!("{what}: {error}") }
+    pub fn upload<T: DeviceRepr>(&self, values: &[T]) -> Result<CudaSlice<T>> {
+        self.stream.clone_htod(values).map_err(self.failed("upload"))
+    }
+
+    pub fn download<T: DeviceRepr>(&self, values: &CudaView<'_, T>) -> Result<Vec<T>> {
+        self.stream.clone_dtoh(values).map_err(self.failed("download"))
+    }
+
+    /// Memory in which every byte is 0xff: NaN in a float type, -1 in a signed integer type. An
+    /// element that an operation does not write is then visible.
+    pub fn poisoned<T: DeviceRepr + bytemuck::Pod>(&self, len: usize) -> Result<CudaSlice<T>> {
+        let mut values = vec![T::zeroed(); len];
+        bytemuck::cast_slice_mut::<T, u8>(&mut values).fill(0xff);
+        self.upload(&values)
+    }
+
+    /// Makes an error of a failed call to cudarc, for `map_err`.
+    pub fn failed(
+        &self,
+        action: &'static str,
+    ) -> impl Fn(cudarc::driver::DriverError) -> Error + '_ {
+        move |error| Error::Device { device: self.place.name(), why: format!("{action}: {error}") }
     }
 }
 
@@ -174,7 +193,7 @@ fn install_emulator() -> std::result::Result<(), String> {
 fn install_counting_emulator() -> std::result::Result<(), String> {
     moe_emulator::install_counting().map_err(|error| match error {
         moe_emulator::InstallError::CountingNotBuilt => {
-            "this binary does not count: `cargo moe bench` builds one that does (feature `counting`)".into()
+            "this binary was built without the feature `counting`; `cargo moe bench` builds it with the feature".into()
         }
         error => error.to_string(),
     })

@@ -1,34 +1,34 @@
-//! The one error type of the program. Every message is a sentence that names the file, the tensor or
-//! the option, what was wanted and what was there. Names that come from files are escaped.
+//! The error type of the program. A message names the file, tensor or option, the wanted value and
+//! the given value. Names that come from files are escaped.
 
 use std::path::PathBuf;
 
 use crate::text::escaped;
 
-/// What can go wrong. All of these end the program with exit status 2.
+/// Any of these ends the program with exit status 2.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The operating system refused something.
+    /// A system call failed.
     #[error("cannot {action} {}: {source}", escaped(&path.display().to_string()))]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
 
-    /// A file is not what its name says.
+    /// A file has the wrong content.
     #[error("{}: {}", escaped(file), escaped(why))]
     File { file: String, why: String },
 
-    /// A tensor is there, and is another one than the layer needs.
-    #[error("{}: tensor `{}` is {}, wanted {wanted}", escaped(file), escaped(tensor), escaped(got))]
-    Tensor { file: String, tensor: String, got: String, wanted: String },
+    /// A configuration or a checkpoint that cannot be read.
+    #[error("{}", escaped(&.0.to_string()))]
+    Model(#[from] moe_kernels_hf::Error),
 
-    /// The device that was asked for cannot be had.
+    /// The requested device is not available, or failed.
     #[error("device {device}: {why}")]
     Device { device: &'static str, why: String },
 
-    /// A program of peers.
+    /// A program of peers failed.
     #[error("peers `{program}`: {why}")]
     Peers { program: String, why: String },
 
-    /// Something could not be measured.
+    /// A measurement failed.
     #[error(transparent)]
     Bench(moe_bench::Error),
 
@@ -37,11 +37,11 @@ pub enum Error {
     #[error("cannot draw {picture}: {why}")]
     Picture { picture: String, why: String },
 
-    /// An option on the command line.
+    /// An option on the command line has an invalid value.
     #[error("{option}: {why}")]
     Option { option: &'static str, why: String },
 
-    /// The library refused a call; its message names operation and argument.
+    /// The library returned an error; its message names operation and argument.
     #[error(transparent)]
     Library(#[from] moe_kernels::Error),
 }
@@ -56,7 +56,7 @@ impl From<moe_bench::Error> for Error {
 }
 
 impl Error {
-    /// Whether the device has not enough memory for what was asked of it.
+    /// Returns whether the device ran out of memory.
     pub fn is_out_of_memory(&self) -> bool {
         const OUT_OF_MEMORY: u32 = cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
         match self {
@@ -72,7 +72,7 @@ impl Error {
 /// `Result` with this program's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// For `map_err`: what was being done to which path.
+/// Makes an error of a failed system call on `path`, for `map_err`.
 pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.into();
     move |source| Error::Io { action, path, source }

@@ -1,18 +1,19 @@
-//! A layer on a CUDA device: its tensors go up, the library does the rest.
+//! A forward pass of a layer on a CUDA device.
 
 use moe_kernels::{
-    MoeConfig, MoeInputs, MoeLayer, MoeWeights, OnDevice, Owned, OwnedOnDevice, Typed, Workspace,
+    Dtype, MoeConfig, MoeInputs, MoeLayer, MoeWeights, OnDevice, Owned, OwnedOnDevice, Typed,
+    Workspace,
 };
 
-use crate::backend::{Element, FORWARD, Output, PARTS};
+use crate::backend::{FORWARD, Output, PARTS, to_f32};
 use crate::device::Gpu;
 use crate::error::{Error, Result};
 use crate::progress::Steps;
 
 impl Gpu {
-    /// One forward pass: part by part, each of which waits for the device so that its time is its own, and once more
-    /// as a user of the library runs it. Both have to give the same bits.
-    pub fn forward<D: Element>(
+    /// Runs a layer twice: in one call, as a user of the library does, and part by part with a
+    /// synchronisation after each part, for the time of the part. Both have to give the same bits.
+    pub fn forward<D: Dtype>(
         &self,
         config: &MoeConfig,
         inputs: MoeInputs<Owned, D>,
@@ -29,13 +30,13 @@ impl Gpu {
         })?;
         let inputs = steps.time("upload the input", || inputs.upload(stream))?;
         let weights = weights.as_views();
-        let bytes_wanted = MoeLayer::workspace_bytes(config, D::DTYPE, num_tokens)?;
+        let workspace_bytes = MoeLayer::workspace_bytes(config, D::DTYPE, num_tokens)?;
         let pass = Pass {
             gpu: self,
             layer: MoeLayer::new(device, *config)?,
             weights: &weights,
             num_tokens,
-            workspace: Workspace::alloc(stream, bytes_wanted)?,
+            workspace: Workspace::alloc(stream, workspace_bytes)?,
         };
         pass.run(&inputs, steps)
     }
@@ -44,17 +45,16 @@ impl Gpu {
         self.stream.synchronize().map_err(self.failed("wait for the device"))
     }
 
-    /// The device in words.
+    /// The device's kind, name and capability.
     pub fn describe(&self) -> String {
-        let name =
-            self.device.context().name().unwrap_or_else(|_| "a device without a name".into());
+        let name = self.device.context().name().unwrap_or_else(|_| "unnamed device".into());
         let (major, minor) = self.device.capability();
         format!("{}: {name}, compute capability {major}.{minor}", self.place.name())
     }
 }
 
-/// A layer with its tensors on the device.
-struct Pass<'p, 'w, D: Element> {
+/// A layer with its weights and workspace on the device.
+struct Pass<'p, 'w, D: Dtype> {
     gpu: &'p Gpu,
     layer: MoeLayer,
     weights: &'p MoeWeights<OnDevice<'w>, D>,
@@ -62,7 +62,7 @@ struct Pass<'p, 'w, D: Element> {
     workspace: Workspace<'static>,
 }
 
-impl<D: Element> Pass<'_, '_, D> {
+impl<D: Dtype> Pass<'_, '_, D> {
     fn run(mut self, inputs: &MoeInputs<OwnedOnDevice, D>, steps: &mut Steps) -> Result<Output<D>> {
         let (gpu, config) = (self.gpu, *self.layer.config());
         let (stream, shape) = (&gpu.stream, config.routing(self.num_tokens));
@@ -95,36 +95,35 @@ impl<D: Element> Pass<'_, '_, D> {
             });
         }
         let mut expert_ids = gpu.poisoned::<u32>(shape.slots())?;
-        let mut of_slots = gpu.poisoned::<f32>(shape.slots())?;
+        let mut routing_weights = gpu.poisoned::<f32>(shape.slots())?;
         steps.time(PARTS[1], || -> Result<()> {
-            let (ids, of_slots) = (&mut expert_ids.as_view_mut(), &mut of_slots.as_view_mut());
-            let (layer, weights) = (&self.layer, self.weights);
-            layer.route(stream, &inputs, weights, &mut self.workspace, ids, of_slots)?;
+            let ids = &mut expert_ids.as_view_mut();
+            let routing_weights = &mut routing_weights.as_view_mut();
+            let (layer, weights, workspace) = (&self.layer, self.weights, &mut self.workspace);
+            layer.route(stream, &inputs, weights, workspace, ids, routing_weights)?;
             gpu.wait()
         })?;
         let mut y = gpu.poisoned::<D>(inputs.x.len())?;
         steps.time(PARTS[2], || -> Result<()> {
-            let (ids, of_slots) = (expert_ids.as_view(), of_slots.as_view());
+            let (ids, routing_weights) = (expert_ids.as_view(), routing_weights.as_view());
             let (layer, weights, to) = (&self.layer, self.weights, &mut y.as_view_mut());
             let (x, workspace) = (&inputs.x, &mut self.workspace);
-            layer.forward_routed(stream, x, &ids, &of_slots, weights, workspace, to)?;
+            layer.forward_routed(stream, x, &ids, &routing_weights, weights, workspace, to)?;
             gpu.wait()
         })?;
         let y = gpu.download(&y.as_view())?;
         if bytemuck::cast_slice::<D, u8>(&y)
             != bytemuck::cast_slice::<D, u8>(&gpu.download(&whole.as_view())?)
         {
-            let why = "a layer in one call and in its parts gave other bits".into();
+            let why = "the layer in one call and its parts called one by one differ in bits".into();
             return Err(Error::Device { device: gpu.place.name(), why });
         }
         let logits = match &inputs.logits {
             None => Vec::new(),
-            Some(Typed::Element(logits)) => {
-                gpu.download(logits)?.iter().map(|logit: &D| logit.to_f32()).collect()
-            }
+            Some(Typed::Element(logits)) => to_f32(&gpu.download(logits)?),
             Some(Typed::F32(logits)) => gpu.download(logits)?,
         };
         let expert_ids = gpu.download(&expert_ids.as_view())?;
-        Ok(Output { logits, y, expert_ids, weights: gpu.download(&of_slots.as_view())? })
+        Ok(Output { logits, y, expert_ids, weights: gpu.download(&routing_weights.as_view())? })
     }
 }

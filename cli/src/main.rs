@@ -1,33 +1,26 @@
-//! `moe-kernels`: runs a Mixture-of-Experts layer of a checkpoint, holds devices against the reference,
-//! measures both, and says what is in the binary.
+//! `moe-kernels`: runs a Mixture-of-Experts layer of a checkpoint, checks devices against the
+//! reference, measures both, and lists the kernels in the binary.
 //!
-//! Exit status: 0 for success, 1 if a result is further from the truth than it may be, 2 if something
-//! could not be done.
+//! Exit status: 0 for success, 1 if the error of a result exceeds its limit, 2 for any other error.
 
 mod backend;
 mod bench;
 mod bundled;
 mod check;
-mod checkpoint;
 mod device;
 mod error;
 mod finite;
-mod folder;
 mod gpu;
 mod histogram;
 mod info;
+mod load;
 mod progress;
-#[cfg(test)]
-mod readings;
 mod recording;
-mod refusal;
 mod run;
-mod source;
-mod tensor_file;
 mod text;
 mod tokens;
 mod tune;
-mod weights;
+mod write;
 
 use std::process::ExitCode;
 

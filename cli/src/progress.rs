@@ -1,4 +1,4 @@
-//! Progress on the terminal, for what takes more than two seconds and for nothing else.
+//! Progress on the terminal, for work that takes more than two seconds.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -6,23 +6,23 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// What takes less is over before anybody has read a bar.
+/// The time after which a bar appears.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A bar or a spinner that appears late and goes when it is dropped. Where stderr is not a terminal it
-/// never appears.
+/// A bar or a spinner that appears after two seconds and is removed when it is dropped. It is
+/// hidden if stderr is no terminal.
 pub struct Progress {
     bar: ProgressBar,
     stop: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Progress {
-    /// Work of a known number of equal parts.
+    /// A bar, for work of a known number of parts.
     pub fn parts(what: &str, parts: usize) -> Self {
         Self::start(what, Some(parts as u64), "{msg} {wide_bar} {pos}/{len} ({eta} left)")
     }
 
-    /// One piece of work.
+    /// A spinner, for one piece of work.
     pub fn one(what: &str) -> Self {
         Self::start(what, None, "{spinner} {msg} {elapsed}")
     }
@@ -48,13 +48,13 @@ impl Progress {
         Self { bar, stop: Some((stop, thread)) }
     }
 
-    /// One part more is done.
+    /// Counts one finished part.
     pub fn advance(&self) {
         self.bar.inc(1);
     }
 
-    /// What is being done now.
-    pub fn say(&self, what: String) {
+    /// Sets the text beside the bar.
+    pub fn set_message(&self, what: String) {
         self.bar.set_message(what);
     }
 }
@@ -63,30 +63,30 @@ impl Drop for Progress {
     fn drop(&mut self) {
         if let Some((stop, thread)) = self.stop.take() {
             drop(stop);
-            // The thread only draws: if it failed there is nothing to lose.
+            // The thread only draws, so that its failure is ignored.
             let _ = thread.join();
         }
         self.bar.finish_and_clear();
     }
 }
 
-/// The steps of a run and the time of each.
+/// The steps of a command and the time of each.
 #[derive(Default)]
 pub struct Steps(pub Vec<(String, Duration)>);
 
 impl Steps {
-    /// How long the step of this name took.
+    /// The time of all steps of this name.
     pub fn of(&self, what: &str) -> Duration {
         self.0.iter().filter(|(step, _)| step == what).map(|(_, duration)| *duration).sum()
     }
 
-    /// Does one step, with a spinner if it is long.
+    /// Runs a step with a spinner.
     pub fn time<T>(&mut self, what: &str, step: impl FnOnce() -> T) -> T {
         let _progress = Progress::one(what);
         self.measure(what, step)
     }
 
-    /// Does one step that shows its own progress.
+    /// Runs a step that shows its own progress.
     pub fn measure<T>(&mut self, what: &str, step: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = step();
@@ -94,7 +94,7 @@ impl Steps {
         result
     }
 
-    /// Notes a step that was measured elsewhere.
+    /// Adds a step that was timed by the caller.
     pub fn add(&mut self, what: &str, duration: Duration) {
         self.0.push((what.into(), duration));
     }

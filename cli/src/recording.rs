@@ -1,21 +1,20 @@
-//! What transformers' own block made of some tokens, beside the checkpoint that it is of; fixtures/README.md describes it.
+//! A recorded output of transformers' own block, stored with its checkpoint. fixtures/README.md
+//! describes the files.
 
 use std::path::Path;
 
 use moe_kernels::reference::bound::relative_error;
 use moe_kernels::{CapacityConfig, CapacityLimit, DType, Dtype, Priority};
+use moe_kernels_hf::{Block, Checkpoint, Folder, TensorFile};
 
 use crate::bundled::FIXTURES;
-use crate::checkpoint::{Checkpoint, Layer};
 use crate::device::Place;
 use crate::error::{Error, Result, io};
-use crate::folder::Folder;
-use crate::tensor_file::TensorFile;
 use crate::text::escaped;
 use crate::tokens::Outputs;
 
 const RECORDED: &str = "recorded.safetensors";
-/// The same, with experts that take fewer tokens.
+/// A recording with a lower capacity of experts.
 const RECORDED_CAPACITY: &str = "recorded-capacity.safetensors";
 
 /// A recording of one layer.
@@ -25,16 +24,16 @@ pub struct Recording {
     file: &'static str,
 }
 
-/// How far an output is from the recording.
+/// The difference between an output and the recording.
 pub struct Distance {
-    /// The norm of the difference of `y` over the norm.
+    /// `|y - recorded| / |recorded|`, in the Euclidean norm.
     pub relative: f64,
-    /// Tokens that have other experts.
+    /// The number of tokens with other experts than the recording.
     pub other_experts: usize,
 }
 
 impl Recording {
-    /// Those that are part of this binary.
+    /// Returns the recordings that are embedded in this binary.
     pub fn bundled() -> Vec<Self> {
         let recording = |fixture: &crate::bundled::Fixture| {
             let name = fixture.name.into();
@@ -43,7 +42,7 @@ impl Recording {
         FIXTURES.iter().map(recording).collect()
     }
 
-    /// Those of a folder, or of the folders in it.
+    /// Finds the recordings of a folder, or of the folders in it.
     pub fn of_folder(path: &Path) -> Result<Vec<Self>> {
         let mut found = Self::of_checkpoint(path);
         if found.is_empty() {
@@ -56,7 +55,7 @@ impl Recording {
             found = folders.iter().flat_map(|folder| Self::of_checkpoint(folder)).collect();
         }
         if found.is_empty() {
-            let why = format!("no {RECORDED}, and no folder with one");
+            let why = format!("neither {RECORDED} nor a folder with one");
             return Err(Error::File { file: path.display().to_string(), why });
         }
         Ok(found)
@@ -66,31 +65,27 @@ impl Recording {
         let name =
             path.file_name().map_or_else(String::new, |name| escaped(&name.to_string_lossy()));
         let files = [(RECORDED, ""), (RECORDED_CAPACITY, " (capacity)")];
-        let there = files.iter().filter(|(file, _)| path.join(file).is_file());
+        let found = files.iter().filter(|(file, _)| path.join(file).is_file());
         let recording = |(file, what): &(&'static str, &str)| Self {
             name: format!("{name}{what}"),
             folder: Folder::Disk(path.into()),
             file,
         };
-        there.map(recording).collect()
+        found.map(recording).collect()
     }
 
     pub fn checkpoint(&self) -> Result<Checkpoint> {
-        Checkpoint::open(self.folder.clone())
+        Ok(Checkpoint::open(self.folder.clone())?)
     }
 
     pub fn file(&self) -> Result<TensorFile> {
-        self.folder.tensors(self.file)
+        Ok(self.folder.tensors(self.file)?)
     }
 
-    /// The blocks that were recorded.
-    pub fn layers<'c>(
-        &self,
-        checkpoint: &'c Checkpoint,
-        file: &TensorFile,
-    ) -> Result<Vec<Layer<'c>>> {
+    /// Returns the blocks that were recorded.
+    pub fn layers(&self, checkpoint: &Checkpoint, file: &TensorFile) -> Result<Vec<Block>> {
         let number = self.number(file, "layer")?;
-        let mut layers = checkpoint.layers(number)?;
+        let mut layers = checkpoint.blocks(number)?;
         if self.file == RECORDED_CAPACITY {
             let limit = CapacityLimit::Rows { rows: self.number(file, "expert_capacity")? };
             layers.iter_mut().for_each(|layer| limit_experts(layer, limit));
@@ -100,16 +95,16 @@ impl Recording {
 
     fn number(&self, file: &TensorFile, note: &str) -> Result<usize> {
         file.note(note).and_then(|number| number.parse().ok()).ok_or_else(|| {
-            let why = format!("{} does not say `{note}`, a number", self.file);
+            let why = format!("{} has no number `{note}` in its metadata", self.file);
             Error::File { file: self.name.clone(), why }
         })
     }
 
-    /// Holds what a device made of the tokens against the recording.
+    /// Compares the output of a device with the recording.
     pub fn distance<D: Dtype>(
         &self,
         file: &TensorFile,
-        layers: &[Layer<'_>],
+        layers: &[Block],
         made: &Outputs<D>,
     ) -> Result<Distance> {
         let wanted = file.tensor("y")?;
@@ -122,41 +117,43 @@ impl Recording {
             [tokens, per_token] if tokens == made.num_tokens && per_token > 0 => per_token,
             _ => {
                 let wanted = format!("[{}, K], the ids of each token's experts", made.num_tokens);
-                return Err(ids.error(format!("{:?}", ids.shape()), wanted));
+                return Err(ids.error(format!("{:?}", ids.shape()), wanted).into());
             }
         };
         let slots = [made.num_tokens, per_token];
         ids.check_ids(&slots)?;
-        let experts = layers.iter().map(|layer| layer.config.router_experts()).max().unwrap_or(0);
+        let experts = layers.iter().map(|layer| layer.config().router_experts()).max().unwrap_or(0);
         let ids = ids.read_ids(experts, "ids of experts")?;
-        // Slots that found no room; and experts that every token has are not in the recording.
+        // `kept` is 0 for slots beyond the capacity. Experts that every token has are not recorded.
         let kept = file.find("kept").map(|kept| {
             kept.check_ids(&slots)?;
             kept.read_ids(2, "1 for a slot that is kept and 0 for others")
         });
         let kept = kept.transpose()?;
-        let sinks = |layer: &Layer<'_>| layer.config.router.num_sinks;
-        let chosen = layers.iter().map(|l| (l.config.router_experts() - sinks(l)) as u32).max();
+        let sinks = |layer: &Block| layer.config().router.num_sinks;
+        let chosen = layers.iter().map(|l| (l.config().router_experts() - sinks(l)) as u32).max();
         let recorded = |token: usize| {
             let slots = token * per_token..(token + 1) * per_token;
             let is_kept = |slot: &usize| kept.as_ref().is_none_or(|kept| kept[*slot] > 0);
             sorted(slots.filter(is_kept).map(|slot| ids[slot]))
         };
-        let here = |token: usize| {
+        let computed = |token: usize| {
             let ids = &made.output.expert_ids[token * made.top_k..(token + 1) * made.top_k];
             sorted(ids.iter().copied().filter(|id| Some(*id) < chosen))
         };
-        let other_experts = (0..made.num_tokens).filter(|&t| recorded(t) != here(t)).count();
+        let other_experts = (0..made.num_tokens).filter(|&t| recorded(t) != computed(t)).count();
         Ok(Distance { relative, other_experts })
     }
 }
 
-/// The recorded limit in place of the configuration's, which is none where a sequence is shorter than it.
-fn limit_experts(layer: &mut Layer<'_>, limit: CapacityLimit) {
-    let router = &mut layer.config.router;
-    layer.config.capacity = Some(match layer.config.capacity {
+/// Sets the recorded limit. Limits in the configuration have no effect on sequences that are
+/// shorter.
+fn limit_experts(layer: &mut Block, limit: CapacityLimit) {
+    let config = layer.config_mut();
+    let router = &mut config.router;
+    config.capacity = Some(match config.capacity {
         Some(capacity) => CapacityConfig { limit, ..capacity },
-        // NLLB: weights are those of what is kept.
+        // NLLB normalises the weights of kept slots.
         None => {
             let none = moe_kernels::Normalization::None;
             let normalization = std::mem::replace(&mut router.normalization, none);
@@ -172,10 +169,10 @@ fn sorted(ids: impl Iterator<Item = u32>) -> Vec<u32> {
     ids
 }
 
-/// The largest distance from the recording that is right: the norm of the difference over the norm.
+/// The largest relative distance from the recording that is accepted.
 ///
-/// In f32 it is a few roundings of each product; the devices add in another order than the CPU. In 16
-/// bits the weights, the input and what lies between two operations are each rounded once.
+/// In f32 it covers a few roundings of each product; the device sums in another order than the CPU.
+/// In 16 bits the weights, the input and the values between two operations are each rounded once.
 pub fn limit(place: Place, dtype: DType) -> f64 {
     match (dtype, place) {
         (DType::F32, Place::Cpu) => 1e-6,
@@ -184,3 +181,6 @@ pub fn limit(place: Place, dtype: DType) -> f64 {
         (DType::BF16, _) => 1e-2,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,21 +1,21 @@
-//! Plain text for people: tables, times, and the one way to stdout.
+//! Output as text: stdout, warnings, tables and times.
 
 use std::io::Write;
 use std::time::Duration;
 
-/// Prints to stdout. Whoever closed the other end does not want the rest, which is no error.
-pub fn say(text: impl std::fmt::Display) {
+/// Prints to stdout. A closed pipe is no error.
+pub fn print(text: impl std::fmt::Display) {
     let mut stdout = std::io::stdout().lock();
     let _ = write!(stdout, "{text}").and_then(|()| stdout.flush());
 }
 
-/// Prints a line about something that the result may suffer from, and that is no error.
+/// Prints a warning to stderr.
 pub fn warn(text: &str) {
     eprintln!("warning: {}", escaped(text));
 }
 
-/// Text from a file as a terminal may have it: what moves the cursor, changes colours, starts a line or turns the
-/// direction of writing is spelled out.
+/// Escapes text from a file for the terminal: control characters, line separators and characters
+/// that change the direction of writing.
 pub fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
@@ -31,7 +31,7 @@ pub fn escaped(text: &str) -> String {
     safe
 }
 
-/// Rows of cells under a heading, columns as wide as their widest cell. Columns whose cells are numbers stand to the right.
+/// Rows of cells under a heading. Columns of numbers are aligned to the right.
 pub struct Table {
     heading: Vec<String>,
     rows: Vec<Vec<String>>,
@@ -54,7 +54,7 @@ impl std::fmt::Display for Table {
                 self.rows.iter().filter_map(|row| row.get(column)).chain(self.heading.get(column));
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
-        // A column of numbers may have words in it where there is no number.
+        // A column of numbers may contain words in place of a missing number.
         let number = |cell: &String| cell.starts_with(|c: char| c.is_ascii_digit() || c == '-');
         let right = |column: usize| {
             self.rows.iter().filter_map(|row| row.get(column)).any(number)
@@ -80,7 +80,7 @@ impl std::fmt::Display for Table {
     }
 }
 
-/// A duration with three digits and a unit.
+/// Formats a duration with three digits and a unit.
 pub fn time(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     let (value, unit) = match seconds {
@@ -98,7 +98,7 @@ pub fn time(duration: Duration) -> String {
     format!("{value:.decimals$} {unit}")
 }
 
-/// A time limit on the command line, in seconds.
+/// Parses a time limit in seconds.
 pub fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_string())?;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
@@ -109,14 +109,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_of_files_is_escaped() {
+    fn control_characters_are_escaped() {
         assert_eq!(escaped("a `b` \u{1b}[2J\r\n\t\u{9b}1m"), "a `b` \\u{1b}[2J\\r\\n\\t\\u{9b}1m");
         assert_eq!(escaped("x\u{202e}y\u{2066}\u{feff}"), "x\\u{202e}y\\u{2066}\\u{feff}");
         assert_eq!(escaped("Größe 模型 C:\\x"), "Größe 模型 C:\\x");
     }
 
     #[test]
-    fn columns_line_up() {
+    fn table_columns_are_aligned() {
         let mut table = Table::new(&["op", "error"]);
         table.row(vec!["permute".into(), "0".into()]);
         table.row(vec!["route".into(), "1.2e-7".into()]);
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn seconds_are_any_time() {
+    fn seconds_parses_nonnegative_numbers() {
         assert_eq!(seconds("2.5"), Ok(Duration::from_millis(2500)));
         for bad in ["-1", "soon", "NaN", "inf"] {
             assert!(seconds(bad).is_err(), "{bad}");
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn times_have_three_digits() {
+    fn time_has_three_digits_and_a_unit() {
         assert_eq!(time(Duration::from_micros(1500)), "1.50 ms");
         assert_eq!(time(Duration::from_millis(12_340)), "12.3 s");
         assert_eq!(time(Duration::from_nanos(950)), "0.95 us");

@@ -1,54 +1,53 @@
-//! What an input file has for a layer: the tokens, and what else its router reads.
+//! Reads a layer's inputs from a file, and runs the layer on them.
 
-use moe_kernels::hf::LogitsFrom;
 use moe_kernels::{Dtype, MoeInputs, Owned, Selection, Typed};
+use moe_kernels_hf::{Block, LogitsFrom, Tensor, TensorFile};
 
-use crate::backend::{Element, Output, rows_per_expert};
-use crate::checkpoint::Layer;
+use crate::backend::{Output, rows_per_expert};
 use crate::error::Result;
 use crate::progress::Steps;
-use crate::tensor_file::{Tensor, TensorFile};
 
-/// What a layer makes of all tokens of a file.
+/// The output of a layer for all tokens of a file.
 pub struct Outputs<D> {
     pub num_tokens: usize,
     /// `H`
     pub hidden: usize,
     /// `K`
     pub top_k: usize,
-    /// The columns of its logits, of which a block may use fewer; the rest are 0.
+    /// The columns of `logits`. A block may use fewer; the rest are 0.
     pub experts: usize,
-    /// `y` `[T, H]`, and ids and weights `[T, K]`; `u32::MAX` for slots without an expert.
+    /// `y` `[T, H]`, ids and weights `[T, K]`. The id of a slot without an expert is `u32::MAX`.
     pub output: Output<D>,
-    /// Whether all inputs of a token are finite, before they are rounded to `D`.
+    /// For each token, whether all inputs are finite before they are rounded to `D`.
     pub finite: Vec<bool>,
-    /// Of one block after the other.
+    /// The experts of all blocks, block after block.
     pub rows_per_expert: Vec<usize>,
 }
 
 const ROUTER_INPUT: &str = "router_input";
 const LOGITS: &str = "logits";
 
-/// The most logits of a pass, 1 GiB in f32: a small file of narrow tokens may otherwise ask for any amount of memory.
-/// K <= E, so that this bounds the slots too.
+/// The most logits of a pass, 1 GiB in f32. Without a limit a small file of narrow tokens could
+/// need any amount of memory. As K <= E, it limits the slots as well.
 const MOST_LOGITS: usize = 1 << 28;
 
-/// Runs every token of the file through its block, by `run`.
-pub fn forward<D: Element>(
-    layers: &[Layer<'_>],
+/// Calls `run` for each block, with the tokens of the block.
+pub fn forward<D: Dtype>(
+    layers: &[Block],
     file: &TensorFile,
     steps: &mut Steps,
-    mut run: impl FnMut(&Layer<'_>, MoeInputs<Owned, D>, &mut Steps) -> Result<Output<D>>,
+    mut run: impl FnMut(&Block, MoeInputs<Owned, D>, &mut Steps) -> Result<Output<D>>,
 ) -> Result<Outputs<D>> {
     let blocks = blocks(layers, file)?;
-    let hidden = blocks.first().map_or(0, |(layer, _)| layer.config.hidden);
-    let top_k = blocks.iter().map(|(layer, _)| layer.config.top_k).max().unwrap_or(0);
+    let hidden = blocks.first().map_or(0, |(layer, _)| layer.config().hidden);
+    let top_k = blocks.iter().map(|(layer, _)| layer.config().top_k).max().unwrap_or(0);
     let num_tokens = blocks.iter().map(|(_, tokens)| tokens.len()).sum();
-    let experts = blocks.iter().map(|(layer, _)| layer.config.router_experts()).max().unwrap_or(0);
+    let experts =
+        blocks.iter().map(|(layer, _)| layer.config().router_experts()).max().unwrap_or(0);
     let most = MOST_LOGITS / experts.max(1);
     if num_tokens > most {
         let wanted = format!("at most {most} tokens, for {experts} logits each");
-        return Err(file.tensor("x")?.error(format!("of {num_tokens} tokens"), wanted));
+        return Err(file.tensor("x")?.error(format!("of {num_tokens} tokens"), wanted).into());
     }
     let mut all = Outputs {
         num_tokens,
@@ -67,12 +66,12 @@ pub fn forward<D: Element>(
     for (layer, tokens) in blocks {
         let inputs = steps.time("read the input", || read_inputs::<D>(layer, file, &tokens))?;
         let part = run(layer, inputs, steps)?;
-        let config = &layer.config;
+        let config = layer.config();
         all.rows_per_expert.extend(rows_per_expert(&part.expert_ids, config.num_experts));
-        let of_block = config.router_experts();
+        let block_experts = config.router_experts();
         for (row, token) in tokens.into_iter().enumerate() {
             let output = &mut all.output;
-            put(&mut output.logits, token * experts, &part.logits, row, of_block);
+            put(&mut output.logits, token * experts, &part.logits, row, block_experts);
             put(&mut output.y, token * hidden, &part.y, row, hidden);
             put(&mut output.expert_ids, token * top_k, &part.expert_ids, row, config.top_k);
             put(&mut output.weights, token * top_k, &part.weights, row, config.top_k);
@@ -81,17 +80,17 @@ pub fn forward<D: Element>(
     Ok(all)
 }
 
-/// The name of the tensor that the router reads, other than `x`.
-fn router_input(layer: &Layer<'_>) -> Option<&'static str> {
-    match layer.block.logits {
+/// The name of the tensor that the router reads in place of `x`.
+fn router_input(layer: &Block) -> Option<&'static str> {
+    match layer.info().logits {
         LogitsFrom::ProjectionOfResidual => Some(ROUTER_INPUT),
         LogitsFrom::Caller => Some(LOGITS),
         _ => None,
     }
 }
 
-/// Whether each token is finite in every tensor that these layers read.
-fn finite_tokens(layers: &[Layer<'_>], file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
+/// Returns for each token whether it is finite in every tensor that these layers read.
+fn finite_tokens(layers: &[Block], file: &TensorFile, num_tokens: usize) -> Result<Vec<bool>> {
     let mut finite = vec![true; num_tokens];
     for name in ["x"].into_iter().chain(layers.iter().filter_map(router_input)) {
         let tensor = file.tensor(name)?;
@@ -104,47 +103,46 @@ fn finite_tokens(layers: &[Layer<'_>], file: &TensorFile, num_tokens: usize) -> 
     Ok(finite)
 }
 
+/// Copies a row of `part` to `all`, from element `at` on.
 fn put<T: Copy>(all: &mut [T], at: usize, part: &[T], row: usize, width: usize) {
     all[at..at + width].copy_from_slice(&part[row * width..(row + 1) * width]);
 }
 
-/// The blocks that have tokens, and which. A model with text and vision experts has two blocks in a layer: each token
-/// is of that whose number the tensor `token_types` gives it, unless the width of tokens says it all.
-fn blocks<'l, 'a>(
-    layers: &'l [Layer<'a>],
-    file: &TensorFile,
-) -> Result<Vec<(&'l Layer<'a>, Vec<usize>)>> {
+/// Returns the blocks that have tokens, and the tokens of each. A model with text and vision
+/// experts has two blocks in a layer. If both have the width of `x`, the tensor `token_types` has
+/// the block's number for each token.
+fn blocks<'l>(layers: &'l [Block], file: &TensorFile) -> Result<Vec<(&'l Block, Vec<usize>)>> {
     let x = file.tensor("x")?;
     let fits: Vec<_> =
-        layers.iter().filter(|layer| x.rows_of(layer.config.hidden).is_ok()).collect();
+        layers.iter().filter(|layer| x.rows_of(layer.config().hidden).is_ok()).collect();
     let [first, _, ..] = fits[..] else {
         let only = fits.first().copied().or(layers.first());
         return only
-            .map(|layer| Ok((layer, (0..x.rows_of(layer.config.hidden)?).collect())))
+            .map(|layer| Ok((layer, (0..x.rows_of(layer.config().hidden)?).collect())))
             .into_iter()
             .collect();
     };
-    let num_tokens = x.rows_of(first.config.hidden)?;
+    let num_tokens = x.rows_of(first.config().hidden)?;
     let tensor = file.tensor("token_types")?;
     tensor.check_ids(&[num_tokens])?;
     let types = tensor.read_ids(fits.len(), "numbers of the layer's blocks")?;
-    let of = |block: usize| -> Vec<usize> {
+    let tokens_of = |block: usize| -> Vec<usize> {
         (0..num_tokens).filter(|token| types[*token] as usize == block).collect()
     };
-    let blocks = fits.into_iter().enumerate().map(|(block, layer)| (layer, of(block)));
+    let blocks = fits.into_iter().enumerate().map(|(block, layer)| (layer, tokens_of(block)));
     Ok(blocks.filter(|(_, tokens)| !tokens.is_empty()).collect())
 }
 
-/// Of each tensor that the block reads, the rows of these tokens.
+/// Reads the rows of these tokens from each tensor that the block needs.
 fn read_inputs<D: Dtype>(
-    layer: &Layer<'_>,
+    layer: &Block,
     file: &TensorFile,
     tokens: &[usize],
 ) -> Result<MoeInputs<Owned, D>> {
-    let (config, x) = (&layer.config, file.tensor("x")?);
+    let (config, x) = (layer.config(), file.tensor("x")?);
     let num_tokens = x.rows_of(config.hidden)?;
     let mut inputs = MoeInputs::new(rows(&x, config.hidden, tokens)?);
-    match layer.block.logits {
+    match layer.info().logits {
         LogitsFrom::ProjectionOfResidual => {
             let tensor = file.tensor(ROUTER_INPUT)?;
             tensor.check(&[num_tokens, config.hidden])?;
@@ -163,13 +161,13 @@ fn read_inputs<D: Dtype>(
     if config.router.selection == Selection::Given {
         let tensor = file.tensor("token_ids")?;
         tensor.check_ids(&[num_tokens])?;
-        let ids = tensor.read_ids(layer.block.vocabulary, "rows of the table of expert ids")?;
+        let ids = tensor.read_ids(layer.info().vocabulary, "rows of the table of expert ids")?;
         inputs.token_ids = Some(tokens.iter().map(|&token| ids[token]).collect());
     }
     Ok(inputs)
 }
 
-fn rows<D: Dtype>(tensor: &Tensor<'_>, width: usize, tokens: &[usize]) -> Result<Vec<D>> {
+fn rows<D: Dtype>(tensor: &Tensor, width: usize, tokens: &[usize]) -> Result<Vec<D>> {
     let all = tensor.read::<D>()?;
     Ok(tokens.iter().flat_map(|&token| &all[token * width..(token + 1) * width]).copied().collect())
 }

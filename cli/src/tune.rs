@@ -1,8 +1,9 @@
-//! `tune`: variants of grouped_gemm, compiled with other constants, against the one in this binary.
+//! `tune`: compares variants of grouped_gemm, compiled with other constants, with the built-in
+//! kernels.
 //!
-//! gpu/tune-variants makes the images. A variant is timed only where its output has the bits of
-//! the built-in kernel, and between two runs of that one (A/B/A), so that a drift of clocks shows as
-//! a difference of the two and not as a gain.
+//! gpu/tune-variants compiles the images. A variant is timed only if its output has the bits of the
+//! built-in kernels, and between two measurements of those (A/B/A), so that a drift of clocks does
+//! not appear as a gain.
 
 mod variant;
 
@@ -25,22 +26,22 @@ use serde_json::{Value, json};
 
 use crate::device::{Choice, Gpu, Place};
 use crate::error::{Error, Result, io};
-use crate::tensor_file::replace;
-use crate::text::{Table, escaped, say, seconds};
+use crate::text::{Table, escaped, print, seconds};
+use crate::write::replace;
 use variant::{Variant, bad_file, read_list};
 
-/// Times variants of grouped_gemm that gpu/tune-variants has compiled, against the built-in one
+/// Times variants of grouped_gemm, compiled by gpu/tune-variants, against the built-in kernels
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// The folder with variants.json and the images
+    /// Folder with variants.json and the images
     #[arg(long)]
     variants: PathBuf,
 
-    /// The GPU; the emulator, which runs its own kernels whatever an image holds, tries this program
+    /// Device; the emulator ignores the images and runs its own kernels, to test this command
     #[arg(long, default_value = "cuda")]
     device: Choice,
 
-    /// Layers; on the emulator of a 32nd of their widths
+    /// Names of layers; on the emulator H and I are divided by 32
     #[arg(long, value_delimiter = ',', default_values = ["mixtral-8x7b", "qwen3-30b-a3b"])]
     model: Vec<String>,
 
@@ -48,43 +49,43 @@ pub struct Arguments {
     #[arg(long, value_delimiter = ',', default_values_t = [8, 512, 4096])]
     tokens: Vec<usize>,
 
-    /// Where tune.json goes, rewritten after each row
+    /// Folder for tune.json, which is rewritten after each row
     #[arg(long)]
     output: PathBuf,
 
-    /// No variant is begun after so many seconds
+    /// Starts no measurement after this time
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     time_limit: Option<Duration>,
 }
 
-/// Rows of a tile of the plan, which a variant has to have too.
+/// Rows of a tile of the plan; variants have to use the same number.
 const TILE_ROWS: usize = 128;
 
-/// A/B/A in turns so often; each turn gives a sample of the variant and two of the built-in kernel.
+/// Repetitions of A/B/A. Each gives a sample of the variant and two of the built-in kernels.
 const TURNS: usize = 7;
 
-/// The shortest time between two events that counts.
+/// The least time of a sample between two events.
 const SAMPLE_SECONDS: f64 = 2e-3;
 
 pub fn tune(arguments: &Arguments) -> Result<bool> {
     let start = Instant::now();
     let place = arguments.device.place();
     if place == Place::Cpu {
-        let why = "variants are kernels, which the CPU reference does not run".into();
+        let why = "the CPU reference runs no kernels, wanted cuda, emulator or auto".into();
         return Err(Error::Option { option: "--device", why });
     }
     let gpu = Gpu::open(place)?;
     let list_file = arguments.variants.join("variants.json");
     let list = read_list(&list_file)?;
     let entries = list["variants"].as_array();
-    let entries = entries.ok_or_else(|| bad_file(&list_file, "without a list `variants`"))?;
+    let entries = entries.ok_or_else(|| bad_file(&list_file, "no list `variants`"))?;
     let mut variants = Vec::new();
     for entry in entries.iter().filter(|entry| !entry["image"].is_null()) {
         match Variant::load(&gpu, &arguments.variants, entry) {
             Ok(variant) => variants.push(variant),
-            // Above all more shared memory than this GPU has.
+            // For example more shared memory than this GPU has.
             Err(why @ Error::Device { .. }) => {
-                say(format!("{}: {why}\n", escaped(&entry["name"].to_string())));
+                print(format!("{}: {why}\n", escaped(&entry["name"].to_string())));
             }
             Err(why) => return Err(why),
         }
@@ -94,11 +95,11 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
     let total = arguments.model.len() * arguments.tokens.len() * variants.len();
     let late = || arguments.time_limit.is_some_and(|limit| start.elapsed() > limit);
     let (mut rows, mut all_agree) = (Vec::new(), true);
-    let mut table = Table::new(&["model", "T", "variant", "us", "built-in us", "times as fast"]);
+    let mut table = Table::new(&["model", "T", "variant", "us", "built-in us", "speedup"]);
     'limit: for name in &arguments.model {
         let model = Model::find(name).ok_or_else(|| Error::Option {
             option: "--model",
-            why: format!("there is no layer {name}"),
+            why: format!("unknown layer '{name}'"),
         })?;
         let model = if place == Place::Emulator { model.shrunk(32) } else { model };
         let weights = Weights::new(&gpu, &model)?;
@@ -122,22 +123,22 @@ pub fn tune(arguments: &Arguments) -> Result<bool> {
             }
         }
     }
-    say(table);
-    say(format!("{} rows, {} not reached\n", rows.len(), total - rows.len()));
+    print(table);
+    print(format!("{} rows, {} not reached\n", rows.len(), total - rows.len()));
     Ok(all_agree)
 }
 
-/// Samples of a variant and of the built-in kernels.
+/// Samples of a variant, and of the built-in kernels.
 type Times = (Samples, Samples);
 
-/// A line on the terminal.
+/// A row of the printed table.
 fn cells(model: &str, tokens: usize, variant: &Variant, times: Option<&Times>) -> Vec<String> {
     let mut cells = vec![model.into(), tokens.to_string(), variant.name.clone()];
     cells.extend(match times {
-        Some((theirs, ours)) => [
-            format!("{:.1}", theirs.median() * 1e6),
-            format!("{:.1}", ours.median() * 1e6),
-            format!("{:.3}", ours.median() / theirs.median()),
+        Some((variant, built_in)) => [
+            format!("{:.1}", variant.median() * 1e6),
+            format!("{:.1}", built_in.median() * 1e6),
+            format!("{:.3}", built_in.median() / variant.median()),
         ],
         None => ["other bits".into(), String::new(), String::new()],
     });
@@ -149,11 +150,12 @@ fn row(model: &str, tokens: usize, variant: &Variant, times: Option<&Times>) -> 
     json!({
         "model": model, "tokens": tokens, "dtype": "bf16", "routing": "uniform",
         "variant": variant.name, "constants": variant.constants, "same_bits": times.is_some(),
-        "seconds": times.map(|(theirs, _)| spread(theirs)),
-        "built_in_seconds": times.map(|(_, ours)| spread(ours)),
+        "seconds": times.map(|(variant, _)| spread(variant)),
+        "built_in_seconds": times.map(|(_, built_in)| spread(built_in)),
     })
 }
 
+/// Median and quantiles of samples, for tune.json.
 fn spread(samples: &Samples) -> Value {
     json!({
         "median": samples.median(), "p10": samples.quantile(0.1), "p90": samples.quantile(0.9),
@@ -215,7 +217,7 @@ impl Weights {
     }
 }
 
-/// Both products of a layer on some tokens.
+/// Both products of a layer for a draw of tokens.
 struct Problem<'a> {
     gpu: &'a Gpu,
     weights: &'a Weights,
@@ -225,7 +227,7 @@ struct Problem<'a> {
     x: CudaSlice<bf16>,
     act: CudaSlice<bf16>,
     yp: CudaSlice<bf16>,
-    /// What the built-in kernels make of it.
+    /// The outputs of the built-in kernels, as bits.
     expected: (Vec<u16>, Vec<u16>),
 }
 
@@ -247,12 +249,12 @@ impl<'a> Problem<'a> {
             yp: stream.alloc_zeros(shape.slots() * hidden).map_err(&upload)?,
             expected: (Vec::new(), Vec::new()),
         };
-        problem.expected = problem.bits_after(Self::built_in)?;
+        problem.expected = problem.output_bits(Self::built_in)?;
         Ok(problem)
     }
 
-    /// The bits of both outputs, poisoned before.
-    fn bits_after(
+    /// Poisons both outputs, calls `run`, and returns their bits.
+    fn output_bits(
         &mut self,
         run: impl Fn(&mut Self) -> Result<()>,
     ) -> Result<(Vec<u16>, Vec<u16>)> {
@@ -269,23 +271,23 @@ impl<'a> Problem<'a> {
         Ok((read(&self.act)?, read(&self.yp)?))
     }
 
-    /// `None` if the bits differ.
+    /// Times a variant. Returns `None` if its bits differ from those of the built-in kernels.
     fn compare(&mut self, variant: &Variant) -> Result<Option<Times>> {
-        if self.bits_after(|problem| problem.launch(variant))? != self.expected {
+        if self.output_bits(|problem| problem.launch(variant))? != self.expected {
             return Ok(None);
         }
         let once = self.seconds(1, Self::built_in)?;
         let calls = (SAMPLE_SECONDS / once.max(1e-9)).ceil().clamp(1.0, 4096.0) as usize;
-        let (mut theirs, mut ours) = (Vec::new(), Vec::new());
+        let (mut of_variant, mut built_in) = (Vec::new(), Vec::new());
         for _ in 0..TURNS {
-            ours.push(self.seconds(calls, Self::built_in)?);
-            theirs.push(self.seconds(calls, |problem| problem.launch(variant))?);
-            ours.push(self.seconds(calls, Self::built_in)?);
+            built_in.push(self.seconds(calls, Self::built_in)?);
+            of_variant.push(self.seconds(calls, |problem| problem.launch(variant))?);
+            built_in.push(self.seconds(calls, Self::built_in)?);
         }
-        Ok(Some((Samples::new(theirs), Samples::new(ours))))
+        Ok(Some((Samples::new(of_variant), Samples::new(built_in))))
     }
 
-    /// Seconds of a call, of so many between two events.
+    /// The mean time of a call in seconds, over `calls` calls between two events.
     fn seconds(&mut self, calls: usize, run: impl Fn(&mut Self) -> Result<()>) -> Result<f64> {
         let gpu = self.gpu;
         let timing = gpu.failed("time with events");
@@ -327,7 +329,7 @@ impl<'a> Problem<'a> {
         Ok(())
     }
 
-    /// What [`Self::built_in`] does, with a variant's kernels.
+    /// Launches both products as [`Self::built_in`] does, with a variant's kernels.
     fn launch(&mut self, variant: &Variant) -> Result<()> {
         let constants = variant.launch;
         let Self { gpu, weights, plan, hidden, intermediate, x, act, yp, .. } = self;
@@ -354,14 +356,15 @@ impl<'a> Problem<'a> {
             n: n as i32,
             k: k as i32,
             num_experts: shape.num_experts as i32,
-            // Named layers have widths of whole 16 bytes, and allocations start at 256.
+            // Rows of the named layers are multiples of 16 bytes, and allocations are 256-byte
+            // aligned.
             vector_load: 1,
             vector_store: 1,
         };
         let product = |function, parts, n: usize, parameters: &mut [*mut c_void]| {
             let columns = n.div_ceil(constants.block_n / parts);
             let blocks = max_tiles.next_multiple_of(constants.tile_group) * columns;
-            // The driver refuses a grid of more than it has, as it does 0.
+            // A grid that is too large becomes 0, which the driver refuses.
             let blocks = u32::try_from(blocks).unwrap_or(0);
             // SAFETY: the parameters follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in
             // kernels/grouped_gemm.cu; buffers have the lengths that the built-in kernels were given,

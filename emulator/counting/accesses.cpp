@@ -1,30 +1,30 @@
-// What kernels read and write with plain C++. They are compiled with -fsanitize=thread, which has
-// the compiler call a function before each access; here are these functions, in the place of
-// ThreadSanitizer's. The return address tells accesses apart.
+// The plain C++ reads and writes of kernels. Kernels are compiled with -fsanitize=thread, which
+// makes the compiler call a function before each access; these functions replace ThreadSanitizer's.
+// The return address distinguishes accesses.
 #include "warp_traffic.h"
 
 namespace simt {
 
-// An access by the running lane. Its own stack, the parameters and constants are left out.
+// An access by the running lane. Its own stack, the parameters and constants are not counted.
 static void count_access(bool written, const void* p, uint32_t bytes, const void* where, int part) {
   // Initialisers and the unpacking of a launch's parameters are compiled like kernels.
   if (cluster == nullptr || thread_vars == nullptr) return;
   const Fiber* const fiber = current_fiber();
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   if (at - reinterpret_cast<uintptr_t>(fiber->stack) < fiber->stack_bytes) return;
-  Deed deed;
+  WarpEvent event;
   if (at - reinterpret_cast<uintptr_t>(fiber->block->shared) < ARENA_BYTES) {
-    deed = written ? Deed::SharedWrite : Deed::SharedRead;
+    event = written ? WarpEvent::SharedWrite : WarpEvent::SharedRead;
   } else if (cluster->traffic->find(at) != nullptr) {
-    deed = written ? Deed::GlobalWrite : Deed::GlobalRead;
+    event = written ? WarpEvent::GlobalWrite : WarpEvent::GlobalRead;
   } else {
     return;
   }
-  fiber->warp->traffic->add({deed, where, part}, fiber->lane, at, bytes);
+  fiber->warp->traffic->add({event, where, part}, fiber->lane, at, bytes);
 }
 
-// A struct that is less aligned than wide. A GPU moves it in as many pieces as its alignment asks
-// for, which is 4 bytes in most cases.
+// A struct that is less aligned than wide. A GPU moves it in pieces of its alignment, usually 4
+// bytes.
 static void count_pieces(bool written, const void* p, size_t bytes, const void* where) {
   const size_t odd = (reinterpret_cast<uintptr_t>(p) | bytes) % 4;
   const size_t piece = odd == 0 ? 4 : odd == 2 ? 2 : 1;
@@ -34,14 +34,14 @@ static void count_pieces(bool written, const void* p, size_t bytes, const void* 
   }
 }
 
-// simt::atomic_update begins with one atomic load, whatever the number of its attempts.
+// simt::atomic_update begins with one atomic load, for any number of attempts.
 static void count_atomic(const void* p, uint32_t bytes, const void* where) {
   if (cluster == nullptr || thread_vars == nullptr) return;
   const Fiber* const fiber = current_fiber();
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   const bool shared = at - reinterpret_cast<uintptr_t>(fiber->block->shared) < ARENA_BYTES;
-  const Deed deed = shared ? Deed::SharedAtomic : Deed::GlobalAtomic;
-  fiber->warp->traffic->add({deed, where, 0}, fiber->lane, at, bytes);
+  const WarpEvent event = shared ? WarpEvent::SharedAtomic : WarpEvent::GlobalAtomic;
+  fiber->warp->traffic->add({event, where, 0}, fiber->lane, at, bytes);
 }
 
 }  // namespace simt

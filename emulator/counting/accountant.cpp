@@ -1,5 +1,5 @@
-// The Counter of this library: keeps the traffic of running launches apart and adds up that of
-// finished ones by kernel.
+// The Counter of this library: keeps the traffic of running launches separate and adds finished
+// launches up by kernel.
 #include "counter.h"
 
 #include <map>
@@ -12,7 +12,7 @@ namespace {
 
 WarpTraffic& running_warp() { return *current_fiber()->warp->traffic; }
 
-// Operations are known by the names that reports use.
+// Operations are identified by their names in reports.
 void count_operation(WarpOperations& operations, const char* kind) {
   const auto starts = [kind](const char* with) {
     return std::strncmp(kind, with, std::strlen(with)) == 0;
@@ -44,7 +44,7 @@ class Accountant final : public Counter {
 
   void cluster_begins() override {
     for (Warp* warp : cluster->warps) {
-      if (warp->traffic == nullptr) warp->traffic = new WarpTraffic;  // For good, as the warp.
+      if (warp->traffic == nullptr) warp->traffic = new WarpTraffic;  // never freed, like the warp
       warp->traffic->begin(warp->live);
     }
   }
@@ -53,7 +53,7 @@ class Accountant final : public Counter {
     LaunchTraffic& launch = *cluster->traffic;
     Traffic sum{};
     for (Warp* warp : cluster->warps) {
-      warp->traffic->lanes_meet(launch);
+      warp->traffic->complete_requests(launch);
       sum += warp->traffic->total;
     }
     const std::lock_guard<std::mutex> lock(launch.mutex);
@@ -73,19 +73,19 @@ class Accountant final : public Counter {
     kernels_[kernel.symbol] += launch->total;
   }
 
-  void lane(Deed deed, const void* at, uint32_t bytes, Site site) override {
-    running_warp().add({deed, site.file, site.line}, current_fiber()->lane,
+  void lane(WarpEvent event, const void* at, uint32_t bytes, Site site) override {
+    running_warp().add({event, site.file, site.line}, current_fiber()->lane,
                        reinterpret_cast<uintptr_t>(at), bytes);
   }
 
   void warp_operation(Warp* warp, const char* kind, uint32_t mask) override {
     count_operation(warp->traffic->total.operations, kind);
-    if (warp->traffic->is_whole_warp(mask)) warp->traffic->lanes_meet(*cluster->traffic);
+    if (warp->traffic->is_whole_warp(mask)) warp->traffic->complete_requests(*cluster->traffic);
   }
 
   void warp_waits(Warp* warp, uint32_t lanes, bool with_exited) override {
     if (with_exited || warp->traffic->is_whole_warp(lanes)) {
-      warp->traffic->lanes_meet(*cluster->traffic);
+      warp->traffic->complete_requests(*cluster->traffic);
     }
   }
 
@@ -93,8 +93,8 @@ class Accountant final : public Counter {
     running_warp().count_operand(chunks);
   }
 
-  void bulk(Deed deed, const std::vector<Run>& runs) override {
-    running_warp().count_bulk(*cluster->traffic, deed, runs);
+  void bulk(WarpEvent event, const std::vector<ByteRange>& ranges) override {
+    running_warp().count_bulk(*cluster->traffic, event, ranges);
   }
 
   bool traffic(const char* symbol, Traffic* traffic) override {
@@ -115,7 +115,7 @@ class Accountant final : public Counter {
   std::map<std::string, Traffic> kernels_;
 };
 
-// Never destroyed: a launch may still run while the process ends.
+// Never destroyed: a launch may still run during process exit.
 Accountant& accountant = *new Accountant;
 
 }  // namespace

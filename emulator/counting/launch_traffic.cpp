@@ -6,7 +6,7 @@ namespace simt {
 
 Traffic& operator+=(Traffic& sum, const Traffic& more) {
   constexpr size_t COUNTS = sizeof(Traffic) / sizeof(uint64_t);
-  static_assert(COUNTS * sizeof(uint64_t) == sizeof(Traffic), "nothing but counts");
+  static_assert(COUNTS * sizeof(uint64_t) == sizeof(Traffic), "all members are counts");
   uint64_t a[COUNTS], b[COUNTS];
   std::memcpy(a, &sum, sizeof a);
   std::memcpy(b, &more, sizeof b);

@@ -1,4 +1,4 @@
-// What one launch has touched and moved so far.
+// The memory that one launch has touched and moved so far.
 #pragma once
 #include <atomic>
 #include <cstdlib>
@@ -14,7 +14,7 @@ constexpr uintptr_t SECTOR_BYTES = 32;
 
 Traffic& operator+=(Traffic&, const Traffic&);
 
-// Which of the sectors of an allocation were touched; made of zero pages until they are.
+// The sectors of an allocation that were touched; zero pages until then.
 class SectorSet {
  public:
   explicit SectorSet(size_t sectors);
@@ -31,7 +31,7 @@ class SectorSet {
   std::atomic<bool> any_{false};
 };
 
-// An allocation as the launch finds it. What is allocated later is no business of its kernel.
+// An allocation at the start of the launch. Later allocations are not its kernel's.
 struct Memory {
   DeviceRange range;
   SectorSet read, written;
@@ -40,11 +40,11 @@ struct Memory {
 
 struct LaunchTraffic {
   std::vector<std::unique_ptr<Memory>> memories;  // by address
-  std::mutex mutex;                               // of what follows
+  std::mutex mutex;                               // guards the members below
   Traffic total{};
 
   LaunchTraffic();
-  Memory* find(uintptr_t address) const;  // nullptr: not device memory
+  Memory* find(uintptr_t address) const;  // nullptr if it is not device memory
   void count_unique_sectors();
 };
 

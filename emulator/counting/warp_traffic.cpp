@@ -4,15 +4,16 @@
 
 namespace simt {
 
-// ---- Putting requests together ----
+// ---- Assembling requests ----
 
 void WarpTraffic::begin(uint32_t lanes) {
   total = {};
   all_ = lanes;
 }
 
-void WarpTraffic::add(const Spot& spot, uint32_t lane, uintptr_t at, uint32_t bytes) {
-  Entry& entry = *spots_.try_emplace(spot).first;
+void WarpTraffic::add(const InstructionPart& instruction, uint32_t lane, uintptr_t at,
+                      uint32_t bytes) {
+  Entry& entry = *executions_.try_emplace(instruction).first;
   Executions& executions = entry.second;
   if (executions.requests.empty()) {
     std::fill(std::begin(executions.count), std::end(executions.count), 0);
@@ -27,10 +28,10 @@ void WarpTraffic::add(const Spot& spot, uint32_t lane, uintptr_t at, uint32_t by
   request.bytes[lane] = bytes;
 }
 
-void WarpTraffic::lanes_meet(const LaunchTraffic& launch) {
+void WarpTraffic::complete_requests(const LaunchTraffic& launch) {
   for (Entry* entry : active_) {
     for (const Request& request : entry->second.requests) {
-      complete(launch, entry->first.deed, request);
+      complete(launch, entry->first.event, request);
     }
     entry->second.requests.clear();
   }
@@ -39,7 +40,7 @@ void WarpTraffic::lanes_meet(const LaunchTraffic& launch) {
 
 // ---- Global memory ----
 
-// The different sectors of a request. Those of neighbouring lanes are often the same.
+// The different sectors of a request. Neighbouring lanes often share them.
 class Sectors {
  public:
   void add(uintptr_t at, size_t bytes) {
@@ -77,7 +78,7 @@ static void count_global(const LaunchTraffic& launch, GlobalTraffic& traffic, ui
 
 // ---- Shared memory ----
 
-// One pass through the banks: as many wavefronts as one bank has different words to deliver.
+// One pass through the banks: the wavefronts are the most different words that one bank delivers.
 class Wavefront {
  public:
   void add(uintptr_t at, uint32_t bytes) {
@@ -92,7 +93,7 @@ class Wavefront {
 
  private:
   static constexpr uint32_t BANKS = 32;
-  uintptr_t words_[2 * BANKS];  // 128 bytes, and twice as many words if no lane is aligned.
+  uintptr_t words_[2 * BANKS];  // 128 bytes; twice as many words if no lane is aligned
   uint32_t num_words_ = 0, in_bank_[BANKS] = {}, depth_ = 0;
 };
 
@@ -127,13 +128,13 @@ void WarpTraffic::count_operand(const std::vector<const unsigned char*>& chunks)
 
 // ---- Counting requests ----
 
-void WarpTraffic::complete(const LaunchTraffic& launch, Deed deed, const Request& request) {
-  if (deed == Deed::BlockBarrier) total.operations.block_barriers++;
+void WarpTraffic::complete(const LaunchTraffic& launch, WarpEvent event, const Request& request) {
+  if (event == WarpEvent::BlockBarrier) total.operations.block_barriers++;
   if (request.lanes == 0) return;
-  if (deed == Deed::SharedAtomic) total.operations.shared_atomics++;
-  if (deed == Deed::SharedRead) count_shared(total.shared_read, request);
-  if (deed == Deed::SharedWrite) count_shared(total.shared_write, request);
-  if (deed > Deed::GlobalAtomic) return;
+  if (event == WarpEvent::SharedAtomic) total.operations.shared_atomics++;
+  if (event == WarpEvent::SharedRead) count_shared(total.shared_read, request);
+  if (event == WarpEvent::SharedWrite) count_shared(total.shared_write, request);
+  if (event > WarpEvent::GlobalAtomic) return;
 
   static thread_local Sectors sectors;
   sectors.clear();
@@ -142,25 +143,26 @@ void WarpTraffic::complete(const LaunchTraffic& launch, Deed deed, const Request
     sectors.add(request.at[lane], request.bytes[lane]);
     bytes += request.bytes[lane];
   }
-  if (deed == Deed::GlobalAtomic) {
+  if (event == WarpEvent::GlobalAtomic) {
     total.operations.global_atomics++;
     for (const uintptr_t sector : sectors.different()) touch(launch, sector, true, true);
   } else {
-    const bool written = deed == Deed::GlobalWrite;
+    const bool written = event == WarpEvent::GlobalWrite;
     count_global(launch, written ? total.global_write : total.global_read, bytes,
                  sectors.different(), written);
   }
 }
 
-void WarpTraffic::count_bulk(const LaunchTraffic& launch, Deed deed, const std::vector<Run>& runs) {
+void WarpTraffic::count_bulk(const LaunchTraffic& launch, WarpEvent event,
+                             const std::vector<ByteRange>& ranges) {
   Sectors sectors;
   uint64_t bytes = 0;
-  for (const Run& run : runs) {
-    sectors.add(reinterpret_cast<uintptr_t>(run.at), run.bytes);
-    bytes += run.bytes;
+  for (const ByteRange& range : ranges) {
+    sectors.add(reinterpret_cast<uintptr_t>(range.at), range.bytes);
+    bytes += range.bytes;
   }
   if (bytes == 0) return;
-  const bool written = deed == Deed::GlobalWrite;
+  const bool written = event == WarpEvent::GlobalWrite;
   count_global(launch, written ? total.global_write : total.global_read, bytes, sectors.different(),
                written);
 }

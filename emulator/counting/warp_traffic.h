@@ -1,6 +1,6 @@
-// The requests of a warp. Its lanes run one after another, so a request is put together from what
-// each of them did: the n-th execution of an instruction by one lane belongs to the n-th execution
-// of it by the others. Where all lanes meet, counting starts anew.
+// The requests of a warp. Its lanes run one after another, so a request is assembled from the
+// accesses of each lane: the n-th execution of an instruction by one lane belongs to the n-th
+// execution of it by the others. Where all lanes rendezvous, counting restarts.
 #pragma once
 #include <unordered_map>
 #include <vector>
@@ -9,27 +9,27 @@
 
 namespace simt {
 
-// An instruction of a kernel: a return address, or a file and a line of it; and which part, if it
-// is split into several accesses.
-struct Spot {
-  Deed deed;
+// An instruction of a kernel: a return address, or a file and a line; and the part, if it is split
+// into several accesses.
+struct InstructionPart {
+  WarpEvent event;
   const void* where;
   int part;
-  bool operator==(const Spot& other) const {
-    return deed == other.deed && where == other.where && part == other.part;
+  bool operator==(const InstructionPart& other) const {
+    return event == other.event && where == other.where && part == other.part;
   }
 };
 
-struct SpotHash {
-  size_t operator()(const Spot& spot) const {
-    const size_t address = reinterpret_cast<size_t>(spot.where);
-    return (address * 16 + static_cast<size_t>(spot.deed)) * 0x9e3779b97f4a7c15ull +
-           static_cast<size_t>(spot.part);
+struct InstructionPartHash {
+  size_t operator()(const InstructionPart& instruction) const {
+    const size_t address = reinterpret_cast<size_t>(instruction.where);
+    return (address * 16 + static_cast<size_t>(instruction.event)) * 0x9e3779b97f4a7c15ull +
+           static_cast<size_t>(instruction.part);
   }
 };
 
 struct Request {
-  uint32_t lanes = 0;  // that move something
+  uint32_t lanes = 0;  // that move bytes
   uintptr_t at[32];
   uint32_t bytes[32];
 };
@@ -38,13 +38,14 @@ struct WarpTraffic {
   Traffic total{};  // of the running cluster
 
   void begin(uint32_t lanes);
-  void add(const Spot& spot, uint32_t lane, uintptr_t at, uint32_t bytes);
+  void add(const InstructionPart& instruction, uint32_t lane, uintptr_t at, uint32_t bytes);
   bool is_whole_warp(uint32_t lanes) const { return (lanes & all_) == all_; }
-  // All lanes are at one place: what they have done so far is complete.
-  void lanes_meet(const LaunchTraffic& launch);
+  // All lanes are at one place: their requests so far are complete.
+  void complete_requests(const LaunchTraffic& launch);
 
-  // One request of a unit that does not act by lanes.
-  void count_bulk(const LaunchTraffic& launch, Deed deed, const std::vector<Run>& runs);
+  // One request of a unit that does not act per lane.
+  void count_bulk(const LaunchTraffic& launch, WarpEvent event,
+                  const std::vector<ByteRange>& ranges);
   void count_operand(const std::vector<const unsigned char*>& chunks);
 
  private:
@@ -52,13 +53,13 @@ struct WarpTraffic {
     uint32_t count[32];  // by lane
     std::vector<Request> requests;
   };
-  using Entry = std::pair<const Spot, Executions>;
+  using Entry = std::pair<const InstructionPart, Executions>;
 
-  void complete(const LaunchTraffic& launch, Deed deed, const Request& request);
+  void complete(const LaunchTraffic& launch, WarpEvent event, const Request& request);
 
-  std::unordered_map<Spot, Executions, SpotHash> spots_;
+  std::unordered_map<InstructionPart, Executions, InstructionPartHash> executions_;
   std::vector<Entry*> active_;  // those with requests
-  uint32_t all_ = 0;            // the lanes that the warp began with
+  uint32_t all_ = 0;            // the lanes at the start of the warp
 };
 
 }  // namespace simt

@@ -1,4 +1,4 @@
-// Stream capture: the calls that turn submissions into graph nodes, and what they forbid.
+// Stream capture: calls that turn submissions into graph nodes, and calls that a capture forbids.
 #include <algorithm>
 #include <unordered_set>
 
@@ -53,7 +53,7 @@ CUresult join_capture(Call& call, const StreamPtr& stream, const Event& event) {
 
 namespace {
 
-// Whether all nodes come before the end of the stream that the capture began on.
+// Returns whether all nodes precede the end of the stream on which the capture began.
 bool is_joined(const Capture& capture) {
   std::unordered_set<const Node*> reached;
   std::vector<NodePtr> stack = capture.origin->tail;

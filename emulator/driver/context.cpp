@@ -1,4 +1,4 @@
-// Initialisation, contexts, and what every call checks first.
+// Initialisation, contexts, and the checks at the start of every call.
 #include <algorithm>
 #include <cstdlib>
 
@@ -19,7 +19,7 @@ uint64_t environment_number(const char* name, uint64_t otherwise) {
   return text && *text ? std::strtoull(text, nullptr, 0) : otherwise;
 }
 
-// Ends a thread's part in the driver. Its per-thread streams stay listed until their work is done.
+// Ends a thread's use of the driver. Its per-thread streams stay listed until their work is done.
 struct ThreadOwner {
   std::shared_ptr<HostThread> thread = std::make_shared<HostThread>();
   ThreadOwner() {
@@ -89,7 +89,7 @@ Call::Call(Needs needs)
 }
 
 void release_context(Lock& lock, Context& context) {
-  // The lock is let go while work runs, and another thread may submit more.
+  // The lock is released while work runs, and another thread may submit more.
   while (!context.unfinished.empty()) complete_context(lock, *this_thread(), context);
   context.alive = false;
   Driver& driver = state();
@@ -164,8 +164,8 @@ DRIVER_API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
   const ContextPtr& primary = call.driver.primary;
   if (!primary || primary->retained == 0) return CUDA_ERROR_INVALID_CONTEXT;
-  // The last user waits for the work while it still counts as one: another thread may retain the
-  // context meanwhile, and then it lives on.
+  // The last user still holds its reference while it waits for the work: if another thread retains
+  // the context meanwhile, the context stays alive.
   while (primary->retained == 1 && !primary->unfinished.empty()) {
     complete_context(call.lock, *call.thread, *primary);
   }
@@ -305,7 +305,7 @@ DRIVER_API CUresult cuCtxSynchronize() {
   bool capturing = false;
   for (const CapturePtr& capture : call.driver.captures) {
     // Another thread's capture counts only in global mode: tests that share a process would
-    // otherwise end each other's captures, which on a GPU they do.
+    // otherwise end each other's captures, as they do on a GPU.
     if (capture->graph->context != call.context) continue;
     if (capture->mode != CU_STREAM_CAPTURE_MODE_GLOBAL && capture->thread != call.thread) continue;
     invalidate(*capture);
@@ -313,7 +313,7 @@ DRIVER_API CUresult cuCtxSynchronize() {
   }
   if (capturing) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   complete_context(call.lock, *call.thread, *call.context);
-  // Only what this thread had submitted is reported to it; see ErrorDomain.
+  // Reports only failures of work that this thread submitted; see ErrorDomain.
   if (call.thread->default_domain->error) return call.thread->default_domain->error;
   for (const StreamPtr& stream : call.context->streams) {
     if (!stream->domain || stream->destroyed) continue;

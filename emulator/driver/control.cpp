@@ -1,5 +1,5 @@
-// What a test can ask of the software device beyond the driver API; src/lib.rs declares the same
-// functions. And cuGetProcAddress, which finds what this library exports.
+// Test controls of the software device beyond the driver API, which src/lib.rs declares too, and
+// cuGetProcAddress, which finds this library's exports.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -25,8 +25,8 @@ DRIVER_API void moe_emulator_set_os_threads(unsigned count) {
 
 DRIVER_API void moe_emulator_leave_out_blocks(uint64_t count) { this_thread()->left_out = count; }
 
-// The report of the last failure of something that this thread had submitted, or nullptr. It is
-// valid until the thread asks again.
+// The report of the last failure of work that this thread submitted, or nullptr. The text is valid
+// until the thread's next call.
 DRIVER_API const char* moe_emulator_last_error() {
   Lock lock(state().mutex);
   HostThread& thread = *this_thread();
@@ -34,14 +34,14 @@ DRIVER_API const char* moe_emulator_last_error() {
   return thread.report_copy.empty() ? nullptr : thread.report_copy.c_str();
 }
 
-// The carve-out that was last preferred for a kernel, in percent of shared memory; -1 where none was.
+// The last preferred carve-out of a kernel, in percent of shared memory; -1 if none was set.
 DRIVER_API int moe_emulator_carveout(const char* symbol) {
   Lock lock(state().mutex);
   const simt::Kernel* kernel = simt::find_kernel(symbol);
   return kernel && state().carveouts.count(kernel) ? state().carveouts[kernel] : -1;
 }
 
-// Forgets the failures that stick to this thread's streams, and their report.
+// Clears the failures that stick to this thread's streams, and their report.
 DRIVER_API void moe_emulator_clear_errors() {
   Lock lock(state().mutex);
   HostThread& thread = *this_thread();
@@ -75,8 +75,8 @@ DRIVER_API void moe_emulator_counters(EmulatorCounters* counters) {
   counters->unfinished = this_thread()->contexts.back()->unfinished.size();
 }
 
-// The traffic of a kernel since the last reset. False if it was not launched, or if this is not the
-// library that counts.
+// The traffic of a kernel since the last reset. Returns false if the kernel was not launched, or if
+// this library does not count.
 DRIVER_API bool moe_emulator_traffic(const char* symbol, simt::Traffic* traffic) {
   return simt::kernel_traffic(symbol, traffic);
 }
@@ -88,11 +88,11 @@ DRIVER_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, int
   constexpr int FOUND = 0, SYMBOL_NOT_FOUND = 1;
   if (!symbol || !function) return CUDA_ERROR_INVALID_VALUE;
   *function = nullptr;
-  // What callers must be able to do without.
+  // Symbols that callers must work without.
   constexpr int PARAMETERS_SINCE = 12040;
   const bool too_new = !std::strcmp(symbol, "cuFuncGetParamInfo") && driver_version() < PARAMETERS_SINCE;
   if (void* self = dlopen("libcuda.so", RTLD_NOLOAD | RTLD_LAZY)) {
-    // The API gives the newest version of a function under its plain name.
+    // The API returns the newest version of a function under its plain name.
     for (const char* version : {"_v4", "_v3", "_v2", ""}) {
       if (too_new) break;
       *function = dlsym(self, (std::string(symbol) + version).c_str());

@@ -1,5 +1,5 @@
-// Copies and fills. What the host gives or takes follows the driver: pageable memory has been read,
-// or written, when the call returns; pinned memory only when the stream has come that far.
+// Copies and fills. Host memory follows the driver's rules: pageable memory has been read or
+// written when the call returns; pinned memory is accessed only when the stream reaches the copy.
 #include <cstring>
 
 #include "api.h"
@@ -7,7 +7,7 @@
 namespace driver {
 namespace {
 
-// An endpoint of a copy on the device must still be there when the copy runs.
+// The device memory of a copy must still exist when the copy runs.
 bool is_live(CUdeviceptr address, size_t bytes) {
   Lock lock(state().mutex);
   return find_allocation(address, bytes, nullptr, true) != nullptr;
@@ -40,7 +40,7 @@ Work copy_work(Copy copy, std::shared_ptr<const std::vector<unsigned char>> stag
   };
 }
 
-// With `blocking`, the copy is one of the functions without a stream, which the legacy stream does.
+// With `blocking`, the copy is one of the functions without a stream, which use the legacy stream.
 CUresult copy(Copy copy, CUstream handle, bool blocking) {
   Call call;
   if (call.error) return call.error;
@@ -70,7 +70,7 @@ CUresult copy(Copy copy, CUstream handle, bool blocking) {
   return wait ? synchronize(call, stream) : CUDA_SUCCESS;
 }
 
-// For the functions that find out by the address on which side memory lies.
+// For the functions that determine by the address whether memory is on the host or the device.
 CUresult copy_any(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream, bool blocking) {
   bool to_device, from_device;
   {
@@ -151,7 +151,7 @@ DRIVER_API CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes
   return copy_any(to, from, bytes, stream, false);
 }
 
-// There is one device, so peers are contexts of it.
+// There is one device, so peer copies are between its contexts.
 DRIVER_API CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext,
                                       size_t bytes, CUstream stream) {
   return copy({bytes_at(to), bytes_at(from), bytes, true, true}, stream, false);

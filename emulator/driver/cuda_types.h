@@ -1,5 +1,5 @@
-// The part of the CUDA driver API's types that this library speaks. The numbers are the API's; a
-// test compares them with cudarc's bindings.
+// The part of the CUDA driver API's types that this library uses. The values are the API's; a test
+// compares them with cudarc's bindings.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -49,7 +49,7 @@ enum CUresult : int {
   CUDA_ERROR_UNKNOWN = 999,
 };
 
-// Handles are numbers that are never used twice, so a stale one is always told from a live one.
+// Handles are numbers that are never reused, so a stale handle is always detected.
 typedef struct CUctx_st* CUcontext;
 typedef struct CUmod_st* CUmodule;
 typedef struct CUfunc_st* CUfunction;

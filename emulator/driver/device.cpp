@@ -43,7 +43,7 @@ int driver_version() {
 
 namespace {
 
-// An attribute of the API by its number. Those that describe nothing this device has are 0.
+// An attribute of the API by its number. Attributes that do not apply to this device are 0.
 int attribute_value(const DeviceProperties& device, int attribute) {
   switch (attribute) {
     case 1: return MAX_THREADS_PER_BLOCK;

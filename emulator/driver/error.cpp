@@ -21,21 +21,21 @@ constexpr ErrorText ERRORS[] = {
     ENTRY(CUDA_ERROR_NOT_INITIALIZED, "cuInit was not called"),
     ENTRY(CUDA_ERROR_DEINITIALIZED, "the driver is shutting down"),
     ENTRY(CUDA_ERROR_NO_DEVICE,
-          "no device (does MOE_EMULATOR_CC say 8.0, 9.0 or 12.0, and MOE_EMULATOR_DRIVER a version such as 12040?)"),
+          "no device (MOE_EMULATOR_CC must be 8.0, 9.0 or 12.0, and MOE_EMULATOR_DRIVER a version such as 12040)"),
     ENTRY(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal"),
-    ENTRY(CUDA_ERROR_INVALID_IMAGE, "the module's image is not one"),
-    ENTRY(CUDA_ERROR_INVALID_CONTEXT, "invalid context, or none is current"),
-    ENTRY(CUDA_ERROR_NO_BINARY_FOR_GPU, "the image holds no code for this device"),
+    ENTRY(CUDA_ERROR_INVALID_IMAGE, "the image is not a module"),
+    ENTRY(CUDA_ERROR_INVALID_CONTEXT, "invalid context, or no current context"),
+    ENTRY(CUDA_ERROR_NO_BINARY_FOR_GPU, "the image has no code for this device"),
     ENTRY(CUDA_ERROR_UNSUPPORTED_LIMIT, "unsupported limit"),
     ENTRY(CUDA_ERROR_INVALID_PTX, "the module's PTX is invalid"),
-    ENTRY(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "the PTX is of a newer toolkit than this driver knows"),
+    ENTRY(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "the PTX is newer than this driver supports"),
     ENTRY(CUDA_ERROR_FILE_NOT_FOUND, "file not found"),
     ENTRY(CUDA_ERROR_INVALID_HANDLE, "invalid handle"),
-    ENTRY(CUDA_ERROR_ILLEGAL_STATE, "not possible in the present state"),
+    ENTRY(CUDA_ERROR_ILLEGAL_STATE, "not possible in the current state"),
     ENTRY(CUDA_ERROR_NOT_FOUND, "named symbol not found"),
     ENTRY(CUDA_ERROR_NOT_READY, "not finished yet"),
     ENTRY(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered"),
-    ENTRY(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "the launch asks for too many resources"),
+    ENTRY(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "the launch requests too many resources"),
     ENTRY(CUDA_ERROR_PRIMARY_CONTEXT_ACTIVE, "the primary context is active"),
     ENTRY(CUDA_ERROR_CONTEXT_IS_DESTROYED, "the context is destroyed"),
     ENTRY(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED, "the host memory is registered already"),
@@ -67,8 +67,8 @@ const ErrorText* find(CUresult code) {
   return nullptr;
 }
 
-// A failure that this thread has met is described with the report of it. The API's callers may keep a
-// description for good, so that such texts are never freed.
+// A failure of this thread's work is described with its report. Callers may keep a description
+// forever, so these texts are never freed.
 const char* description(const ErrorText& error) {
   driver::Lock lock(driver::state().mutex);
   const driver::HostThread& thread = *driver::this_thread();
@@ -81,14 +81,14 @@ const char* description(const ErrorText& error) {
 
 const char* driver::error_name(CUresult code) {
   const ErrorText* error = find(code);
-  return error ? error->name : "an unknown error";
+  return error ? error->name : "unknown error";
 }
 
 CUresult driver::not_supported(const char* what) {
   static std::mutex mutex;
-  static std::set<std::string>* said = new std::set<std::string>;
+  static std::set<std::string>* printed = new std::set<std::string>;
   std::lock_guard<std::mutex> lock(mutex);
-  if (said->insert(what).second) {
+  if (printed->insert(what).second) {
     std::fprintf(stderr, "software CUDA device: not supported: %s\n", what);
   }
   return CUDA_ERROR_NOT_SUPPORTED;

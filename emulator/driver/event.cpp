@@ -1,4 +1,4 @@
-// Events: a point in a stream that others can wait for, and its time.
+// Events: a point in a stream that other streams and the host can wait for, and its time.
 #include "api.h"
 
 namespace driver {

@@ -1,4 +1,4 @@
-// What can be asked of a function, and how many of its blocks a multiprocessor would hold.
+// Function attributes, and the number of a function's blocks that fit on a multiprocessor.
 #include <algorithm>
 
 #include "api.h"

@@ -1,5 +1,5 @@
-// Graphs: what a capture made, its executable form, and its launches. A launch gives each node an
-// operation of its own, so the schedule draws a topological order each time.
+// Graphs: the result of a capture, its executable form, and its launches. A launch gives each node
+// its own operation, so the schedule draws a new topological order each time.
 #include <unordered_map>
 
 #include "api.h"
@@ -57,8 +57,8 @@ DRIVER_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
     invalidate(*stream->capture);
     return not_supported("launching a graph into a capture");
   }
-  // Everything is queued before anything may run: the entry in stream order, then the nodes, then
-  // the operation that the stream goes on from.
+  // Everything is queued before any of it may run: the entry in stream order, then the nodes, then
+  // the operation after which the stream continues.
   Submission entry;
   entry.task = {CU_GRAPH_NODE_TYPE_EMPTY, nullptr};
   entry.after = exec->last_launch;
@@ -80,14 +80,14 @@ DRIVER_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
     operations[node.get()] = operation;
     all.emplace_back(operation, false);
   }
-  // What another thread has put on the stream meanwhile comes before the end of this launch too.
+  // Work that another thread has put on the stream meanwhile also precedes the end of this launch.
   all.emplace_back(stream->last, false);
   Submission exit;
   exit.task = {CU_GRAPH_NODE_TYPE_EMPTY, nullptr};
   OperationPtr end = enqueue(call.thread, stream->context, domain, std::move(exit), all);
   stream->last = end;
   exec->last_launch = end;
-  pace(call.lock, *call.thread, *stream->context);
+  limit_queue(call.lock, *call.thread, *stream->context);
   return CUDA_SUCCESS;
 }
 

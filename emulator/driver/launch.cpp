@@ -1,4 +1,4 @@
-// Kernel launches: the checks that the driver makes, the copy of the arguments, and the run.
+// Kernel launches: the driver's checks, the copy of the arguments, and the execution.
 #include <cstring>
 #include <numeric>
 
@@ -13,7 +13,7 @@ struct Launch {
   size_t shared_bytes = 0;
 };
 
-// The arguments as they were at the launch: one buffer, laid out as the kernel's parameters are.
+// The arguments at the time of the launch: one buffer with the layout of the kernel's parameters.
 struct Arguments {
   std::vector<unsigned char> buffer;
   std::vector<void*> pointers;
@@ -45,8 +45,8 @@ CUresult copy_arguments(const simt::Kernel& kernel, void** parameters, void** ex
                         Arguments* arguments) {
   if (parameters && extra) return CUDA_ERROR_INVALID_VALUE;
   arguments->buffer.resize(buffer_size(kernel));
-  // Kernels read their parameters in place, so the buffer is aligned as the strictest of them is;
-  // a tensor map asks for 64 bytes, and 128 keeps room for one more step.
+  // Kernels read their parameters in place, so the buffer has the alignment of the strictest
+  // parameter: 64 bytes for a tensor map; 128 leaves a margin.
   constexpr size_t ALIGNMENT = 128;
   arguments->buffer.resize(arguments->buffer.size() + ALIGNMENT);
   auto start = reinterpret_cast<uintptr_t>(arguments->buffer.data());
@@ -75,23 +75,23 @@ bool contains(const std::string& text, const char* word) {
   return text.find(word) != std::string::npos;
 }
 
-// The runtime's reports are for people; the driver has a handful of codes.
+// Maps the runtime's report to one of the driver's few codes.
 CUresult classify(const std::string& report) {
   if (contains(report, "aligned")) return CUDA_ERROR_MISALIGNED_ADDRESS;
-  if (contains(report, "does not have it")) return CUDA_ERROR_ILLEGAL_INSTRUCTION;
+  if (contains(report, "not supported on compute capability")) return CUDA_ERROR_ILLEGAL_INSTRUCTION;
   if (contains(report, "invalid access") && !contains(report, "stack overflow")) {
     return CUDA_ERROR_ILLEGAL_ADDRESS;
   }
   return CUDA_ERROR_LAUNCH_FAILED;
 }
 
-// The bytes between the end of an allocation and the next guard page are unused. Comparing them
-// before and after a launch finds the writes that are too near for the guard page, and names the
-// kernel that made them. A kernel's addresses are the aligned 8-byte words of its parameters, whether
-// pointers or structs, that point into an allocation.
+// The bytes between the end of an allocation and the next guard page belong to no allocation.
+// Comparing them before and after a launch finds writes too near for the guard page, and names the
+// kernel that made them. The allocations are those that an aligned 8-byte word of a parameter, be it
+// a pointer or a struct, points into.
 struct Tail {
   unsigned parameter;
-  size_t offset;  // of the address, in bytes from the start of the parameter
+  size_t offset;  // of the word, in bytes from the start of the parameter
   uintptr_t start;
   size_t size;
   std::vector<unsigned char> before;
@@ -130,7 +130,7 @@ std::string find_overrun(const simt::Kernel& kernel, const std::vector<Tail>& ta
   for (const Tail& tail : tails) {
     uintptr_t start;
     const Allocation* allocation = find_allocation(tail.start, 0, &start, true);
-    // Memory that another stream has freed meanwhile is the runtime's again.
+    // Skips memory that another stream has freed meanwhile: the runtime owns it again.
     if (!allocation || start != tail.start || allocation->size != tail.size) continue;
     const unsigned char* now = tail_of(tail.start, tail.size);
     for (size_t i = 0; i < tail.before.size(); i++) {
@@ -150,7 +150,7 @@ Outcome run(const simt::Kernel& kernel, const Launch& launch, const Arguments& a
                             launch.shared_bytes, operation.seed, operation.os_threads,
                             operation.left_out};
   std::vector<Tail> tails = find_tails(kernel, arguments);
-  // A graph may run the same arguments on two OS threads at once.
+  // Two OS threads may run the same arguments of a graph at once.
   std::vector<void*> pointers = arguments.pointers;
   if (kernel.run(config, pointers.data()) != 0) {
     const char* report = simt::last_error();

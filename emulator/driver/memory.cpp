@@ -13,7 +13,7 @@ constexpr size_t HOST_ALIGNMENT = 4096;
 CUresult allocate(Call& call, CUdeviceptr* out, size_t bytes) {
   if (!out || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
   if (bytes > TOTAL_MEMORY) return CUDA_ERROR_OUT_OF_MEMORY;
-  // Frees that wait in a stream give their memory back before there is none left.
+  // Pending frees in streams release their memory before an allocation fails.
   if (call.driver.allocated_bytes + bytes > TOTAL_MEMORY) {
     complete_context(call.lock, *call.thread, *call.context);
   }
@@ -27,7 +27,7 @@ CUresult allocate(Call& call, CUdeviceptr* out, size_t bytes) {
   return CUDA_SUCCESS;
 }
 
-CUresult free_later(Call& call, CUdeviceptr address, CUstream handle) {
+CUresult free_in_stream_order(Call& call, CUdeviceptr address, CUstream handle) {
   StreamPtr stream = find_stream(call, handle);
   if (!stream) return CUDA_ERROR_INVALID_HANDLE;
   if (stream->capture) {
@@ -71,7 +71,7 @@ const std::pair<const uintptr_t, HostAllocation>* find_host(uintptr_t address, s
   return offset < it->second.size && bytes <= it->second.size - offset ? &*it : nullptr;
 }
 
-// Writes one attribute of a pointer; false where the attribute is unknown.
+// Writes one attribute of a pointer; returns false if the attribute is unknown.
 CUresult pointer_attribute(void* data, int attribute, CUdeviceptr pointer) {
   if (!data) return CUDA_ERROR_INVALID_VALUE;
   uintptr_t start = 0;
@@ -142,8 +142,8 @@ DRIVER_API CUresult cuMemAlloc_v2(CUdeviceptr* out, size_t bytes) {
   return allocate(call, out, bytes);
 }
 
-// As cuMemAlloc, which waits for nothing either. In a capture the API would make a node of it; here
-// it is refused, for a graph that allocates is not supported.
+// Like cuMemAlloc, which does not wait either. During a capture the driver would create a node;
+// here the call is refused, since graphs that allocate are not supported.
 DRIVER_API CUresult cuMemAllocAsync(CUdeviceptr* out, size_t bytes, CUstream handle) {
   Call call;
   if (call.error) return call.error;
@@ -177,7 +177,7 @@ DRIVER_API CUresult cuMemFree_v2(CUdeviceptr address) {
 DRIVER_API CUresult cuMemFreeAsync(CUdeviceptr address, CUstream handle) {
   Call call;
   if (call.error) return call.error;
-  return free_later(call, address, handle);
+  return free_in_stream_order(call, address, handle);
 }
 
 DRIVER_API CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {

@@ -1,5 +1,5 @@
-// Modules and functions. The code of a kernel is compiled into this library, so a module is a name
-// space: its image is only checked for being one, and a function is found among all kernels.
+// Modules and functions. Kernels are compiled into this library, so a module is only a name space:
+// its image is validated and otherwise ignored, and functions are looked up among all kernels.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr uint32_t FATBIN_MAGIC = 0xba55ed50, FATBIN_WRAPPER_MAGIC = 0x466243b1;
 
-// A fat binary, a cubin (an ELF file) or PTX, which names its version and target before any code.
+// A fat binary, a cubin (an ELF file) or PTX, which states its version and target before any code.
 CUresult check_image(const void* image) {
   if (!image) return CUDA_ERROR_INVALID_VALUE;
   uint32_t magic;
@@ -25,21 +25,22 @@ CUresult check_image(const void* image) {
   return std::strstr(version, ".target") ? CUDA_SUCCESS : CUDA_ERROR_INVALID_PTX;
 }
 
-// The newest PTX that a driver reads, as 10 * major + minor; from the table of releases in the PTX ISA.
+// The newest PTX version that a driver reads, as 10 * major + minor; from the table of releases in
+// the PTX ISA.
 unsigned newest_ptx(int driver) {
   const int major = driver / 1000, minor = driver % 1000 / 10;
   const int ptx_minor = major == 12 && minor > 5 ? minor - 1 : minor;
   return static_cast<unsigned>(10 * (major - 4) + ptx_minor);
 }
 
-// The version that PTX states, in the same form; 0 for a text without one.
+// The version of a PTX text, in the same form; 0 for a text without one.
 unsigned stated_ptx(const char* text) {
   unsigned major = 0, minor = 0;
   const char* version = std::strstr(text, ".version");
   return version && std::sscanf(version, ".version %u.%u", &major, &minor) == 2 ? 10 * major + minor : 0;
 }
 
-// The PTX of a fat binary, which each part of it states in its header; 0 for one without PTX.
+// The PTX version in the headers of a fat binary's parts; 0 for a fat binary without PTX.
 unsigned fat_ptx(const unsigned char* image) {
   constexpr size_t HEADER = 16;
   constexpr uint16_t PTX = 1;
@@ -62,8 +63,8 @@ unsigned fat_ptx(const unsigned char* image) {
   return newest;
 }
 
-// What a driver older than the image's toolkit says. It reads no newer PTX; of a fat binary by a toolkit of
-// its own major version it takes the machine code.
+// The result for an image of a toolkit newer than the driver. The driver reads no newer PTX; it
+// accepts the machine code of a fat binary from a toolkit of its own major version.
 CUresult check_version(const void* image) {
   const int driver = driver_version();
   if (driver >= DRIVER_VERSION) return CUDA_SUCCESS;
@@ -114,7 +115,7 @@ DRIVER_API CUresult cuModuleLoad(CUmodule* out, const char* path) {
   char part[4096];
   while (size_t read = std::fread(part, 1, sizeof part, file)) image.append(part, read);
   std::fclose(file);
-  image.append(4, '\0');  // so that a short file can be looked at
+  image.append(4, '\0');  // makes short files readable
   return load(out, image.data());
 }
 
@@ -138,7 +139,7 @@ DRIVER_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const 
     *out = known->second;
     return CUDA_SUCCESS;
   }
-  // Where modules load lazily, the first look-up is what loads the kernel.
+  // With lazy loading, the first look-up loads the kernel.
   if (CUresult error = capture_forbids(call)) return error;
   const simt::Kernel* kernel = simt::find_kernel(name);
   if (!kernel) return CUDA_ERROR_NOT_FOUND;
@@ -153,7 +154,7 @@ DRIVER_API CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const 
   return CUDA_SUCCESS;
 }
 
-// Device globals are no part of the boundary to the kernels, so no module has any.
+// Kernels have no device globals, so no module has any.
 DRIVER_API CUresult cuModuleGetGlobal_v2(CUdeviceptr*, size_t*, CUmodule handle, const char* name) {
   Call call;
   if (call.error) return call.error;

@@ -1,4 +1,5 @@
-// What the environment asks of kernels that have run: a log of their names, and a fault in the results of one.
+// Observation of kernels that the environment requests: a log of kernel names, and a planted fault
+// in one kernel's results.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -18,15 +19,15 @@ const char* environment(const char* name) {
   return text && *text ? text : nullptr;
 }
 
-// MOE_EMULATOR_LAUNCHES=FILE: appends a kernel's name when it has run for the first time in this process. Processes may
-// share the file: a line is one write.
-Outcome note(const simt::Kernel& kernel) {
+// MOE_EMULATOR_LAUNCHES=FILE: appends a kernel's name after its first run in this process.
+// Processes may share the file: each line is a single write.
+Outcome log_launch(const simt::Kernel& kernel) {
   static const char* const path = environment("MOE_EMULATOR_LAUNCHES");
   if (!path) return {};
   static std::mutex mutex;
-  static std::set<const simt::Kernel*> noted;
+  static std::set<const simt::Kernel*> logged;
   std::lock_guard<std::mutex> lock(mutex);
-  if (!noted.insert(&kernel).second) return {};
+  if (!logged.insert(&kernel).second) return {};
   const std::string line = std::string(kernel.symbol) + "\n";
   const int file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
   const bool written =
@@ -35,9 +36,10 @@ Outcome note(const simt::Kernel& kernel) {
   return written ? Outcome() : failure("MOE_EMULATOR_LAUNCHES: " + std::string(path) + " cannot be written");
 }
 
-// MOE_EMULATOR_FAULT=flip:KERNEL: bit 14 of what the kernel's first parameter points to, its first output, is inverted
-// after each run. In an f32 that is 2^-9 of the value, in a 16-bit number an exponent's highest bit.
-Outcome flip(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
+// MOE_EMULATOR_FAULT=flip:KERNEL: after each run, bit 14 of the memory at the kernel's first
+// pointer, its first output, is inverted. In an f32 this changes the value by 2^-9 of it; in a
+// 16-bit float it is the highest bit of the exponent.
+Outcome flip_bit(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   CUdeviceptr output = 0;
   if (!arguments.empty() && kernel.parameters[0].size == sizeof output) {
     std::memcpy(&output, arguments[0], sizeof output);
@@ -45,14 +47,14 @@ Outcome flip(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   Lock lock(state().mutex);
   if (!find_allocation(output, sizeof(uint16_t))) {
     return failure("MOE_EMULATOR_FAULT: the first parameter of '" + std::string(kernel.symbol) +
-                   "' points to no memory of the device");
+                   "' does not point to device memory");
   }
   bytes_at(output)[1] ^= 0x40;
   return {};
 }
 
-// The same with fail:KERNEL: the launch fails.
-Outcome plant(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
+// MOE_EMULATOR_FAULT=fail:KERNEL: the launch fails.
+Outcome plant_fault(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   static const char* const fault = environment("MOE_EMULATOR_FAULT");
   if (!fault) return {};
   const char* const colon = std::strchr(fault, ':');
@@ -60,18 +62,18 @@ Outcome plant(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   const bool known = kind == "flip" || kind == "fail";
   if (!known || !colon || !simt::find_kernel(colon + 1)) {
     return failure("MOE_EMULATOR_FAULT is '" + std::string(fault) +
-                   "', wanted flip:KERNEL or fail:KERNEL with the name of a kernel");
+                   "', expected flip:KERNEL or fail:KERNEL with the name of a kernel");
   }
   if (std::strcmp(kernel.symbol, colon + 1) != 0) return {};
-  if (kind == "flip") return flip(kernel, arguments);
-  return failure("kernel '" + std::string(kernel.symbol) + "' fails because MOE_EMULATOR_FAULT says so");
+  if (kind == "flip") return flip_bit(kernel, arguments);
+  return failure("kernel '" + std::string(kernel.symbol) + "' fails as requested by MOE_EMULATOR_FAULT");
 }
 
 }  // namespace
 
 Outcome after_run(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
-  const Outcome noted = note(kernel);
-  return noted.error ? noted : plant(kernel, arguments);
+  const Outcome logged = log_launch(kernel);
+  return logged.error ? logged : plant_fault(kernel, arguments);
 }
 
 }  // namespace driver

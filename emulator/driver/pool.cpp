@@ -1,5 +1,5 @@
-// The default memory pool. Memory goes back to the system when it is freed, so the pool's settings
-// are kept and change nothing.
+// The default memory pool. Freed memory returns to the system at once, so the pool's settings are
+// stored and have no effect.
 #include <cstring>
 
 #include "api.h"

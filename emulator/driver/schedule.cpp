@@ -1,7 +1,8 @@
-// When work is done. Submitted operations form a graph: stream order, event waits and the legacy
-// stream's rule are its edges. Nothing runs before somebody waits for it, or a queue is full; then
-// the waiting thread runs what it needs, in an order that its seed draws. With a seed other than 0
-// a submission sometimes runs something at once, and a wait sometimes runs something not needed.
+// Execution order. Submitted operations form a graph whose edges are stream order, event waits and
+// the legacy stream's rule. An operation runs only when a thread waits for it or a queue is full;
+// the waiting thread then runs the operations that it needs, in an order that its seed draws. With
+// a seed other than 0 a submission sometimes runs an operation at once, and a wait sometimes runs
+// one that it does not need.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -12,9 +13,9 @@
 namespace driver {
 namespace {
 
-constexpr size_t QUEUE_LIMIT = 1024;  // unfinished operations of a context: a queue is finite
-constexpr unsigned EARLY_ONE_IN = 4;  // submissions that run something at once
-constexpr unsigned STRAY_ONE_IN = 8;  // steps of a wait that run something else
+constexpr size_t QUEUE_LIMIT = 1024;  // the most unfinished operations of a context
+constexpr unsigned EARLY_ONE_IN = 4;  // submissions that run an operation at once
+constexpr unsigned STRAY_ONE_IN = 8;  // steps of a wait that run an unneeded operation
 constexpr size_t STRAYS_CONSIDERED = 64;
 
 bool is_ready(const Operation& operation) {
@@ -65,7 +66,7 @@ void run(Lock& lock, const OperationPtr& operation) {
   finish(*operation);
 }
 
-// What the operations need that has not finished, themselves included, in order of submission.
+// The unfinished operations that these need, including themselves, in order of submission.
 std::vector<OperationPtr> unfinished_ancestors(std::vector<OperationPtr> stack) {
   std::vector<OperationPtr> found;
   std::unordered_set<const Operation*> seen;
@@ -93,7 +94,7 @@ OperationPtr choose(HostThread& thread, const std::vector<OperationPtr>& operati
   return chosen;
 }
 
-// Something that this thread submitted and that could run now.
+// An operation of this thread that could run now.
 OperationPtr choose_stray(HostThread& thread, const Context& context) {
   std::vector<OperationPtr> own;
   for (auto& [id, operation] : context.unfinished) {
@@ -119,8 +120,8 @@ void complete(Lock& lock, HostThread& thread, std::vector<OperationPtr> targets)
     if (chosen) {
       run(lock, chosen);
     } else {
-      // Another thread runs what this one needs. Not wait(), which with GCC 12 and later is a symbol
-      // that the libstdc++ of RHEL 9 does not have.
+      // Another thread runs an operation that this one needs. wait() is not used: with GCC 12 and
+      // later it is a symbol that the libstdc++ of RHEL 9 lacks.
       state().finished.wait_for(lock, std::chrono::seconds(1));
     }
   }
@@ -171,7 +172,7 @@ OperationPtr enqueue(const std::shared_ptr<HostThread>& thread, const ContextPtr
   return operation;
 }
 
-void pace(Lock& lock, HostThread& thread, Context& context) {
+void limit_queue(Lock& lock, HostThread& thread, Context& context) {
   while (context.unfinished.size() > QUEUE_LIMIT) {
     complete(lock, thread, {context.unfinished.begin()->second});
   }

@@ -1,5 +1,5 @@
-// The driver's objects. Everything here is guarded by one mutex, which is never held while a
-// kernel, a copy or a host function runs.
+// The driver's objects. One mutex guards them all; it is never held while a kernel, a copy or a
+// host function runs.
 #pragma once
 #include <condition_variable>
 #include <functional>
@@ -26,21 +26,22 @@ struct Capture;
 using OperationPtr = std::shared_ptr<Operation>;
 using NodePtr = std::shared_ptr<Node>;
 
-// Where a failure sticks: a created stream has its own, and of the default streams, which all
-// threads of a process share, each thread has one. On a GPU a failure would end the whole context.
+// The scope of a sticky failure: each created stream has its own; for the default streams, which
+// all threads of a process share, each thread has one. On a GPU a failure would end the whole
+// context.
 struct ErrorDomain {
   CUresult error = CUDA_SUCCESS;
-  const HostThread* thread = nullptr;  // who had submitted what failed
+  const HostThread* thread = nullptr;  // the thread that submitted the failed operation
 };
 using ErrorDomainPtr = std::shared_ptr<ErrorDomain>;
 
-// What an operation did. An empty report goes with CUDA_SUCCESS.
+// The outcome of an operation. CUDA_SUCCESS has an empty report.
 struct Outcome {
   CUresult error = CUDA_SUCCESS;
   std::string report;
 };
 
-// What an operation does, here and now. A graph runs the same work at each launch of it.
+// The work of an operation. A graph executes the same work at each launch.
 using Work = std::function<Outcome(const Operation&)>;
 
 struct Task {
@@ -53,7 +54,7 @@ struct Operation {
   uint64_t id;
   State state = PENDING;
   std::shared_ptr<const Work> work;
-  bool always = false;  // runs on a failed stream too: it gives something back
+  bool always = false;  // runs on a failed stream too, because it releases a resource
   uint64_t seed = 0;
   unsigned os_threads = 1;
   uint64_t left_out = 0;               // blocks of a launch
@@ -62,7 +63,8 @@ struct Operation {
   ErrorDomainPtr domain;
   CUresult error = CUDA_SUCCESS;
   int64_t finished_ns = 0;
-  // Unfinished predecessors, and who waits for this one; the flag says that a failure goes with it.
+  // Unfinished predecessors, and the operations that wait for this one; the flag says that a
+  // failure is inherited.
   std::vector<OperationPtr> waits_for;
   std::vector<std::pair<OperationPtr, bool>> dependents;
 };
@@ -78,7 +80,7 @@ struct Stream {
   ErrorDomainPtr domain;  // null for the default streams
   OperationPtr last;
   std::shared_ptr<Capture> capture;
-  std::vector<NodePtr> tail;  // while capturing: what the next node depends on
+  std::vector<NodePtr> tail;  // while capturing: the dependencies of the next node
   bool blocking() const { return !legacy && !(flags & CU_STREAM_NON_BLOCKING); }
 };
 using StreamPtr = std::shared_ptr<Stream>;
@@ -88,7 +90,7 @@ struct Event {
   unsigned flags = 0;
   OperationPtr operation;  // of the last record
   std::shared_ptr<Capture> capture;
-  std::vector<NodePtr> nodes;  // where a captured record stands
+  std::vector<NodePtr> nodes;  // the nodes that a captured record depends on
 };
 using EventPtr = std::shared_ptr<Event>;
 
@@ -149,15 +151,15 @@ struct Capture {
 };
 using CapturePtr = std::shared_ptr<Capture>;
 
-// What belongs to one OS thread. Operations keep their submitter's alive.
+// The state of one OS thread. Operations keep the state of their submitter alive.
 struct HostThread {
   uint64_t seed, random;
   uint64_t launches = 0;
   unsigned os_threads;
   uint64_t left_out = 0;    // blocks of each launch
-  std::string report;       // of the last failure among what this thread submitted
+  std::string report;       // of the last failure of this thread's work
   CUresult report_error = CUDA_SUCCESS;  // and its code
-  std::string report_copy;  // what last_error() gave out
+  std::string report_copy;  // the text that last_error() returned
   ErrorDomainPtr default_domain = std::make_shared<ErrorDomain>();
   std::vector<ContextPtr> contexts;  // the stack; the last one is current
   std::map<Context*, StreamPtr> default_streams;
@@ -214,7 +216,7 @@ struct Counters {
 
 struct Driver {
   std::mutex mutex;
-  std::condition_variable finished;  // some operation has finished
+  std::condition_variable finished;  // an operation has finished
   bool initialised = false;
   uint64_t next_id = 0;
   ContextPtr primary;
@@ -233,7 +235,7 @@ struct Driver {
   size_t allocated_bytes = 0;
   uint64_t release_threshold = 0;
   Counters counters;
-  std::unordered_map<const simt::Kernel*, int> carveouts;  // that were last preferred
+  std::unordered_map<const simt::Kernel*, int> carveouts;  // the last preferred values
 };
 Driver& state();  // never destroyed: threads may outlive the process's static objects
 

@@ -34,8 +34,8 @@ void forget_destroyed_streams(Context& context) {
                 streams.end());
 }
 
-// The legacy stream waits for all blocking streams and they wait for it. A blocking stream that is
-// capturing cannot take part in that.
+// The legacy stream and all blocking streams wait for each other. A blocking stream that is
+// capturing cannot do so.
 bool legacy_disturbs_captures(const Context& context) {
   bool disturbed = false;
   for (const StreamPtr& stream : context.streams) {
@@ -105,7 +105,7 @@ CUresult submit(Call& call, const StreamPtr& stream, Submission submission,
       enqueue(call.thread, stream->context, domain, std::move(submission), after);
   stream->last = operation;
   if (submitted) *submitted = operation;
-  pace(call.lock, *call.thread, context);
+  limit_queue(call.lock, *call.thread, context);
   return error;
 }
 
@@ -127,7 +127,7 @@ using namespace driver;
 
 namespace {
 
-// For the functions that may not be called on a stream while it captures.
+// For functions that must not be called on a capturing stream.
 CUresult find_idle_stream(Call& call, CUstream handle, StreamPtr* stream) {
   *stream = find_stream(call, handle);
   if (!*stream) return call.context ? CUDA_ERROR_INVALID_HANDLE : CUDA_ERROR_INVALID_CONTEXT;
@@ -157,7 +157,8 @@ DRIVER_API CUresult cuStreamDestroy_v2(CUstream handle) {
     invalidate(*stream->capture);
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
-  // Its work goes on; a context's synchronisation, or whoever depends on it, will run it.
+  // Its work remains queued; a synchronisation of the context, or a dependent operation, executes
+  // it.
   call.driver.streams.remove(handle);
   stream->destroyed = true;
   forget_destroyed_streams(*stream->context);

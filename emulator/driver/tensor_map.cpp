@@ -1,5 +1,5 @@
-// Tensor maps. The runtime that reads them also encodes them, and knows the format's rules; here
-// are those that depend on the device and on the pointers.
+// Tensor maps. The runtime that reads them also encodes them and checks the format's rules; the
+// checks here depend on the device and on the pointers.
 #include "api.h"
 #include "device.h"
 

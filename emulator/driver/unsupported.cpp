@@ -1,5 +1,5 @@
-// Functions that cudarc's safe interface can reach and this device does not have. Other functions
-// are not exported at all; cudarc then names the missing symbol.
+// Functions that cudarc's safe interface can reach and this device does not support. Other
+// functions are not exported at all; cudarc then names the missing symbol.
 #include "api.h"
 
 #define NOT_SUPPORTED(function) \

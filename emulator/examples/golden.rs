@@ -1,9 +1,11 @@
-//! The golden program: each primitive of kernels/ptx.cuh alone, on a GPU, against the software device.
+//! The golden program: runs each primitive of kernels/ptx.cuh alone on a GPU and compares the
+//! outputs with the software device's.
 //!
-//! `golden CASES IMAGES RECORD`: CASES is what the C++ tests wrote with `--write-golden` (operands, and
-//! the software device's outputs), IMAGES has golden.fatbin and golden_sm90.fatbin, and RECORD gets a
-//! line for each case: its name and the hash of what the device of MOE_DEVICE made of it. Committed as
-//! emulator/golden/<gpu>.txt, a record is what the C++ tests hold the software device against.
+//! `golden CASES IMAGES RECORD`: CASES is the folder that the C++ tests wrote with `--write-golden`
+//! (operands, and the software device's outputs), IMAGES has golden.fatbin and golden_sm90.fatbin,
+//! and RECORD gets one line per case: its name and the hash of the output of the device that
+//! MOE_DEVICE selects. The C++ tests compare the software device with every record that is
+//! committed as emulator/golden/<gpu>.txt.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -69,7 +71,7 @@ fn main() -> Result<()> {
     let modules = load_modules(driver, Path::new(images), capability)?;
 
     let list = fs::read_to_string(Path::new(cases).join("cases.txt"))?;
-    let mut record = fs::File::create(record)?; // Line by line: a case may take the device down.
+    let mut record = fs::File::create(record)?; // Line by line: a case may crash the device.
     let (mut total, mut wrong, mut absent) = (0, 0, 0);
     for case in list.lines().filter_map(Case::parse) {
         let Some(function) = find(&modules, &case.symbol) else {
@@ -117,7 +119,7 @@ fn load_modules(
             Driver::Emulator => PLACEHOLDER.to_vec(),
             Driver::Cuda => fs::read(images.join(format!("{name}.fatbin")))?,
         };
-        // SAFETY: the bytes are PTX with its final zero, or what nvcc wrote.
+        // SAFETY: the bytes are PTX with its final zero, or the output of nvcc.
         modules.push(unsafe { result::module::load_data(bytes.as_ptr().cast()) }?);
     }
     Ok(modules)
@@ -172,7 +174,7 @@ fn run(
         attrs: &mut attribute,
         numAttrs: u32::from(cluster > 1),
     };
-    // SAFETY: every entry takes the output, the input and, where cases.txt has one, a tensor map.
+    // SAFETY: every entry takes the output, the input and, if cases.txt has one, a tensor map.
     unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), null_mut()) }
         .result()?;
     Ok(stream.clone_dtoh(&output)?)
@@ -182,7 +184,7 @@ fn encode(map: &mut TensorMap, case: &Case, base: u64) -> Result<()> {
     let (dim, stride) = (case.list("dim")?, case.list("stride")?);
     let boxes: Vec<u32> = case.list("box")?.into_iter().map(|size| size as u32).collect();
     let ones = vec![1u32; dim.len()];
-    // SAFETY: both enumerations are numbers of the driver's that the C++ tests wrote.
+    // SAFETY: both enumerations are driver constants that the C++ tests wrote.
     let (data_type, swizzle) = unsafe {
         (
             std::mem::transmute::<u32, sys::CUtensorMapDataType>(case.number("type")? as u32),

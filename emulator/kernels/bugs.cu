@@ -1,6 +1,6 @@
-// Kernels with one deliberate mistake each, the emulator's own test: every emu_bug_* must be
-// reported or give wrong results in a good share of schedules, every emu_ok_* must be right in all
-// of them.
+// Kernels with one deliberate mistake each, which test the emulator itself: every emu_bug_* must be
+// reported or give wrong results in a given share of schedules, and every emu_ok_* must be right in
+// all of them.
 #include "kernel.cuh"
 
 constexpr int BLOCK = 64;
@@ -25,14 +25,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_lost_barrier(int* ou
 }
 EXPORT_KERNEL(emu_bug_lost_barrier, BLOCK)
 
-// The two warps do not agree on how many threads barrier 1 is for.
+// The two warps pass different thread counts for barrier 1.
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_barrier_count(int* out) {
   ptx::named_bar_sync(1, threadIdx.x < 32 ? 64 : 32);
   out[threadIdx.x] = 1;
 }
 EXPORT_KERNEL(emu_bug_barrier_count, BLOCK)
 
-// The mask names lanes that have gone elsewhere.
+// The mask contains lanes that take another branch.
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_absent_lanes(int* out) {
   int value = threadIdx.x;
   if (threadIdx.x < 20) value = __shfl_xor_sync(FULL_WARP, value, 1);
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_absent_lanes(int* ou
 }
 EXPORT_KERNEL(emu_bug_absent_lanes, BLOCK)
 
-// The lanes of a warp are in two different operations.
+// The lanes of a warp execute two different operations.
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_mixed_operations(int* out) {
   int value = threadIdx.x;
   if (threadIdx.x & 1) {
@@ -53,13 +53,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_mixed_operations(int
 }
 EXPORT_KERNEL(emu_bug_mixed_operations, BLOCK)
 
-// The upper half of the warp calls with a mask that does not name it.
+// The upper half of the warp calls with a mask that does not contain it.
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_mask_without_caller(int* out) {
   out[threadIdx.x] = __shfl_sync(0x0000ffffu, static_cast<int>(threadIdx.x), 0);
 }
 EXPORT_KERNEL(emu_bug_mask_without_caller, BLOCK)
 
-// Waits for a flag that nobody sets.
+// Waits for a flag that no thread sets.
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_spin(volatile int* out) {
   while (out[0] != 1) __nanosleep(100);
 }
@@ -79,7 +79,7 @@ EXPORT_KERNEL(emu_bug_shared_past_end, BLOCK)
 extern "C" __global__ void __launch_bounds__(BLOCK)
     emu_bug_static_shared_past_end(int* out, int shift) {
   SHARED_ARRAY(int, values, BLOCK);
-  int* at = values + shift;  // Out of sight of the compiler's own bounds check.
+  int* at = values + shift;  // hidden from the compiler's bounds check
   at[threadIdx.x] = 1;
   __syncthreads();
   out[threadIdx.x] = at[0];
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 EXPORT_KERNEL(emu_bug_misaligned_cp_async, BLOCK)
 
-// 300 KiB of locals: more than the emulated stack has.
+// 300 KiB of locals, more than the emulated stack.
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_stack_overflow(int* out) {
   volatile char locals[300 << 10];
   locals[threadIdx.x] = 1;
@@ -140,12 +140,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_shared_too_large(int
 }
 EXPORT_KERNEL(emu_bug_shared_too_large, BLOCK)
 
-// ---- Races
-// ----------------------------------------------------------------------------------------
+// ---- Races ----
 
 enum class Sync { None, Shuffle, Warp, Block };
 
-// Each thread reads what its neighbour wrote.
+// Each thread reads its neighbour's value.
 template <Sync sync>
 __device__ __forceinline__ void exchange(int* out) {
   SHARED_DYNAMIC(exchanged);
@@ -162,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_missing_syncwarp(int
 }
 EXPORT_KERNEL(emu_bug_missing_syncwarp, BLOCK)
 
-// A shuffle brings the lanes together but orders no memory.
+// A shuffle synchronises the lanes but orders no memory accesses.
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_shuffle_for_syncwarp(int* out) {
   exchange<Sync::Shuffle>(out);
 }
@@ -184,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) emu_bug_global_race(int* out
 }
 EXPORT_KERNEL(emu_bug_global_race, BLOCK)
 
-// A histogram that is cleared by some threads and counted by others.
+// A histogram that some threads clear and others increment.
 template <bool WITH_BARRIER>
 __device__ __forceinline__ void histogram(int* out, const int* in, int n) {
   SHARED_ARRAY(int, bins, BLOCK);
@@ -207,10 +206,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 EXPORT_KERNEL(emu_ok_histogram, BLOCK)
 
-// ---- A double-buffered cp.async pipeline
-// ------------------------------------------------------------
+// ---- A double-buffered cp.async pipeline ----
 
-// Adds up, over `tiles` tiles of 64 x 16 bytes, what another thread has copied.
+// Sums, over `tiles` tiles of 64 x 16 bytes, the values that another thread copied.
 template <bool WITH_WAIT, bool WITH_REFILL_BARRIER>
 __device__ __forceinline__ void pipeline(int* out, const int* in, int tiles) {
   SHARED_DYNAMIC(stages);
@@ -256,10 +254,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 EXPORT_KERNEL(emu_bug_missing_refill_barrier, BLOCK)
 
-// ---- Named barriers
-// ---------------------------------------------------------------------------------
+// ---- Named barriers ----
 
-// Warp 0 produces, warp 1 consumes; one barrier says "full", the other "empty".
+// Warp 0 produces, warp 1 consumes; one barrier means "full", the other "empty".
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_ok_named_barriers(int* out, int rounds) {
   SHARED_ARRAY(int, box, 32);
   const int lane = threadIdx.x % 32;
@@ -279,8 +276,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) emu_ok_named_barriers(int* o
 }
 EXPORT_KERNEL(emu_ok_named_barriers, BLOCK)
 
-// ---- Votes and warp operations on part of a warp
-// ----------------------------------------------------
+// ---- Votes and warp operations on part of a warp ----
 
 extern "C" __global__ void __launch_bounds__(BLOCK) emu_ok_warp_operations(int* out) {
   const int lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
-// Kernels whose memory traffic and warp operations are known exactly, for emulator/tests/counting.
-// One warp each, unless the launch says otherwise; `lane` is the thread's number.
+// Kernels with known exact memory traffic and warp operations, for emulator/tests/counting. They
+// use one warp unless the launch has more; `lane` is the thread's number.
 #include "kernel.cuh"
 
 constexpr int WARP = 32;
@@ -14,7 +14,7 @@ emu_count_words(float* y, const float* x, const int first, const int stride) {
 }
 EXPORT_KERNEL(emu_count_words, 256)
 
-// y = 2 * x, 16 bytes a lane: what load_vec and store_vec move must stay one access of 16 bytes.
+// y = 2 * x, 16 bytes a lane: each load_vec and store_vec must remain one access of 16 bytes.
 template <typename Elem>
 __device__ __forceinline__ void scale_vectors(Elem* y, const Elem* x) {
   const int i = threadIdx.x * Vec<Elem>::LEN;
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(WARP) emu_count_vectors_bf16(bf16* 
 }
 EXPORT_KERNEL(emu_count_vectors_bf16, WARP)
 
-// The same by name: y[lane] from x[lane] and, in the lower half of the warp, x[32 + lane]
+// The same by element name: y[lane] from x[lane] and, in the lower half of the warp, x[32 + lane]
 extern "C" __global__ void __launch_bounds__(WARP) emu_count_int4(int4* y, const int4* x) {
   int4 value[2];
 #pragma unroll
@@ -59,13 +59,13 @@ struct Quad {
   int at[4];
 };
 
-// y[lane] = x[lane], 16 bytes that are aligned to 4: four accesses of 4 bytes
+// y[lane] = x[lane], 16 bytes with an alignment of 4: four accesses of 4 bytes
 extern "C" __global__ void __launch_bounds__(WARP) emu_count_quads(Quad* y, const Quad* x) {
   y[threadIdx.x] = x[threadIdx.x];
 }
 EXPORT_KERNEL(emu_count_quads, WARP)
 
-// Lane l reads l % 4 words of its own, 32 apart, and then all lanes read one each.
+// Lane l reads l % 4 words of its own, 32 apart; then each lane reads one.
 extern "C" __global__ void __launch_bounds__(WARP) emu_count_uneven(float* y, const float* x) {
   const int lane = threadIdx.x;
   float sum = 0.0f;
@@ -75,21 +75,21 @@ extern "C" __global__ void __launch_bounds__(WARP) emu_count_uneven(float* y, co
 }
 EXPORT_KERNEL(emu_count_uneven, WARP)
 
-// Between two meetings of the warp, odd lanes alone take the second of two turns: where a turn
-// ends in a meeting, the lanes' turns are told apart, else they are taken for one.
+// Between two rendezvous of the warp, odd lanes alone take the second of two iterations: if an
+// iteration ends in a rendezvous, the lanes' iterations are counted separately, otherwise as one.
 extern "C" __global__ void __launch_bounds__(WARP)
-emu_count_turns(float* y, const float* x, const int meet) {
+emu_count_iterations(float* y, const float* x, const int rendezvous) {
   const int lane = threadIdx.x;
-  for (int turn = 0; turn < 2; turn++) {
-    if (lane % 2 == turn) y[lane] = x[lane];
-    if (meet) __syncwarp();
+  for (int iteration = 0; iteration < 2; iteration++) {
+    if (lane % 2 == iteration) y[lane] = x[lane];
+    if (rendezvous) __syncwarp();
   }
 }
-EXPORT_KERNEL(emu_count_turns, WARP)
+EXPORT_KERNEL(emu_count_iterations, WARP)
 
 // ---- Shared memory ----
 
-// Lane l writes and reads the shared element `stride * l`; y[lane] = what it read.
+// Lane l writes and reads the shared element `stride * l`; y[lane] = the value read.
 template <typename T>
 __device__ __forceinline__ void through_shared(T* y, const int stride) {
   SHARED_DYNAMIC(memory);
@@ -124,7 +124,7 @@ EXPORT_KERNEL(emu_count_shared16, WARP)
 
 // ---- Asynchronous copies ----
 
-// Twice: lanes below `copied` bring 16 bytes from the source, the others zeros. Then all do.
+// Twice: lanes below `copied` copy 16 bytes from the source, the others write zeros. Then all copy.
 extern "C" __global__ void __launch_bounds__(WARP)
 emu_count_cp_async(uint4* y, const uint4* x, const int copied) {
   SHARED_ARRAY(uint4, tile, 3 * WARP);
@@ -141,7 +141,7 @@ EXPORT_KERNEL(emu_count_cp_async, WARP)
 
 // ---- Matrix instructions ----
 
-// Four 8 x 8 matrices in rows of 128 bytes, with a swizzle of 16-byte chunks or without.
+// Four 8 x 8 matrices in rows of 128 bytes, with or without a swizzle of 16-byte chunks.
 extern "C" __global__ void __launch_bounds__(WARP) emu_count_matrices(float* y, const int swizzle) {
   SHARED_ARRAY(uint4, rows, 32 * 8);
   const int lane = threadIdx.x, row = lane;
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(256) emu_count_sum(int* sum, const 
 }
 EXPORT_KERNEL(emu_count_sum, 256)
 
-// Each of the other operations once, over the whole warp; the last two in half a warp each.
+// Each of the other operations once, by the whole warp; the last two by half a warp each.
 extern "C" __global__ void __launch_bounds__(WARP) emu_count_operations(uint32_t* y) {
   const uint32_t lane = threadIdx.x;
   uint32_t value = __ballot_sync(FULL_WARP, lane % 2);

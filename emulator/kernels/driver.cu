@@ -1,5 +1,5 @@
-// Kernels for the tests of the driver API (emulator/tests/it): small, and each with parameters that
-// a test looks at. The emu_bug_ kernels are wrong on purpose.
+// Small kernels for the tests of the driver API (emulator/tests/it), each with parameters that a
+// test inspects. The emu_bug_ kernels are wrong on purpose.
 #include "kernel.cuh"
 
 // y[n] = factor * x[n]
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(64) emu_ok_shared(int* out, const i
 }
 EXPORT_KERNEL(emu_ok_shared, 64)
 
-// p[index] = value, wherever that is.
+// p[index] = value, in or out of bounds.
 extern "C" __global__ void __launch_bounds__(32)
 emu_bug_write_at(int* p, const long long index, const int value) {
   p[index] = value;

@@ -1,12 +1,12 @@
-// The golden program, portable part: each primitive of ptx.cuh alone, on operands of the host's.
-// The same entries run on a GPU, whose outputs are what the emulator's are held against. Every
-// entry takes (out, in), both u32; one block; the operands' layout stands at each entry.
+// The golden program, portable part: each primitive of ptx.cuh alone, on operands from the host.
+// The same entries run on a GPU, whose outputs are compared with the emulator's. Every entry takes
+// (out, in), both u32, and uses one block; a comment at each entry gives the layout of its
+// operands.
 #include "kernel.cuh"
 
 constexpr int WARP = 32;
 
-// ---- cp.async: in = 32 chunks, then 32 source sizes; out = 32 chunks
-// --------------------------------
+// ---- cp.async: in = 32 chunks, then 32 source sizes; out = 32 chunks ----
 
 template <int BYTES>
 __device__ __forceinline__ void copy_chunk(uint32_t dst, const uint32_t* src, uint32_t src_bytes) {
@@ -46,8 +46,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_cp_async16, WARP)
 
-// ---- ldmatrix: in = 32 rows of 4 words, then each lane's row number; out = [32][matrices]
-// ------------
+// ---- ldmatrix: in = 32 rows of 4 words, then each lane's row number; out = [32][matrices] ----
 
 template <int MATRICES, bool TRANS>
 __device__ __forceinline__ void golden_ldmatrix(uint32_t* out, const uint32_t* in) {
@@ -102,8 +101,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_ldmatrix_x4_trans, WARP)
 
-// ---- mma.sync: in = per lane 4 words of a, 2 of b, 4 of d; out = [32][4]
-// -------------------------------
+// ---- mma.sync: in = per lane 4 words of a, 2 of b, 4 of d; out = [32][4] ----
 
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2], bf16) {
@@ -136,8 +134,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_mma_f16, WARP)
 
-// ---- Named barriers: in = 32 words; out = the same, handed from warp 0 to warp 1
-// ------------------------
+// ---- Named barriers: in = 32 words; out = the same, passed from warp 0 to warp 1 ----
 
 extern "C" __global__ void __launch_bounds__(2 * WARP)
     emu_golden_named_bar(uint32_t* out, const uint32_t* in) {

@@ -1,4 +1,4 @@
-// The golden program for Hopper: as golden.cu, for the instructions of sm_90 and sm_90a. Entries
+// The golden program for Hopper: like golden.cu, for the instructions of sm_90 and sm_90a. Entries
 // with a tensor map take (out, in, map); the first 64 words of `in` are then numbers for the
 // kernel.
 #include "kernel.cuh"
@@ -7,8 +7,7 @@ constexpr int WARP = 32;
 constexpr int WARP_GROUP = 128;
 constexpr int HEADER = 64;
 
-// ---- elect.sync: out = how many lanes were elected, and whether twice the same
-// ----------------------
+// ---- elect.sync: out = the number of elected lanes, and whether the same one is elected twice
 
 extern "C" __global__ void __launch_bounds__(WARP)
     emu_golden_elect_one(uint32_t* out, const uint32_t*) {
@@ -23,8 +22,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_elect_one, WARP)
 
-// ---- stmatrix: in = [32][4] registers, then each lane's row number; out = 32 rows of 4 words
-// -----------
+// ---- stmatrix: in = [32][4] registers, then each lane's row number; out = 32 rows of 4 words ----
 
 template <bool TRANS>
 __device__ __forceinline__ void golden_stmatrix(uint32_t* out, const uint32_t* in) {
@@ -55,8 +53,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_stmatrix_x4_trans, WARP)
 
-// ---- mbarriers: out = what try_wait says after each step
-// -------------------------------------------
+// ---- mbarriers: out = the result of try_wait after each step ----
 
 extern "C" __global__ void __launch_bounds__(WARP)
     emu_golden_mbarrier(uint32_t* out, const uint32_t*) {
@@ -66,8 +63,8 @@ extern "C" __global__ void __launch_bounds__(WARP)
   if (threadIdx.x == 0) {
     ptx::mbar_init(bar, 2);
     ptx::fence_mbar_init();
-    out[0] = ptx::mbar_try_wait(bar, 0);  // Phase 0 is open,
-    out[1] = ptx::mbar_try_wait(bar, 1);  // and the one before it counts as complete.
+    out[0] = ptx::mbar_try_wait(bar, 0);  // Phase 0 is incomplete,
+    out[1] = ptx::mbar_try_wait(bar, 1);  // and the phase before it counts as complete.
     ptx::mbar_arrive(bar);
     out[2] = ptx::mbar_try_wait(bar, 0);
     ptx::mbar_arrive(bar);
@@ -84,8 +81,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_mbarrier, WARP)
 
-// ---- cp.async with an mbarrier: in = 32 chunks of 4 words; out = the same, reversed
-// -------------------
+// ---- cp.async with an mbarrier: in = 32 chunks of 4 words; out = the same, reversed ----
 
 extern "C" __global__ void __launch_bounds__(WARP)
     emu_golden_cp_async_mbar_arrive(uint32_t* out, const uint32_t* in) {
@@ -104,8 +100,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_cp_async_mbar_arrive, WARP)
 
-// ---- TMA loads: in = bytes of the box, coordinates, then the tensor; out = shared memory
-// --------------
+// ---- TMA loads: in = bytes of the box, coordinates, then the tensor; out = shared memory ----
 
 template <int RANK>
 __device__ __forceinline__ void golden_tma_load(uint32_t* out, const uint32_t* in,
@@ -152,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_tma_load_4d, WARP)
 
-// A cluster of two: each block loads one box for both. out = both blocks' shared memory.
+// A cluster of two: each block loads one box for both. out = the shared memory of both blocks.
 extern "C" __global__ void __launch_bounds__(WARP)
     emu_golden_tma_load_multicast_2d(uint32_t* out, const uint32_t* in,
                                      const __grid_constant__ CUtensorMap map) {
@@ -174,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
   ptx::mbar_wait(bar, 0);
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(tile);
   for (uint32_t i = threadIdx.x; i < bytes / 2; i += WARP) out[rank * bytes / 2 + i] = words[i];
-  // No block may exit while the other one still writes to it.
+  // No block may exit while the other one still writes to its shared memory.
   ptx::cluster_arrive();
   ptx::cluster_wait();
 #endif
@@ -182,7 +177,6 @@ extern "C" __global__ void __launch_bounds__(WARP)
 EXPORT_KERNEL(emu_golden_tma_load_multicast_2d, WARP)
 
 // ---- TMA stores: in = bytes of the box, coordinates, then shared memory; the map covers `out`
-// ----------
 
 template <int RANK>
 __device__ __forceinline__ void golden_tma_store(const uint32_t* in, const CUtensorMap& map) {
@@ -226,8 +220,7 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_tma_store_4d, WARP)
 
-// ---- Clusters of two: out = per block its rank, its size, and that the other one arrived
-// ---------------
+// ---- Clusters of two: out = per block its rank, its size, and that the other block arrived ----
 
 extern "C" __global__ void __launch_bounds__(WARP)
     emu_golden_cluster(uint32_t* out, const uint32_t*) {
@@ -255,11 +248,10 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_golden_cluster, WARP)
 
-// ---- wgmma
-// ---------------------------------------------------------------------------------------- in =
-// descriptors of a and b without their start address (2 x 2 words), where a and b start in the
-// image (bytes), the bytes of the image, scale_d; then the image of shared memory from word 64 on,
-// then the accumulators [128][N / 2]. out = the accumulators.
+// ---- wgmma ----
+// in = the descriptors of a and b without their start addresses (2 x 2 words), the offsets of a and
+// b in the image (bytes), the bytes of the image, scale_d; then the image of shared memory from
+// word 64 on, then the accumulators [128][N / 2]. out = the accumulators.
 
 template <int N, int TRANS_A, int TRANS_B>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, int scale_d,

@@ -1,14 +1,13 @@
-// Hopper's instructions working together: a warp-specialised GEMM and a tile copy, correct and with
-// one deliberate mistake each, and small mistakes with mbarriers and clusters.
+// Hopper's instructions in combination: a warp-specialised GEMM and a tile copy, each correct and
+// with one deliberate mistake, and small mistakes with mbarriers and clusters.
 #include "kernel.cuh"
 
 constexpr int WARP_GROUP = 128;
 constexpr int WARP = 32;
 
-// ---- A warp-specialised GEMM
-// ------------------------------------------------------------------------ c[M, N] = a[M, K] * b[N,
-// K]^T in tiles of 128 x 64; warp group 0 loads by TMA, 1 and 2 multiply. Shared memory: STAGES x
-// (a: 128 x 64, b: 64 x 64, in the 128-byte swizzle), then the mbarriers.
+// ---- A warp-specialised GEMM ----
+// c[M, N] = a[M, K] * b[N, K]^T in tiles of 128 x 64; warp group 0 loads by TMA, 1 and 2 multiply.
+// Shared memory: STAGES x (a: 128 x 64, b: 64 x 64, in the 128-byte swizzle), then the mbarriers.
 
 constexpr int STAGES = 3;
 constexpr int TILE_A = 128 * 64 * 2, TILE_B = 64 * 64 * 2, STAGE = TILE_A + TILE_B;
@@ -75,7 +74,7 @@ __device__ __forceinline__ void gemm(float* c, const CUtensorMap& map_a, const C
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       ptx::mbar_init(full + i * 8, 1);
-      ptx::mbar_init(empty + i * 8, 8);  // One arrival for each consumer warp.
+      ptx::mbar_init(empty + i * 8, 8);  // one arrival per consumer warp
     }
     ptx::fence_mbar_init();
   }
@@ -132,8 +131,7 @@ extern "C" __global__ void __launch_bounds__(3 * WARP_GROUP)
 }
 EXPORT_KERNEL(emu_bug_gemm_too_few_bytes, 3 * WARP_GROUP)
 
-// ---- A tile copy by TMA in both directions
-// -----------------------------------------------------------
+// ---- A tile copy by TMA in both directions ----
 
 // out[r, c] = in[r, c] + 1 for a u32 matrix in tiles of 8 x 32, one buffer for all tiles of the
 // block.
@@ -184,10 +182,9 @@ extern "C" __global__ void __launch_bounds__(WARP)
 }
 EXPORT_KERNEL(emu_bug_store_overwritten, WARP)
 
-// ---- mbarriers
-// --------------------------------------------------------------------------------------
+// ---- mbarriers ----
 
-// Expects bytes that never come.
+// Expects bytes that never arrive.
 extern "C" __global__ void __launch_bounds__(WARP) emu_bug_mbar_lost_bytes(int* out) {
 #if KERNEL_SM90A
   SHARED_ARRAY(uint64_t, storage, 1);
@@ -240,8 +237,7 @@ extern "C" __global__ void __launch_bounds__(WARP) emu_bug_mbar_too_many_arrival
 }
 EXPORT_KERNEL(emu_bug_mbar_too_many_arrivals, WARP)
 
-// ---- Clusters
-// ---------------------------------------------------------------------------------------
+// ---- Clusters ----
 
 // Block 0 may exit before block 1 arrives on its barrier.
 extern "C" __global__ void __launch_bounds__(WARP) emu_bug_cluster_exits_early(int* out) {

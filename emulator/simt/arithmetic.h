@@ -1,5 +1,5 @@
 // Arithmetic, bit and cache-hinted memory intrinsics. The _rn functions are correctly rounded, as
-// on a GPU; the fast ones (__expf and its kin) are the precise ones here, so kernels must not
+// on a GPU. The fast ones (__expf and similar) are the precise functions here, so kernels must not
 // depend on their errors.
 #pragma once
 #include <cmath>
@@ -70,7 +70,7 @@ inline float __saturatef(float x) {
   return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
 }
 
-// ---- Smaller and larger; operands of two types meet in their common one ----
+// ---- Minimum and maximum; mixed operands convert to their common type ----
 
 template <class A, class B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
@@ -150,7 +150,8 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
   return static_cast<unsigned>(both >> (shift & 31));
 }
-// Each nibble of `selector` names one of the eight bytes of (b, a); its top bit spreads the sign.
+// Each nibble of `selector` selects one of the eight bytes of (b, a); its top bit replicates that
+// byte's sign.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
   unsigned result = 0;
@@ -163,7 +164,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
-// ---- Loads and stores with cache hints, which mean nothing here ----
+// ---- Loads and stores with cache hints, which are ignored here ----
 
 template <class T>
 inline T __ldg(const T* p) {

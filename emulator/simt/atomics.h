@@ -1,4 +1,4 @@
-// Atomic operations. Blocks may run on several operating system threads, so they are real atomics.
+// Atomic operations. Blocks may run on several operating system threads, so these are real atomics.
 #pragma once
 #include <type_traits>
 
@@ -6,14 +6,15 @@
 
 namespace simt {
 
-// Replaces *p by f(*p) in one step and returns what was there before.
+// Replaces *p by f(*p) atomically and returns the old value.
 template <class T, class F>
 inline T atomic_update(T* p, F f) {
   using Word = std::conditional_t<sizeof(T) == 8, uint64_t,
                                   std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   static_assert(sizeof(T) == sizeof(Word), "2, 4 or 8 bytes");
   Word* const word = reinterpret_cast<Word*>(p);
-  // One atomic load, and then attempts: counting/accesses.cpp takes the load for the whole.
+  // One atomic load, then the attempts: counting/accesses.cpp counts the load as the whole
+  // operation.
   Word before = __atomic_load_n(word, __ATOMIC_RELAXED);
   for (;;) {
     const Word after = bit_cast<Word>(f(bit_cast<T>(before)));
@@ -24,7 +25,7 @@ inline T atomic_update(T* p, F f) {
   }
 }
 
-// The type of an operand converts to that of the memory, as it does for CUDA's overloads.
+// The operand converts to the type of the memory, as with CUDA's overloads.
 template <class T>
 struct Same {
   using type = T;

@@ -7,8 +7,8 @@ static int expected_threads(const Block* block, const Barrier& barrier) {
   return barrier.expected != 0 ? barrier.expected : block->live;
 }
 
-// The last thread to arrive does not wait, and counts all the same.
-static void tell_counter(Block* block, int id) {
+// The last thread to arrive does not wait, but it counts.
+static void count_barrier(Block* block, int id) {
   const Fiber* const last = current_fiber();
   for (Warp* warp : block->warps) {
     const uint32_t lanes = warp->at_barrier[id] | (warp == last->warp ? 1u << last->lane : 0);
@@ -18,7 +18,7 @@ static void tell_counter(Block* block, int id) {
 
 static void release(Block* block, int id) {
   Barrier& barrier = block->barrier[id];
-  if (counter != nullptr) tell_counter(block, id);
+  if (counter != nullptr) count_barrier(block, id);
   barrier.arrived = 0;
   barrier.expected = 0;
   barrier.phase++;
@@ -29,7 +29,7 @@ static void release(Block* block, int id) {
   made_progress();
 }
 
-// The instructions are `.aligned`: the lanes of a warp must wait at one and the same of them.
+// The instructions are `.aligned`: all lanes of a warp must wait at the same one.
 static void check_aligned(const Fiber* fiber, int id, const char* kind, Site site) {
   const Warp* warp = fiber->warp;
   if (warp->at_barrier[id] == 0) return;
@@ -41,7 +41,7 @@ static void check_aligned(const Fiber* fiber, int id, const char* kind, Site sit
   }
 }
 
-// Counts the caller in and, if it waits, returns the votes of the phase.
+// Records the caller's arrival and, if it waits, returns the votes of the phase.
 static int arrive(int id, int threads, bool wait, int vote, const char* kind, Site site) {
   Fiber* const fiber = current_fiber();
   Block* const block = fiber->block;
@@ -63,7 +63,7 @@ static int arrive(int id, int threads, bool wait, int vote, const char* kind, Si
          id, threads, barrier.expected, barrier.site.file, barrier.site.line);
   }
   check_aligned(fiber, id, kind, site);
-  if (counter != nullptr) counter->lane(Deed::BlockBarrier, nullptr, 0, site);
+  if (counter != nullptr) counter->lane(WarpEvent::BlockBarrier, nullptr, 0, site);
   tsan_release(&barrier.tag[side]);
   barrier.votes[side] += vote;
   barrier.arrived++;
@@ -94,7 +94,7 @@ void barrier_sync(int id, int threads, const char* kind, Site site) {
 }
 
 int barrier_vote(Vote vote, bool predicate, const char* kind, Site site) {
-  // "And" counts the threads that say no.
+  // The AND vote counts the threads whose predicate is false.
   const bool counted = vote == Vote::And ? !predicate : predicate;
   const int votes = arrive(0, 0, true, counted ? 1 : 0, kind, site);
   switch (vote) {

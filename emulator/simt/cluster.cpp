@@ -1,4 +1,4 @@
-// Clusters: the barrier across their blocks and the addresses of each other's shared memory.
+// Clusters: the barrier across their blocks, and the addresses of the other blocks' shared memory.
 #include "state.h"
 
 namespace simt {
@@ -18,8 +18,8 @@ void cluster_arrive(Site site) {
   need(Feature::Clusters, "barrier.cluster.arrive", site);
   Fiber* const fiber = current_fiber();
   if (fiber->cluster_arrived) {
-    fail("barrier.cluster.arrive at %s:%d: the thread has arrived and not waited yet", site.file,
-         site.line);
+    fail("barrier.cluster.arrive at %s:%d: the thread has already arrived and has not waited",
+         site.file, site.line);
   }
   fiber->cluster_arrived = true;
   fiber->cluster_phase = cluster->cluster_phase;

@@ -1,4 +1,4 @@
-// What a library has that does not count: nobody to tell, and no traffic.
+// The counter and its queries. In the plain library the counter is null and there is no traffic.
 #include "counter.h"
 
 namespace simt {

@@ -1,5 +1,5 @@
-// Whom the runtime tells what memory traffic its threads cause. In a library that counts
-// (emulator/counting) that is a Counter; in every other one `counter` is nullptr, and so nobody.
+// The interface through which the runtime reports memory traffic. The counting library
+// (emulator/counting) implements it; in every other library `counter` is nullptr.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,8 +14,8 @@ struct Fiber;
 struct Warp;
 struct LaunchTraffic;
 
-// What the lanes of a warp do together: the unit of all counts.
-enum class Deed : uint8_t {
+// Events that the lanes of a warp cause together: the unit of all counts.
+enum class WarpEvent : uint8_t {
   GlobalRead,
   GlobalWrite,
   GlobalAtomic,
@@ -26,7 +26,7 @@ enum class Deed : uint8_t {
 };
 
 // Consecutive bytes.
-struct Run {
+struct ByteRange {
   const unsigned char* at;
   size_t bytes;
 };
@@ -41,20 +41,21 @@ class Counter {
   // A launch that failed leaves no counts.
   virtual void launch_ends(LaunchTraffic*, const Kernel&, const LaunchConfig&, bool failed) = 0;
 
-  // The running lane's part of a deed of its warp at `site`. With 0 bytes it takes part and moves
-  // nothing.
-  virtual void lane(Deed, const void* at, uint32_t bytes, Site site) = 0;
-  // An operation of a whole warp has taken place, for the lanes of `mask`.
+  // The running lane's part of an event of its warp at `site`. With 0 bytes the lane takes part and
+  // moves no memory.
+  virtual void lane(WarpEvent, const void* at, uint32_t bytes, Site site) = 0;
+  // A warp-wide operation has completed for the lanes of `mask`.
   virtual void warp_operation(Warp*, const char* kind, uint32_t mask) = 0;
-  // These lanes are at a barrier that opens, and so are, `with_exited`, all that have not exited.
+  // These lanes wait at a barrier that opens. With `with_exited` they are all lanes that have not
+  // exited.
   virtual void warp_waits(Warp*, uint32_t lanes, bool with_exited) = 0;
 
   // A tensor core reads an operand from shared memory: chunks of 16 bytes, eight at a time.
   virtual void operand(const std::vector<const unsigned char*>& chunks) = 0;
-  // The running thread copies these runs of bytes of global memory at once.
-  virtual void bulk(Deed, const std::vector<Run>&) = 0;
+  // The running thread copies these ranges of global memory at once.
+  virtual void bulk(WarpEvent, const std::vector<ByteRange>&) = 0;
 
-  // What the launches of a kernel have caused since the last reset; false if there were none.
+  // The traffic of a kernel's launches since the last reset; false if there were none.
   virtual bool traffic(const char* symbol, Traffic*) = 0;
   virtual void reset() = 0;
 
@@ -62,7 +63,7 @@ class Counter {
   ~Counter() = default;
 };
 
-// Set by the initialisers of a library that counts.
+// Set by the initialisers of the counting library.
 extern Counter* counter;
 
 }  // namespace simt

@@ -1,5 +1,5 @@
-// cp.async: copies from global to shared memory that happen somewhere between their issue and the
-// wait that asks for them; when exactly, the seed decides.
+// cp.async: copies from global to shared memory. Each completes between its issue and the wait for
+// it; the seed decides when.
 #include "state.h"
 
 namespace simt {
@@ -14,7 +14,7 @@ static void run_copy(Copy& copy) {
   std::memset(copy.dst + copy.src_bytes, 0, copy.bytes - copy.src_bytes);
 }
 
-// Carries out the thread's copies whose number is below `end`.
+// Performs the thread's copies whose number is below `end`.
 void run_copies(Fiber* fiber, uint64_t end) {
   Copies& copies = fiber->copies;
   for (uint64_t i = copies.retired; i < end && i - copies.retired < copies.ops.size(); i++) {
@@ -32,7 +32,8 @@ void cp_async(uint32_t dst, const void* src, uint32_t bytes, uint32_t src_bytes,
          bytes);
   }
   if (src_bytes > bytes) {
-    fail("cp.async at %s:%d: %u bytes of a source of %u", site.file, site.line, src_bytes, bytes);
+    fail("cp.async at %s:%d: src_bytes %u exceeds the copy size %u", site.file, site.line,
+         src_bytes, bytes);
   }
   unsigned char* const to = shared_at(dst, bytes, bytes, "cp.async", site);
   Copies& copies = current_fiber()->copies;
@@ -41,10 +42,10 @@ void cp_async(uint32_t dst, const void* src, uint32_t bytes, uint32_t src_bytes,
     copies.ops.push_back({to, static_cast<const unsigned char*>(src), bytes, src_bytes, false});
   }
   if (counter != nullptr) {
-    counter->lane(Deed::GlobalRead, src, src_bytes, site);
-    counter->lane(Deed::SharedWrite, to, bytes, site);
+    counter->lane(WarpEvent::GlobalRead, src, src_bytes, site);
+    counter->lane(WarpEvent::SharedWrite, to, bytes, site);
   }
-  // A fault would otherwise be reported where the copy happens instead of where it was issued.
+  // Records the issue: a fault is then reported where the copy was issued, not where it happens.
   current_fiber()->kind = "cp.async";
   current_fiber()->site = site;
   if (act_now(Unit::Copy)) run_copy(copies.ops.back());
@@ -74,7 +75,7 @@ void cp_async_mbar_arrive(uint32_t bar, Site site) {
   uint32_t offset = bar;
   Block* const block = block_of(offset, "cp.async.mbarrier.arrive", site);
   Mbarrier& m = valid_mbarrier(block, offset, "cp.async.mbarrier.arrive", site);
-  // Whoever carries the arrival out, it comes after what this thread has done.
+  // The arrival comes after this thread's earlier operations, whichever thread performs it.
   tsan_release(&m.tag[m.phase & 1]);
   const uint64_t end = issued(fiber->copies);
   if (act_now(Unit::Copy)) {

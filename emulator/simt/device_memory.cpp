@@ -1,7 +1,7 @@
-// Device memory: every allocation has pages of its own between two guard pages, starts at a
-// multiple of 256 as CUDA promises, and ends less than 256 bytes before its guard page. Those
-// bytes, and the ones between the first page's start and the allocation's, hold a canary that
-// device_free checks.
+// Device memory. Every allocation has pages of its own between two guard pages, starts at a
+// multiple of 256 as CUDA guarantees, and ends less than 256 bytes before its guard page. Those
+// bytes, and the bytes between the start of the first page and the start of the allocation, hold a
+// canary that device_free checks.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,10 +16,10 @@
 namespace simt {
 
 static constexpr size_t ALIGN = 256;
-// Larger allocations are mapped onto copies of one poisoned file, so that several GiB cost memory
-// only where they are written.
+// Larger allocations map copies of one poisoned file, so that several GiB use memory only where
+// they are written.
 static constexpr size_t POISON_FILE = 16 << 20;
-// How many freed allocations stay inaccessible, so that a use after free faults.
+// The number of freed allocations that stay inaccessible, so that a use after free faults.
 static constexpr size_t GRAVEYARD = 256;
 
 struct Allocation {
@@ -37,7 +37,7 @@ struct Heap {
   int poison_file = -1;
 };
 
-// Never destroyed: memory may be freed while the process ends.
+// Never destroyed: memory may be freed during process exit.
 static Heap& heap() {
   static auto* h = new Heap;
   return *h;
@@ -54,7 +54,7 @@ static int poison_file(Heap& h) {
   return h.poison_file = file;
 }
 
-// Fills [begin, end), whole pages, with 0xFF.
+// Fills the whole pages [begin, end) with 0xFF.
 static bool poison(Heap& h, unsigned char* begin, unsigned char* end) {
   if (static_cast<size_t>(end - begin) <= POISON_FILE) {
     std::memset(begin, 0xff, end - begin);
@@ -99,7 +99,7 @@ void* device_alloc(size_t bytes) {
   return start;
 }
 
-// Where the canary around an allocation was overwritten, or an empty string.
+// Describes where the canary around an allocation was overwritten; empty if it is intact.
 static std::string find_damage(unsigned char* start, const Allocation& a) {
   unsigned char* const first = a.map + PAGE;
   unsigned char* const guard = a.map + a.map_bytes - PAGE;
@@ -121,7 +121,7 @@ static std::string find_damage(unsigned char* start, const Allocation& a) {
   return std::string("device memory overrun: ") + text + " was written";
 }
 
-static void bury(Heap& h, uintptr_t start, const Allocation& a) {
+static void quarantine(Heap& h, uintptr_t start, const Allocation& a) {
   mmap(a.map, a.map_bytes, PROT_NONE, MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_NORESERVE, -1,
        0);
   h.freed[start] = a;
@@ -145,7 +145,7 @@ void device_free(void* p) {
   }
   const std::string damage = find_damage(static_cast<unsigned char*>(p), found->second);
   if (!damage.empty()) h.damage = damage;
-  bury(h, start, found->second);
+  quarantine(h, start, found->second);
   h.live.erase(found);
 }
 
@@ -178,7 +178,7 @@ std::vector<DeviceRange> device_ranges() {
   return ranges;
 }
 
-// The allocation whose pages, guards included, hold the address.
+// The allocation whose pages, including guard pages, contain the address.
 static std::string describe_in(const std::map<uintptr_t, Allocation>& allocations,
                                uintptr_t address, const char* what) {
   for (const auto& [start, a] : allocations) {

@@ -1,4 +1,4 @@
-// EXPORT_KERNEL: makes a kernel known to find_kernel under its symbol, with the layout of its
+// EXPORT_KERNEL: registers a kernel for find_kernel under its symbol, with the layout of its
 // parameters and a function that unpacks a launch's `void**`.
 #pragma once
 #include <cstddef>
@@ -12,16 +12,16 @@ namespace simt {
 
 using Entry = void (*)(void* arguments);
 
-// Runs `entry` in every thread of the grid. 0, or -1 and last_error().
+// Runs `entry` in every thread of the grid. Returns 0, or -1 and sets last_error().
 int launch(const Kernel& kernel, const LaunchConfig& config, Entry entry, void* arguments);
 
-// Adds a kernel to the table; used before main by static initialisers only.
+// Adds a kernel to the table; static initialisers alone call it, before main.
 void register_kernel(const Kernel* kernel);
 
 // The offsets of a C struct with members of the given sizes and alignments.
 template <class... P>
 struct ParameterLayout {
-  // One more than there are: an array of length zero is no C++.
+  // One element more than needed: C++ has no array of length zero.
   Parameter at[sizeof...(P) + 1];
   constexpr ParameterLayout() : at() {
     constexpr size_t sizes[] = {sizeof(P)..., 1}, aligns[] = {alignof(P)..., 1};

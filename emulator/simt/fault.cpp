@@ -1,5 +1,5 @@
-// Faults: an access to a guard page or to freed memory by an emulated thread ends its kernel with a
-// report. Under the sanitizers, which report better, nothing is caught.
+// Faults: an access of an emulated thread to a guard page or to freed memory stops its kernel with
+// a report. With a sanitizer, whose reports are better, no fault is caught.
 #include <ucontext.h>
 
 #include <csetjmp>
@@ -41,7 +41,7 @@ static std::string describe(uintptr_t address, const void* context) {
 
 static void on_fault(int signal, siginfo_t* info, void* context) {
   if (!t_guarded || cluster == nullptr || thread_vars == nullptr) {
-    // Not ours: whoever was there before decides.
+    // Not ours: the previous handler decides.
     if (g_previous.sa_flags & SA_SIGINFO) {
       g_previous.sa_sigaction(signal, info, context);
     } else {
@@ -70,7 +70,7 @@ static void install_handler() {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &action, &g_previous);
   });
-  // A fiber whose stack has overflowed cannot run the handler on it.
+  // A fiber with an overflowed stack cannot run the handler on it.
   static thread_local bool has_stack = false;
   if (has_stack) return;
   has_stack = true;

@@ -1,5 +1,5 @@
-// Fibers: the switch between two threads of a block, which saves what the calling convention asks a
-// function to keep and nothing else.
+// Fibers: the switch between two threads of a block. It saves the callee-saved registers and
+// nothing else.
 #include "state.h"
 
 namespace simt {
@@ -9,7 +9,7 @@ __thread BlockVars* block_vars __attribute__((tls_model("initial-exec")));
 __thread Cluster* cluster __attribute__((tls_model("initial-exec")));
 
 #if defined(__x86_64__)
-// Stores the stack pointer behind the first argument and continues at the second.
+// Saves the stack pointer through the first argument and continues at the second.
 extern "C" void simt_switch(void** save, void* load) __attribute__((visibility("hidden")));
 asm(R"(
 .text
@@ -58,7 +58,8 @@ void switch_to(Fiber* from, Fiber* to, [[maybe_unused]] bool leaving) {
 #endif
 }
 
-// Everything that a thread still owes when it returns from the kernel, and the last switch.
+// Completes the asynchronous operations of a thread that returns from the kernel, then switches for
+// the last time.
 [[noreturn]] static void exit_thread(Fiber* fiber) {
   copies_thread_exiting(fiber);
   stores_thread_exiting(fiber);
@@ -93,8 +94,8 @@ extern "C" void simt_fiber_main() {
 }
 
 void prepare_fiber(Fiber* fiber) {
-  // Stacks lie at multiples of a power of two; staggering their tops keeps the threads of a block
-  // from competing for the same cache sets.
+  // Stacks lie at multiples of a power of two; staggered tops keep the threads of a block from
+  // competing for the same cache sets.
   uintptr_t top = reinterpret_cast<uintptr_t>(fiber->stack) + fiber->stack_bytes - 64 -
                   fiber->linear % 32 * 192;
   void** sp = reinterpret_cast<void**>(top & ~uintptr_t{15});

@@ -1,4 +1,4 @@
-// The keywords of CUDA C++ that mean nothing on the host, and the one that is forbidden.
+// The keywords of CUDA C++ that have no effect on the host, and the one that is forbidden.
 #pragma once
 
 #define __global__
@@ -11,5 +11,6 @@
 #define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-// A plain __shared__ variable cannot be given one instance per block without a compiler's help.
+// One instance of a __shared__ variable per block needs compiler support, so kernels use
+// SHARED_ARRAY.
 #define __shared__ use_SHARED_ARRAY_or_SHARED_DYNAMIC_instead_of___shared__

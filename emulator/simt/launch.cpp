@@ -1,4 +1,4 @@
-// Launches: the checks, the order of the blocks, and the run of each cluster from start to end.
+// Launches: the checks, the order of the blocks, and the execution of each cluster.
 #include <pthread.h>
 
 #include <algorithm>
@@ -45,8 +45,8 @@ void need(Feature feature, const char* what, Site site) {
       break;
   }
   if (!there) {
-    fail("%s at %s:%d: a device of compute capability %d.%d does not have it", what, site.file,
-         site.line, g_limits.major, g_limits.minor);
+    fail("%s at %s:%d: not supported on compute capability %d.%d", what, site.file, site.line,
+         g_limits.major, g_limits.minor);
   }
 }
 
@@ -143,8 +143,8 @@ static void prepare_block(Cluster& c, uint32_t rank, const uint3& first_block) {
   }
 }
 
-// Draws everything that CUDA leaves open. Seed 0 is the plain schedule with copies as late as may
-// be.
+// Draws everything that CUDA leaves unspecified. Seed 0 is the plain schedule, with copies as late
+// as possible.
 static void draw_schedule(Cluster& c, uint64_t number) {
   const uint64_t seed = c.config->seed;
   c.random = (seed + 1) * 0x9e3779b97f4a7c15ull ^ (number + 1) * 0xd1b54a32d192ed03ull;
@@ -155,7 +155,8 @@ static void draw_schedule(Cluster& c, uint64_t number) {
   if (seed == 0) return;
   c.order = static_cast<Order>(next_random() >> 62);
   for (AsyncTime& time : c.async_time) time = static_cast<AsyncTime>(next_random() % 3);
-  // Half of the time Hopper's units act when it hurts most: loads at once, the others late.
+  // In half of the schedules Hopper's units act at the most harmful time: loads at once, the others
+  // late.
   if (next_random() >> 63) {
     c.async_time[static_cast<int>(Unit::Load)] = AsyncTime::Eager;
     c.async_time[static_cast<int>(Unit::Store)] = AsyncTime::Late;
@@ -183,7 +184,7 @@ static void find_own_stack([[maybe_unused]] Fiber& main) {
 #endif
 }
 
-// Runs cluster `number` of the grid. False if it failed; `error` is then the report.
+// Executes cluster `number` of the grid. Returns false if it failed; `error` is then the report.
 static bool run_cluster(Worker& worker, const Kernel& kernel, const LaunchConfig& config,
                         Entry entry, void* arguments, uint64_t number, std::string& error) {
   Cluster& c = worker.cluster;
@@ -238,8 +239,8 @@ static bool run_cluster(Worker& worker, const Kernel& kernel, const LaunchConfig
 
 // ---- The grid ----
 
-// Why a launch is refused, or an empty string.
-static std::string refuse(const Kernel& kernel, const LaunchConfig& config) {
+// The reason why a launch is refused, or an empty string.
+static std::string refusal_reason(const Kernel& kernel, const LaunchConfig& config) {
   const uint64_t threads = count(config.block), blocks = count(config.cluster);
   if (threads == 0 || threads > 1024) {
     return "a block of " + std::to_string(threads) + " threads, 1 to 1024 are allowed";
@@ -303,7 +304,7 @@ class Tickets {
 int launch(const Kernel& kernel, const LaunchConfig& given, Entry entry, void* arguments) {
   LaunchConfig config = given;
   for (unsigned* d : {&config.cluster.x, &config.cluster.y, &config.cluster.z}) *d += *d == 0;
-  const std::string refusal = refuse(kernel, config);
+  const std::string refusal = refusal_reason(kernel, config);
   if (!refusal.empty()) {
     t_error = "kernel '" + std::string(kernel.symbol) + "' was not launched: " + refusal;
     return -1;

@@ -1,15 +1,15 @@
-// ldmatrix, stmatrix and mma.sync, after the fragment layouts of the PTX documentation.
+// ldmatrix, stmatrix and mma.sync, with the fragment layouts of the PTX documentation.
 #include "multiply.h"
 #include "state.h"
 
 namespace simt {
 
 // ---- ldmatrix and stmatrix ----
-// Lane l holds in register i the elements (l/4, 2(l%4)) and (l/4, 2(l%4)+1) of matrix i, or those
-// of its transpose. Lanes 8i to 8i+7 bring the rows of matrix i.
+// Register i of lane l holds the elements (l/4, 2(l%4)) and (l/4, 2(l%4)+1) of matrix i, or of its
+// transpose. Lanes 8i to 8i+7 give the row addresses of matrix i.
 
 struct Matrices {
-  uint16_t row[8];  // The lane's row, if it brings one.
+  uint16_t row[8];  // the lane's row, if it gives one
   uint32_t r[4];
   int matrices;
   bool transposed;
@@ -41,7 +41,7 @@ struct Matrices {
   }
 };
 
-// The address of the row that the calling lane names, or nullptr if its address is not used.
+// The row address that the calling lane gives, or nullptr if its address is unused.
 static unsigned char* row_of_lane(uint32_t row, int matrices, const char* kind, Site site) {
   if (static_cast<int>(current_fiber()->lane) >= 8 * matrices) return nullptr;
   return shared_at(row, 16, 16, kind, site);
@@ -52,7 +52,7 @@ void ldmatrix(uint32_t* r, int matrices, bool transposed, uint32_t row, Site sit
   op.matrices = matrices;
   op.transposed = transposed;
   if (const unsigned char* from = row_of_lane(row, matrices, "ldmatrix", site)) {
-    if (counter != nullptr) counter->lane(Deed::SharedRead, from, 16, site);
+    if (counter != nullptr) counter->lane(WarpEvent::SharedRead, from, 16, site);
     tsan_read(from, 16);
     TsanQuiet quiet;
     std::memcpy(op.row, from, 16);
@@ -71,7 +71,7 @@ void stmatrix(uint32_t row, const uint32_t* r, int matrices, bool transposed, Si
   op.transposed = transposed;
   for (int i = 0; i < matrices; i++) op.r[i] = r[i];
   unsigned char* const to = row_of_lane(row, matrices, "stmatrix", site);
-  if (counter != nullptr && to != nullptr) counter->lane(Deed::SharedWrite, to, 16, site);
+  if (counter != nullptr && to != nullptr) counter->lane(WarpEvent::SharedWrite, to, 16, site);
   warp_op(
       WHOLE_WARP, &op,
       [](void** ops, uint32_t mask) { Matrices::store(reinterpret_cast<Matrices**>(ops), mask); },

@@ -8,7 +8,7 @@ namespace simt {
 // The two 16-bit formats.
 enum class Half { Bf16, F16 };
 
-// One lane's part of a wgmma; `a` and `b` are matrix descriptors and `d` is the lane's fragment.
+// One lane's part of a wgmma: matrix descriptors `a` and `b`, and the lane's fragment `d`.
 struct Wgmma {
   float* d;
   uint64_t a, b;

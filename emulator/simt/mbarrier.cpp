@@ -1,5 +1,5 @@
-// mbarriers: phases that complete when all arrivals and all expected bytes are in. The state is
-// kept outside of shared memory, where only a mark lies, so that overwriting it is noticed.
+// mbarriers: a phase completes when all arrivals and all expected bytes are in. The state is kept
+// outside shared memory, which holds only a mark, so that overwriting it is detected.
 #include "state.h"
 
 namespace simt {
@@ -36,7 +36,7 @@ void mbar_init(uint32_t bar, uint32_t count, Site site) {
   unsigned char* const at = shared_at(bar, 8, 8, "mbarrier.init", site);
   Block* const block = current_block();
   if (count == 0 || count >= 1u << 20) {
-    fail("mbarrier.init at %s:%d: a count of %u", site.file, site.line, count);
+    fail("mbarrier.init at %s:%d: the count %u is out of range", site.file, site.line, count);
   }
   if (find_mbarrier(block, bar) != nullptr) {
     fail("mbarrier.init at %s:%d: shared address 0x%x holds a live mbarrier", site.file, site.line,
@@ -93,7 +93,7 @@ void mbar_expect_tx(uint32_t bar, uint32_t bytes, bool and_arrive, Site site) {
   Block* const block = current_block();
   Mbarrier& m = valid_mbarrier(block, bar, kind, site);
   if (bytes >= 1u << 20) {
-    fail("%s at %s:%d: %u bytes, an mbarrier counts up to %u", kind, site.file, site.line, bytes,
+    fail("%s at %s:%d: %u bytes exceed the limit of %u", kind, site.file, site.line, bytes,
          (1u << 20) - 1);
   }
   m.bytes += bytes;
@@ -105,27 +105,27 @@ void mbar_expect_tx(uint32_t bar, uint32_t bytes, bool and_arrive, Site site) {
   maybe_preempt();
 }
 
-// What arrives on behalf of an asynchronous operation, whose issue has been checked.
+// An arrival on behalf of an asynchronous operation, whose issue has been checked.
 void mbar_arrive_on(Block* block, uint32_t address, const char* kind) {
   Mbarrier* const m = find_mbarrier(block, address);
-  if (m == nullptr) fail("%s: the mbarrier at shared address 0x%x is gone", kind, address);
+  if (m == nullptr) fail("%s: the mbarrier at shared address 0x%x no longer exists", kind, address);
   arrive(block, *m, kind);
 }
 
 void mbar_bytes_arrived(Block* block, uint32_t address, uint32_t bytes) {
   Mbarrier* const m = find_mbarrier(block, address);
-  if (m == nullptr) fail("TMA load: the mbarrier at shared address 0x%x is gone", address);
+  if (m == nullptr) fail("TMA load: the mbarrier at shared address 0x%x no longer exists", address);
   tsan_release(&m->tag[m->phase & 1]);
   m->bytes -= bytes;
   complete_if_due(block, *m);
 }
 
-// The mbarrier at `bar` of the caller's own block, which alone may wait for it.
-static Mbarrier& to_wait_for(uint32_t bar, Site site) {
+// The mbarrier at `bar` of the caller's block; only threads of that block may wait for it.
+static Mbarrier& waitable_mbarrier(uint32_t bar, Site site) {
   uint32_t offset = bar;
   Block* const block = block_of(offset, "mbarrier.try_wait", site);
   if (block != current_block()) {
-    fail("mbarrier.try_wait at %s:%d: the mbarrier of another block", site.file, site.line);
+    fail("mbarrier.try_wait at %s:%d: the mbarrier belongs to another block", site.file, site.line);
   }
   return valid_mbarrier(block, offset, "mbarrier.try_wait", site);
 }
@@ -137,7 +137,7 @@ static bool completed(Mbarrier& m, uint32_t parity) {
 }
 
 bool mbar_test(uint32_t bar, uint32_t parity, Site site) {
-  Mbarrier& m = to_wait_for(bar, site);
+  Mbarrier& m = waitable_mbarrier(bar, site);
   if (completed(m, parity)) return true;
   current_fiber()->kind = "mbarrier.try_wait";
   current_fiber()->site = site;
@@ -146,7 +146,7 @@ bool mbar_test(uint32_t bar, uint32_t parity, Site site) {
 }
 
 void mbar_wait(uint32_t bar, uint32_t parity, Site site) {
-  Mbarrier& m = to_wait_for(bar, site);
+  Mbarrier& m = waitable_mbarrier(bar, site);
   if (completed(m, parity)) {
     maybe_preempt();
     return;
@@ -154,8 +154,8 @@ void mbar_wait(uint32_t bar, uint32_t parity, Site site) {
   Fiber* const fiber = current_fiber();
   fiber->address = m.address;
   fiber->parity = parity & 1;
-  // The phase may have moved on, even twice, before the thread gets its turn; what it acquires then
-  // is the phase that woke it.
+  // The phase may have advanced, even twice, before the thread runs; the thread acquires the phase
+  // that woke it.
   const uint32_t phase = m.phase;
   wait_here(State::Mbarrier, "mbarrier.try_wait", site);
   tsan_acquire(&m.tag[phase & 1]);

@@ -10,7 +10,7 @@ SIMT_CLONES static void widen_bf16(const uint16_t* from, float* to, int n) {
   }
 }
 
-// As __half2float, without a branch.
+// Like __half2float, without a branch.
 SIMT_CLONES static void widen_f16(const uint16_t* from, float* to, int n) {
   for (int i = 0; i < n; i++) {
     const uint32_t magnitude = (from[i] & 0x7fffu) << 13, sign = (from[i] & 0x8000u) << 16;

@@ -7,8 +7,8 @@
 
 #include "matrix.h"
 
-// A version for AVX2 beside the plain one, chosen when the library is loaded. Sanitizers do not
-// bear the indirect functions that this takes.
+// An AVX2 version beside the plain one, selected when the library is loaded. Sanitizers do not
+// support the indirect functions that this needs.
 #if defined(__x86_64__) && !defined(SIMT_TSAN) && !defined(__SANITIZE_ADDRESS__)
 #define SIMT_CLONES __attribute__((target_clones("arch=haswell", "default")))
 #else
@@ -22,7 +22,7 @@ using Float8 = float __attribute__((vector_size(32)));
 // Widens `n` values.
 void widen(const uint16_t* from, float* to, int n, Half half);
 
-// c[m, n] += a[m, 16] * b[16, n], for a number of rows divisible by 4 and one of columns by 8.
+// c[m, n] += a[m, 16] * b[16, n]; m is a multiple of 4, n of 8.
 void multiply_add(const float* a, const float* b, float* c, int rows, int columns);
 
 }  // namespace simt

@@ -1,4 +1,4 @@
-// Reports: what stopped a kernel, who and where, and in a deadlock who waits for what.
+// Reports: the fault, the thread and the place, and for a deadlock the state of every thread.
 #include "state.h"
 
 #include <cstdarg>
@@ -35,8 +35,8 @@ void fail(const char* format, ...) {
   fail_with(text);
 }
 
-// What a waiting thread is short of.
-static std::string wanted(const Fiber* fiber) {
+// Describes the condition that a waiting thread lacks.
+static std::string missing_condition(const Fiber* fiber) {
   char text[256] = "";
   switch (fiber->state) {
     case State::Barrier: {
@@ -70,7 +70,7 @@ static std::string wanted(const Fiber* fiber) {
   return text;
 }
 
-static bool wait_alike(const Fiber* a, const Fiber* b) {
+static bool waits_equally(const Fiber* a, const Fiber* b) {
   if (a->block != b->block || a->state != b->state) return false;
   if (a->state == State::Exited) return true;
   return a->kind == b->kind && a->site.file == b->site.file && a->site.line == b->site.line &&
@@ -83,7 +83,7 @@ std::string deadlock_report() {
   const std::vector<Fiber*>& fibers = cluster->fibers;
   for (size_t i = 0, next; i < fibers.size(); i = next) {
     const Fiber* fiber = fibers[i];
-    for (next = i + 1; next < fibers.size() && wait_alike(fiber, fibers[next]);) next++;
+    for (next = i + 1; next < fibers.size() && waits_equally(fiber, fibers[next]);) next++;
     char text[512];
     int length = std::snprintf(text, sizeof text, "\n  threads %u-%u", fiber->linear,
                                fibers[next - 1]->linear);
@@ -99,7 +99,7 @@ std::string deadlock_report() {
       std::snprintf(text + length, sizeof text - length, ": in %s at %s:%d", fiber->kind,
                     fiber->site.file, fiber->site.line);
     }
-    report += text + wanted(fiber);
+    report += text + missing_condition(fiber);
   }
   return report;
 }

@@ -1,7 +1,6 @@
-// What the runtime tells ThreadSanitizer and AddressSanitizer; nothing in a plain build. The race
-// checker must not see the runtime's own bookkeeping but only what orders the emulated threads, so
-// the runtime is compiled without instrumentation and with SIMT_TSAN, and declares the order
-// itself.
+// Annotations for ThreadSanitizer and AddressSanitizer; empty in a plain build. The race checker
+// must see only the order of the emulated threads, not the runtime's bookkeeping, so the runtime is
+// compiled without instrumentation and with SIMT_TSAN, and declares the order itself.
 #pragma once
 #include <cstddef>
 
@@ -25,7 +24,7 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 
 namespace simt {
 
-// Everything before a release of a tag happens before what follows a later acquire of it.
+// Everything before a release of a tag happens before everything after a later acquire of it.
 inline void tsan_release([[maybe_unused]] void* tag) {
 #if defined(SIMT_TSAN)
   __tsan_release(tag);
@@ -49,8 +48,8 @@ inline void tsan_write([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) 
 #endif
 }
 
-// While one lives, accesses are not recorded: memset and its kin are intercepted even in code that
-// is not instrumented.
+// Disables the recording of accesses for its lifetime: memset and similar functions are intercepted
+// even in code that is not instrumented.
 class TsanQuiet {
  public:
   TsanQuiet() {
@@ -67,8 +66,8 @@ class TsanQuiet {
   }
 };
 
-// An asynchronous unit, which to the race checker is a thread of its own: what it does is ordered
-// after its issue and before whoever acquires `done`.
+// An asynchronous unit, which is a thread of its own for the race checker: its operations are
+// ordered after its issue and before a later acquire of `done`.
 struct AsyncUnit {
   void* fiber = nullptr;
   char issue = 0, done = 0;
@@ -93,7 +92,7 @@ class AsUnit {
 #endif
 };
 
-// While one lives, what is done counts as done by the emulated thread whose context is given.
+// For its lifetime, operations count as those of the emulated thread with the given context.
 class AsThread {
  public:
   explicit AsThread([[maybe_unused]] void* thread)
@@ -111,8 +110,8 @@ class AsThread {
 #endif
 };
 
-// A thread that was abandoned in the middle of a kernel: everything that it did is over, and its
-// context, with its calls that never return, is replaced by a new one.
+// Resets a thread that was abandoned inside a kernel: everything it did counts as finished, and a
+// new context replaces its own, whose calls never return.
 inline void tsan_abandon([[maybe_unused]] void*& thread, [[maybe_unused]] void* tag) {
 #if defined(SIMT_TSAN)
   {

@@ -1,5 +1,5 @@
-// The scheduler: which thread runs next, and when asynchronous operations happen. All freedom that
-// CUDA leaves is decided by the launch's seed.
+// The scheduler: which thread runs next, and when asynchronous operations happen. The launch's seed
+// decides everything that CUDA leaves unspecified.
 #include "state.h"
 
 #include <thread>
@@ -15,7 +15,7 @@ uint64_t next_random() {
   return cluster->random = x;
 }
 
-// The high bits are the better ones.
+// The high bits are of better quality.
 static bool one_in_power(int bits) {
   return next_random() >> (64 - bits) == 0;
 }
@@ -75,7 +75,7 @@ static Fiber* pick_runnable() {
   const bool random = cluster->order == Order::Random || cluster->order == Order::Priority;
   if (random && !cluster->async.empty() && one_in_power(3)) run_one_async();
 
-  if (cluster->order == Order::Priority) {  // Strict priorities, drawn anew now and then.
+  if (cluster->order == Order::Priority) {  // Strict priorities, redrawn occasionally.
     if (one_in_power(9)) {
       for (uint32_t i = n - 1; i > 0; i--) std::swap(warps[i], warps[random_below(i + 1)]);
     }
@@ -119,15 +119,15 @@ void wait_here(State state, const char* kind, Site site) {
 
 void maybe_preempt() {
   if (cluster->order == Order::InOrder || cluster->order == Order::Reversed) return;
-  // Priorities mean something only if whoever has a higher one gets its turn soon.
+  // Priorities have an effect only if a thread with a higher one runs soon.
   if (!one_in_power(cluster->order == Order::Priority ? 1 : 3)) return;
   Fiber* const fiber = current_fiber();
   Fiber* const next = pick_next();
   if (next != fiber) switch_to(fiber, next);
 }
 
-// What waits longest for a phase acts first on its completion: the schedule that shows whether the
-// phase was completed too early.
+// The thread that has waited longest for a phase acts first on its completion: this schedule shows
+// whether the phase completed too early.
 void maybe_hand_over(Fiber* to) {
   if (to == nullptr || cluster->config->seed == 0 || !one_in_power(1)) {
     maybe_preempt();
@@ -137,7 +137,7 @@ void maybe_hand_over(Fiber* to) {
 }
 
 void yield_thread() {
-  // With one operating system thread nobody else can change what is polled.
+  // With one operating system thread no other thread can change the polled memory.
   const uint64_t limit = cluster->config->os_threads > 1 ? 20000000 : 1000000;
   if (++cluster->polls > limit) {
     fail_with("livelock: " + std::to_string(limit) + " polls without progress\n" +

@@ -1,5 +1,6 @@
-// Shared memory: an arena per block, with the dynamic part at offset 0 and static arrays behind it,
-// each followed by a red zone. All of it starts as 0xFF, which no kernel may mistake for a value.
+// Shared memory: one arena per block, with the dynamic part at offset 0 and static arrays behind
+// it, each followed by a red zone. All of it starts as 0xFF, so that uninitialised reads give NaN
+// or -1.
 #include "state.h"
 
 #include <cstdio>
@@ -37,7 +38,7 @@ void* static_shared(const void* key, size_t bytes, size_t align) {
   block->static_bytes += static_cast<uint32_t>(bytes);
   if (block->dynamic_bytes + block->static_bytes > device_limits().max_shared_bytes ||
       next > ARENA_BYTES) {
-    fail("%u bytes of dynamic and %u of static shared memory: the device has %u",
+    fail("%u bytes of dynamic and %u of static shared memory exceed the device's %u",
          block->dynamic_bytes, block->static_bytes, device_limits().max_shared_bytes);
   }
   unsigned char* const at = block->shared + begin;
@@ -80,13 +81,13 @@ Block* block_of(uint32_t& address, const char* kind, Site site) {
   address &= 0xffffffu;
   if (rank_plus_one == 0) return static_cast<Block*>(block_vars);
   if (rank_plus_one > cluster->blocks.size()) {
-    fail("%s at %s:%d: block %u of a cluster of %zu", kind, site.file, site.line, rank_plus_one - 1,
-         cluster->blocks.size());
+    fail("%s at %s:%d: there is no block %u in a cluster of %zu", kind, site.file, site.line,
+         rank_plus_one - 1, cluster->blocks.size());
   }
   Block* const block = cluster->blocks[rank_plus_one - 1];
   if (block->live == 0) {
-    fail("%s at %s:%d: block %u of the cluster has exited, its shared memory is gone", kind,
-         site.file, site.line, rank_plus_one - 1);
+    fail("%s at %s:%d: block %u of the cluster has exited; its shared memory no longer exists",
+         kind, site.file, site.line, rank_plus_one - 1);
   }
   return block;
 }
@@ -101,8 +102,8 @@ unsigned char* shared_at(uint32_t address, uint32_t bytes, uint32_t align, const
   }
   const uint64_t end = static_cast<uint64_t>(offset) + bytes;
   bool inside = end <= block->dynamic_bytes;
-  // A static array lies between two red zones; the first one ends at the first array's start or
-  // before it.
+  // A static array lies between two red zones; the first red zone ends at or before the start of
+  // the first array.
   for (size_t i = 0; !inside && i + 1 < block->red_zones.size(); i++) {
     inside = offset >= block->red_zones[i].end && end <= block->red_zones[i + 1].begin;
   }

@@ -1,5 +1,5 @@
-// CUDA C++ for the host compiler: with this header a kernel file is a C++17 source whose threads
-// are fibers. kernel.cuh includes it in the place of the toolkit's headers.
+// CUDA C++ for the host compiler: with this header a kernel file is C++17 source whose threads are
+// fibers. kernel.cuh includes it instead of the toolkit's headers.
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -7,7 +7,7 @@
 
 namespace simt {
 
-// Stops the kernel if the device whose limits are set does not have the feature.
+// Stops the kernel if the emulated device lacks the feature.
 enum class Feature { Sm90, Clusters, Tma, Wgmma };
 void need(Feature feature, const char* what, Site site);
 
@@ -216,7 +216,7 @@ inline void cluster_arrive(SIMT_SITE) {
 inline void cluster_wait(SIMT_SITE) {
   simt::cluster_wait(site);
 }
-// Kernels of one stream run one after another here, so there is nothing to wait for.
+// Kernels of one stream run one after another here, so these have no effect.
 inline void griddep_wait(SIMT_SITE) {
   simt::need(simt::Feature::Sm90, "griddepcontrol", site);
 }
@@ -236,13 +236,13 @@ inline void tma_load_multicast_2d(u32 dst, const CUtensorMap* map, u32 bar, int 
 
 template <int N>
 inline void setmaxnreg_inc(SIMT_SITE) {
-  static_assert(N >= 24 && N <= 256 && N % 8 == 0, "a register count that the instruction takes");
+  static_assert(N >= 24 && N <= 256 && N % 8 == 0, "N is a multiple of 8 from 24 to 256");
   simt::need(simt::Feature::Wgmma, "setmaxnreg", site);
   simt::rendezvous_whole_warp("setmaxnreg", site);
 }
 template <int N>
 inline void setmaxnreg_dec(SIMT_SITE) {
-  static_assert(N >= 24 && N <= 256 && N % 8 == 0, "a register count that the instruction takes");
+  static_assert(N >= 24 && N <= 256 && N % 8 == 0, "N is a multiple of 8 from 24 to 256");
   simt::need(simt::Feature::Wgmma, "setmaxnreg", site);
   simt::rendezvous_whole_warp("setmaxnreg", site);
 }
@@ -259,7 +259,7 @@ template <int N>
 inline void wgmma_wait(SIMT_SITE) {
   simt::wgmma_wait(N, site);
 }
-// The accumulators are written through pointers, which the host compiler respects by itself.
+// The accumulators are written through pointers, which the host compiler orders by itself.
 template <int N>
 inline void wgmma_pin([[maybe_unused]] float (&d)[N]) {}
 

@@ -1,4 +1,4 @@
-// The state of a running launch. A thread is a fiber; 32 of them are a warp; warps make a block;
+// The state of a running launch. A thread is a fiber; 32 threads are a warp; warps form a block;
 // the blocks of a cluster (often one) run together, from start to end, on one operating system
 // thread.
 #pragma once
@@ -17,7 +17,7 @@
 
 namespace simt {
 
-// The sources of simt/ are compiled as one file, so that constants of several of them are here.
+// The sources of simt/ are compiled as one file, so constants that several of them use are here.
 constexpr size_t PAGE = 4096;
 constexpr unsigned char CANARY = 0xfd;
 constexpr uint32_t WHOLE_WARP = 0xffffffffu;
@@ -39,8 +39,8 @@ struct Copy {
   bool done;
 };
 
-// cp.async: the thread's copies in order of issue. Copy number i is ops[i - retired]; a group is
-// the number of copies before its end.
+// The thread's cp.async copies in order of issue. Copy number i is ops[i - retired]; a group is the
+// number of copies before its end.
 struct Copies {
   std::vector<Copy> ops;
   std::vector<uint64_t> groups;
@@ -53,7 +53,7 @@ struct Store {
   Block* block;
   uint32_t source;
   bool read, written;
-  std::vector<unsigned char> snapshot;  // The tile between its reading and its writing.
+  std::vector<unsigned char> snapshot;  // the tile, after it is read and before it is written
 };
 
 // TMA stores, as Copies.
@@ -70,7 +70,7 @@ struct Fiber : ThreadVars {
   uint32_t linear;  // the thread's number in its block
   State state;
 
-  // What the thread waits for, for reports; of its last wait while it runs.
+  // The thread's current wait, for reports; while it runs, its last wait.
   const char* kind;
   Site site;
   int barrier;
@@ -105,12 +105,12 @@ struct Warp {
   uint32_t at_cluster_barrier, at_wgmma;
   Fiber* fiber[32];
   Arrival arrival[32];
-  void* operands[32];  // those of `arrival`, as WarpFn wants them
+  void* operands[32];  // those of `arrival`, in the form that WarpFn takes
   uint64_t wgmmas;     // how many wgmmas the warp has issued
   std::vector<uint64_t> wgmma_groups;
   uint32_t sync_phase;
   char sync_tag[2];
-  WarpTraffic* traffic;  // of a library that counts
+  WarpTraffic* traffic;  // of the counting library
 };
 
 // ---- One block ----
@@ -165,13 +165,13 @@ struct Block : BlockVars {
   std::deque<Mbarrier> mbarriers;
   std::vector<StaticArray> statics;
   std::vector<RedZone> red_zones;
-  uint32_t static_end;    // the end of what is in use of the arena
+  uint32_t static_end;    // the end of the used part of the arena
   uint32_t static_bytes;  // static shared memory, without red zones
 };
 
-// ---- What runs together ----
+// ---- Blocks that run together ----
 
-// A TMA load on its way, or the arrival that waits for a thread's copies.
+// A TMA load in flight, or the arrival that waits for a thread's copies.
 struct Async {
   enum Kind { Load, CopyArrive } kind;
   TensorMap map;
@@ -184,7 +184,7 @@ struct Async {
 
 enum class Order { InOrder, Reversed, Random, Priority };
 enum class AsyncTime { Eager, Late, Mixed };
-// The units that act asynchronously; each keeps its own time.
+// The asynchronous units; each has its own timing.
 enum class Unit { Copy, Load, Store, Wgmma };
 
 struct Cluster {
@@ -196,18 +196,18 @@ struct Cluster {
   Order order;
   AsyncTime async_time[4];  // by Unit
   uint64_t random;
-  uint64_t polls;  // since something last made progress
+  uint64_t polls;  // since the last progress
   uint32_t position;
   int live;
   bool failed;
   std::string error;
 
   std::vector<Fiber*> fibers;
-  std::vector<Warp*> warps;  // in the order in which they are looked at
+  std::vector<Warp*> warps;  // in the order in which the scheduler visits them
   std::vector<Block*> blocks;
   std::vector<Async> async;
   AsyncUnit tma;
-  LaunchTraffic* traffic;  // of a library that counts
+  LaunchTraffic* traffic;  // of the counting library
 
   int cluster_arrived;
   uint32_t cluster_phase;
@@ -227,23 +227,23 @@ inline Block* current_block() {
 
 // ---- fiber.cpp ----
 
-// Gives the processor to `to`. `from` never runs again if it is leaving.
+// Switches to `to`. `from` never runs again if it is leaving.
 void switch_to(Fiber* from, Fiber* to, bool leaving = false);
-// Sets a fiber up so that its first turn enters the kernel.
+// Sets a fiber up so that it starts in the kernel.
 void prepare_fiber(Fiber* fiber);
 
 // ---- scheduler.cpp ----
 
 uint64_t next_random();
-bool act_now(Unit unit);  // whether an asynchronous operation is to happen at its issue
+bool act_now(Unit unit);  // whether an asynchronous operation happens at its issue
 inline void made_progress() {
   cluster->polls = 0;
 }
 void run_one_async();
-Fiber* pick_next();                                        // nullptr: nothing can run
-void wait_here(State state, const char* kind, Site site);  // until somebody makes the lane runnable
+Fiber* pick_next();                                        // nullptr if no thread can run
+void wait_here(State state, const char* kind, Site site);  // until the lane becomes runnable
 void maybe_preempt();
-// As maybe_preempt, but `to`, which has just become runnable, is first in line. It may be nullptr.
+// Like maybe_preempt, but prefers `to`, which has just become runnable and may be nullptr.
 void maybe_hand_over(Fiber* to);
 
 // ---- report.cpp ----
@@ -252,7 +252,7 @@ void maybe_hand_over(Fiber* to);
 std::string deadlock_report();
 std::string report_head(const Fiber* fiber);
 
-// ---- Parts that act when a thread exits, or on behalf of another thread ----
+// ---- Completion when a thread exits, or on behalf of another thread ----
 
 void warp_lane_exited(Warp* warp);
 void barriers_thread_exited(Block* block);
@@ -269,23 +269,23 @@ Mbarrier& valid_mbarrier(Block* block, uint32_t address, const char* kind, Site 
 // ---- shared_memory.cpp ----
 
 constexpr uint32_t ARENA_BYTES = 256 << 10;
-// The block that a 32-bit shared address names; what remains is its offset there.
+// The block of a 32-bit shared address; removes the block's rank, which leaves the offset.
 Block* block_of(uint32_t& address, const char* kind, Site site);
 // The checked memory behind a shared address.
 unsigned char* shared_at(uint32_t address, uint32_t bytes, uint32_t align, const char* kind,
                          Site site);
 void prepare_shared(Block* block);
-// The name of what a thread wrote past, or an empty string.
+// The region that a thread wrote past the end of, or an empty string.
 std::string shared_overrun(Block* block);
 
 // ---- fault.cpp ----
 
-// Runs `f` so that a fault inside of a fiber fails the launch and not the process.
+// Runs `f` so that a fault inside a fiber fails the launch and not the process.
 void run_guarded(void (*f)());
 
 // ---- device_memory.cpp ----
 
-// Says what lies at or near an address of device memory; empty if it is something else.
+// Describes the allocation at or near a device address; empty if it is not device memory.
 std::string describe_device_address(uintptr_t address);
 // The live allocations, in the order of their addresses.
 struct DeviceRange {

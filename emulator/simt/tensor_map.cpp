@@ -22,7 +22,7 @@ int tensor_map_encode_tiled(void* map128, int data_type, unsigned rank, void* ba
   if (base == nullptr || misaligned(base, 16)) return -1;
   if (data_type < 0 || data_type >= static_cast<int>(sizeof ELEMENT_BYTES)) return -1;
   if (rank < 1 || rank > 5) return -1;
-  // Interleaved layouts are for images and not emulated.
+  // Interleaved layouts are for images and are not emulated.
   if (interleave != 0 || swizzle < 0 || swizzle > 3 || l2 < 0 || l2 > 3) return -1;
   if (oob_fill < 0 || oob_fill > 1 || (oob_fill == 1 && data_type < FIRST_FLOAT)) return -1;
 
@@ -37,7 +37,7 @@ int tensor_map_encode_tiled(void* map128, int data_type, unsigned rank, void* ba
   for (unsigned i = 0; i < rank; i++) {
     if (dim[i] == 0 || dim[i] > uint64_t{1} << 32) return -1;
     if (box[i] == 0 || box[i] > 256) return -1;
-    // Strided traversal is allowed by the driver and not emulated.
+    // The driver allows strided traversal; it is not emulated.
     if (element_stride[i] != 1) return -1;
     map.dim[i] = dim[i];
     map.box[i] = static_cast<uint16_t>(box[i]);

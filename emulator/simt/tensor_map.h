@@ -1,4 +1,4 @@
-// The meaning that the software device gives to the 128 bytes of a CUtensorMap.
+// The software device's encoding of the 128 bytes of a CUtensorMap.
 #pragma once
 #include <cstdint>
 
@@ -29,8 +29,8 @@ static_assert(sizeof(TensorMap) == 128, "as large as the driver's");
 
 constexpr uint64_t TENSOR_MAP_MAGIC = 0x70616d20726f736eull;
 
-// Where the byte at a shared address lies under a swizzle: 16-byte chunks are permuted by address
-// bits above them, in patterns of 256, 512 and 1024 bytes.
+// The location under a swizzle of the byte at a shared address: address bits above the 16-byte
+// chunks permute the chunks, in patterns of 256, 512 and 1024 bytes.
 inline uint32_t swizzled(uint32_t address, Swizzle swizzle) {
   switch (swizzle) {
     case Swizzle::Bytes128:
@@ -45,7 +45,7 @@ inline uint32_t swizzled(uint32_t address, Swizzle swizzle) {
   return address;
 }
 
-// The size of a swizzle's pattern, to which a tile must be aligned.
+// The size of a swizzle's pattern, which is the required alignment of a tile.
 inline uint32_t swizzle_align(Swizzle swizzle) {
   switch (swizzle) {
     case Swizzle::Bytes128:

@@ -1,4 +1,5 @@
-// What a running CUDA thread can see of itself and of its block, and the calls into the scheduler.
+// The view that a running CUDA thread has of itself and its block, and the calls into the
+// scheduler.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,8 +8,8 @@
 
 namespace simt {
 
-// Where in a kernel something happens. A default argument of this type is filled in by the compiler
-// at the place of the call, so that no later duplication of code can confuse reports.
+// A place in a kernel's source. The compiler fills in a default argument of this type at the call,
+// so code duplication cannot change the reported place.
 struct Site {
   const char* file;
   int line;
@@ -27,38 +28,38 @@ struct BlockVars {
   uint3 block_idx;
   dim3 block_dim, grid_dim;
   uint32_t cluster_rank, cluster_size;
-  unsigned char* shared;   // The block's shared memory: a 1024-aligned arena.
-  uint32_t dynamic_bytes;  // How much of it the launch asked for.
+  unsigned char* shared;   // the block's shared memory: a 1024-aligned arena
+  uint32_t dynamic_bytes;  // the dynamic part that the launch requested
 };
 
-// The running thread and its block. The scheduler sets both whenever it switches.
+// The running thread and its block. The scheduler sets both at every switch.
 extern __thread ThreadVars* thread_vars __attribute__((tls_model("initial-exec")));
 extern __thread BlockVars* block_vars __attribute__((tls_model("initial-exec")));
 
 // Stops the kernel with a report that names kernel, block, thread and seed. Does not return: the
-// fibers of the block are abandoned where they stand.
+// fibers of the block are abandoned.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// A rendezvous of the lanes of `mask`: each brings its operands, and the last one to arrive runs
-// `apply` for all. OrderMemory says whether it also orders accesses to memory.
+// A rendezvous of the lanes of `mask`: each passes its operands, and the last one to arrive calls
+// `apply` for all. OrderMemory says whether it also orders memory accesses.
 using WarpFn = void (*)(void** operands, uint32_t mask);
 enum class OrderMemory : bool { No, Yes };
 void warp_op(uint32_t mask, void* operands, WarpFn apply, OrderMemory order, const char* kind,
              Site site);
 
-// Barrier `id` of the block for `threads` threads, or for all that have not exited if 0.
+// Barrier `id` of the block for `threads` threads; 0 means all threads that have not exited.
 void barrier_arrive(int id, int threads, const char* kind, Site site);
 void barrier_sync(int id, int threads, const char* kind, Site site);
 enum class Vote { Count, And, Or };
 int barrier_vote(Vote vote, bool predicate, const char* kind, Site site);
 
-// Gives other threads the turn. Loops that wait for something in memory must call it.
+// Yields to other threads. Loops that wait for a value in memory must call it.
 void yield_thread();
 
 // A point at which the scheduler may preempt; also a fence between operating system threads.
 void memory_fence();
 
-// The block's static array that belongs to `key`; the first caller makes it.
+// The block's static array for `key`; the first caller creates it.
 void* static_shared(const void* key, size_t bytes, size_t align);
 
 // The offset of `p` in the block's shared memory.
@@ -72,7 +73,7 @@ uint32_t shared_offset(const void* p);
 #define gridDim (::simt::block_vars->grid_dim)
 static constexpr int warpSize = 32;
 
-// Shared memory: kernel.cuh holds the device forms of these two.
+// Shared memory: kernel.cuh has the device forms of these two.
 #define SHARED_DYNAMIC(name) unsigned char* const name = ::simt::block_vars->shared
 #define SHARED_ARRAY(T, name, n)                                                            \
   T(&name)                                                                                  \

@@ -1,6 +1,6 @@
-// TMA: tile loads and stores by tensor map. A load acts somewhere between its issue and the wait
-// for its mbarrier; a store reads its tile before wait_group.read returns and writes it before
-// wait_group does.
+// TMA: tile loads and stores by tensor map. A load acts between its issue and the wait for its
+// mbarrier; a store reads its tile before wait_group.read returns and writes it before wait_group
+// returns.
 #include <algorithm>
 
 #include "state.h"
@@ -32,8 +32,8 @@ void tma_check_map(const CUtensorMap* map, Site site) {
   decode(map, 0, "prefetch.tensormap", site);
 }
 
-// Row number `row` of a box at `at`: where it starts in global memory, were its first coordinate 0.
-// False if it lies outside of the tensor.
+// The global address of row number `row` of a box at `at`, for a first coordinate of 0. Returns
+// false if the row lies outside the tensor.
 static bool row_in_tensor(const TensorMap& map, const int* at, uint32_t row,
                           unsigned char*& start) {
   start = map.base;
@@ -46,7 +46,7 @@ static bool row_in_tensor(const TensorMap& map, const int* at, uint32_t row,
   return true;
 }
 
-// The elements of a 16-byte chunk that lie inside of the tensor: [first, last).
+// The elements of a 16-byte chunk that lie inside the tensor: [first, last).
 static void columns_in_tensor(const TensorMap& map, int64_t x, int& first, int& last) {
   const int64_t count = 16 / map.element_bytes, dim = static_cast<int64_t>(map.dim[0]);
   first = static_cast<int>(x < 0 ? (-x < count ? -x : count) : 0);
@@ -54,23 +54,23 @@ static void columns_in_tensor(const TensorMap& map, int64_t x, int& first, int& 
   if (last < first) last = first;
 }
 
-// A box that is loaded or stored is one request, as wide as what of it lies inside of the tensor.
-static void count_box(Deed deed, const TensorMap& map, const int* at) {
+// A box load or store is one request; its width is the part of the box inside the tensor.
+static void count_box(WarpEvent event, const TensorMap& map, const int* at) {
   if (counter == nullptr) return;
-  std::vector<Run> runs;
+  std::vector<ByteRange> ranges;
   const int64_t dim = static_cast<int64_t>(map.dim[0]);
   const int64_t first = std::max<int64_t>(at[0], 0);
   const int64_t last = std::min<int64_t>(int64_t{at[0]} + map.box[0], dim);
   for (uint32_t row = 0; row < map.rows() && first < last; row++) {
     unsigned char* start;
     if (!row_in_tensor(map, at, row, start)) continue;
-    runs.push_back({start + first * map.element_bytes,
+    ranges.push_back({start + first * map.element_bytes,
                     static_cast<size_t>(last - first) * map.element_bytes});
   }
-  counter->bulk(deed, runs);
+  counter->bulk(event, ranges);
 }
 
-// Where the chunk at `offset` of a box lies in shared memory.
+// The location in shared memory of the chunk at `offset` of a box.
 static unsigned char* chunk_at(const TensorMap& map, Block* block, uint32_t box, uint32_t offset) {
   return block->shared + swizzled(box + offset, map.swizzle);
 }
@@ -114,7 +114,7 @@ void run_load(Async& load) {
   mbar_bytes_arrived(load.block, load.bar, map.box_bytes());
 }
 
-// The tile is read out of shared memory, without its swizzle, into a snapshot.
+// Reads the tile from shared memory, unswizzled, into a snapshot.
 static void read_store(Store& store) {
   if (store.read) return;
   store.read = true;
@@ -192,7 +192,7 @@ void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, const int* at,
          site.line);
   }
   valid_mbarrier(block, bar_offset, "TMA load", site);
-  count_box(Deed::GlobalRead, decoded, at);
+  count_box(WarpEvent::GlobalRead, decoded, at);
   issue_load(decoded, at, block, dst_offset, bar_offset);
   maybe_preempt();
 }
@@ -202,10 +202,10 @@ void tma_load_multicast(uint32_t dst, const CUtensorMap* map, uint32_t bar, cons
   need(Feature::Clusters, "TMA multicast", site);
   const TensorMap decoded = check_load(dst, map, rank, site);
   if (blocks == 0 || blocks >> cluster->blocks.size() != 0) {
-    fail("TMA multicast at %s:%d: blocks %04x of a cluster of %zu", site.file, site.line, blocks,
-         cluster->blocks.size());
+    fail("TMA multicast at %s:%d: invalid block mask %04x for a cluster of %zu", site.file,
+         site.line, blocks, cluster->blocks.size());
   }
-  count_box(Deed::GlobalRead, decoded, at);  // Once, however many blocks receive it.
+  count_box(WarpEvent::GlobalRead, decoded, at);  // Once, for any number of receiving blocks.
   for (uint32_t rank_of_block = 0; rank_of_block < cluster->blocks.size(); rank_of_block++) {
     if ((blocks >> rank_of_block & 1) == 0) continue;
     uint32_t address = (dst & 0xffffffu) | (rank_of_block + 1) << 24;
@@ -220,7 +220,7 @@ void tma_store(const CUtensorMap* map, uint32_t src, const int* at, int rank, Si
   store.map = decode(map, rank, "TMA store", site);
   shared_at(src, store.map.box_bytes(), swizzle_align(store.map.swizzle), "TMA store", site);
   for (int i = 0; i < rank; i++) store.at[i] = at[i];
-  count_box(Deed::GlobalWrite, store.map, at);
+  count_box(WarpEvent::GlobalWrite, store.map, at);
   store.block = current_block();
   store.source = src;
   current_fiber()->kind = "TMA store";
@@ -264,7 +264,7 @@ void tma_store_wait(uint32_t groups_left, bool read_only) {
   tsan_acquire(&cluster->tma.done);
 }
 
-// A store needs its source until it has been read: a block that exits before that loses it.
+// A store needs its source until it has been read; the source is lost when the block exits.
 void stores_thread_exiting(Fiber* fiber) {
   for (Store& store : fiber->stores.ops) {
     if (!store.read) {

@@ -1,6 +1,6 @@
 // The CUDA types that kernels use: dim3, the short vectors, bf16 and half with their conversions.
-// Layouts and roundings are those of the toolkit's headers. What is missing does not compile, which
-// is better than an operation that rounds differently.
+// Layouts and roundings are those of the toolkit's headers. Operations without an exact equivalent
+// are missing, so that their use does not compile.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -257,8 +257,8 @@ inline __half __ushort_as_half(unsigned short bits) {
 }
 inline float __half2float(__half h) {
   const uint32_t sign = (h.bits & 0x8000u) << 16, magnitude = (h.bits & 0x7fffu) << 13;
-  // The exponent moves from one bias to the other by a multiplication, which is right for
-  // subnormals too. Infinities and NaNs keep an exponent of all ones.
+  // A multiplication moves the exponent from one bias to the other, which is right for subnormals
+  // too. Infinities and NaNs keep an exponent of all ones.
   const float scaled = __uint_as_float(magnitude) * 0x1p112f;
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return __uint_as_float(__float_as_uint(scaled) | special | sign);
@@ -321,7 +321,7 @@ inline float __high2float(__half2 v) {
   return __half2float(v.y);
 }
 
-// ---- Arithmetic: exact in f32 up to the one rounding at the end ----
+// ---- Arithmetic: exact in f32 up to one final rounding ----
 
 inline __nv_bfloat16 __hadd(__nv_bfloat16 a, __nv_bfloat16 b) {
   return __nv_bfloat16(float(a) + float(b));
@@ -348,7 +348,7 @@ inline __half2 __hmul2(__half2 a, __half2 b) {
   return {__hmul(a.x, b.x), __hmul(a.y, b.y)};
 }
 
-// A TMA descriptor, as opaque as the driver's; tma.cpp gives it its meaning.
+// A TMA descriptor, opaque as the driver's; tma.cpp decodes it.
 struct alignas(64) CUtensorMap {
   uint64_t opaque[16];
 };

@@ -1,9 +1,9 @@
-// Warp operations: the lanes that a mask names meet, and the last one acts for all.
+// Warp operations: a rendezvous of the lanes in a mask; the last lane to arrive acts for all.
 #include "state.h"
 
 namespace simt {
 
-// The lanes of `lanes` are all here. They must be at the same operation with the same mask.
+// All lanes of `lanes` have arrived. They must be at the same operation with the same mask.
 static void complete(Warp* warp, uint32_t leader, uint32_t lanes) {
   const Arrival& a = warp->arrival[leader];
   SIMT_FOR_EACH_LANE(lane, lanes) {
@@ -30,14 +30,15 @@ void warp_op(uint32_t mask, void* operands, WarpFn apply, OrderMemory order, con
   Warp* const warp = fiber->warp;
   const uint32_t lane = fiber->lane, bit = 1u << lane;
   if ((mask & bit) == 0) {
-    fail("%s at %s:%d: mask %08x does not name the calling lane %u", kind, site.file, site.line,
+    fail("%s at %s:%d: mask %08x does not contain the calling lane %u", kind, site.file, site.line,
          mask, lane);
   }
   warp->arrival[lane] = {operands, apply, mask, kind, site};
   warp->operands[lane] = operands;
   warp->pending |= bit;
   void* const tag = &warp->sync_tag[warp->sync_phase & 1];
-  // Shuffles order nothing, so that the race checker finds code that relies on them for it.
+  // Shuffles order no memory accesses, so that the race checker finds code that relies on them for
+  // it.
   if (order == OrderMemory::Yes) tsan_release(tag);
   const uint32_t needed = mask & warp->live;
   if ((warp->pending & needed) == needed) {
@@ -64,7 +65,7 @@ void rendezvous_whole_warp(const char* kind, Site site) {
 
 bool elect(Site site) {
   rendezvous_whole_warp("elect.sync", site);
-  // Which lane is elected is not specified, only that it is always the same one.
+  // Which lane is elected is unspecified, except that it is always the same one.
   const uint64_t seed = cluster->config->seed;
   const uint32_t elected =
       seed == 0 ? 0 : static_cast<uint32_t>(seed * 0x9e3779b97f4a7c15ull >> 59);

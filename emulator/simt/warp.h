@@ -1,12 +1,12 @@
-// Warp-wide operations: shuffles, votes, reductions, matches. Each is a rendezvous of the lanes
-// that its mask names, and a report if those lanes are not all at the same operation.
+// Warp-wide operations: shuffles, votes, reductions, matches. Each is a rendezvous of the lanes of
+// its mask, and reports an error if those lanes are not all at the same operation.
 #pragma once
 #include "thread.h"
 
 namespace simt {
 
-// These run on behalf of all lanes at once, which to a race checker would look like one thread that
-// reads the others' stacks.
+// These act for all lanes at once, which the race checker would see as one thread that reads the
+// others' stacks.
 #define SIMT_NO_TSAN __attribute__((no_sanitize("thread"), noinline))
 
 template <class Op>
@@ -16,8 +16,8 @@ inline void rendezvous(uint32_t mask, Op& op, OrderMemory order, const char* kin
       kind, site);
 }
 
-// Runs the statement with `lane` as the number of each lane of `mask`. No lambda: one would not
-// inherit SIMT_NO_TSAN.
+// Executes the statement with `lane` as the number of each lane of `mask`. A macro, since a lambda
+// would not inherit SIMT_NO_TSAN.
 #define SIMT_FOR_EACH_LANE(lane, mask)                                \
   for (uint32_t lane##_rest = mask, lane;                             \
        lane##_rest != 0 && (lane = __builtin_ctz(lane##_rest), true); \
@@ -32,7 +32,7 @@ struct Shuffle {
       const int source = ops[lane]->source;
       if (mask >> source & 1) {
         ops[lane]->out = ops[source]->in;
-      } else {  // CUDA leaves this undefined.
+      } else {  // undefined in CUDA
         std::memset(static_cast<void*>(&ops[lane]->out), 0xff, sizeof(T));
       }
     }
@@ -107,11 +107,12 @@ inline uint32_t reduce(uint32_t mask, uint32_t in, Reduction reduction, const ch
   return op.out;
 }
 
-// A source outside of the caller's segment of `width` lanes means the caller itself.
+// A source outside the caller's segment of `width` lanes means the caller itself.
 template <class T>
 inline T shuffle(uint32_t mask, T in, int source, int width, const char* kind, Site site) {
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-    fail("%s at %s:%d: a width of %d", kind, site.file, site.line, width);
+    fail("%s at %s:%d: the width %d is not a power of two up to 32", kind, site.file,
+         site.line, width);
   }
   const int lane = static_cast<int>(thread_vars->lane), first = lane & ~(width - 1);
   if (source < first || source >= first + width) source = lane;
@@ -136,7 +137,7 @@ inline T __shfl_sync(uint32_t mask, T value, int source, int width = 32, SIMT_SI
   const int first = static_cast<int>(simt::thread_vars->lane) & ~(width - 1);
   return simt::shuffle(mask, value, first | (source & (width - 1)), width, "__shfl_sync", site);
 }
-// The source of an exclusive or may lie in a lower segment, though not in a higher one.
+// The source of shfl_xor may lie in a lower segment, but not in a higher one.
 template <class T>
 inline T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32, SIMT_SITE) {
   const int lane = static_cast<int>(simt::thread_vars->lane), source = lane ^ lane_mask;

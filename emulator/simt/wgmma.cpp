@@ -1,5 +1,6 @@
-// wgmma: a multiplication by the four warps of a warp group together, out of shared memory, at some
-// time between its issue and the wait for its group. It is complete for all warps or for none.
+// wgmma: a matrix product by the four warps of a warp group together, with operands in shared
+// memory, performed between its issue and the wait for its group. It completes for all warps at
+// once.
 #include "multiply.h"
 #include "state.h"
 
@@ -9,7 +10,7 @@ static constexpr uint32_t ALL_WARPS = 0xf;
 
 // ---- Matrix descriptors ----
 
-// Bits 62 and 63 of a descriptor name its swizzle in an order of their own.
+// Bits 62 and 63 of a descriptor encode its swizzle in their own order.
 static Swizzle swizzle_of(uint64_t descriptor) {
   switch (descriptor >> 62) {
     case 1:
@@ -22,15 +23,15 @@ static Swizzle swizzle_of(uint64_t descriptor) {
   return Swizzle::None;
 }
 
-// The shared address of element (mn, k) of an operand. The layouts are the canonical ones of
-// wgmma: core matrices of 8 rows by 16 bytes, or swizzle atoms of 8 rows by 32, 64 or 128 bytes, at
-// the leading and stride byte offsets of the descriptor.
+// The shared address of element (mn, k) of an operand. The layouts are the canonical ones of wgmma:
+// core matrices of 8 rows by 16 bytes, or swizzle atoms of 8 rows by 32, 64 or 128 bytes, at the
+// leading and stride byte offsets of the descriptor.
 static uint32_t element_at(uint64_t descriptor, int mn, int k, bool mn_major) {
   const uint32_t start = (descriptor & 0x3fff) << 4;
   const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
   const Swizzle swizzle = swizzle_of(descriptor);
-  // 16-byte chunks in a row of an atom.
+  // 16-byte chunks per row of an atom.
   const int chunks = 1 << static_cast<int>(swizzle);
   const uint32_t row_bytes = 16 * chunks;
   uint32_t offset;
@@ -127,7 +128,7 @@ static WarpGroup& group_of(const Warp* warp) {
   return current_block()->groups[warp->index / 4];
 }
 
-// Whether all four warps of the group have issued the wgmmas below `end`.
+// Returns whether all four warps of the group have issued the wgmmas below `end`.
 static bool issued_by_all(const WarpGroup& group, uint64_t end) {
   if (end <= group.retired) return true;
   return end - group.retired <= group.ops.size() &&
@@ -237,12 +238,12 @@ void wgmma_wait(uint32_t groups_left, Site site) {
     run_up_to(group, end);
   }
   tsan_acquire(&group.unit.done);
-  // All lanes have taken their group number before any of them gives the groups up.
+  // All lanes must read their group number before any of them releases the groups.
   rendezvous_whole_warp("wgmma.wait_group", site);
   if (warp->wgmma_groups.size() > groups_left) {
     TsanQuiet quiet;
     warp->wgmma_groups.erase(warp->wgmma_groups.begin(), warp->wgmma_groups.end() - groups_left);
-    // What all four warps have issued and what has run is of no more use.
+    // Drops the wgmmas that all four warps have issued and that have completed.
     while (!group.ops.empty() && group.ops.front().done) {
       group.ops.pop_front();
       group.retired++;

@@ -13,7 +13,7 @@ static constexpr size_t STACK_BYTES = 256 << 10;
 static constexpr size_t STACK_BYTES = 64 << 10;
 #endif
 
-// Memory without reserve, which costs nothing until it is touched.
+// Memory without reservation, which uses no pages until it is touched.
 static unsigned char* map_pages(size_t bytes) {
   void* const p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

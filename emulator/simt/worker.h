@@ -1,4 +1,5 @@
-// What an operating system thread needs to run clusters: stacks, arenas and the records of threads.
+// The resources with which an operating system thread executes clusters: stacks, arenas and thread
+// records.
 #pragma once
 #include <memory>
 #include <vector>
@@ -11,7 +12,7 @@ class Worker {
  public:
   Cluster cluster{};
 
-  // Makes sure that there are as many fibers, warps and blocks, and puts them into the cluster.
+  // Ensures that there are enough fibers, warps and blocks, and assigns them to the cluster.
   void reserve(size_t blocks, size_t threads_per_block);
 
  private:
@@ -22,8 +23,9 @@ class Worker {
   std::vector<std::unique_ptr<Block>> blocks_;
 };
 
-// A worker for as long as the lease lives. Workers go back to a pool and are never freed, for
-// operating system threads come and go (test harnesses start one per test) and stacks are dear.
+// A worker for the lifetime of the lease. Workers return to a pool and are never freed, since
+// operating system threads come and go (test harnesses start one per test) and stacks are
+// expensive.
 class Lease {
  public:
   Lease();

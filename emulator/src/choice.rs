@@ -1,4 +1,4 @@
-//! Which driver a process uses: the GPU's, or the software device.
+//! The choice of a process's driver: the GPU's, or the software device.
 
 use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::fmt;
@@ -7,24 +7,24 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::{InstallError, install, install_counting, is_installed};
 
-/// What is asked for: `cuda`, `emulator`, `counting`, or `auto`.
+/// The requested device: `cuda`, `emulator`, `counting`, or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// A GPU; without one it is an error.
+    /// A GPU; an error without one.
     Cuda,
     /// The software device, GPU or not.
     Emulator,
-    /// The software device that [counts](crate::Traffic).
+    /// The software device in the variant that [counts](crate::Traffic).
     Counting,
     /// A GPU if there is one, else the software device.
     Auto,
 }
 
 impl Choice {
-    /// What the environment variable MOE_DEVICE asks for; [`Choice::Auto`] where it is not set.
+    /// The value of the environment variable MOE_DEVICE; [`Choice::Auto`] if it is not set.
     ///
     /// # Errors
-    /// A value that is none of these, in words.
+    /// Any other value, with a message that lists the allowed ones.
     pub fn from_env() -> Result<Self, String> {
         match std::env::var("MOE_DEVICE") {
             Ok(name) => name.parse().map_err(|why| format!("MOE_DEVICE: {why}")),
@@ -42,12 +42,12 @@ impl FromStr for Choice {
             "emulator" => Ok(Self::Emulator),
             "counting" => Ok(Self::Counting),
             "auto" => Ok(Self::Auto),
-            _ => Err(format!("'{name}' is no device; cuda, emulator, counting and auto are")),
+            _ => Err(format!("unknown device '{name}', expected cuda, emulator, counting or auto")),
         }
     }
 }
 
-/// What a process runs on.
+/// The device on which a process runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Driver {
     /// A GPU.
@@ -65,13 +65,13 @@ impl fmt::Display for Driver {
     }
 }
 
-/// Why there is no such driver.
+/// The reason why a driver could not be chosen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChooseError {
-    /// A GPU was asked for, and there is none.
+    /// A GPU was requested and there is none.
     NoGpu(String),
-    /// One process has one driver, and it was another.
+    /// A process has one driver, and a different one was chosen before.
     AlreadyChosen(Driver),
     /// The software device could not be installed.
     Install(InstallError),
@@ -80,11 +80,11 @@ pub enum ChooseError {
 impl fmt::Display for ChooseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoGpu(why) => write!(f, "no GPU to run on: {why}"),
+            Self::NoGpu(why) => write!(f, "no GPU available: {why}"),
             Self::AlreadyChosen(driver) => {
                 write!(
                     f,
-                    "this process runs on {driver} already; start another one for another driver"
+                    "this process already runs on {driver}; start another process for another driver"
                 )
             }
             Self::Install(why) => why.fmt(f),
@@ -94,7 +94,8 @@ impl fmt::Display for ChooseError {
 
 impl std::error::Error for ChooseError {}
 
-/// Chooses this process's driver, before cudarc's first call. The same choice again does nothing.
+/// Chooses this process's driver, before cudarc's first call. Repeating the same choice has no
+/// effect.
 ///
 /// # Errors
 /// [`ChooseError`] if there is no such driver, or if it was chosen differently before.
@@ -107,7 +108,7 @@ pub fn choose(choice: Choice) -> Result<Driver, ChooseError> {
     let emulator = || install().map(|()| Driver::Emulator).map_err(ChooseError::Install);
     let counting = || install_counting().map(|()| Driver::Emulator).map_err(ChooseError::Install);
     let driver = match (*chosen, choice) {
-        // There are two of them, and the other one would be in the way.
+        // The process has one of the two variants; the other one prevents its installation.
         (None | Some(Driver::Emulator), Choice::Counting) => counting()?,
         (Some(driver), _) => driver,
         (None, Choice::Emulator) => emulator()?,
@@ -124,7 +125,7 @@ pub fn choose(choice: Choice) -> Result<Driver, ChooseError> {
     }
 }
 
-/// Whether the real driver initialises and has a device. It is asked as `libcuda.so.1`, for
+/// Checks that the real driver initialises and has a device. It is opened as `libcuda.so.1`, since
 /// `libcuda.so` is the software device's name.
 fn probe_gpu() -> Result<(), String> {
     type Init = unsafe extern "C" fn(c_uint) -> c_int;
@@ -133,22 +134,22 @@ fn probe_gpu() -> Result<(), String> {
     // SAFETY: this is the signature of cuInit in every version of the driver; it takes 0.
     match unsafe { std::mem::transmute::<*mut c_void, Init>(init)(0) } {
         0 => count_devices(c"libcuda.so.1"),
-        code => Err(format!("the driver does not initialise (error {code})")),
+        code => Err(format!("the driver failed to initialise (error {code})")),
     }
 }
 
-/// Whether a driver that has been initialised has a device.
+/// Checks that an initialised driver has a device.
 pub(crate) fn count_devices(name: &CStr) -> Result<(), String> {
     type GetCount = unsafe extern "C" fn(*mut c_int) -> c_int;
     let library = Library::open(name)?;
     let get_count = library.find(c"cuDeviceGetCount")?;
     let mut count = 0;
-    // SAFETY: this is the signature of cuDeviceGetCount in every version of the driver; the count has
-    // a place to go.
+    // SAFETY: this is the signature of cuDeviceGetCount in every version of the driver; `count` is
+    // valid for the write.
     match unsafe { std::mem::transmute::<*mut c_void, GetCount>(get_count)(&mut count) } {
         0 if count > 0 => Ok(()),
         0 => Err("the driver has no device".into()),
-        code => Err(format!("the driver does not count its devices (error {code})")),
+        code => Err(format!("the driver failed to count its devices (error {code})")),
     }
 }
 
@@ -171,7 +172,7 @@ impl Library {
 
 impl Drop for Library {
     fn drop(&mut self) {
-        // SAFETY: the handle is open. Whoever else has the library open keeps it.
+        // SAFETY: the handle is open. Other handles to the library remain valid.
         unsafe { libc::dlclose(self.0) };
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The crate carries a shared library that exports the CUDA driver API and executes the kernels of
 //! `moe-kernels`, compiled from the same `.cu` sources, on the CPU. [`install`] loads it under the
-//! name `libcuda.so`; cudarc, and everything above it, then runs as it does on a GPU:
+//! name `libcuda.so`; cudarc, and everything above it, then works as on a GPU:
 //!
 //! ```
 //! moe_emulator::install()?;
@@ -10,49 +10,54 @@
 //! # Ok::<(), moe_emulator::InstallError>(())
 //! ```
 //!
-//! # What it is for
+//! # Purpose
 //!
-//! It finds mistakes. Launches, copies and allocations fail as the driver fails; streams do their
-//! work late, and in an order that a seed draws ([`set_seed`]); device memory lies between guard
-//! pages and starts as NaN; a kernel that breaks a rule of the machine is stopped with a report
-//! ([`last_error`]), and so is one that wrote just past an allocation that it got a pointer to. It
-//! says nothing about speed.
+//! It finds mistakes:
 //!
-//! A second variant of it, [`install_counting`], runs the same kernels more slowly and counts what
-//! they read and write: see [`Traffic`]. It needs the feature `counting`.
+//! - Launches, copies and allocations fail as the driver fails.
+//! - Streams do their work late, in an order that a seed draws ([`set_seed`]).
+//! - Device memory lies between guard pages and starts as NaN.
+//! - A kernel that breaks a rule of the machine is stopped with a report ([`last_error`]), and so
+//!   is a kernel that wrote just past an allocation to which it has a pointer.
 //!
-//! Streams that tests create share nothing, and their work runs on the thread that waits for it, in
-//! parallel with other threads'. The default stream is one queue for the whole process: tests that
-//! use it wait for each other, and run each other's work.
+//! It does not model speed.
+//!
+//! A second variant, [`install_counting`], runs the same kernels more slowly and counts their
+//! memory accesses: see [`Traffic`]. It needs the feature `counting`.
+//!
+//! Streams that tests create are independent, and their work runs on the thread that waits for it,
+//! in parallel with other threads. The default stream is one queue for the whole process: tests
+//! that use it wait for each other and run each other's work.
 //!
 //! # Environment
 //!
 //! | variable | values | meaning |
 //! |---|---|---|
-//! | `MOE_EMULATOR_CC` | `8.0`, `9.0` (default), `12.0` | compute capability and the limits that go with it |
-//! | `MOE_EMULATOR_DRIVER` | `12040`, ... (default 13000) | an older driver, which refuses newer images |
+//! | `MOE_EMULATOR_CC` | `8.0`, `9.0` (default), `12.0` | compute capability and its limits |
+//! | `MOE_EMULATOR_DRIVER` | `12040` (default 13000) | an older driver, which refuses newer PTX |
 //! | `MOE_EMULATOR_SEED` | a number (default 0) | the seed that threads start with |
 //! | `MOE_EMULATOR_THREADS` | a number (default 1) | OS threads for the blocks of one launch |
-//! | `MOE_EMULATOR_LAUNCHES` | a file | kernels append their names when they have run, once in a process |
-//! | `MOE_EMULATOR_FAULT` | `flip:KERNEL`, `fail:KERNEL` | a wrong bit in that kernel's results, or a failed launch |
+//! | `MOE_EMULATOR_LAUNCHES` | a file | kernels append their names after their first run |
+//! | `MOE_EMULATOR_FAULT` | `flip:KERNEL`, `fail:KERNEL` | a wrong result bit, or a failed launch |
 //!
-//! # Where it differs from a GPU's driver
+//! # Differences from a GPU's driver
 //!
-//! - A failed kernel spoils its stream, not the whole context; of the default streams, which all
-//!   threads of a process share, it spoils the failing thread's part. A context-wide
-//!   synchronisation reports a failure only to the thread that submitted the work.
-//!   [`clear_errors`] makes the streams usable again.
+//! - A failed kernel makes its stream fail, not the whole context. On the default streams, which
+//!   all threads of a process share, only the failing thread's part fails. A context-wide
+//!   synchronisation reports a failure only to the thread that submitted the work. [`clear_errors`]
+//!   makes the streams usable again.
 //! - A capture in thread-local or relaxed mode is not disturbed by another thread that synchronises
-//!   the whole context. (On a GPU it is; tests that share a process could not capture then.)
-//! - `cuMemAllocAsync` and `cuMemFreeAsync` are refused on a stream that is capturing, where the
-//!   driver would make nodes of them.
+//!   the whole context. (On a GPU it is, and tests that share a process could not capture.)
+//! - `cuMemAllocAsync` and `cuMemFreeAsync` are refused on a capturing stream, where the driver
+//!   would create graph nodes.
 //! - Clusters have at most 8 blocks; the attribute that allows 16 is refused.
-//! - Not there at all: graphs built node by node or updated, cooperative launches, managed memory,
+//! - Not supported: graphs built node by node or updated, cooperative launches, managed memory,
 //!   memory pools other than the default one, several devices. Such a call returns
-//!   `CUDA_ERROR_NOT_SUPPORTED`, and says so once on the standard error, or its symbol is missing.
-//! - A module's image is checked for being one, and for its version of PTX where the driver is an older one;
-//!   otherwise it is ignored: kernels are found by name among those that were compiled in.
-//! - Kernels use 32 registers each, as far as occupancy is concerned, and no static shared memory.
+//!   `CUDA_ERROR_NOT_SUPPORTED` and prints this once to the standard error, or its symbol is
+//!   missing.
+//! - A module's image must be a valid module and, for an older driver, of a PTX version that it
+//!   reads; otherwise it is ignored: kernels are found by name among the compiled-in ones.
+//! - For occupancy, each kernel uses 32 registers and no static shared memory.
 
 mod choice;
 mod traffic;
@@ -72,12 +77,12 @@ static COUNTING_LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libcu
 #[cfg(not(feature = "counting"))]
 static COUNTING_LIBRARY: &[u8] = &[];
 
-/// Why the software device could not be installed.
+/// The reason why the software device could not be installed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InstallError {
-    /// Another CUDA driver was opened in this process before: of this name, or the other variant of
-    /// the software device.
+    /// Another CUDA driver was opened in this process before: one of this name, or the other
+    /// variant of the software device.
     DriverAlreadyLoaded(&'static str),
     /// [`install_counting`] in a build without the feature `counting`.
     CountingNotBuilt,
@@ -92,10 +97,10 @@ impl fmt::Display for InstallError {
         match self {
             Self::DriverAlreadyLoaded(name) => write!(
                 f,
-                "the software CUDA device must be installed before a driver is used, but {name} is loaded already"
+                "the software CUDA device must be installed before a driver is used, but {name} is already loaded"
             ),
             Self::CountingNotBuilt => f.write_str(
-                "the software CUDA device that counts is not in this build: it needs the feature `counting`",
+                "this build has no counting software CUDA device: it needs the feature `counting`",
             ),
             Self::Memory(why) => {
                 write!(f, "the software CUDA device could not be written to memory: {why}")
@@ -107,33 +112,33 @@ impl fmt::Display for InstallError {
 
 impl std::error::Error for InstallError {}
 
-/// What a kernel looks like from outside.
+/// The interface of a kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelInfo {
     /// Its exported name.
     pub symbol: String,
-    /// The most threads that one block may have: its launch bound.
+    /// The largest number of threads per block: its launch bound.
     pub max_threads: u32,
     /// Its parameters, in order.
     pub parameters: Vec<Parameter>,
 }
 
-/// Where an argument lies in a kernel's parameter buffer, in bytes.
+/// Offset and size of an argument in a kernel's parameter buffer, in bytes.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Parameter {
-    /// From the start of the buffer.
+    /// The offset from the start of the buffer.
     pub offset: usize,
-    /// Of the argument.
+    /// The size of the argument.
     pub size: usize,
 }
 
-/// What the software device has done so far and what it holds, over all threads.
+/// Operation counts and live allocations of the software device, over all threads.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Allocations of device memory that have not been freed. A stream-ordered free counts when the
-    /// stream has come that far.
+    /// stream reaches it.
     pub live_allocations: u64,
     /// Their bytes.
     pub live_bytes: u64,
@@ -149,7 +154,7 @@ pub struct Counters {
     pub unfinished: u64,
 }
 
-/// The C struct of emulator/simt/runtime.h, up to what is read here.
+/// The C struct of emulator/simt/runtime.h, without the members that are not read here.
 #[repr(C)]
 struct Kernel {
     symbol: *const c_char,
@@ -175,7 +180,7 @@ struct Control {
 
 static CONTROL: OnceLock<(Variant, Control)> = OnceLock::new();
 
-/// The two libraries, of which a process has one.
+/// The two libraries, one of which a process has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Variant {
     Plain,
@@ -183,12 +188,12 @@ enum Variant {
 }
 
 /// Makes the software device this process's CUDA driver. Call it before cudarc's first call; a
-/// second call does nothing.
+/// second call has no effect.
 ///
 /// # Errors
 ///
-/// Fails if a CUDA driver is loaded already, [the one that counts](install_counting) among them, or
-/// if the library cannot be loaded.
+/// Fails if a CUDA driver is already loaded, including the [counting one](install_counting), or if
+/// the library cannot be loaded.
 pub fn install() -> Result<(), InstallError> {
     install_variant(Variant::Plain)
 }
@@ -202,17 +207,17 @@ fn install_variant(variant: Variant) -> Result<(), InstallError> {
     match CONTROL.get() {
         Some((installed, _)) if *installed == variant => return Ok(()),
         Some((Variant::Plain, _)) => {
-            return Err(InstallError::DriverAlreadyLoaded("the one that does not count"));
+            return Err(InstallError::DriverAlreadyLoaded("the plain software device"));
         }
         Some((Variant::Counting, _)) => {
-            return Err(InstallError::DriverAlreadyLoaded("the one that counts"));
+            return Err(InstallError::DriverAlreadyLoaded("the counting software device"));
         }
         None => {}
     }
     if is_loaded(c"libcuda.so") {
         return Err(InstallError::DriverAlreadyLoaded("libcuda.so"));
     }
-    // A driver that was only asked whether there is a GPU, and that found none, is in nobody's way.
+    // A driver that was only probed for a GPU and has none is ignored.
     if is_loaded(c"libcuda.so.1") && choice::count_devices(c"libcuda.so.1").is_ok() {
         return Err(InstallError::DriverAlreadyLoaded("libcuda.so.1"));
     }
@@ -221,7 +226,7 @@ fn install_variant(variant: Variant) -> Result<(), InstallError> {
     Ok(())
 }
 
-/// Whether [`install`] or [`install_counting`] has succeeded in this process.
+/// Returns whether [`install`] or [`install_counting`] has succeeded in this process.
 pub fn is_installed() -> bool {
     CONTROL.get().is_some()
 }
@@ -232,13 +237,12 @@ fn is_loaded(name: &CStr) -> bool {
     if handle.is_null() {
         return false;
     }
-    // SAFETY: the handle is the one that dlopen has just given; the library stays loaded by who
-    // loaded it.
+    // SAFETY: dlopen has just returned the handle; the library stays loaded by its first opener.
     unsafe { libc::dlclose(handle) };
     true
 }
 
-/// Writes the library to a file in memory and loads it from there, for good.
+/// Writes the library to a file in memory and loads it from there; it is never unloaded.
 fn load(variant: Variant) -> Result<Control, InstallError> {
     use std::io::Write;
     use std::os::fd::{AsRawFd, FromRawFd};
@@ -248,7 +252,7 @@ fn load(variant: Variant) -> Result<Control, InstallError> {
     if descriptor < 0 {
         return Err(InstallError::Memory(std::io::Error::last_os_error().to_string()));
     }
-    // SAFETY: the descriptor is new and belongs to nobody else.
+    // SAFETY: the descriptor is new and has no other owner.
     let mut file = unsafe { std::fs::File::from_raw_fd(descriptor) };
     let library = match variant {
         Variant::Plain => PLAIN_LIBRARY,
@@ -281,7 +285,7 @@ fn load(variant: Variant) -> Result<Control, InstallError> {
 }
 
 fn load_error() -> String {
-    // SAFETY: dlerror gives null or a C string that is valid until the thread's next dl call.
+    // SAFETY: dlerror returns null or a C string that is valid until the thread's next dl call.
     unsafe {
         let text = libc::dlerror();
         if text.is_null() {
@@ -304,67 +308,69 @@ unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F, Install
     if address.is_null() {
         return Err(InstallError::Load(load_error()));
     }
-    // SAFETY: the caller says that F is the function's type, and it is as large as a pointer.
+    // SAFETY: the caller guarantees that F is the function's type, and it is as large as a pointer.
     Ok(unsafe { std::mem::transmute_copy(&address) })
 }
 
 fn control() -> &'static Control {
-    &CONTROL.get().expect("moe_emulator::install() comes first").1
+    &CONTROL.get().expect("moe_emulator::install() was called").1
 }
 
-/// Seeds the schedule of what this OS thread submits from now on: the order of threads, blocks and
-/// asynchronous copies within its kernels, and the order in which streams do their work. Seed 0 is
-/// the plain schedule: everything in order, and as late as possible. The same seed gives the same
-/// run, as long as the thread shares no stream with others and a launch runs on one OS thread.
+/// Seeds the schedule of the work that this OS thread submits from now on: the order of threads,
+/// blocks and asynchronous copies within its kernels, and the order in which streams do their work.
+/// Seed 0 is the plain schedule: everything in order, and as late as possible. The same seed gives
+/// the same schedule, if the thread shares no stream with others and a launch runs on one OS
+/// thread.
 ///
 /// # Panics
 ///
 /// Panics if the software device is not installed, as all functions below do.
 pub fn set_seed(seed: u64) {
-    // SAFETY: the function takes a number and touches only its thread's state.
+    // SAFETY: the function takes a number and changes only its thread's state.
     unsafe { (control().set_seed)(seed) }
 }
 
 /// Sets how many OS threads run the blocks of a launch that this OS thread submits from now on.
 pub fn set_os_threads(count: u32) {
-    // SAFETY: the function takes a number and touches only its thread's state.
+    // SAFETY: the function takes a number and changes only its thread's state.
     unsafe { (control().set_os_threads)(count) }
 }
 
-/// Leaves out the first `count` blocks (clusters, where there are any) of each launch that this OS thread submits from
-/// now on; with 0 all of them run. A launch without any other block fails.
+/// Leaves out the first `count` blocks (clusters, if any) of each launch that this OS thread
+/// submits from now on; with 0 all blocks run. A launch without remaining blocks fails.
 ///
-/// It is for addresses that only the last blocks of a large grid have, where the whole grid would take minutes, and for
-/// kernels whose blocks do not depend on one another. The memory of the blocks that are left out stays as it is.
+/// This is for addresses that only the last blocks of a large grid access, where the whole grid
+/// would take minutes, and for kernels whose blocks are independent. The memory of the omitted
+/// blocks is unchanged.
 pub fn leave_out_blocks(count: u64) {
-    // SAFETY: the function takes a number and touches only its thread's state.
+    // SAFETY: the function takes a number and changes only its thread's state.
     unsafe { (control().leave_out_blocks)(count) }
 }
 
-/// The full report of the last failure among what this OS thread has submitted, if there was one. The driver's
-/// description of the failure's code, as errors print it, ends with the same report.
+/// The full report of the last failure of this OS thread's work, if any. The driver's description
+/// of the failure's code, as errors print it, ends with the same report.
 pub fn last_error() -> Option<String> {
-    // SAFETY: the result is null or a C string that is valid until this thread asks again.
+    // SAFETY: the result is null or a C string that is valid until this thread's next call.
     unsafe {
         let text = (control().last_error)();
         (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
     }
 }
 
-/// The carve-out that was last preferred for a kernel (`CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT`), in
-/// percent of the largest shared memory; `None` if nothing was preferred.
+/// The last preferred carve-out of a kernel (`CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT`),
+/// in percent of the largest shared memory; `None` if none was set.
 pub fn preferred_carveout(symbol: &CStr) -> Option<u32> {
     // SAFETY: the symbol is a C string.
     u32::try_from(unsafe { (control().carveout)(symbol.as_ptr()) }).ok()
 }
 
-/// Forgets the failures that stick to the streams this OS thread has used, and their report.
+/// Clears the failures that stick to the streams this OS thread has used, and their report.
 pub fn clear_errors() {
     // SAFETY: the function has no preconditions.
     unsafe { (control().clear_errors)() }
 }
 
-/// All kernels that were compiled in, sorted by name.
+/// All compiled-in kernels, sorted by name.
 pub fn kernels() -> Vec<KernelInfo> {
     // SAFETY: the function has no preconditions.
     let count = unsafe { (control().kernel_count)() };
@@ -393,7 +399,7 @@ pub fn kernels() -> Vec<KernelInfo> {
     kernels
 }
 
-/// What the device has done and what it holds.
+/// The device's operation counts and live allocations.
 pub fn counters() -> Counters {
     let mut counters = Counters::default();
     // SAFETY: the struct is the one that the function fills.

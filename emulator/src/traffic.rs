@@ -1,24 +1,24 @@
-//! Exact counts of what kernels read, write and do together, from the variant of the software
-//! device that counts.
+//! Exact counts of the memory traffic and warp operations of kernels, from the counting variant of
+//! the software device.
 
 use std::ffi::CString;
 
 use crate::{InstallError, Variant, control, install_variant, kernels};
 
-/// Bytes of a sector, the unit in which L2 and DRAM move.
+/// Bytes of a sector, the unit of transfer of L2 and DRAM.
 const SECTOR_BYTES: u64 = 32;
 
-/// What the launches of one kernel have moved and done since [`reset_traffic`].
+/// The memory traffic and warp operations of one kernel's launches since [`reset_traffic`].
 ///
-/// The unit is the *request*: one instruction that a warp executes, for all its lanes at once. What
-/// is counted depends on the kernel, its arguments and its data alone, not on the seed or on the
-/// number of OS threads. `emulator/README.md` says how requests are found, and what the limits are.
+/// The unit is the *request*: one instruction that a warp executes, for all its lanes at once. The
+/// counts depend only on the kernel, its arguments and its data, not on the seed or on the number
+/// of OS threads. `emulator/README.md` describes how requests are found, and the limits.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Traffic {
     /// The kernel's exported name.
     pub symbol: String,
-    /// Launches that succeeded; a failed one is in no count.
+    /// Successful launches; a failed one adds to no count.
     pub launches: u64,
     /// Blocks of these launches.
     pub blocks: u64,
@@ -32,29 +32,29 @@ pub struct Traffic {
     pub shared_read: SharedTraffic,
     /// Writes of shared memory: stores, stmatrix and the arrival of cp.async, but not that of TMA.
     pub shared_write: SharedTraffic,
-    /// What warps did other than move memory.
+    /// Warp operations other than memory accesses.
     pub operations: WarpOperations,
 }
 
 impl Traffic {
-    /// The bytes that DRAM must move at least, were the cache as large as memory: every sector that
-    /// a launch reads comes in once, and every sector that it writes goes out once.
+    /// The least bytes that DRAM must move, with a cache as large as memory: every sector that a
+    /// launch reads is loaded once, and every sector that it writes is stored once.
     pub fn dram_bytes(&self) -> u64 {
         self.global_read.unique_bytes() + self.global_write.unique_bytes()
     }
 
-    /// The bytes that move between L1 and L2 if L1 keeps nothing from one request to the next, in
-    /// both directions. A kernel that reads something twice shows here.
+    /// The bytes that move between L1 and L2 in both directions if L1 keeps nothing between
+    /// requests. A kernel that reads data twice shows here.
     pub fn sector_bytes(&self) -> u64 {
         (self.global_read.sectors + self.global_write.sectors) * SECTOR_BYTES
     }
 
-    /// The bytes that lanes asked for, in both directions.
+    /// The bytes that lanes requested, in both directions.
     pub fn requested_bytes(&self) -> u64 {
         self.global_read.bytes + self.global_write.bytes
     }
 
-    /// Wavefronts of shared memory that bank conflicts cost, in both directions.
+    /// Additional wavefronts of shared memory because of bank conflicts, in both directions.
     pub fn bank_conflicts(&self) -> u64 {
         self.shared_read.conflicts() + self.shared_write.conflicts()
     }
@@ -64,27 +64,28 @@ impl Traffic {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct GlobalTraffic {
-    /// Bytes that lanes asked for: two lanes that ask for the same byte count twice.
+    /// Bytes that lanes requested: a byte that two lanes request counts twice.
     pub bytes: u64,
     /// Requests by warps.
     pub requests: u64,
-    /// Different sectors of 32 bytes in a request, summed over requests: what L1 asks of L2 when it
-    /// keeps nothing.
+    /// Different sectors of 32 bytes in a request, summed over requests: the transfers from L2 if
+    /// L1 keeps nothing.
     pub sectors: u64,
-    /// Different sectors of 32 bytes in a launch, summed over launches. Those of atomics are among
-    /// the read and the written ones.
+    /// Different sectors of 32 bytes in a launch, summed over launches. Sectors of atomics count as
+    /// both read and written.
     pub unique_sectors: u64,
 }
 
 impl GlobalTraffic {
-    /// Sectors of an average request; 0 without requests. A warp whose lanes lie side by side has 4
-    /// with 4 bytes a lane and 16 with 16; one whose lanes have nothing in common has 32.
+    /// Sectors of an average request; 0 without requests. A warp whose lanes access adjacent
+    /// addresses has 4 with 4 bytes a lane and 16 with 16; a warp whose lanes share no sectors has
+    /// 32.
     pub fn sectors_per_request(&self) -> f64 {
         ratio(self.sectors, self.requests)
     }
 
-    /// The share of the moved sectors that was asked for. 1 is ideal; below it bytes are moved in
-    /// vain, and above it lanes share them.
+    /// Requested bytes per moved byte. 1 is ideal; below 1 unneeded bytes are moved, and above 1
+    /// lanes share bytes.
     pub fn sector_use(&self) -> f64 {
         ratio(self.bytes, self.sectors * SECTOR_BYTES)
     }
@@ -101,15 +102,16 @@ impl GlobalTraffic {
 pub struct SharedTraffic {
     /// Requests by warps.
     pub requests: u64,
-    /// Passes through the banks that the requests take. A pass serves 32 lanes with 4 bytes each,
-    /// 16 with 8 or 8 with 16, and takes as many wavefronts as one bank has different words.
+    /// Passes through the banks that the requests take, in wavefronts. A pass serves 32 lanes with
+    /// 4 bytes each, 16 with 8 or 8 with 16, and takes as many wavefronts as the busiest bank has
+    /// different words.
     pub wavefronts: u64,
-    /// What they would take without conflicts: one for each pass in which a lane takes part.
+    /// Wavefronts without conflicts: one for each pass in which a lane takes part.
     pub ideal_wavefronts: u64,
 }
 
 impl SharedTraffic {
-    /// Wavefronts that bank conflicts cost.
+    /// Additional wavefronts because of bank conflicts.
     pub fn conflicts(&self) -> u64 {
         self.wavefronts - self.ideal_wavefronts
     }
@@ -120,7 +122,7 @@ impl SharedTraffic {
     }
 }
 
-/// Instructions that a warp executes as a whole; each counts once, whatever its mask.
+/// Instructions that a warp executes as a whole; each counts once, for any mask.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WarpOperations {
@@ -140,11 +142,11 @@ pub struct WarpOperations {
     pub matrix_stores: u64,
     /// `__syncwarp`
     pub warp_barriers: u64,
-    /// Barriers of a block, named or not, once for each warp that comes to one.
+    /// Barriers of a block, named or not, once for each warp that arrives.
     pub block_barriers: u64,
-    /// Atomics on device memory; lanes on one address count once.
+    /// Atomics on device memory; lanes with the same address count once.
     pub global_atomics: u64,
-    /// Atomics on shared memory; lanes on one address count once.
+    /// Atomics on shared memory; lanes with the same address count once.
     pub shared_atomics: u64,
 }
 
@@ -166,11 +168,12 @@ fn ratio(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 
-/// As [`install`](crate::install), but the device counts what kernels move: [`traffic`]. It runs
-/// them more slowly and is otherwise the same. One process has one of the two.
+/// Like [`install`](crate::install), for the variant that counts the traffic of kernels:
+/// [`traffic`]. It runs them more slowly and is otherwise identical. A process has one of the two
+/// variants.
 ///
 /// # Errors
-/// Fails if a CUDA driver is loaded already, the plain software device among them, if the library
+/// Fails if a CUDA driver is already loaded, including the plain software device, if the library
 /// cannot be loaded, or in a build without the feature `counting`.
 pub fn install_counting() -> Result<(), InstallError> {
     install_variant(Variant::Counting)

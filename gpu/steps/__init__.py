@@ -1,1 +1,1 @@
-"""The steps of `run`: checks, measurements, their order, and the page that says how they went."""
+"""The steps of `run`: checks, measurements, their order, and the summary page."""

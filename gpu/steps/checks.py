@@ -1,26 +1,26 @@
-"""Right or wrong: golden vectors, the test suite, compute-sanitizer, the program's own checks."""
+"""Correctness: golden vectors, the test suite, compute-sanitizer, the program's own checks."""
 
 import os
 import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
-from steps.runner import FAILED, IMPOSSIBLE, PAYLOAD, Result, tool
+from steps.runner import FAILED, IMPOSSIBLE, NoAnswer, Result, tool
 
-# The rules of the house are about sources, which are not here; tensors of gigabytes are a cell of their own.
+# tidy checks sources, which a bundle does not have. Tests of tensors of gigabytes are a cell.
 LEFT_OUT = ("tidy::", "large::")
-CASES = "4"  # Random cases of each property test, unless `cases=N` or PROPTEST_CASES says otherwise.
+CASES = "4"  # Random cases of each property test, without `cases=N` and PROPTEST_CASES.
 LIST_ANSWERS = 30  # Seconds in which the test binary has to list its tests.
-MOST_ALONE = 200  # Failed tests that are tried again, each in a process of its own.
-# A sanitizer's reduced set: every operation on tails and on many experts.
+MOST_ALONE = 200  # The most failed tests that are tried again, each in a process of its own.
+ALONE_ENDS = 300  # Seconds in which one of them has to end.
+# The reduced set of a sanitizer: all operations, with partial tiles and with many experts.
 REDUCED = ["--shapes", "T37H72I56E5K2,T24H136I24E67K6", "--dtypes", "f32,bf16"]
 REDUCED += ["--skews", "uniform", "--seeds", "0"]
-# The least launch that shows whether a sanitizer works here at all.
+# A small check that shows whether compute-sanitizer works on the machine.
 PROBE = ["--ops", "permute", "--shapes", "T4H64I64E4K2", "--dtypes", "f32", "--seeds", "0"]
 
 
 def golden(run, task):
-    """Each primitive of the kernels alone, against what the software device made of it."""
+    """Compares each primitive of the kernels with its result on the software device."""
     record = run.folder / "golden.txt"
     done = run.call(task, "./golden", "cases", "images", record)
     count = done.find(r"\d+ cases, .*")
@@ -31,7 +31,7 @@ def golden(run, task):
 
 
 def words_of(task):
-    """The words of a test command: how many cases, which tests, which tests not."""
+    """Reads a test command: the number of cases, and the filters of the test binary."""
     cases = os.environ.get("PROPTEST_CASES", CASES)
     filters = []
     for word in task.words:
@@ -44,13 +44,13 @@ def words_of(task):
 
 
 def listed(run, chosen):
-    done = run.ask("./it --list", LIST_ANSWERS, "./it", "--list", *chosen)
+    done = run.query("./it --list", LIST_ANSWERS, "./it", "--list", *chosen)
     done.check_returncode()
     return set(re.findall(r"^(\S+): test$", done.stdout, re.MULTILINE))
 
 
 def binary(run, task, threads, prefix=()):
-    """The test binary, alone or under a tool: how it ended, which tests it reached, which failed."""
+    """Runs the test binary, also under a tool: its end, all tests, those reached, those failed."""
     cases, chosen = words_of(task)
     names = listed(run, chosen)
     done = run.call(
@@ -62,7 +62,7 @@ def binary(run, task, threads, prefix=()):
 
 
 def counted(names, seen, failed, done):
-    """The line for people of a run of the test binary."""
+    """Returns the result line of the test binary."""
     what = f"{len(seen)} of {len(names)} tests"
     if failed:
         what += f", failed: {' '.join(sorted(failed))}"
@@ -73,11 +73,11 @@ def counted(names, seen, failed, done):
 
 
 def test(run, task):
-    """Operations against the CPU reference, on every core."""
+    """Checks operations against the CPU reference, on all cores."""
     done, names, seen, failed = binary(run, task, os.cpu_count())
     what = counted(names, seen, failed, done)
     broken = done.status not in (0, None)
-    # One bad kernel spoils the context of all tests after it: each failure is tried alone as well.
+    # After a failed kernel, later tests of the same context fail too: each failure is tried alone.
     suspects = sorted(failed | (names - seen if broken else set()))[:MOST_ALONE]
     if broken and suspects:
         verdicts = alone(run, task, suspects)
@@ -91,40 +91,32 @@ def test(run, task):
 
 
 def alone(run, task, names):
-    """Whether each of these tests passes in a process of its own; `None` where time was over."""
+    """Returns whether each test passes in a process of its own; `None` if its time was over."""
+    cases = words_of(task)[0]
 
     def one(name):
         left = task.left()
         if left is not None and left < 2:
             return name, None, ""
+        limit = ALONE_ENDS if left is None else min(left, ALONE_ENDS)
         command = ["./it", "--exact", name]
-        environment = {**os.environ, "MOE_DEVICE": run.device, "PROPTEST_CASES": words_of(task)[0]}
         try:
-            done = subprocess.run(
-                command,
-                cwd=PAYLOAD,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=left,
-            )
-        except subprocess.TimeoutExpired:
-            return name, None, ""
-        return name, done.returncode == 0, done.stdout
+            done = run.query(" ".join(command), limit, *command, PROPTEST_CASES=cases)
+        except NoAnswer as error:
+            return name, None, str(error)
+        return name, done.returncode == 0, done.stdout + done.stderr
 
     verdicts = {}
     pool = ThreadPoolExecutor(min(8, os.cpu_count()))
     try:
         with open(run.file(task, "-alone.log"), "w") as log:
-            for name, good, said in pool.map(one, names):
+            for name, good, output in pool.map(one, names):
                 verdicts[name] = good
-                log.write(f"# {name}\n{said}\n")
+                log.write(f"# {name}\n{output}\n")
                 log.flush()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        run.kill_all()  # After an interrupt; otherwise all have ended.
     return verdicts
 
 
@@ -132,28 +124,29 @@ def alone(run, task, names):
 
 
 def sanitizer_trouble(run, task, sanitizer):
-    """Why compute-sanitizer does not work on this machine at all; empty if it does."""
+    """Returns why compute-sanitizer does not work on this machine; empty if it does."""
     check = ["./moe-kernels", "check", "--device", run.device, *PROBE]
     probe = run.call(task, sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *check)
     if probe.status in (0, 9):
         return ""
-    said = probe.find(r"={5,} +(.*\S)")
-    return said[-1][1] if said else f"exit status {probe.status}"
+    messages = probe.find(r"={5,} +(.*\S)")
+    return messages[-1][1] if messages else f"exit status {probe.status}"
 
 
 def sanitize(run, task):
-    """A tool of compute-sanitizer on `reduced`, a small check of all operations, or on the tests."""
+    """Runs a tool of compute-sanitizer on tests, or on `reduced`: a small check of all operations."""
     if run.device != "cuda":
-        return Result(IMPOSSIBLE, "compute-sanitizer watches GPUs, this is the software device")
+        return Result(IMPOSSIBLE, "compute-sanitizer needs a GPU, this is the software device")
     sanitizer = tool("compute-sanitizer")
     if sanitizer is None:
-        return Result(IMPOSSIBLE, "there is no compute-sanitizer")
+        return Result(IMPOSSIBLE, "compute-sanitizer was not found")
     why = run.once("sanitizer", lambda: sanitizer_trouble(run, task, sanitizer))
     if why:
         return Result(IMPOSSIBLE, f"compute-sanitizer does not work: {why}")
     prefix = [sanitizer, "--tool", task.command, "--error-exitcode", "9"]
     if task.command == "memcheck":
-        prefix += ["--report-api-errors", "no"]  # Some tests ask for what the driver must refuse.
+        # Some tests make calls that the driver must reject.
+        prefix += ["--report-api-errors", "no"]
     if task.words == ["reduced"]:
         check = ["./moe-kernels", "check", "--device", run.device, *REDUCED]
         done = run.call(task, *prefix, *check)
@@ -167,9 +160,10 @@ def sanitize(run, task):
 
 
 def program(run, task):
-    """The program itself, such as `check` or `run --recorded fixtures`: exit status 0 is right."""
+    """Runs the program, such as `check` or `run --recorded fixtures`, which must exit with 0."""
     done = run.call(task, "./moe-kernels", *task.words, "--device", run.device)
-    said = [line.strip() for line in done.lines if line.strip()]
-    good = sum(line.endswith(" ok") for line in said)  # Tables of recorded blocks have no last line.
-    last = said[-1] if said else ""
+    lines = [line.strip() for line in done.lines if line.strip()]
+    # Tables of recorded blocks have no summary line, so their good lines are counted.
+    good = sum(line.endswith(" ok") for line in lines)
+    last = lines[-1] if lines else ""
     return Result(done.outcome(), f"{good} lines are ok" if good and done.status == 0 else last)

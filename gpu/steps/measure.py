@@ -1,4 +1,4 @@
-"""How fast: the bench with peers, variants of a kernel, profiles."""
+"""Measurements: the bench with peers, variants of a kernel, profiles."""
 
 import argparse
 import csv
@@ -10,45 +10,45 @@ import sys
 
 from steps.runner import FAILED, IMPOSSIBLE, OK, PAYLOAD, STOPPED, NoAnswer, Result, tool
 
-MEMORY_FOLDER = "/dev/shm"  # Peers get gigabytes of tensors in a file: rather in memory than on a disk.
+MEMORY_FOLDER = "/dev/shm"  # For the peers' files of tensors, which have gigabytes.
 MEMORY_BYTES = 16 << 30
-TORCH_ANSWERS = 60  # Seconds in which torch has to load and to find its device.
+TORCH_ANSWERS = 60  # Seconds in which torch has to load and find its device.
 PAGE_ANSWERS = 60  # Seconds in which ncu has to print a report.
-STOPS_EARLY = 15  # Seconds before its end at which a bench begins nothing new.
+STOPS_EARLY = 15  # Seconds before its end at which a bench starts no further measurement.
 
 
 # ---- Bench --------------------------------------------------------------------------------------
 
 
 def torch_trouble(run):
-    """Why peers cannot run here; empty if they can."""
+    """Returns why peers cannot run on this machine; empty if they can."""
     probe = [sys.executable, "-c", "import torch; torch.zeros(1).cuda()"]
     try:
-        asked = run.ask("torch", TORCH_ANSWERS, *probe)
+        reply = run.query("torch", TORCH_ANSWERS, *probe)
     except NoAnswer as error:
         return str(error)
-    if not asked.returncode:
+    if not reply.returncode:
         return ""
-    return (asked.stderr.strip().splitlines() or ["torch does not load"])[-1]
+    return (reply.stderr.strip().splitlines() or ["torch does not load"])[-1]
 
 
 def peer_options(run, against, tuning_seconds):
-    """The bench's options for peers, or why there are none."""
+    """Returns the bench's options for peers, or why they cannot run."""
     if run.device != "cuda":
-        return None, "peers have no software device"
+        return None, "peers do not run on the software device"
     if not (PAYLOAD / "peers/peers.py").is_file():
         return None, "peers are not in this bundle"
     why = run.once("torch", lambda: torch_trouble(run))
     if why:
         return None, f"peers: {why}"
-    # What a search for the best configuration has found serves later runs too.
+    # Later runs reuse the configurations that a search has found.
     cache = os.path.relpath(run.folder / "peers-cache", PAYLOAD)
     program = f"{sys.executable} peers/peers.py --cache {cache} --tuning-seconds {tuning_seconds:g}"
     return ["--peers", program + ("" if against == "all" else f" --only {against}")], None
 
 
 def bench(run, task):
-    """Times, rooflines and, `--against` them, peers."""
+    """Runs the bench: times, rooflines and, with `--against`, peers."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--against")
     parser.add_argument("--tuning-seconds", type=float, default=30)
@@ -85,12 +85,12 @@ def read_bench(folder):
 
 
 def tune(run, task):
-    """Variants of grouped_gemm, compiled by this machine's nvcc."""
+    """Times variants of grouped_gemm, compiled by this machine's nvcc."""
     if run.device != "cuda":
-        return Result(IMPOSSIBLE, "the software device has no variants to time")
+        return Result(IMPOSSIBLE, "variants are not timed on the software device")
     nvcc = tool("nvcc")
     if nvcc is None:
-        return Result(IMPOSSIBLE, "there is no nvcc to compile variants with")
+        return Result(IMPOSSIBLE, "nvcc, which compiles variants, was not found")
     architecture = run.results["device"]["capability"].replace(".", "")
     words = ["variants", "--architectures", architecture, "--nvcc", nvcc]
     done = run.call(task, "./tune-variants", *words)
@@ -109,7 +109,7 @@ def tune(run, task):
 
 # ---- Profiles -----------------------------------------------------------------------------------
 
-# What ncu may say of a kernel, as far as the GPU at hand has it.
+# The metrics of ncu that are kept, if the GPU has them.
 METRICS = re.compile(
     r"gpu__time_duration\.sum"
     r"|dram__bytes_(read|write)\.sum|dram__throughput\.avg\.pct.*elapsed"
@@ -123,16 +123,16 @@ PROFILED = ["--model", "qwen3-30b-a3b", "--tokens", "512", "--op", "layer"]
 
 
 def profile(run, task):
-    """Kernels under ncu: `REGEX` of their names, then the bench that launches them."""
+    """Profiles kernels with ncu: a regular expression for their names, then a bench's arguments."""
     if run.device != "cuda":
-        return Result(IMPOSSIBLE, "ncu reads the counters of GPUs, this is the software device")
+        return Result(IMPOSSIBLE, "ncu needs a GPU, this is the software device")
     ncu = tool("ncu")
     if ncu is None:
-        return Result(IMPOSSIBLE, "there is no ncu")
+        return Result(IMPOSSIBLE, "ncu was not found")
     kernels, *words = task.words or ["moe_"]
     report = PAYLOAD / "profiled.ncu-rep"
     report.unlink(missing_ok=True)
-    # The first launches load and warm up. Clocks are the machine owner's.
+    # The first launches are the warm-up. ncu does not change the machine's clocks.
     choose = ["--kernel-name", f"regex:{kernels}", "--launch-skip", 20, "--launch-count", 10]
     how = ["--set", "full", "--clock-control", "none", "--force-overwrite", "--export", report]
     target = ["./moe-kernels", "bench", "--device", run.device, *(words or PROFILED)]
@@ -144,7 +144,7 @@ def profile(run, task):
         return Result(STOPPED if done.status is None else FAILED, done.last())
 
     def page(*words):
-        return run.ask("ncu --import", PAGE_ANSWERS, ncu, "--import", report, *words).stdout
+        return run.query("ncu --import", PAGE_ANSWERS, ncu, "--import", report, *words).stdout
 
     run.file(task, ".txt").write_text(page("--page", "details"))
     launches = list(csv.DictReader(page("--page", "raw", "--csv").splitlines()))
@@ -153,6 +153,6 @@ def profile(run, task):
     with open(run.file(task, ".csv"), "w", newline="") as file:
         table = csv.DictWriter(file, chosen, extrasaction="ignore")
         table.writeheader()
-        table.writerows(launches)  # The first of them is the units.
+        table.writerows(launches)  # The first row has the units.
     report.unlink()
     return Result(OK, f"{max(len(launches) - 1, 0)} launches, {len(chosen)} metrics")

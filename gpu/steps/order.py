@@ -1,4 +1,4 @@
-"""What comes when: the first run with the shares of its time, and the cells that follow."""
+"""The order of steps: the first run with the shares of its time, and the cells."""
 
 import platform
 import re
@@ -33,8 +33,8 @@ COMMANDS = {
     "tune": measure.tune,
     "profile": measure.profile,
 }
-# The first run: seconds of 480, and a command. The cells of the list's first section have 180 of them,
-# and whatever is left is for all other cells. A share that is not used goes to the steps that follow.
+# The first run: seconds out of 480, and a command. The cells of the first section have 180 of the
+# 480; the rest is for all other cells. Later steps get the unused time of earlier ones.
 FIRST = [
     (20, "golden", []),
     (120, "test", []),
@@ -48,7 +48,7 @@ Cell = namedtuple("Cell", "section name seconds command words")
 
 
 def read_cells(file):
-    """The cells of a file in their order: seconds, name, command and its words, in sections."""
+    """Reads the cells of a file in order: section, name, seconds, command and its arguments."""
     cells, section = [], None
     for number, line in enumerate(file.read_text().splitlines(), 1):
         line = line.strip()
@@ -72,7 +72,7 @@ def first_section(cells):
 
 
 def first(run):
-    """Every step that is not done yet, each with its share, then cells."""
+    """Runs the steps that are not done yet, each with its share of the time, then cells."""
     cells = read_cells(HERE / "cells.txt")
     note_cells(run, cells)
     describe_machine(run)
@@ -92,21 +92,21 @@ def first(run):
 
 
 def step(run, command, words, end, name=None):
-    """One command as a step of its own."""
+    """Runs one command as a step."""
     name = name or command
     attempt = run.results["steps"].get(name, {}).get("attempts", 0) + 1
     return run.perform(Task("steps", name, command, words, end, attempt), COMMANDS[command])
 
 
 def by_hand(run, command, words):
-    """A command from the command line; its words are a part of its step's name."""
+    """Runs a command from the command line; its arguments are a part of its step's name."""
     name = re.sub(r"\W+", "-", " ".join([command, *words])).strip("-")
     left = run.left()
     step(run, command, words, None if left is None else time.monotonic() + left, name)
 
 
 def describe_machine(run):
-    """What the machine has, as its own tools say it, for whoever reads the results later."""
+    """Writes the output of the machine's own tools to machine.txt, a part of the results."""
     torch = "import torch, triton; print(torch.__version__, triton.__version__)"
     questions = [[tool("nvidia-smi")], [tool("nvcc"), "--version"], ["lscpu"], ["free", "-g"]]
     questions += [[sys.executable, "-c", torch]]
@@ -115,8 +115,8 @@ def describe_machine(run):
         if command[0] is None:
             continue
         try:
-            asked = run.ask(command[0], 15, *command)
-            text.append(f"$ {' '.join(command)}\n{asked.stdout}{asked.stderr}")
+            reply = run.query(command[0], 15, *command)
+            text.append(f"$ {' '.join(command)}\n{reply.stdout}{reply.stderr}")
         except (OSError, subprocess.SubprocessError) as error:
             text.append(f"$ {' '.join(command)}\n{error}")
     (run.folder / "machine.txt").write_text("\n".join(text))
@@ -126,7 +126,7 @@ def describe_machine(run):
 
 
 def further(run):
-    """Cells alone: those that an earlier run has not reached, then a second try of the others."""
+    """Runs cells alone: those that were not reached, then second attempts of the others."""
     cells = read_cells(HERE / "cells.txt")
     note_cells(run, cells)
     left = run.left()
@@ -135,7 +135,7 @@ def further(run):
 
 
 def do_cells(run, cells, end, retry=True):
-    """Does cells in their order, as far as each fits into the time that is left."""
+    """Runs cells in order, as far as each fits into the time that is left."""
     impossible = set()
     while True:
         left = None if end is None else end - time.monotonic()
@@ -155,17 +155,17 @@ def entry(run, cell):
 
 
 def attempts(run, cell):
-    """How often a cell was tried; that it was not possible on a machine does not count."""
+    """Returns the number of attempts of a cell, less those that were not possible on a machine."""
     known = entry(run, cell)
     return 0 if known["outcome"] in (NOT_REACHED, IMPOSSIBLE) else known["attempts"]
 
 
 def next_cell(run, cells, left, retry):
-    """The next cell that is not done and fits: untried ones first, then one more try of others."""
+    """Returns the next open cell that fits: untried cells first, then second attempts."""
 
     def needs(cell):
         known = entry(run, cell)
-        # What was stopped gets more than it had; what failed may need as long again.
+        # A stopped cell needs more time than it had; a failed one may need as long again.
         return max(cell.seconds, known.get("seconds") or 0) if attempts(run, cell) else cell.seconds
 
     open_ = [cell for cell in cells if entry(run, cell)["outcome"] != OK]
@@ -175,13 +175,13 @@ def next_cell(run, cells, left, retry):
 
 
 def note_cells(run, cells):
-    """Notes which cells there are, and what that makes of the steps that consist of them."""
+    """Notes all cells in the results, and the outcomes of the steps that consist of them."""
     known = run.results["cells"]
     fresh = {"outcome": NOT_REACHED, "what": "", "seconds": None, "date": None, "log": None}
     for cell in cells:
         command = " ".join([cell.command, *cell.words])
         known.setdefault(cell.name, {**fresh, "attempts": 0, "command": command})
-    # In the list's order, however they came about.
+    # The order of the list, whatever the order in which they ran.
     names = [cell.name for cell in cells]
     order = names + [name for name in known if name not in names]
     run.results["cells"] = {name: known[name] for name in order}
@@ -194,7 +194,7 @@ def note_cells(run, cells):
 
 
 def group_result(outcomes):
-    """What the outcomes of several cells come to."""
+    """Returns the result of a step from the outcomes of its cells."""
     what = f"{outcomes.count(OK)} of {len(outcomes)} cells"
     for outcome in (FAILED, STOPPED, RUNNING, IMPOSSIBLE, NOT_REACHED):
         if outcomes.count(outcome):

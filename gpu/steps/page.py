@@ -1,4 +1,4 @@
-"""The page for people: steps, cells, and the times of the whole layer."""
+"""The summary page: steps, cells, and the times of the whole layer."""
 
 import json
 
@@ -26,7 +26,7 @@ def page(results, folder):
     if missing:
         lines += ["", f"Not reached: {', '.join(missing)}."]
     lines += ["", "## The layer", "", *layer_table(rows_of(folder))]
-    lines += ["", "Details: results.json, a log of each step and cell, their bench.json."]
+    lines += ["", "Details: results.json, and the log and bench.json of each step and cell."]
     return "\n".join(lines) + "\n"
 
 
@@ -41,14 +41,14 @@ def table(kind, entries):
 
 
 def rows_of(folder):
-    """The rows of every bench so far, in the order of their dates."""
+    """Returns the rows of all benches so far, in the order of their dates."""
     parts = [json.loads(file.read_text()) for file in folder.rglob("bench.json")]
     parts.sort(key=lambda part: part["date"])
     return [row for part in parts for row in part["rows"]]
 
 
 def layer_table(rows):
-    """Microseconds of the whole layer, and how near they come to the roofline."""
+    """Returns a table of the layer's times in microseconds, with the percentage of the roofline."""
     lines = {}
     for row in rows:
         ours = row["by"] == "moe-kernels" and row["op"] == "layer"
@@ -61,7 +61,7 @@ def layer_table(rows):
         return ["No layer was timed."]
     tokens = sorted({count for cells in lines.values() for count in cells})
     return [
-        "From logits: microseconds (percentage of the roofline).",
+        "From logits, in microseconds (percentage of the roofline).",
         "",
         "| layer | " + " | ".join(f"T={count}" for count in tokens) + " |",
         "|---" * (len(tokens) + 1) + "|",

@@ -1,4 +1,4 @@
-"""A run: the device, the results folder, and calls of programs that end when their time is over."""
+"""The device, the results folder, and calls of programs with a time limit."""
 
 import datetime
 import json
@@ -19,20 +19,20 @@ HERE = Path(__file__).resolve().parent.parent  # The bundle.
 PAYLOAD = HERE / "payload"  # Its programs and data, unpacked.
 RESULTS = HERE / "results"
 OK, FAILED, STOPPED, IMPOSSIBLE = "ok", "FAILED", "stopped", "not possible here"
-RUNNING = "running"  # Stands in the results only while it is true, or where a run was killed.
+RUNNING = "running"  # In the results while a task runs, and after the run was killed in it.
 NOT_REACHED = "not reached"
-# Where toolkits put programs that are not on PATH.
+# Folders of toolkits that are not on PATH.
 TOOL_FOLDERS = ["/usr/local/cuda/bin", "/opt/nvidia/nsight-compute"]
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # What asks this program to end.
-GRACE = 5  # Seconds between asking a program to stop and ending it.
-DEVICE_ANSWERS = 60  # Seconds in which the driver has to say which device there is.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Signals that end this program.
+GRACE = 5  # Seconds between SIGTERM and SIGKILL.
+DEVICE_ANSWERS = 60  # Seconds in which the driver has to report the device.
 
-# How a task ended: one of the words above, and a line for people.
+# The outcome of a task, one of the constants above, and a line of text.
 Result = namedtuple("Result", "outcome what")
 
 
 class NoAnswer(subprocess.SubprocessError):
-    """A program gave no answer in time."""
+    """A program did not end in time."""
 
 
 def now():
@@ -40,21 +40,21 @@ def now():
 
 
 def tool(name):
-    """The path of a program of the CUDA toolkit, or `None`."""
+    """Returns the path of a program of the CUDA toolkit, or `None`."""
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(TOOL_FOLDERS))
 
 
 def replace(file, text):
-    """Writes a file so that it is never seen half written."""
+    """Replaces a file in one step, so that no reader sees a part of it."""
     half = file.with_name(file.name + ".half")
     half.write_text(text)
     half.replace(file)
 
 
 class Task:
-    """A command with its words, the time at which it has to end, and where its results go.
+    """A command with its arguments, its end time, and the path of its results.
 
-    `group` is "steps" or "cells". A second attempt has files of its own beside those of the first.
+    `group` is "steps" or "cells". A second attempt writes its own files beside those of the first.
     """
 
     def __init__(self, group, name, command, words=(), end=None, attempt=1):
@@ -65,12 +65,12 @@ class Task:
         self.calls = 0
 
     def left(self):
-        """Seconds until it has to end; `None` without a limit."""
+        """Returns the seconds until the end time; `None` without a limit."""
         return None if self.end is None else max(0.5, self.end - time.monotonic())
 
 
 class Done:
-    """A program's exit status, `None` where its time was over, and its lines."""
+    """A program's exit status, `None` if its time was over, and its lines."""
 
     def __init__(self, status, lines, seconds):
         self.status, self.lines, self.seconds = status, lines, seconds
@@ -87,17 +87,18 @@ class Done:
 
 
 class Run:
-    """One call of `run`: on which device, until when, and all that is known of the device so far."""
+    """One call of `run`: the device, the time limit, and all results of the device so far."""
 
     def __init__(self, device, output, limit=None):
         self.device, self.output, self.failed = device, output, False
         self.start = time.monotonic()
         self.end = None if limit is None else self.start + limit
         self.known = {}
-        self.written = False  # Whether this call has results.
+        self.running = set()  # Programs that were started and have not ended.
+        self.written = False  # Whether this call has written results.
 
     def open(self):
-        """Finds the device, and what is known of it at this commit."""
+        """Finds the device and reads its earlier results at this commit."""
         self.commit = (PAYLOAD / "commit").read_text().strip()
         restore(HERE / "results.tar.gz")
         about = self.describe()
@@ -114,58 +115,74 @@ class Run:
             self.results = {**head, "started": now(), "date": now(), "steps": {}, "cells": {}}
 
     def describe(self):
-        """The device as the program sees it; without one there is nothing to run."""
+        """Returns the device that the program finds. Exits if there is none."""
         command = ["./moe-kernels", "info", "--device", self.device]
         what = f"the device ({' '.join(command)})"
         try:
-            asked = self.ask(what, DEVICE_ANSWERS, *command)
-            why = asked.stderr.strip() if asked.returncode else None
+            reply = self.query(what, DEVICE_ANSWERS, *command)
+            why = reply.stderr.strip() if reply.returncode else None
         except NoAnswer as error:
             why = str(error)
         if why is not None:
             sys.exit(f"{why}\nMOE_DEVICE=emulator tries this bundle without a GPU.")
-        text = asked.stdout.split(maxsplit=1)[1].strip()
+        text = reply.stdout.split(maxsplit=1)[1].strip()
         match = re.match(r"(.*), compute capability ([\d.]+), .* driver for CUDA ([\d.]+)", text)
         name, capability, driver = match.groups()
         return {"kind": self.device, "name": name, "capability": capability, "driver": driver}
 
     def reserve(self):
-        """Seconds that ending a program and writing the last results take."""
+        """Returns the seconds that are kept for ending a program and writing the last results."""
         return min(2 * GRACE, 0.05 * (self.end - self.start))
 
     def left(self):
-        """Seconds of the whole run; `None` without a limit."""
+        """Returns the seconds that are left for steps; `None` without a limit."""
         return None if self.end is None else self.end - self.reserve() - time.monotonic()
 
-    def once(self, name, ask):
-        """The answer to a question that is asked of a machine once."""
+    def once(self, name, query):
+        """Returns the result of `query()`, which is called once for each name."""
         if name not in self.known:
-            self.known[name] = ask()
+            self.known[name] = query()
         return self.known[name]
 
     # ---- Programs ----
 
-    def call(self, task, *command, limit=None, **environment):
-        """Runs a program, showing its output and keeping it in the task's log line by line."""
+    def launch(self, command, stderr, environment):
+        """Starts a program in a session of its own, so that its children end with it."""
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=PAYLOAD,
+            env={**os.environ, "MOE_DEVICE": self.device, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self.running.add(process)
+        return process
+
+    def kill(self, process):
+        """Ends a program and its children. Does not wait: one that hangs in the driver survives."""
+        kill(process, signal.SIGKILL)
+        self.running.discard(process)
+
+    def kill_all(self):
+        """Ends all programs that are still running."""
+        for process in list(self.running):
+            self.kill(process)
+
+    def call(self, task, *command, **environment):
+        """Runs a program, printing its output and writing it to the task's log line by line."""
         begin = time.monotonic()
-        limit = task.left() if limit is None else limit
+        limit = task.left()
         log_file = self.file(task, ".log")
         with open(log_file, "a" if task.calls else "w") as log:
             task.calls += 1
             words = " ".join(map(str, command))
             log.write(f"# {now()}, {self.commit}, {self.device}: {words}\n")
             log.flush()
-            process = subprocess.Popen(
-                [str(word) for word in command],
-                cwd=PAYLOAD,
-                env={**os.environ, "MOE_DEVICE": self.device, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,  # So that its own children end with it.
-            )
+            process = self.launch(command, subprocess.STDOUT, environment)
             lines = []
             reader = threading.Thread(
                 target=copy_lines, args=(process.stdout, lines, log), daemon=True
@@ -177,38 +194,28 @@ class Run:
                     kill(process, signal.SIGTERM)
                     ended(process, GRACE)
             finally:
-                kill(process, signal.SIGKILL)
-            # A program that hangs in the driver outlives even that; the run goes on without it.
+                self.kill(process)
+            # A program that hangs in the driver survives SIGKILL, so this wait has a limit.
             ended(process, GRACE)
             reader.join(GRACE)
         status = process.returncode if in_time else None
         return Done(status, lines, time.monotonic() - begin)
 
-    def ask(self, what, limit, *command):
-        """Runs a short program for its output; `NoAnswer` after `limit` seconds at most."""
+    def query(self, what, limit, *command, **environment):
+        """Runs a short program and returns its output; raises `NoAnswer` after `limit` seconds."""
         left = self.left()
         limit = limit if left is None else max(0, min(limit, left))
-        process = subprocess.Popen(
-            command,
-            cwd=PAYLOAD,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # So that its own children end with it.
-        )
+        process = self.launch(command, subprocess.PIPE, environment)
         try:
-            said = process.communicate(timeout=limit)
+            output = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             raise NoAnswer(f"{what} does not answer within {limit:.3g} s") from None
         finally:
-            # No wait after that: a program that hangs in the driver survives SIGKILL.
-            kill(process, signal.SIGKILL)
-        return subprocess.CompletedProcess(command, process.returncode, *said)
+            self.kill(process)
+        return subprocess.CompletedProcess(command, process.returncode, *output)
 
     def file(self, task, ending):
-        """A file of a task beside its log, such as `cells/NAME.txt`."""
+        """Returns the path of a task's file beside its log, such as `cells/NAME.txt`."""
         file = self.folder / (task.path + ending)
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
@@ -216,14 +223,14 @@ class Run:
     # ---- Results ----
 
     def perform(self, task, function):
-        """Runs a task and notes how it ended, whatever happens."""
+        """Runs a task and notes its outcome, also after an exception."""
         begin = time.monotonic()
         try:
-            self.note(task, Result(RUNNING, "the run was broken off here, unless it still runs"))
+            self.note(task, Result(RUNNING, "still running, or the run was killed here"))
             result = function(self, task)
         except KeyboardInterrupt:
             for name in ENDING:
-                signal.signal(name, signal.SIG_IGN)  # One of them is enough.
+                signal.signal(name, signal.SIG_IGN)  # Further signals are ignored.
             self.note(task, Result(STOPPED, "interrupted"), time.monotonic() - begin)
             raise
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
@@ -234,7 +241,7 @@ class Run:
         return result
 
     def note(self, task, result, seconds=None):
-        """Writes all results anew and packs them: what comes next may take the machine down."""
+        """Writes and packs all results, since the next step may crash the machine."""
         self.results["date"] = now()
         self.results[task.group][task.name] = {
             "outcome": result.outcome,
@@ -257,6 +264,8 @@ class Run:
         replace(self.output / "summary.md", text)
         archive = self.output / "results.tar.gz"
         half = archive.with_name("results.tar.gz.half")
+        # A write that a signal has interrupted may still have this file open: a new file is needed.
+        half.unlink(missing_ok=True)
         with tarfile.open(half, "w:gz", compresslevel=6) as file:
             file.add(RESULTS, "results")
         half.replace(archive)
@@ -264,37 +273,37 @@ class Run:
 
 
 def short(commit):
-    """The first digits of a commit, which still say that a tree had changes."""
+    """Returns the first digits of a commit, with its suffix `-dirty` if there is one."""
     return commit[:9] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def restore(archive):
-    """Earlier results that came as an archive are as good as the folder."""
+    """Unpacks earlier results if there is an archive and no folder."""
     if not RESULTS.exists() and archive.is_file():
         with tarfile.open(archive) as file:
             extract(file, HERE)
 
 
 def extract(archive, folder):
-    """Unpacks without leaving the folder; Python before 3.12 may not have that check."""
+    """Unpacks inside the folder alone; Python before 3.12 may lack the check of paths."""
     safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     archive.extractall(folder, **safe)
 
 
 def copy_lines(stream, lines, log):
-    """Every line as it comes: to the list, the terminal and the log."""
+    """Copies each line at once to the list, the terminal and the log."""
     for line in stream:
         lines.append(line.rstrip("\n"))
         for target in (sys.stdout, log):
             try:
-                target.write(lines[-1] + "\n")  # The last line may have no end.
+                target.write(lines[-1] + "\n")  # The last line may lack its newline.
                 target.flush()
-            except (OSError, ValueError):  # A closed terminal or a log that is complete.
+            except (OSError, ValueError):  # The terminal or the log is closed.
                 pass
 
 
 def ended(process, limit):
-    """Waits for a program, and says whether it ended in time."""
+    """Waits for a program and returns whether it ended in time."""
     try:
         process.wait(limit)
         return True
@@ -303,7 +312,7 @@ def ended(process, limit):
 
 
 def kill(process, with_signal):
-    """Signals a program and its children."""
+    """Sends a signal to a program and its children."""
     try:
         os.killpg(process.pid, with_signal)
     except (ProcessLookupError, PermissionError):

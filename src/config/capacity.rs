@@ -1,26 +1,29 @@
-//! Capacity: how many rows an expert takes at most, and which it leaves out.
+//! Capacity: the limit on the rows of each expert, and the order in which slots are kept.
 
 use super::field::Checked;
 use super::router::Normalization;
 use crate::error::{Error, Result};
 use crate::shape::RoutingShape;
 
-/// A limit on the rows of each expert. Slots beyond it are dropped, which means that they are inactive, or overflow.
+/// A limit on the rows of each expert. Slots beyond the limit are reassigned to the next-best
+/// experts of their token (overflow), or else dropped, which makes them inactive.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct CapacityConfig {
     /// The limit.
     pub limit: CapacityLimit,
-    /// Which slots of an expert come first.
+    /// The order in which the slots of an expert are kept.
     pub priority: Priority,
-    /// How often a slot that found no room asks its token's next-best expert; 0 drops it at once. In a layer the router
-    /// does not normalise then: [`normalization`](Self::normalization) does, once it is known which slots are kept.
+    /// The number of rounds in which slots beyond the limit are reassigned to the next-best expert
+    /// of their token; 0 drops them at once. In a layer with overflow the router must not normalise
+    /// weights; [`normalization`](Self::normalization) normalises those of the kept slots.
     #[cfg_attr(feature = "serde", serde(default))]
     pub overflow: usize,
-    /// The divisor of the weights of a token's kept slots, once the others are dropped (NLLB): none, or their sum. With
-    /// a divisor a layer scales afterwards: the router gives weights without its
-    /// [`scale`](crate::RouterConfig::scale) and expert scales, which multiply the quotients.
+    /// The normalisation of the weights of a token's kept slots, after the others are dropped
+    /// (NLLB): none, or a division by their sum. With a division, a layer applies the router's
+    /// [`scale`](crate::RouterConfig::scale) and expert scales to the quotients instead of the
+    /// router's weights.
     #[cfg_attr(feature = "serde", serde(default = "undivided"))]
     pub normalization: Normalization,
 }
@@ -30,32 +33,33 @@ fn undivided() -> Normalization {
     Normalization::None
 }
 
-/// The limit on the rows of an expert, in one sequence or in the batch, as the operation is told.
+/// The limit on the rows of an expert, per sequence. A batch without sequences is one sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
 #[non_exhaustive]
 pub enum CapacityLimit {
-    /// `ceil(tokens * K / E * factor)`, at least 1, of the tokens of a sequence: in f64, operation by operation from left
-    /// to right, as Python computes it.
+    /// `ceil(tokens * K / E * factor)` rows, at least 1, for the tokens of a sequence. Computed in
+    /// f64 from left to right, as in Python.
     Factor {
         /// A finite number above 0.
         factor: f64,
     },
-    /// `ceil(fraction * tokens)` of the tokens of a sequence, in f64 (the evaluation capacity of NLLB).
+    /// `ceil(fraction * tokens)` rows for the tokens of a sequence, computed in f64 (the evaluation
+    /// capacity of NLLB).
     TokenFraction {
         /// A finite number above 0.
         fraction: f64,
     },
-    /// So many rows.
+    /// A fixed number of rows.
     Rows {
         /// 0 or more.
         rows: usize,
     },
 }
 
-/// The order in which slots get the room of their expert; ties go to the lower slot. Weights order as numbers do, with
-/// -0 as 0 and NaN as minus infinity.
+/// The order in which the slots of an expert are kept; ties go to the lower slot. Weights are
+/// compared as numbers, where -0 equals 0 and NaN counts as minus infinity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -65,29 +69,32 @@ pub enum Priority {
     Token,
     /// All first choices before all second ones, each token by token (GShard, NLLB).
     Choice,
-    /// By weight, the largest first. In a layer these are the weights that the router gives.
+    /// By weight, the largest first. A layer uses the weights of the router.
     Weight,
-    /// All first choices before all second ones, each by the score of the token's first choice, the largest first
-    /// (batch-prioritised routing). In a layer that is the router's score before any normalisation and scale.
+    /// All first choices before all second ones, each by the score of the token's first choice, the
+    /// largest first (batch-prioritised routing). A layer uses the router's score before
+    /// normalisation and scale.
     ChoiceByTopWeight,
 }
 
 impl CapacityConfig {
-    /// A limit that drops what finds no room, and leaves the other weights as they are.
+    /// A limit without overflow or normalisation: slots beyond it are dropped, and the weights of
+    /// the others are unchanged.
     pub const fn new(limit: CapacityLimit, priority: Priority) -> Self {
         Self { limit, priority, overflow: 0, normalization: Normalization::None }
     }
 
-    /// How many rows an expert takes in a sequence of `sequence_tokens` tokens, of which `shape` has the experts.
+    /// The limit in rows of an expert for a sequence of `sequence_tokens` tokens; `shape` has the
+    /// numbers of experts and of experts per token.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) for a factor or a fraction that is no finite number above 0, or
-    /// a shape out of range.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for a factor or a fraction that is not a
+    /// finite number above 0, or a shape out of range.
     pub fn rows(&self, shape: &RoutingShape, sequence_tokens: usize) -> Result<usize> {
         const OP: &str = "capacity";
         self.check(OP)?;
         RoutingShape { num_tokens: sequence_tokens, ..*shape }.check(OP)?;
-        // Conversions to f64 are exact below 2^53, and those from it saturate.
+        // Conversions to f64 are exact below 2^53; conversions from f64 saturate.
         Ok(match self.limit {
             CapacityLimit::Rows { rows } => rows,
             CapacityLimit::Factor { factor } => {
@@ -104,7 +111,7 @@ impl CapacityConfig {
         let at = Checked { op };
         let positive = |argument, value: f64| {
             let good = value.is_finite() && value > 0.0;
-            at.say(argument, good, "a finite number above 0", value)
+            at.require(argument, good, "a finite number above 0", value)
         };
         match self.limit {
             CapacityLimit::Factor { factor } => positive("capacity.limit.factor", factor),
@@ -117,8 +124,8 @@ impl CapacityConfig {
     }
 }
 
-/// What the weights of a token's kept slots are divided by: whether by anything, what is added to their sum, and the
-/// least divisor.
+/// The divisor of the weights of a token's kept slots: whether there is one, the epsilon added to
+/// the sum, and the smallest divisor.
 pub(crate) fn kept_divisor(
     op: &'static str,
     argument: &'static str,
@@ -131,7 +138,7 @@ pub(crate) fn kept_divisor(
         Normalization::PNorm { p } => Err(Error::Unsupported {
             op,
             argument,
-            wanted: "none, or a sum of what is kept".into(),
+            wanted: "none, or a sum of the kept weights".into(),
             got: format!("a {p}-norm"),
         }),
     }
@@ -167,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_of_a_factor() {
+    fn rows_by_factor_match_python() {
         let rows = |factor, (t, k, e): (usize, usize, usize)| {
             let limit = CapacityLimit::Factor { factor };
             let config = CapacityConfig::new(limit, Priority::Token);
@@ -179,11 +186,11 @@ mod tests {
             (1.25, (65, 2, 8), 21),
             (1.0, (1, 1, 128), 1),
             (1.0, (0, 2, 8), 1),
-            // What Python gives, where the nearest f32 would say one row more.
+            // As in Python; rounded to f32 the result would be one row more.
             (0.15, (20, 1, 1), 3),
             (0.1, (100, 1, 10), 1),
             (1.1, (100, 1, 10), 11),
-            // 50 * 1.1 is 55.00000000000001 there.
+            // 50 * 1.1 is 55.00000000000001 in f64.
             (1.1, (500, 1, 10), 56),
             (f64::MIN_POSITIVE, (1 << 20, 8, 8), 1),
             (f64::from_bits(1), (1 << 20, 8, 8), 1),
@@ -207,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_a_fraction_of_tokens() {
+    fn rows_by_token_fraction_match_python() {
         let rows = |fraction, tokens| {
             let limit = CapacityLimit::TokenFraction { fraction };
             let config = CapacityConfig::new(limit, Priority::Choice);
@@ -217,7 +224,7 @@ mod tests {
             (0.15, 20, 3),
             (0.25, 20, 5),
             (0.25, 21, 6),
-            // 0.07 * 100 is 7.000000000000001 in Python.
+            // 0.07 * 100 is 7.000000000000001 in f64.
             (0.07, 100, 8),
             (0.5, 0, 0),
             (1e-9, 5, 1),

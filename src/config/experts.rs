@@ -1,54 +1,58 @@
-//! The experts: what each makes of a row, and how its weights lie in memory.
+//! The experts: their activation, biases and norms, and the memory layout of their weights.
 
 use super::field::{Checked, finite, positive};
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// What every routed expert computes.
+/// The function of the routed experts.
 ///
-/// Gated: `down(act(gate(x), up(x)))`; not gated: `down(act(up(x)))`, where the projections may have biases.
+/// A gated expert computes `down(act(gate(x), up(x)))`, one without a gate `down(act(up(x)))`. The
+/// projections may have biases.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct ExpertConfig {
-    /// What lies between the projections.
+    /// The activation between the projections.
     pub activation: Activation,
-    /// There is a gate projection beside the up projection.
+    /// The experts have a gate projection in addition to the up projection.
     pub gated: bool,
-    /// Gate and up have biases: `[E, 2I]`, or `[E, I]` without a gate, in the order of `gate_up`'s features.
+    /// The gate and up projections have biases: `[E, 2I]`, or `[E, I]` without a gate, in the order
+    /// of the features of `gate_up`.
     pub gate_up_bias: bool,
-    /// Down has a bias `[E, H]`, which the routing weight multiplies as well.
+    /// The down projection has a bias `[E, H]`, which the routing weight multiplies as well.
     pub down_bias: bool,
-    /// There is a bias `[H]` on the layer's routed output, which no weight multiplies.
+    /// The sum of the routed experts has a bias `[H]`, which no routing weight multiplies.
     pub output_bias: bool,
-    /// How gate and up lie beside each other.
+    /// The arrangement of gate and up in memory.
     pub gate_up: GateUpLayout,
-    /// Which dimension of the gate and up weights is contiguous.
+    /// The contiguous dimension of the gate and up weights.
     pub gate_up_order: WeightOrder,
-    /// Which dimension of the down weights is contiguous.
+    /// The contiguous dimension of the down weights.
     pub down_order: WeightOrder,
-    /// What the routing weight multiplies.
+    /// The tensor that the routing weight multiplies.
     pub weight_position: WeightPosition,
-    /// An RMS norm of every expert's output, before its weight.
+    /// An RMS norm of every expert's output, before the routing weight.
     pub post_norm: Option<RmsNorm>,
 }
 
-/// `h = f(gate) * (up + up_offset)`, or `f(up)` for experts without a gate; all in f32.
+/// The activation `h = f(gate) * (up + up_offset)`, or `h = f(up)` for experts without a gate, in
+/// f32.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Activation {
-    /// `f`
+    /// The function `f`.
     pub function: ActivationFunction,
-    /// The slope inside the sigmoid of SiLU, `g * sigmoid(alpha * g)`; 1 for the other functions.
+    /// The factor inside the sigmoid of SiLU, `g * sigmoid(alpha * g)`; must be 1 for other
+    /// functions.
     pub alpha: f32,
-    /// Keeps gate and up in bounds.
+    /// The bound on gate and up.
     pub limit: Limit,
-    /// Added to up.
+    /// The offset added to up; must be 0 without a gate.
     pub up_offset: f32,
 }
 
-/// The function of the gate.
+/// The function `f` of an activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -66,81 +70,82 @@ pub enum ActivationFunction {
     ReluSquared,
 }
 
-/// What keeps gate `g` and up `u` in bounds. Without a gate, what is said of the gate holds for up.
+/// A bound on gate `g` and up `u` of an activation with function `f`. For experts without a gate,
+/// the bound of the gate applies to up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
 #[non_exhaustive]
 pub enum Limit {
-    /// Nothing.
+    /// No bound.
     None,
     /// `f(min(g, limit)) * clamp(u, -limit, limit)`
     Before {
-        /// A number above 0.
+        /// A finite number above 0.
         limit: f32,
     },
     /// `min(f(g), limit) * clamp(u, -limit, limit)`
     After {
-        /// A number above 0.
+        /// A finite number above 0.
         limit: f32,
     },
     /// `cg * tanh(g / cg) * sigmoid(alpha * g)` with SiLU, and `cu * tanh(u / cu)` in place of `u`.
     SoftCap {
-        /// `cg`, a number above 0.
+        /// `cg`, a finite number above 0.
         gate: f32,
-        /// `cu`, a number above 0.
+        /// `cu`, a finite number above 0.
         up: f32,
     },
 }
 
-/// How the rows (output features) of gate and up lie.
+/// The arrangement of the rows (output features) of gate and up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum GateUpLayout {
-    /// One tensor of `2I` features: first all of gate, then all of up.
+    /// One tensor of `2I` features: all features of gate, then all of up.
     Concatenated,
-    /// One tensor of `2I` features: gate and up in turn.
+    /// One tensor of `2I` features: gate and up alternate.
     Interleaved,
     /// Two tensors of `I` features each.
     Separate,
 }
 
-/// Which dimension of a weight tensor is contiguous.
+/// The contiguous dimension of a weight tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum WeightOrder {
-    /// Input features are: `[E, out, in]`, as `nn.Linear` has them.
+    /// Input features: `[E, out, in]`, as in `nn.Linear`.
     OutIn,
-    /// Output features are: `[E, in, out]`.
+    /// Output features: `[E, in, out]`.
     InOut,
 }
 
-/// What the routing weight `w` multiplies.
+/// The tensor that the routing weight `w` multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum WeightPosition {
     /// The expert's output.
     Output,
-    /// The expert's input: gate and up see `w * x` (Llama 4).
+    /// The expert's input: gate and up read `w * x` (Llama 4).
     Input,
-    /// What down reads: `down(w * h)`.
+    /// The input of the down projection: `down(w * h)`.
     Inside,
 }
 
-/// `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`, or with `scale_first` the same norm of
-/// `x * (offset + weight)`.
+/// An RMS norm, `x / sqrt(mean(x^2) + epsilon) * (offset + weight)`. With `scale_first` it
+/// normalises `x * (offset + weight)` instead.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct RmsNorm {
-    /// Added to the mean square; a number from 0 on.
+    /// Added to the mean square; a finite number, at least 0.
     pub epsilon: f32,
-    /// Added to every weight: 1 where a checkpoint stores weights around 0, else 0.
+    /// Added to every weight: 1 if a checkpoint stores weights around 0, else 0.
     pub offset: f32,
-    /// Weights multiply what is normed, and not the result (Muse Spark's experts).
+    /// The weights multiply the input of the norm instead of its result (Muse Spark's experts).
     #[cfg_attr(feature = "serde", serde(default))]
     pub scale_first: bool,
 }
@@ -171,8 +176,9 @@ impl Default for Activation {
 }
 
 impl ExpertConfig {
-    /// Whether the down product multiplies rows of that type by the routing's weights, before it rounds them: an
-    /// output may leave the range of f16 until its weight brings it back. A norm of outputs comes before weights.
+    /// Returns whether the down product multiplies rows of type `dtype` by their routing weights
+    /// before it rounds them: an output in f16 may exceed the range of f16 before its weight is
+    /// applied. With a norm of outputs the weights are applied later.
     pub(crate) fn weighs_rows(&self, dtype: DType) -> bool {
         dtype == DType::F16
             && self.weight_position == WeightPosition::Output
@@ -184,13 +190,18 @@ impl ExpertConfig {
         let at = Checked { op };
         if !self.gated {
             let good = self.gate_up == GateUpLayout::Concatenated;
-            at.say("experts.gate_up", good, "concatenated for experts without a gate", "another")?;
+            at.require(
+                "experts.gate_up",
+                good,
+                "concatenated for experts without a gate",
+                "another",
+            )?;
             let offset = self.activation.up_offset;
-            at.hold(
+            at.require_number(
                 "experts.activation.up_offset",
                 offset,
                 |offset| offset == 0.0,
-                "0 without a gate",
+                "0 for experts without a gate",
             )?;
         }
         self.post_norm.map_or(Ok(()), |norm| norm.check(op, "experts.post_norm"))
@@ -202,17 +213,24 @@ impl Activation {
         let at = Checked { op };
         let silu = self.function == ActivationFunction::Silu;
         let good = |alpha: f32| finite(alpha) && (silu || alpha == 1.0);
-        at.hold("activation.alpha", self.alpha, good, "a finite number, and 1 but for SiLU")?;
-        at.hold("activation.up_offset", self.up_offset, finite, "a finite number")?;
-        let bound = |value| at.hold("activation.limit", value, positive, "a finite number above 0");
+        at.require_number(
+            "activation.alpha",
+            self.alpha,
+            good,
+            "a finite number, and 1 except for SiLU",
+        )?;
+        at.require_number("activation.up_offset", self.up_offset, finite, "a finite number")?;
+        let bound = |value| {
+            at.require_number("activation.limit", value, positive, "a finite number above 0")
+        };
         match self.limit {
             Limit::None => Ok(()),
             Limit::Before { limit } | Limit::After { limit } => bound(limit),
             Limit::SoftCap { gate, up } => {
-                at.say(
+                at.require(
                     "activation.limit",
                     silu,
-                    "soft-caps beside SiLU alone",
+                    "a soft-cap only with SiLU",
                     "another function",
                 )?;
                 bound(gate)?;
@@ -226,8 +244,8 @@ impl RmsNorm {
     pub(crate) fn check(&self, op: &'static str, argument: &'static str) -> Result<()> {
         let at = Checked { op };
         let good = |value: f32| finite(value) && value >= 0.0;
-        at.hold(argument, self.epsilon, good, "an epsilon that is a finite number from 0 on")?;
-        at.hold(argument, self.offset, finite, "an offset that is a finite number")
+        at.require_number(argument, self.epsilon, good, "a finite epsilon of at least 0")?;
+        at.require_number(argument, self.offset, finite, "a finite offset")
     }
 }
 
@@ -264,8 +282,8 @@ impl std::fmt::Display for ExpertConfig {
             (self.down_bias, "down"),
             (self.output_bias, "output"),
         ];
-        for (there, name) in biases {
-            if there {
+        for (enabled, name) in biases {
+            if enabled {
                 write!(f, ", {name} bias")?;
             }
         }
@@ -284,7 +302,7 @@ impl std::fmt::Display for ExpertConfig {
         match (self.gate_up, self.gated) {
             (GateUpLayout::Concatenated, _) | (_, false) => {}
             (GateUpLayout::Interleaved, _) => f.write_str(", interleaved")?,
-            (GateUpLayout::Separate, _) => f.write_str(", gate and up apart")?,
+            (GateUpLayout::Separate, _) => f.write_str(", gate and up separate")?,
         }
         match (self.gate_up_order, self.down_order) {
             (WeightOrder::OutIn, WeightOrder::OutIn) => Ok(()),

@@ -1,17 +1,17 @@
-//! Holding one field of a configuration against its limits.
+//! Checks of single fields of a configuration.
 
 use std::fmt::Display;
 
 use crate::error::{Error, Result};
 
-/// Whose fields they are: the name that errors begin with.
+/// The checks of one operation, which their errors name.
 pub(super) struct Checked {
     pub op: &'static str,
 }
 
 impl Checked {
-    /// An error that names the field unless `good`.
-    pub fn say(
+    /// Returns an error that names the field unless `good`.
+    pub fn require(
         &self,
         argument: &'static str,
         good: bool,
@@ -29,15 +29,15 @@ impl Checked {
         })
     }
 
-    /// The same for a number.
-    pub fn hold(
+    /// Returns an error that names the field unless `good(value)`.
+    pub fn require_number(
         &self,
         argument: &'static str,
         value: f32,
         good: impl Fn(f32) -> bool,
         wanted: &str,
     ) -> Result<()> {
-        self.say(argument, good(value), wanted, value)
+        self.require(argument, good(value), wanted, value)
     }
 }
 

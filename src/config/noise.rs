@@ -1,4 +1,4 @@
-//! What random numbers are drawn from.
+//! The distributions of random numbers.
 
 /// A distribution of random numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -6,15 +6,16 @@
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum NoiseDistribution {
-    /// Uniform in `[0, 1)`, multiples of 2^-24.
+    /// Uniform in `[0, 1)`, in multiples of 2^-24.
     Uniform,
-    /// Standard normal, up to 6.8 to either side.
+    /// Standard normal, of magnitude at most 6.8.
     Normal,
-    /// Standard Gumbel, `-ln(-ln(u))`: the largest of logits plus such noise is a draw from their softmax.
+    /// Standard Gumbel, `-ln(-ln(u))`. The index of the largest logit plus such noise is a sample
+    /// of the softmax of the logits.
     Gumbel,
 }
 
 impl NoiseDistribution {
-    /// All of them.
+    /// All distributions.
     pub const ALL: [Self; 3] = [Self::Uniform, Self::Normal, Self::Gumbel];
 }

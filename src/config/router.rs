@@ -3,50 +3,57 @@
 use super::field::{Checked, finite, positive};
 use crate::error::Result;
 
-/// How each token's experts are chosen and weighed.
+/// The router: selects the experts of each token and computes their weights.
 ///
-/// With `l` the logits of one token, [`reference::route_fwd`](crate::reference::route_fwd) computes, step by step and in f32:
+/// For the logits `l` of one token, [`reference::route_fwd`](crate::reference::route_fwd) computes
+/// these steps in f32:
 ///
-/// 1. `z = l * logit_multiplier`, with what noise there is in `l`, then `c * tanh(z / c)` where there is a soft-cap `c`;
-/// 2. the scores `s` of all experts, as [`scoring`](Self::scoring) says;
-/// 3. the value that an expert is selected by: its score or its `z`, as [`selection`](Self::selection) says, plus its
-///    entry of the selection bias where there is one;
-/// 4. experts outside the best groups are masked, where there are groups;
-/// 5. the `K` experts of largest value, ties to the lower id;
-/// 6. their weights: the scores without the bias, normalised, times `scale`, times the expert's own scale.
+/// 1. `z = (l + noise_deviation * noise) * logit_multiplier`; with a soft-cap `c`, then
+///    `c * tanh(z / c)`.
+/// 2. The scores `s` of all experts, by [`scoring`](Self::scoring).
+/// 3. The selection value of each expert: its score or its `z`, by [`selection`](Self::selection),
+///    plus its selection bias if enabled.
+/// 4. With [`groups`](Self::groups), experts outside the best groups are masked.
+/// 5. The `K` experts of the largest values are selected, ties to the lower id.
+/// 6. Their weights: the scores without the bias, normalised, times `scale`, times the scale of the
+///    expert if enabled.
 ///
-/// A factor that a family puts on the routed output instead of the weights is the same [`scale`](Self::scale).
+/// If a model family multiplies the routed output by a factor instead of the weights, use
+/// [`scale`](Self::scale) for it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RouterConfig {
-    /// Noise is multiplied by this before it is added to the logits; a finite number above 0. Noise of deviation 1 has
-    /// this one then, such as `1 / E`.
+    /// The factor of the noise before it is added to the logits, such as `1 / E`; a finite number
+    /// above 0. It is the standard deviation of the scaled noise if that of the given noise is 1.
     pub noise_deviation: f32,
-    /// Every logit is multiplied by this first; a finite number above 0.
+    /// The factor of every logit, after noise; a finite number above 0.
     pub logit_multiplier: f32,
-    /// `c` of `c * tanh(z / c)`, which keeps logits between `-c` and `c`.
+    /// The soft-cap `c` of `c * tanh(z / c)`, which bounds logits to `-c..c`; a finite number above
+    /// 0.
     pub logit_softcap: Option<f32>,
-    /// From logits to scores.
+    /// The function from logits to scores.
     pub scoring: Scoring,
-    /// What experts are chosen by.
+    /// The value by which experts are selected.
     pub selection: Selection,
-    /// There is a vector `[E]` that is added for the selection alone ("correction bias").
+    /// A vector `[E - num_sinks]` is added to the values for the selection only ("correction
+    /// bias").
     pub selection_bias: bool,
-    /// Only experts of the best groups may be chosen.
+    /// Restricts the selection to the experts of the best groups.
     pub groups: Option<Groups>,
-    /// What the weights of the chosen experts are divided by.
+    /// The divisor of the weights of the selected experts.
     pub normalization: Normalization,
-    /// Every weight is multiplied by this at the end; a finite number.
+    /// The factor of every weight, after normalisation; a finite number.
     pub scale: f32,
-    /// There is a vector `[E]` that multiplies the weight of each expert.
+    /// A vector `[E]` multiplies the weights, by expert.
     pub expert_scale: bool,
-    /// The last so many experts are chosen for every token, beside the others ("shared sinks"). They count in `E` and
-    /// `K`, have logits like the others, and their scores are part of what weights are normalised by.
+    /// The number of sinks: the last `num_sinks` experts are selected for every token ("shared
+    /// sinks"). They count in `E` and `K`, have logits like other experts, and their scores are
+    /// part of the normalisation. Either 0 or less than `K`.
     pub num_sinks: usize,
 }
 
-/// From logits to scores.
+/// The function from logits to scores.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
@@ -62,81 +69,87 @@ pub enum Scoring {
     SqrtSoftplus,
     /// `z` itself.
     Logit,
-    /// Phi-MoE's sparsemixer in evaluation: the weight of each choice is its softmax over the experts that were not
-    /// chosen before and whose logits are near: `(m - z) / max(|z|, m) <= 2 * jitter`, where `m` is the largest.
+    /// Phi-MoE's sparsemixer. In evaluation the weight of each choice is its softmax over the
+    /// experts that were not chosen before and whose logits are near the largest, `m`: `(m - z) /
+    /// max(|z|, m) <= 2 * jitter`.
     ///
-    /// In training ([arXiv:2409.12136](https://arxiv.org/abs/2409.12136)) a choice is a draw from that softmax instead
-    /// of the largest logit: the near expert of largest `z + g`, with Gumbel noise `g` of its own for every choice. Its
-    /// weight is its share; times 0.3333 where it is not the largest logit of those left, unless a uniform draw of the
-    /// choice is above 0.75 (Heun's third-order method). Both draws are inputs, `selection_noise` `[T, K, E]` and
-    /// `midpoint_draws` `[T, K]`, such as [`noise_fwd`](crate::reference::noise_fwd) makes.
+    /// In training ([arXiv:2409.12136](https://arxiv.org/abs/2409.12136)) each choice is sampled
+    /// from that softmax instead of taking the largest logit: the near expert of largest `z + g` is
+    /// chosen, with separate Gumbel noise `g` for each choice. Its weight is its softmax value,
+    /// times 0.3333 if it does not have the largest remaining logit, unless a uniform draw of the
+    /// choice is above 0.75 (Heun's third-order method). Both draws are inputs, `selection_noise`
+    /// `[T, K, E]` and `midpoint_draws` `[T, K]`; [`noise_fwd`](crate::reference::noise_fwd)
+    /// generates such numbers.
     Sparsemixer {
-        /// Half the relative distance to the largest logit within which experts take part.
+        /// Half the relative distance to the largest logit up to which experts are near it; a
+        /// finite number, at least 0.
         jitter: f32,
-        /// The form of training, whose draws every pass is given.
+        /// Uses the training form, which requires both draws as inputs of every pass.
         #[cfg_attr(feature = "serde", serde(default))]
         training: bool,
     },
 }
 
-/// A number of every expert that the router makes on its way from logits to a choice.
+/// An intermediate result of the router, one value per expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum RouterStep {
-    /// The logits with their noise, before the multiplier and the soft-cap.
+    /// The logits plus noise, before the multiplier and the soft-cap.
     NoisyLogits,
-    /// `z`: the same after both.
+    /// `z`: the logits after noise, multiplier and soft-cap.
     Logits,
-    /// What [`RouterConfig::scoring`] makes of `z`, for scores that do not depend on which experts are chosen. There is
-    /// no bias, mask, normalisation or scale in them.
+    /// The scores of `z` by [`RouterConfig::scoring`], for a scoring that does not depend on the
+    /// selection. They are without bias, mask, normalisation and scale.
     Scores,
 }
 
 impl RouterStep {
-    /// All of them, in order.
+    /// All steps, in order.
     pub const ALL: [Self; 3] = [Self::NoisyLogits, Self::Logits, Self::Scores];
 }
 
-/// What experts are chosen by.
+/// The value by which experts are selected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Selection {
-    /// By score. Where that orders experts as the logits do (softmax without bias, groups by their largest score), the
-    /// logits decide, which no rounding can tie.
+    /// The score. If the scores order the experts as the logits do (softmax without bias, groups by
+    /// their largest score), the logits are compared instead, which avoids ties by rounding.
     Score,
-    /// By `z`.
+    /// The logit `z`.
     Logit,
-    /// All `K` ids are given, those of sinks among them: a table by token id, or the routing of an earlier pass. There
-    /// is no selection then, and a selection bias is not read.
+    /// None: all `K` ids are given, including those of sinks, by a table of token ids or by an
+    /// earlier pass. A selection bias is ignored.
     Given,
 }
 
-/// Experts in groups of equal size, of which only the best may be chosen from.
+/// Groups of experts of equal size; the selection is restricted to the best groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Groups {
-    /// How many; expert `e` is in group `e / (E / num_groups)`. From 1 to 32.
+    /// The number of groups, 1 to 32 and a divisor of the number of experts (without sinks). Expert
+    /// `e` is in group `e / (E / num_groups)`.
     pub num_groups: usize,
-    /// How many of them a token may choose from: those of the best group scores, ties to the lower group.
+    /// The number of groups that remain: those of the largest group scores, ties to the lower
+    /// group.
     pub top_groups: usize,
-    /// What a group is worth.
+    /// The score of a group.
     pub score: GroupScore,
-    /// What becomes of the other groups' experts.
+    /// The value of the experts of the other groups.
     pub masked: Masked,
 }
 
-/// What a group is worth.
+/// The score of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum GroupScore {
-    /// Its largest value.
+    /// The largest value of its experts.
     Max,
-    /// The sum of its two largest values.
+    /// The sum of the two largest values of its experts.
     TopTwoSum,
 }
 
@@ -145,46 +158,48 @@ pub enum GroupScore {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Masked {
-    /// Minus infinity: they are chosen when nothing else is left.
+    /// Minus infinity: they are selected only if no other experts are left.
     NegativeInfinity,
-    /// 0: they win against negative values, which a bias can make.
+    /// 0: they precede experts of negative value, which a bias can cause.
     Zero,
 }
 
-/// What the weights of the chosen experts are divided by. Sums run over the chosen experts, the sinks included.
+/// The divisor of the weights of the selected experts. Sums are over the selected experts,
+/// including sinks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case", deny_unknown_fields))]
 #[non_exhaustive]
 pub enum Normalization {
-    /// Nothing.
+    /// No division.
     None,
     /// Their sum plus `epsilon`.
     Sum {
-        /// Added to the sum; may be 0.
+        /// Added to the sum; a finite number, at least 0.
         epsilon: f32,
     },
-    /// Their sum, but no less than `min`.
+    /// Their sum, but at least `min`.
     SumAtLeast {
-        /// The least divisor.
+        /// The smallest divisor; a finite number above 0.
         min: f32,
     },
     /// Their p-norm, `(sum of |w|^p)^(1/p)`.
     PNorm {
-        /// 1 or more.
+        /// A finite number, at least 1.
         p: f32,
     },
 }
 
 impl Default for RouterConfig {
-    /// [`RouterConfig::softmax_top_k`] that does not renormalise.
+    /// [`RouterConfig::softmax_top_k`] without renormalisation.
     fn default() -> Self {
         Self::softmax_top_k(false)
     }
 }
 
 impl RouterConfig {
-    /// Softmax over all experts, then the `K` largest, divided by their sum (Mixtral, Qwen3-MoE) or not (OLMoE).
+    /// The softmax of all logits; its `K` largest values are the weights, divided by their sum if
+    /// `renormalize` (Mixtral, Qwen3-MoE), or unchanged (OLMoE).
     pub const fn softmax_top_k(renormalize: bool) -> Self {
         Self {
             noise_deviation: 1.0,
@@ -205,7 +220,7 @@ impl RouterConfig {
         }
     }
 
-    /// The `K` largest logits, then softmax over those (gpt-oss, Granite-MoE).
+    /// The `K` largest logits are selected; the weights are their softmax (gpt-oss, Granite-MoE).
     pub const fn top_k_softmax() -> Self {
         Self {
             scoring: Scoring::SoftmaxSelected,
@@ -214,8 +229,35 @@ impl RouterConfig {
         }
     }
 
-    /// Whether `z` decides which experts are chosen: where it is asked for, and where scores are a growing function
-    /// of it that only rounding could tie.
+    /// The router of DeepSeek-V3, which Kimi-K2 and GLM-4.5 use as well. With the selection bias
+    /// `b` and the selected experts `S`:
+    ///
+    /// ```text
+    /// s[e] = sigmoid(l[e])
+    /// groups: the top_groups of num_groups groups with the largest sum of their two largest s + b
+    /// S:      the K experts of these groups with the largest s + b
+    /// w[e] = scale * s[e] / (sum of s over S + 1e-20)    for e in S
+    /// ```
+    ///
+    /// DeepSeek-V3 itself has 8 groups, of which 4 remain, and a scale of 2.5.
+    pub const fn deepseek_v3(num_groups: usize, top_groups: usize, scale: f32) -> Self {
+        Self {
+            scoring: Scoring::Sigmoid,
+            selection_bias: true,
+            groups: Some(Groups {
+                num_groups,
+                top_groups,
+                score: GroupScore::TopTwoSum,
+                masked: Masked::NegativeInfinity,
+            }),
+            normalization: Normalization::Sum { epsilon: 1e-20 },
+            scale,
+            ..Self::softmax_top_k(false)
+        }
+    }
+
+    /// Returns whether experts are selected by `z`: if the configuration says so, or if the scores
+    /// are a monotonic function of `z`, whose rounding could only add ties.
     pub fn selects_by_logit(&self) -> bool {
         let softmax = matches!(self.scoring, Scoring::Softmax | Scoring::SoftmaxSelected);
         let by_value = self.selection_bias
@@ -232,73 +274,89 @@ impl RouterConfig {
         }
     }
 
-    /// Whether choices are drawn: the caller gives the draws.
+    /// Returns whether choices are sampled, with draws that the caller provides.
     pub(crate) fn samples(&self) -> bool {
         matches!(self.scoring, Scoring::Sparsemixer { training: true, .. })
     }
 
-    /// The router that makes the same choice and weighs it by scores alone, neither normalised nor scaled.
+    /// The router of the same selection whose weights are the scores, neither normalised nor
+    /// scaled.
     pub(crate) fn of_scores(&self) -> Self {
         Self { normalization: Normalization::None, ..self.unscaled() }
     }
 
-    /// The router that makes the same choice and does not scale its weights.
+    /// The router of the same selection without scales.
     pub(crate) fn unscaled(&self) -> Self {
         Self { scale: 1.0, expert_scale: false, ..*self }
     }
 
-    /// Holds every field against its limits, for `num_experts` experts of which a token has `top_k`.
+    /// Checks every field, for `num_experts` experts and `top_k` experts per token.
     pub(crate) fn check(&self, op: &'static str, num_experts: usize, top_k: usize) -> Result<()> {
         let at = Checked { op };
         let wanted = "a finite number above 0";
-        at.hold("router.noise_deviation", self.noise_deviation, positive, wanted)?;
-        at.hold(
+        at.require_number("router.noise_deviation", self.noise_deviation, positive, wanted)?;
+        at.require_number(
             "router.logit_multiplier",
             self.logit_multiplier,
             positive,
             "a finite number above 0",
         )?;
         if let Some(cap) = self.logit_softcap {
-            at.hold("router.logit_softcap", cap, positive, "a finite number above 0")?;
+            at.require_number("router.logit_softcap", cap, positive, "a finite number above 0")?;
         }
-        at.hold("router.scale", self.scale, finite, "a finite number")?;
+        at.require_number("router.scale", self.scale, finite, "a finite number")?;
         match self.normalization {
             Normalization::None => {}
             Normalization::Sum { epsilon } => {
                 let good = |value: f32| finite(value) && value >= 0.0;
-                at.hold(
+                at.require_number(
                     "router.normalization.epsilon",
                     epsilon,
                     good,
-                    "a finite number from 0 on",
+                    "a finite number of at least 0",
                 )?;
             }
             Normalization::SumAtLeast { min } => {
-                at.hold("router.normalization.min", min, positive, "a finite number above 0")?;
+                at.require_number(
+                    "router.normalization.min",
+                    min,
+                    positive,
+                    "a finite number above 0",
+                )?;
             }
             Normalization::PNorm { p } => {
                 let good = |value: f32| finite(value) && value >= 1.0;
-                at.hold("router.normalization.p", p, good, "a finite number from 1 on")?;
+                at.require_number(
+                    "router.normalization.p",
+                    p,
+                    good,
+                    "a finite number of at least 1",
+                )?;
             }
         }
         if let Scoring::Sparsemixer { jitter, .. } = self.scoring {
             let good = |value: f32| finite(value) && value >= 0.0;
-            at.hold("router.scoring.jitter", jitter, good, "a finite number from 0 on")?;
+            at.require_number(
+                "router.scoring.jitter",
+                jitter,
+                good,
+                "a finite number of at least 0",
+            )?;
             let plain = self.selection != Selection::Given
                 && !self.selection_bias
                 && self.groups.is_none()
                 && self.num_sinks == 0
                 && self.normalization == Normalization::None;
             let wanted = "a router without bias, groups, sinks, given ids and normalisation";
-            at.say("router.scoring", plain, wanted, "sparsemixer beside one of them")?;
+            at.require("router.scoring", plain, wanted, "sparsemixer with one of them")?;
         }
-        let wanted = "scores that are known before the selection, where there is a bias";
+        let wanted = "scores that do not depend on the selection, for a selection by biased scores";
         let known = self.scoring != Scoring::SoftmaxSelected
             || self.selection != Selection::Score
             || self.selects_by_logit();
-        at.say("router.scoring", known, wanted, "softmax_selected, selected by score")?;
+        at.require("router.scoring", known, wanted, "softmax_selected, selected by score")?;
         let wanted = format!("less than top_k, which is {top_k}");
-        at.say(
+        at.require(
             "router.num_sinks",
             self.num_sinks == 0 || self.num_sinks < top_k,
             &wanted,
@@ -310,18 +368,18 @@ impl RouterConfig {
             let wanted = format!("1 to {MAX_GROUPS}, and a divisor of the {experts} experts");
             let divides =
                 (1..=MAX_GROUPS).contains(&num_groups) && experts.is_multiple_of(num_groups);
-            at.say("router.groups.num_groups", divides, &wanted, num_groups)?;
+            at.require("router.groups.num_groups", divides, &wanted, num_groups)?;
             let wanted = format!("1 to num_groups, which is {num_groups}");
             let good = (1..=num_groups).contains(&top_groups);
-            at.say("router.groups.top_groups", good, &wanted, top_groups)?;
-            let wanted = "no groups where the ids are given";
-            at.say("router.groups", self.selection != Selection::Given, wanted, "groups")?;
+            at.require("router.groups.top_groups", good, &wanted, top_groups)?;
+            let wanted = "no groups with given ids";
+            at.require("router.groups", self.selection != Selection::Given, wanted, "groups")?;
         }
         Ok(())
     }
 }
 
-/// A lane of a warp answers for each group.
+/// The largest number of groups: each lane of a warp handles one.
 const MAX_GROUPS: usize = 32;
 
 impl std::fmt::Display for RouterConfig {
@@ -349,10 +407,12 @@ impl std::fmt::Display for RouterConfig {
             _ => "top-k",
         };
         let bias = if self.selection_bias { " + bias" } else { "" };
-        let after = self.scoring == Scoring::SoftmaxSelected || self.selection == Selection::Logit;
-        let before = if after { format!("logits{bias}, ") } else { format!("{score}{bias}, ") };
-        if !(after && bias.is_empty()) {
-            f.write_str(&before)?;
+        let scores_selected =
+            self.scoring == Scoring::SoftmaxSelected || self.selection == Selection::Logit;
+        if !scores_selected {
+            write!(f, "{score}{bias}, ")?;
+        } else if self.selection_bias {
+            write!(f, "logits{bias}, ")?;
         }
         if let Some(groups) = self.groups {
             let Groups { num_groups, top_groups, score, masked } = groups;
@@ -364,7 +424,7 @@ impl std::fmt::Display for RouterConfig {
             write!(f, "{top_groups} of {num_groups} groups by {by}{zero}, ")?;
         }
         f.write_str(choice)?;
-        if after {
+        if scores_selected {
             write!(f, ", {score}")?;
         }
         match self.normalization {

@@ -1,4 +1,5 @@
-//! Configurations as text: what is written is read again, for every type and every variant, and what is unknown is refused.
+//! Tests of configurations as text: every type and every variant is read back as it was written,
+//! and unknown fields are errors.
 
 use std::fmt::Debug;
 
@@ -9,7 +10,7 @@ use serde_json::{Value, from_str, from_value, json, to_string, to_value};
 use super::*;
 use crate::dtype::DType;
 
-/// All variants of an enum. The match has no wildcard: it does not compile with a variant left out.
+/// All variants of an enum. The match has no wildcard, so a missing variant does not compile.
 macro_rules! every {
     ($Enum:ident { $($pattern:pat => $value:expr,)* }) => {{
         let _complete = |it: $Enum| match it { $($pattern => (),)* };
@@ -20,13 +21,13 @@ macro_rules! every {
 trait Text: Serialize + DeserializeOwned + PartialEq + Debug {}
 impl<T: Serialize + DeserializeOwned + PartialEq + Debug> Text for T {}
 
-/// A value that is written and read again is the same.
-fn comes_back<T: Text>(value: &T) {
+/// Checks that a value is read back as it was written.
+fn check_round_trip<T: Text>(value: &T) {
     let text = to_string(value).unwrap();
     assert_eq!(from_str::<T>(&text).unwrap(), *value, "{text}");
 }
 
-/// Objects within `value`, itself among them, each with one field more than it has.
+/// Copies of `value`, each with an unknown field in one of its objects.
 fn with_unknown_fields(value: &Value) -> Vec<Value> {
     let mut found = Vec::new();
     let Value::Object(object) = value else { return found };
@@ -43,24 +44,24 @@ fn with_unknown_fields(value: &Value) -> Vec<Value> {
     found
 }
 
-fn holds<T: Text>(values: Vec<T>) {
+fn check_values<T: Text>(values: Vec<T>) {
     for value in &values {
-        comes_back(value);
+        check_round_trip(value);
         for unknown in with_unknown_fields(&to_value(value).unwrap()) {
             let error = from_value::<T>(unknown.clone()).unwrap_err().to_string();
-            // A variant with fields is an object with its name as the only key.
+            // A variant with fields is an object whose only key is the name of the variant.
             let words = ["no_such_field", "map with a single key"];
             assert!(words.iter().any(|word| error.contains(word)), "{unknown}: {error}");
         }
     }
-    // Variants differ in their text as well.
+    // The texts of different values differ.
     let texts: std::collections::BTreeSet<String> =
         values.iter().map(|value| to_string(value).unwrap()).collect();
     assert_eq!(texts.len(), values.len(), "{texts:?}");
 }
 
-fn holds_variants<T: Text>(values: Vec<T>) {
-    holds(values);
+fn check_variants<T: Text>(values: Vec<T>) {
+    check_values(values);
     for unknown in [json!("no_such_variant"), json!({ "no_such_variant": { "limit": 1.0 } })] {
         let error = from_value::<T>(unknown.clone()).unwrap_err().to_string();
         assert!(error.contains("no_such_variant"), "{unknown}: {error}");
@@ -124,49 +125,49 @@ fn priorities() -> Vec<Priority> {
 }
 
 #[test]
-fn every_variant() {
-    holds_variants(limits());
-    holds_variants(functions());
-    holds_variants(scorings());
+fn every_variant_is_read_back() {
+    check_variants(limits());
+    check_variants(functions());
+    check_variants(scorings());
     let trained = r#"{"sparsemixer": {"jitter": 0.02, "training": true}}"#;
     let trained: Scoring = from_str(trained).unwrap();
     assert_eq!(trained, Scoring::Sparsemixer { jitter: 0.02, training: true });
-    holds_variants(normalizations());
-    holds_variants(capacity_limits());
-    holds_variants(priorities());
-    holds_variants(every!(RouterStep {
+    check_variants(normalizations());
+    check_variants(capacity_limits());
+    check_variants(priorities());
+    check_variants(every!(RouterStep {
         RouterStep::NoisyLogits => RouterStep::NoisyLogits,
         RouterStep::Logits => RouterStep::Logits,
         RouterStep::Scores => RouterStep::Scores,
     }));
-    holds_variants(every!(Selection {
+    check_variants(every!(Selection {
         Selection::Score => Selection::Score,
         Selection::Logit => Selection::Logit,
         Selection::Given => Selection::Given,
     }));
-    holds_variants(every!(GroupScore {
+    check_variants(every!(GroupScore {
         GroupScore::Max => GroupScore::Max,
         GroupScore::TopTwoSum => GroupScore::TopTwoSum,
     }));
-    holds_variants(every!(Masked {
+    check_variants(every!(Masked {
         Masked::NegativeInfinity => Masked::NegativeInfinity,
         Masked::Zero => Masked::Zero,
     }));
-    holds_variants(every!(GateUpLayout {
+    check_variants(every!(GateUpLayout {
         GateUpLayout::Concatenated => GateUpLayout::Concatenated,
         GateUpLayout::Interleaved => GateUpLayout::Interleaved,
         GateUpLayout::Separate => GateUpLayout::Separate,
     }));
-    holds_variants(every!(WeightOrder {
+    check_variants(every!(WeightOrder {
         WeightOrder::OutIn => WeightOrder::OutIn,
         WeightOrder::InOut => WeightOrder::InOut,
     }));
-    holds_variants(every!(WeightPosition {
+    check_variants(every!(WeightPosition {
         WeightPosition::Output => WeightPosition::Output,
         WeightPosition::Input => WeightPosition::Input,
         WeightPosition::Inside => WeightPosition::Inside,
     }));
-    holds_variants(every!(ZeroOutput {
+    check_variants(every!(ZeroOutput {
         ZeroOutput::Identity => ZeroOutput::Identity,
         ZeroOutput::Zero => ZeroOutput::Zero,
     }));
@@ -179,8 +180,8 @@ fn every_variant() {
             NoiseDistribution::Gumbel => NoiseDistribution::Gumbel,
         })
     );
-    holds_variants(all);
-    holds_variants(DType::ALL.to_vec());
+    check_variants(all);
+    check_variants(DType::ALL.to_vec());
 }
 
 const NORM: RmsNorm = RmsNorm { epsilon: 1e-6, offset: 1.0, scale_first: true };
@@ -192,7 +193,7 @@ fn shared() -> SharedConfig {
     SharedConfig { activation, ..shared }
 }
 
-/// Every optional part is there.
+/// A configuration with every optional part.
 fn full() -> MoeConfig {
     let groups =
         Groups { num_groups: 4, top_groups: 2, score: GroupScore::Max, masked: Masked::Zero };
@@ -246,40 +247,40 @@ fn full() -> MoeConfig {
 }
 
 #[test]
-fn every_struct() {
+fn every_struct_is_read_back() {
     let full = full();
     let MoeConfig { projection, router, experts, zero_experts, capacity, latent, .. } = full;
-    holds(vec![full, MoeConfig::new(64, 48, 8, 2)]);
-    holds(vec![projection, RouterProjection::default()]);
-    holds(vec![router, RouterConfig::default(), RouterConfig::top_k_softmax()]);
-    holds(vec![experts, ExpertConfig::default()]);
-    holds(vec![experts.activation, Activation::default()]);
-    holds(vec![zero_experts.unwrap()]);
-    holds(vec![capacity.unwrap()]);
-    holds(vec![latent.unwrap(), LatentConfig { hidden: 1, norm: None }]);
-    holds(vec![shared()]);
-    holds(vec![NORM]);
-    holds(vec![router.groups.unwrap()]);
-    holds(vec![RoutingShape { num_tokens: 3, num_experts: 2, top_k: 1 }]);
+    check_values(vec![full, MoeConfig::new(64, 48, 8, 2)]);
+    check_values(vec![projection, RouterProjection::default()]);
+    check_values(vec![router, RouterConfig::default(), RouterConfig::top_k_softmax()]);
+    check_values(vec![experts, ExpertConfig::default()]);
+    check_values(vec![experts.activation, Activation::default()]);
+    check_values(vec![zero_experts.unwrap()]);
+    check_values(vec![capacity.unwrap()]);
+    check_values(vec![latent.unwrap(), LatentConfig { hidden: 1, norm: None }]);
+    check_values(vec![shared()]);
+    check_values(vec![NORM]);
+    check_values(vec![router.groups.unwrap()]);
+    check_values(vec![RoutingShape { num_tokens: 3, num_experts: 2, top_k: 1 }]);
     for limit in limits() {
-        holds(vec![Activation { limit, ..experts.activation }]);
+        check_values(vec![Activation { limit, ..experts.activation }]);
     }
     for scoring in scorings() {
-        holds(vec![RouterConfig { scoring, ..router }]);
+        check_values(vec![RouterConfig { scoring, ..router }]);
     }
     for normalization in normalizations() {
-        holds(vec![RouterConfig { normalization, ..router }]);
+        check_values(vec![RouterConfig { normalization, ..router }]);
     }
     for limit in capacity_limits() {
         for priority in priorities() {
-            holds(vec![CapacityConfig::new(limit, priority)]);
+            check_values(vec![CapacityConfig::new(limit, priority)]);
         }
     }
 }
 
-/// The words of the text stay: files that users have written depend on them.
+/// The words of the text must not change, since users' files contain them.
 #[test]
-fn the_text_of_a_configuration() {
+fn text_of_a_configuration_is_stable() {
     let text = r#"{
         "hidden": 64, "intermediate": 48, "num_experts": 8, "top_k": 2,
         "router": {
@@ -341,7 +342,7 @@ fn the_text_of_a_configuration() {
 }
 
 #[test]
-fn sizes_are_never_left_out() {
+fn missing_sizes_are_errors() {
     let whole = to_value(MoeConfig::new(64, 48, 8, 2)).unwrap();
     for field in ["hidden", "intermediate", "num_experts", "top_k"] {
         let mut less = whole.clone();
@@ -351,15 +352,15 @@ fn sizes_are_never_left_out() {
     }
 }
 
-/// Every type of the crate that can be written is one of those above.
+/// The tests above cover every serialisable type of the crate.
 #[test]
-fn no_type_is_left_out() {
+fn every_serialisable_type_is_tested() {
     let here = include_str!("serialized.rs");
-    let mut left = vec![std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    let mut pending = vec![std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
     let mut types = Vec::new();
-    while let Some(path) = left.pop() {
+    while let Some(path) = pending.pop() {
         if path.is_dir() {
-            left.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+            pending.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
             continue;
         }
         if path.ends_with("config/serialized.rs") {
@@ -374,6 +375,6 @@ fn no_type_is_left_out() {
     assert!(types.len() > 20, "{types:?}");
     for name in types {
         let uses = [format!("{name} {{"), format!("{name}::")];
-        assert!(uses.iter().any(|used| here.contains(used)), "{name} is not written above");
+        assert!(uses.iter().any(|used| here.contains(used)), "{name} is not tested above");
     }
 }

@@ -1,24 +1,24 @@
-//! What a router's options come down to: the few steps that the kernel and the reference both run, and the
-//! buffers that these read.
+//! The steps of a router that the kernel and the reference share, derived from its options, and the
+//! checks of the buffers that they read.
 
 use super::router::{Normalization, RouterConfig, RouterStep, Scoring, Selection};
-use crate::error::{Error, Result, check_len};
+use crate::error::{Error, Result, check_len, check_presence};
 use crate::shape::RoutingShape;
 
-/// A number of an expert, which it is chosen by or weighed by.
+/// The function from logits to the values of a selection, or to weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Score {
     /// `z` itself.
     Logit,
-    /// Its share of a softmax over all experts.
+    /// The softmax over all experts.
     Softmax,
     /// `1 / (1 + exp(-z))`
     Sigmoid,
     /// `sqrt(ln(1 + exp(z)))`
     SqrtSoftplus,
-    /// Its share of a softmax over the chosen experts.
+    /// The softmax over the selected experts.
     SoftmaxChosen,
-    /// Its share of a softmax over what sparsemixer leaves.
+    /// The softmax over the near experts of sparsemixer.
     Sparsemixer {
         /// As in [`Scoring::Sparsemixer`].
         jitter: f32,
@@ -26,7 +26,7 @@ pub(crate) enum Score {
 }
 
 impl RouterConfig {
-    /// What experts are chosen by, before the bias.
+    /// The value by which experts are selected, before the bias.
     pub(crate) fn value(&self) -> Score {
         if self.selection == Selection::Given || self.selects_by_logit() {
             return Score::Logit;
@@ -39,8 +39,9 @@ impl RouterConfig {
         }
     }
 
-    /// What weights are made of. The denominator of a softmax over all experts cancels where scores are divided by
-    /// their own sum or norm; so does that of a softmax over the chosen, which is never as small.
+    /// The score that weights are computed from. If scores are divided by their own sum or norm,
+    /// the denominator of the softmax cancels; a softmax over the selected experts then gives the
+    /// same weights, with larger values.
     pub(crate) fn score(&self) -> Score {
         let cancels = match self.normalization {
             Normalization::Sum { epsilon } => epsilon == 0.0,
@@ -57,7 +58,7 @@ impl RouterConfig {
         }
     }
 
-    /// What makes that step's number of `z`, and the router that `z` is of.
+    /// The score that a step computes from `z`, and the router that computes `z`.
     pub(crate) fn score_of_step(
         &self,
         op: &'static str,
@@ -76,9 +77,7 @@ impl RouterConfig {
                 return Err(Error::Unsupported {
                     op,
                     argument: "router.scoring",
-                    wanted:
-                        "scores that do not depend on the choice; the logits are there in any case"
-                            .into(),
+                    wanted: "scores that do not depend on the selection; use the logits".into(),
                     got: format!("{:?}", self.scoring),
                 });
             }
@@ -86,7 +85,7 @@ impl RouterConfig {
         Ok((*self, score))
     }
 
-    /// What these scores are divided by. Those of a softmax over the chosen have the sum 1 already.
+    /// The divisor of the scores. The sum of a softmax over the selected experts is 1 already.
     pub(crate) fn divisor(&self) -> Normalization {
         match self.normalization {
             Normalization::Sum { epsilon: 0.0 } if self.score() == Score::SoftmaxChosen => {
@@ -96,12 +95,13 @@ impl RouterConfig {
         }
     }
 
-    /// Whether a bias is read: there is none where nothing is selected.
+    /// Returns whether the selection bias is read; it is not with given ids.
     pub(crate) fn selects_with_bias(&self) -> bool {
         self.selection_bias && self.selection != Selection::Given
     }
 
-    /// Whether this is a softmax of logits and nothing else; noise is an input.
+    /// Returns whether the router is a softmax with top-k and has no other option; noise is
+    /// allowed.
     pub(crate) fn is_plain(&self) -> bool {
         let Self { scoring, selection, normalization, noise_deviation, .. } = *self;
         let plain = Self::softmax_top_k(false);
@@ -114,7 +114,7 @@ impl RouterConfig {
     }
 }
 
-/// The lengths of what a router reads; `None` where there is no buffer.
+/// The lengths of a router's inputs; `None` for an input that is not given.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct RouteLengths {
     pub(crate) logits: usize,
@@ -130,7 +130,7 @@ pub(crate) struct RouteLengths {
 }
 
 impl RouteLengths {
-    /// The same for a step's number of every expert: logits, noise and flags are read, and nothing else.
+    /// Checks the inputs of a step, which reads logits, noise and flags only.
     pub(crate) fn check_step(
         &self,
         op: &'static str,
@@ -144,20 +144,21 @@ impl RouteLengths {
         self.active.map_or(Ok(()), |active| check_len(op, "active", active, shape.num_tokens))
     }
 
-    /// Noise is there or not; its own logits are where it is.
+    /// Checks the optional noise; noise logits require noise.
     fn check_noise(&self, op: &'static str, shape: &RoutingShape) -> Result<()> {
         let len = |argument, got: Option<usize>| {
             got.map_or(Ok(()), |got| check_len(op, argument, got, shape.logits()))
         };
         len("noise", self.noise)?;
         if self.noise.is_none() && self.noise_logits.is_some() {
-            return presence(op, "noise_logits", false);
+            let why = "`noise_logits` is given without `noise`".into();
+            return Err(Error::Mismatch { op, why });
         }
         len("noise_logits", self.noise_logits)
     }
 
-    /// Holds the shape and the router against their limits, and each buffer against both: it is there if the router
-    /// asks for it, and has the length that the shape gives it.
+    /// Checks the shape and the router, and each input against both: an input is given exactly if
+    /// the router reads it, and has the length that the shape requires.
     pub(crate) fn check(
         &self,
         op: &'static str,
@@ -168,38 +169,32 @@ impl RouteLengths {
         router.check(op, shape.num_experts, shape.top_k)?;
         let tokens = shape.num_tokens;
         let given = router.selection == Selection::Given;
-        // What is asked for: always, never, or as the caller likes.
-        let held = |argument, got: Option<usize>, wanted: usize, asked: Option<bool>| match got {
-            None if asked == Some(true) => presence(op, argument, true),
-            Some(_) if asked == Some(false) => presence(op, argument, false),
-            None => Ok(()),
-            Some(got) => check_len(op, argument, got, wanted),
+        let optional = |argument, got: Option<usize>, wanted: usize| {
+            got.map_or(Ok(()), |got| check_len(op, argument, got, wanted))
+        };
+        let required = |argument, got: Option<usize>, wanted: usize, enabled: bool| {
+            check_presence(op, argument, got.is_some(), enabled)?;
+            optional(argument, got, wanted)
         };
         check_len(op, "logits", self.logits, shape.logits())?;
         let choices = shape.num_experts - router.num_sinks;
         let bias = router.selects_with_bias();
-        held("selection_bias", self.selection_bias, choices, Some(bias))?;
-        held("expert_scale", self.expert_scale, shape.num_experts, Some(router.expert_scale))?;
+        required("selection_bias", self.selection_bias, choices, bias)?;
+        required("expert_scale", self.expert_scale, shape.num_experts, router.expert_scale)?;
         self.check_noise(op, shape)?;
-        let samples = Some(router.samples());
-        held("selection_noise", self.selection_noise, shape.by_slot().logits(), samples)?;
-        held("midpoint_draws", self.midpoint_draws, shape.slots(), samples)?;
-        held("token_ids", self.token_ids, tokens, if given { None } else { Some(false) })?;
-        // A row for each token, or for each of the ids that tokens have.
+        let samples = router.samples();
+        required("selection_noise", self.selection_noise, shape.by_slot().logits(), samples)?;
+        required("midpoint_draws", self.midpoint_draws, shape.slots(), samples)?;
+        if !given {
+            check_presence(op, "token_ids", self.token_ids.is_some(), false)?;
+        }
+        optional("token_ids", self.token_ids, tokens)?;
+        // One row of ids per token, or any number of rows that token ids select.
         let rows = match (self.given_ids, self.token_ids) {
             (Some(len), Some(_)) => len / shape.top_k,
             _ => tokens,
         };
-        held("given_ids", self.given_ids, rows * shape.top_k, Some(given))?;
-        held("active", self.active, tokens, None)
+        required("given_ids", self.given_ids, rows * shape.top_k, given)?;
+        optional("active", self.active, tokens)
     }
-}
-
-fn presence(op: &'static str, argument: &'static str, wanted: bool) -> Result<()> {
-    let (wanted, got) = if wanted {
-        ("a buffer, as this router asks for it", "none")
-    } else {
-        ("none, as this router does not ask for it", "a buffer")
-    };
-    Err(Error::Unsupported { op, argument, wanted: wanted.into(), got: got.into() })
 }

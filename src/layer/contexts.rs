@@ -1,11 +1,14 @@
-//! Holding every buffer of a pass against the context of its stream, before anything is launched.
+//! Checks that every buffer of a pass belongs to the context of its stream, before any launch.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceSlice};
 
-use super::{OP, OnDevice, OnDeviceMut, RoutingOutputs};
-use crate::device::{Device, check_context, check_stream};
+use super::memory::{OnDevice, OnDeviceMut};
+use super::outputs::RoutingOutputs;
+use super::sections::OP;
+use crate::buffer::check_context;
+use crate::device::{Device, check_stream};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::tensors::{
@@ -14,27 +17,27 @@ use crate::tensors::{
 };
 use crate::workspace::Workspace;
 
-/// The stream of a pass, which its buffers go with.
+/// The stream of a pass, whose context its buffers must belong to.
 #[derive(Clone, Copy)]
 pub(super) struct Contexts<'s>(&'s CudaStream);
 
 impl<'s> Contexts<'s> {
-    /// Those of a stream of the device's own context.
+    /// Checks that the stream belongs to the device's context.
     pub(super) fn new(device: &Device, stream: &'s CudaStream) -> Result<Self> {
         check_stream(OP, device, stream)?;
         Ok(Self(stream))
     }
 
-    fn hold(self, argument: &'static str, stream: &Arc<CudaStream>) -> Result<()> {
+    fn check(self, argument: &'static str, stream: &Arc<CudaStream>) -> Result<()> {
         check_context(OP, argument, stream, self.0.context())
     }
 
     pub(super) fn read<T>(self, argument: &'static str, view: &CudaView<'_, T>) -> Result<()> {
-        self.hold(argument, view.stream())
+        self.check(argument, view.stream())
     }
 
     pub(super) fn written<T>(self, name: &'static str, view: &CudaViewMut<'_, T>) -> Result<()> {
-        self.hold(name, view.stream())
+        self.check(name, view.stream())
     }
 
     fn optional<T>(self, name: &'static str, view: &Option<CudaView<'_, T>>) -> Result<()> {
@@ -73,7 +76,7 @@ impl<'s> Contexts<'s> {
     }
 
     pub(super) fn workspace(self, workspace: &Workspace<'_>) -> Result<()> {
-        self.hold("workspace", workspace.stream())
+        self.check("workspace", workspace.stream())
     }
 
     pub(super) fn inputs<D: Dtype>(self, inputs: &MoeInputs<OnDevice<'_>, D>) -> Result<()> {
@@ -104,9 +107,9 @@ impl<'s> Contexts<'s> {
 
     pub(super) fn weights<D: Dtype>(self, weights: &MoeWeights<OnDevice<'_>, D>) -> Result<()> {
         let MoeWeights { router, experts, latent, shared, output_norm } = weights;
-        let RouterWeights { gate, bias, norm, noise_gate, selection_bias, .. } = router;
+        let RouterWeights { router_gate, bias, norm, noise_gate, selection_bias, .. } = router;
         let RouterWeights { expert_scale, table, .. } = router;
-        self.typed("router.gate", gate)?;
+        self.typed("router.router_gate", router_gate)?;
         self.typed("router.bias", bias)?;
         self.optional("router.norm", norm)?;
         self.typed("router.noise_gate", noise_gate)?;

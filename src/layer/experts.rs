@@ -1,8 +1,9 @@
-//! The second half of a pass: from the choice of experts to the layer's output.
+//! The second half of a pass: from the routing to the output of the layer.
 
 use cudarc::driver::{CudaView, CudaViewMut};
 
-use super::{OnDevice, Pass};
+use super::memory::OnDevice;
+use super::pass::Pass;
 use crate::config::{ExpertConfig, MoeConfig, SharedConfig, WeightPosition, ZeroOutput};
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -18,16 +19,22 @@ use crate::routing_plan::RoutingPlan;
 use crate::tensors::{GateUpTensors, LatentWeights, SharedWeights};
 use crate::workspace::Arena;
 
-/// The ids and weights `[T, K]` of each token's experts.
-type Routing<'r> = (&'r CudaView<'r, u32>, &'r CudaView<'r, f32>);
+/// The experts of each token.
+#[derive(Clone, Copy)]
+pub(super) struct Routing<'r> {
+    /// `[T, K]`
+    pub(super) expert_ids: &'r CudaView<'r, u32>,
+    /// `[T, K]`
+    pub(super) routing_weights: &'r CudaView<'r, f32>,
+}
 
 impl<D: Dtype> Pass<'_, '_, D> {
-    /// Whether there are products that every token takes part in.
+    /// Returns whether the layer has dense products: those of a latent width or of a shared expert.
     pub(super) fn has_dense_experts(&self) -> bool {
         self.config.latent.is_some() || self.config.shared.is_some()
     }
 
-    /// What the layer makes of `x`, in `y`.
+    /// Computes `y` `[T, H]` from the tokens `x` `[T, H]` and their routing.
     pub(super) fn experts(
         &self,
         x: &CudaView<'_, D>,
@@ -39,13 +46,14 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let (device, stream, config) = (self.device, self.stream, self.config);
         let memory = arena.take::<u8>(self.sections.plan)?;
         let experts = 0..config.num_experts;
-        let plan = plan_range_fwd_into(device, stream, self.shape, experts, routing.0, memory)?;
+        let ids = routing.expert_ids;
+        let plan = plan_range_fwd_into(device, stream, self.shape, experts, ids, memory)?;
         let mut shared_y = arena.take::<D>(self.sections.shared_y)?;
         let mut shared_gate = arena.take::<f32>(self.sections.shared_gate)?;
         let shared = match (self.config.shared, &self.weights.shared, dense) {
             (Some(shared), Some(weights), Some(dense)) => {
-                let to = (&mut shared_y, &mut shared_gate);
-                self.shared(&shared, weights, dense, x, arena, to)?;
+                let (y, gate_logits) = (&mut shared_y, &mut shared_gate);
+                self.shared(&shared, weights, dense, x, arena, y, gate_logits)?;
                 Some(shared)
             }
             _ => None,
@@ -63,11 +71,11 @@ impl<D: Dtype> Pass<'_, '_, D> {
             _ => self.routed(&plan, x, routing, shared, arena, y),
         }?;
         let Some(norm) = &config.output_norm else { return Ok(()) };
-        let beside = RmsNormInputs { weight: self.weights.output_norm.as_ref(), plan: None };
-        rms_norm_fwd_in_place(device, stream, norm, config.hidden, y, &beside)
+        let inputs = RmsNormInputs { weight: self.weights.output_norm.as_ref(), plan: None };
+        rms_norm_fwd_in_place(device, stream, norm, config.hidden, y, &inputs)
     }
 
-    /// Experts that read the tokens themselves.
+    /// The output of a layer whose experts read the tokens themselves.
     fn routed(
         &self,
         plan: &RoutingPlan<'_>,
@@ -82,9 +90,12 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let identity = config.zero_experts.filter(|zero| zero.output == ZeroOutput::Identity);
         let identity = identity.map(|zero| Identity {
             experts: config.num_experts as u32..(config.num_experts + zero.count) as u32,
-            expert_ids: routing.0,
+            expert_ids: routing.expert_ids,
             x,
-            routing_weights: config.experts.weighs_rows(D::DTYPE).then_some(routing.1),
+            routing_weights: config
+                .experts
+                .weighs_rows(D::DTYPE)
+                .then_some(routing.routing_weights),
         });
         let inputs = CombineInputs {
             yp: &yp.as_view(),
@@ -96,8 +107,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         combine_fwd_into(self.device, self.stream, plan, config.hidden, &inputs, y)
     }
 
-    /// Experts of a width of their own, between two projections.
-    #[allow(clippy::too_many_arguments, reason = "each is a part of a layer")]
+    /// The output of a layer whose experts compute in a latent width, between two projections.
+    #[allow(clippy::too_many_arguments, reason = "the parts of a layer")]
     fn latent(
         &self,
         weights: &LatentWeights<OnDevice<'_>, D>,
@@ -112,14 +123,24 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let (device, stream) = (self.device, self.stream);
         let (hidden, inner, rows) =
             (self.config.hidden, self.config.expert_hidden(), Rows::Grouped);
-        let mut before = arena.take::<D>(self.sections.latent_x)?;
+        let mut latent_x = arena.take::<D>(self.sections.latent_x)?;
         let linear = LinearWeights::new(&weights.proj_in);
-        grouped_gemm_fwd_into(device, stream, dense, inner, hidden, rows, x, linear, &mut before)?;
+        grouped_gemm_fwd_into(
+            device,
+            stream,
+            dense,
+            inner,
+            hidden,
+            rows,
+            x,
+            linear,
+            &mut latent_x,
+        )?;
         if let Some(norm) = self.config.latent.and_then(|latent| latent.norm) {
-            let beside = RmsNormInputs { weight: weights.norm.as_ref(), plan: None };
-            rms_norm_fwd_in_place(device, stream, &norm, inner, &mut before, &beside)?;
+            let inputs = RmsNormInputs { weight: weights.norm.as_ref(), plan: None };
+            rms_norm_fwd_in_place(device, stream, &norm, inner, &mut latent_x, &inputs)?;
         }
-        let yp = self.rows(plan, &before.as_view(), routing, arena)?;
+        let yp = self.rows(plan, &latent_x.as_view(), routing, arena)?;
         let mut latent_y = arena.take::<D>(self.sections.latent_y)?;
         let inputs = CombineInputs {
             yp: &yp.as_view(),
@@ -151,16 +172,18 @@ impl<D: Dtype> Pass<'_, '_, D> {
         combine_fwd_into(device, stream, dense, hidden, &inputs, y)
     }
 
-    /// The weights that `combine` multiplies with, unless they have been used before.
+    /// The weights that `combine` multiplies by; `None` if an earlier operation applies them.
     fn output_weights<'r>(&self, routing: Routing<'r>) -> Option<&'r CudaView<'r, f32>> {
         let experts = &self.config.experts;
         match experts.weight_position {
-            WeightPosition::Output => (!experts.weighs_rows(D::DTYPE)).then_some(routing.1),
+            WeightPosition::Output => {
+                (!experts.weighs_rows(D::DTYPE)).then_some(routing.routing_weights)
+            }
             WeightPosition::Input | WeightPosition::Inside => None,
         }
     }
 
-    /// The routed experts' outputs `[R, H]`, normed where the configuration says so.
+    /// The outputs of the routed experts `[R, H]`, after their norm if there is one.
     fn rows<'a>(
         &self,
         plan: &RoutingPlan<'_>,
@@ -178,30 +201,55 @@ impl<D: Dtype> Pass<'_, '_, D> {
             }
         };
         let gate_up = GateUpWeights { tensors, bias: weights.gate_up_bias.as_ref() };
-        let on_rows = (experts.weight_position != WeightPosition::Output).then_some(routing.1);
+        let row_weights =
+            (experts.weight_position != WeightPosition::Output).then_some(routing.routing_weights);
         let mut act = arena.take::<D>(self.sections.act)?;
-        self.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, on_rows, &mut act)?;
+        self.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, row_weights, &mut act)?;
         let down = LinearWeights {
             w: &weights.down,
             bias: weights.down_bias.as_ref(),
             order: experts.down_order,
         };
         let mut yp = arena.take::<D>(self.sections.yp)?;
-        let (act, n, k, rows) = (act.as_view(), hidden, *intermediate, Rows::Grouped);
+        let (act, rows) = (act.as_view(), Rows::Grouped);
+        let (out_features, in_features) = (hidden, *intermediate);
         if experts.weighs_rows(D::DTYPE) {
-            let (by, to) = (routing.1, &mut yp);
-            grouped_gemm_weighted_fwd_into(device, stream, plan, n, k, rows, &act, down, by, to)?;
+            let weights = routing.routing_weights;
+            grouped_gemm_weighted_fwd_into(
+                device,
+                stream,
+                plan,
+                out_features,
+                in_features,
+                rows,
+                &act,
+                down,
+                weights,
+                &mut yp,
+            )?;
             return Ok(yp);
         }
-        grouped_gemm_fwd_into(device, stream, plan, n, k, rows, &act, down, &mut yp)?;
+        grouped_gemm_fwd_into(
+            device,
+            stream,
+            plan,
+            out_features,
+            in_features,
+            rows,
+            &act,
+            down,
+            &mut yp,
+        )?;
         if let Some(norm) = &experts.post_norm {
-            let beside = RmsNormInputs { weight: weights.post_norm.as_ref(), plan: Some(plan) };
-            rms_norm_fwd_in_place(device, stream, norm, hidden, &mut yp, &beside)?;
+            let inputs = RmsNormInputs { weight: weights.post_norm.as_ref(), plan: Some(plan) };
+            rms_norm_fwd_in_place(device, stream, norm, hidden, &mut yp, &inputs)?;
         }
         Ok(yp)
     }
 
-    /// The shared expert's output `[T, H]`, and the logits `[T]` of its gate where it has one.
+    /// Computes the output of the shared expert `y` `[T, H]`, and the logits `[T]` of its sigmoid
+    /// gate if it has one.
+    #[allow(clippy::too_many_arguments, reason = "the parts of a layer")]
     fn shared(
         &self,
         shared: &SharedConfig,
@@ -209,7 +257,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         dense: &RoutingPlan<'_>,
         x: &CudaView<'_, D>,
         arena: &mut Arena<'_>,
-        (y, gate_logits): (&mut CudaViewMut<'_, D>, &mut CudaViewMut<'_, f32>),
+        y: &mut CudaViewMut<'_, D>,
+        gate_logits: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
         let (device, stream, hidden) = (self.device, self.stream, self.config.hidden);
         let intermediate = shared.intermediate;
@@ -227,7 +276,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         router_gemm_fwd_into(device, stream, 1, hidden, &inputs, gate_logits)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "those of the operation")]
+    #[allow(clippy::too_many_arguments, reason = "the arguments of the operation")]
     fn gate_up(
         &self,
         plan: &RoutingPlan<'_>,

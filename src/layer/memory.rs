@@ -1,19 +1,19 @@
-//! The layer's tensors in the memory of a device.
+//! Device memory as a kind of [`Memory`], and the conversions to it.
 
 use std::convert::Infallible;
 use std::marker::PhantomData;
 use std::result::Result;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, DeviceSlice};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceSlice};
 
-use crate::device::upload;
-use crate::dtype::Dtype;
+use crate::buffer::upload;
+use crate::dtype::{Dtype, Plain};
 use crate::error::Error;
 use crate::tensors::private::Sealed;
 use crate::tensors::{Memory, MoeInputs, MoeWeights, Owned, Transfer};
 
-/// Views `CudaView<'a, T>` of memory on a device: what [`MoeLayer`](crate::MoeLayer) reads.
+/// Views `CudaView<'a, T>` of device memory, which [`MoeLayer`](crate::MoeLayer) reads.
 #[derive(Debug, Clone, Copy)]
 pub struct OnDevice<'a>(PhantomData<&'a ()>);
 
@@ -27,7 +27,7 @@ impl<'a> Memory for OnDevice<'a> {
     }
 }
 
-/// Views `CudaViewMut<'a, T>` of memory on a device that is written to.
+/// Views `CudaViewMut<'a, T>` of device memory, which [`MoeLayer`](crate::MoeLayer) writes.
 #[derive(Debug, Clone, Copy)]
 pub struct OnDeviceMut<'a>(PhantomData<&'a ()>);
 
@@ -41,7 +41,7 @@ impl<'a> Memory for OnDeviceMut<'a> {
     }
 }
 
-/// Slices `CudaSlice<T>` on a device, which hold what was uploaded.
+/// Device allocations `CudaSlice<T>`, such as `upload` returns.
 #[derive(Debug, Clone, Copy)]
 pub struct OwnedOnDevice;
 
@@ -55,30 +55,22 @@ impl Memory for OwnedOnDevice {
     }
 }
 
-/// From a loader's vectors to the device.
+/// Copies vectors to the device, on a stream.
 struct Upload<'s>(&'s Arc<CudaStream>);
 
-impl<'t, D: Dtype + DeviceRepr> Transfer<'t, Owned, OwnedOnDevice, D> for Upload<'_> {
+impl<'t, D: Dtype> Transfer<'t, Owned, OwnedOnDevice, D> for Upload<'_> {
     type Error = Error;
 
     fn elements(&mut self, tensor: &'t Vec<D>) -> Result<CudaSlice<D>, Error> {
         upload("upload", self.0, tensor)
     }
 
-    fn floats(&mut self, tensor: &'t Vec<f32>) -> Result<CudaSlice<f32>, Error> {
-        upload("upload", self.0, tensor)
-    }
-
-    fn ids(&mut self, tensor: &'t Vec<u32>) -> Result<CudaSlice<u32>, Error> {
-        upload("upload", self.0, tensor)
-    }
-
-    fn flags(&mut self, tensor: &'t Vec<u8>) -> Result<CudaSlice<u8>, Error> {
+    fn fixed<T: Plain>(&mut self, tensor: &'t Vec<T>) -> Result<CudaSlice<T>, Error> {
         upload("upload", self.0, tensor)
     }
 }
 
-/// From slices to views of them.
+/// Borrows device slices as views.
 struct View;
 
 impl<'t, D: Dtype> Transfer<'t, OwnedOnDevice, OnDevice<'t>, D> for View {
@@ -88,26 +80,19 @@ impl<'t, D: Dtype> Transfer<'t, OwnedOnDevice, OnDevice<'t>, D> for View {
         Ok(tensor.as_view())
     }
 
-    fn floats(&mut self, tensor: &'t CudaSlice<f32>) -> Result<CudaView<'t, f32>, Infallible> {
-        Ok(tensor.as_view())
-    }
-
-    fn ids(&mut self, tensor: &'t CudaSlice<u32>) -> Result<CudaView<'t, u32>, Infallible> {
-        Ok(tensor.as_view())
-    }
-
-    fn flags(&mut self, tensor: &'t CudaSlice<u8>) -> Result<CudaView<'t, u8>, Infallible> {
+    fn fixed<T: Plain>(&mut self, tensor: &'t CudaSlice<T>) -> Result<CudaView<'t, T>, Infallible> {
         Ok(tensor.as_view())
     }
 }
 
-macro_rules! from_host_to_device {
+macro_rules! conversions_to_the_device {
     ($Tensors:ident) => {
-        impl<D: Dtype + DeviceRepr> $Tensors<Owned, D> {
-            /// The same on the device of `stream`, copied in its order. The vectors may go when this returns.
+        impl<D: Dtype> $Tensors<Owned, D> {
+            /// Copies every tensor to newly allocated memory of the device, ordered on `stream`.
+            /// The vectors may be dropped after the call.
             ///
             /// # Errors
-            /// [`Error::Driver`] if the driver has no such memory.
+            /// [`Error::Driver`] if an allocation or a copy fails.
             pub fn upload(
                 &self,
                 stream: &Arc<CudaStream>,
@@ -117,7 +102,7 @@ macro_rules! from_host_to_device {
         }
 
         impl<D: Dtype> $Tensors<OwnedOnDevice, D> {
-            /// The same as views.
+            /// Borrows every tensor as a view, which [`MoeLayer`](crate::MoeLayer) reads.
             pub fn as_views(&self) -> $Tensors<OnDevice<'_>, D> {
                 let Ok(views) = self.transfer(&mut View);
                 views
@@ -126,5 +111,5 @@ macro_rules! from_host_to_device {
     };
 }
 
-from_host_to_device!(MoeWeights);
-from_host_to_device!(MoeInputs);
+conversions_to_the_device!(MoeWeights);
+conversions_to_the_device!(MoeInputs);

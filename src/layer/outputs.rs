@@ -1,29 +1,32 @@
-//! Outputs of a layer's first half.
+//! The outputs of a layer's router.
 
 use cudarc::driver::CudaViewMut;
 
 use crate::config::MoeConfig;
-use crate::error::{Error, Result, check_len, product};
+use crate::error::{Result, check_len, check_presence, product};
 use crate::shape::RoutingShape;
 
-/// Outputs of [`MoeLayer::route_into`](crate::MoeLayer::route_into), for `N` sequences of
-/// [`MoeInputs::sequence_tokens`](crate::MoeInputs::sequence_tokens) tokens: [`RoutingShape::sequences`] of them.
+/// Outputs of [`MoeLayer::route_into`](crate::MoeLayer::route_into), for `S` sequences of
+/// [`MoeInputs::sequence_tokens`](crate::MoeInputs::sequence_tokens) tokens:
+/// [`RoutingShape::sequences`] of them.
 ///
-/// [`RoutingOutputs::new`] has ids and weights alone; struct update syntax adds the rest.
+/// [`RoutingOutputs::new`] takes ids and weights; struct update syntax adds the optional outputs.
 pub struct RoutingOutputs<'o> {
-    /// `[T, K]`: the experts of each token; `u32::MAX` for a slot that was dropped, or whose token is not active.
+    /// `[T, K]`, the experts of each token; `u32::MAX` for a dropped slot and for slots of inactive
+    /// tokens.
     pub expert_ids: CudaViewMut<'o, u32>,
-    /// `[T, K]`: their weights.
+    /// `[T, K]`, the routing weights of the slots.
     pub routing_weights: CudaViewMut<'o, f32>,
-    /// `[N, E]`, of a layer with capacity: slots of each sequence that each expert keeps.
+    /// `[S, E]`, only for a layer with capacity: the number of slots of each sequence that each
+    /// expert keeps.
     pub kept: Option<CudaViewMut<'o, u32>>,
-    /// `[N, E]`, of a layer with capacity: requests that each expert had no room for; without overflow, slots that are
-    /// dropped.
+    /// `[S, E]`, only for a layer with capacity: the number of requests beyond the limit of each
+    /// expert. Without overflow these are the dropped slots.
     pub dropped: Option<CudaViewMut<'o, u32>>,
 }
 
 impl<'o> RoutingOutputs<'o> {
-    /// Ids and weights `[T, K]` alone.
+    /// Ids and weights `[T, K]`, without counts.
     pub const fn new(
         expert_ids: CudaViewMut<'o, u32>,
         routing_weights: CudaViewMut<'o, f32>,
@@ -31,7 +34,7 @@ impl<'o> RoutingOutputs<'o> {
         Self { expert_ids, routing_weights, kept: None, dropped: None }
     }
 
-    /// Holds every output against the shape, and against what the configuration can give.
+    /// Checks every output against the shape and the configuration.
     pub(super) fn check(
         &self,
         op: &'static str,
@@ -45,10 +48,7 @@ impl<'o> RoutingOutputs<'o> {
         let cells = product(op, "sequences * num_experts", sequences, shape.num_experts)?;
         for (name, counts) in [("kept", &self.kept), ("dropped", &self.dropped)] {
             let Some(counts) = counts else { continue };
-            if config.capacity.is_none() {
-                let why = format!("`{name}` is given, and the configuration has no capacity");
-                return Err(Error::Mismatch { op, why });
-            }
+            check_presence(op, name, true, config.capacity.is_some())?;
             check_len(op, name, counts.len(), cells)?;
         }
         Ok(())

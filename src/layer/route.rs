@@ -1,13 +1,16 @@
-//! The first half of a pass: from tokens to the ids and weights of their experts.
+//! The first half of a pass: from tokens to their routing.
 
 use cudarc::driver::{CudaView, CudaViewMut};
 
-use super::{OP, OnDevice, OnDeviceMut, Pass, RoutingOutputs};
+use super::memory::{OnDevice, OnDeviceMut};
+use super::outputs::RoutingOutputs;
+use super::pass::Pass;
+use super::sections::OP;
 use crate::config::{CapacityConfig, Normalization, Priority, RouterConfig, RouterStep};
 use crate::dtype::Dtype;
 use crate::error::{Result, product};
 use crate::ops::capacity::{
-    capacity_ask_fwd_into, capacity_fwd_into, capacity_later_fwd_into, capacity_normalize_fwd_into,
+    capacity_reassign_fwd_into, capacity_fwd_into, capacity_later_fwd_into, capacity_normalize_fwd_into,
 };
 use crate::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use crate::ops::plan::plan_fwd_into;
@@ -16,27 +19,28 @@ use crate::ops::route::{RouteInputs, route_fwd_into, route_scores_fwd_into};
 use crate::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
-use crate::tensors::{MoeInputs, Typed, no_gate};
+use crate::tensors::{MoeInputs, Typed, no_router_gate};
 use crate::workspace::Arena;
 
 impl<D: Dtype> Pass<'_, '_, D> {
-    /// Whether tensor cores make what the router's products make: where it is 16-bit numbers like both factors.
+    /// Returns whether a product of the router runs on tensor cores as a grouped product, for which
+    /// it needs the plan of dense products: if both factors and the result are 16-bit.
     pub(super) fn projects_by_gemm(&self, inputs: &MoeInputs<OnDevice<'_>, D>) -> bool {
         let router = &self.weights.router;
         let MoeInputs { logits, noise, noise_logits, .. } = inputs;
         let f32_logits = logits.as_ref().map(Typed::is_f32);
         let narrow = !f32_logits.unwrap_or(self.config.projection.f32_logits);
-        let logits = logits.is_none() && Self::by_gemm(router.gate.as_ref(), narrow);
-        let gated = noise.is_some() && noise_logits.is_none();
-        logits || gated && Self::by_gemm(router.noise_gate.as_ref(), narrow)
+        let logits = logits.is_none() && Self::by_gemm(router.router_gate.as_ref(), narrow);
+        let scales_noise = noise.is_some() && noise_logits.is_none();
+        logits || scales_noise && Self::by_gemm(router.noise_gate.as_ref(), narrow)
     }
 
-    /// The same of one product.
-    pub(super) fn by_gemm(gate: Option<&Typed<OnDevice<'_>, D>>, narrow: bool) -> bool {
-        D::DTYPE.size() == 2 && narrow && gate.and_then(Typed::element).is_some()
+    /// Returns the same for one product.
+    pub(super) fn by_gemm(matrix: Option<&Typed<OnDevice<'_>, D>>, narrow: bool) -> bool {
+        D::DTYPE.size() == 2 && narrow && matrix.and_then(Typed::element).is_some()
     }
 
-    /// The ids and weights of each token's experts.
+    /// Computes the routing of each token.
     pub(super) fn route(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
@@ -44,9 +48,9 @@ impl<D: Dtype> Pass<'_, '_, D> {
         arena: &mut Arena<'_>,
         outputs: &mut RoutingOutputs<'_>,
     ) -> Result<()> {
-        let made = self.make_logits(inputs, dense, arena)?;
-        let logits = Logits::of(made.logits.as_ref(), inputs.logits.as_ref());
-        let noise = Logits::of(made.noise_logits.as_ref(), inputs.noise_logits.as_ref());
+        let computed = self.compute_logits(inputs, dense, arena)?;
+        let logits = Logits::new(computed.logits.as_ref(), inputs.logits.as_ref());
+        let noise = Logits::new(computed.noise_logits.as_ref(), inputs.noise_logits.as_ref());
         match (&logits.element, &logits.f32) {
             (Some(logits), _) => {
                 let noise = noise.element.as_ref();
@@ -56,11 +60,11 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 let noise = noise.f32.as_ref();
                 self.choose(inputs, logits, noise, arena, outputs)
             }
-            (None, None) => Err(no_gate(OP)),
+            (None, None) => Err(no_router_gate(OP)),
         }
     }
 
-    /// The number of every expert that a step of the router makes.
+    /// Computes a step of the router for every expert.
     pub(super) fn scores(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
@@ -70,34 +74,35 @@ impl<D: Dtype> Pass<'_, '_, D> {
         scores: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
         let (device, stream, shape) = (self.device, self.stream, self.shape);
-        let made = self.make_logits(inputs, dense, arena)?;
-        let logits = Logits::of(made.logits.as_ref(), inputs.logits.as_ref());
-        let noise = Logits::of(made.noise_logits.as_ref(), inputs.noise_logits.as_ref());
+        let computed = self.compute_logits(inputs, dense, arena)?;
+        let logits = Logits::new(computed.logits.as_ref(), inputs.logits.as_ref());
+        let noise = Logits::new(computed.noise_logits.as_ref(), inputs.noise_logits.as_ref());
         let router = &self.config.router;
         match (&logits.element, &logits.f32) {
             (Some(logits), _) => {
-                let read = self.reads(inputs, logits, noise.element.as_ref());
-                route_scores_fwd_into(device, stream, shape, router, step, &read, scores)
+                let inputs = self.route_inputs(inputs, logits, noise.element.as_ref());
+                route_scores_fwd_into(device, stream, shape, router, step, &inputs, scores)
             }
             (None, Some(logits)) => {
-                let read = self.reads(inputs, logits, noise.f32.as_ref());
-                route_scores_fwd_into(device, stream, shape, router, step, &read, scores)
+                let inputs = self.route_inputs(inputs, logits, noise.f32.as_ref());
+                route_scores_fwd_into(device, stream, shape, router, step, &inputs, scores)
             }
-            (None, None) => Err(no_gate(OP)),
+            (None, None) => Err(no_router_gate(OP)),
         }
     }
 
-    /// What the router's products make: the logits, unless they are given, and the noise's, where it is gated.
-    fn make_logits<'a>(
+    /// Computes the products of the router: the logits unless they are given, and the noise logits
+    /// if a noise gate scales the noise.
+    fn compute_logits<'a>(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
         dense: Option<&RoutingPlan<'_>>,
         arena: &mut Arena<'a>,
-    ) -> Result<Made<'a, D>> {
+    ) -> Result<ComputedLogits<'a, D>> {
         let MoeInputs { logits: given, noise, noise_logits: given_noise, .. } = inputs;
-        let gate = if given.is_none() { self.weights.router.gate.as_ref() } else { None };
-        let gated = noise.is_some() && given_noise.is_none();
-        let noise_gate = self.weights.router.noise_gate.as_ref().filter(|_| gated);
+        let router_gate = self.weights.router.router_gate.as_ref().filter(|_| given.is_none());
+        let scales_noise = noise.is_some() && given_noise.is_none();
+        let noise_gate = self.weights.router.noise_gate.as_ref().filter(|_| scales_noise);
         let f32_logits = given.as_ref().map_or(self.config.projection.f32_logits, Typed::is_f32);
         let mut take = |section| -> Result<Typed<OnDeviceMut<'a>, D>> {
             Ok(match f32_logits {
@@ -105,33 +110,33 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 false => Typed::Element(arena.take::<D>(section)?),
             })
         };
-        let mut made = Made { logits: None, noise_logits: None };
-        if gate.is_some() {
-            made.logits = Some(take(self.sections.logits)?);
+        let mut computed = ComputedLogits { logits: None, noise_logits: None };
+        if router_gate.is_some() {
+            computed.logits = Some(take(self.sections.logits)?);
         }
         if noise_gate.is_some() {
-            made.noise_logits = Some(take(self.sections.noise_logits)?);
+            computed.noise_logits = Some(take(self.sections.noise_logits)?);
         }
-        if gate.is_none() && noise_gate.is_none() {
-            return Ok(made);
+        if router_gate.is_none() && noise_gate.is_none() {
+            return Ok(computed);
         }
         let normed = self.normed(inputs, arena)?;
         let normed = normed.as_ref().map(|normed| normed.as_view());
         let x = normed.as_ref().unwrap_or(inputs.router_x.as_ref().unwrap_or(&inputs.x));
-        if let (Some(gate), Some(to)) = (gate, &mut made.logits) {
-            self.times(x, gate, self.weights.router.bias.as_ref(), dense, to)?;
+        if let (Some(matrix), Some(to)) = (router_gate, &mut computed.logits) {
+            self.product(x, matrix, self.weights.router.bias.as_ref(), dense, to)?;
         }
-        if let (Some(gate), Some(to)) = (noise_gate, &mut made.noise_logits) {
-            self.times(x, gate, None, dense, to)?;
+        if let (Some(matrix), Some(to)) = (noise_gate, &mut computed.noise_logits) {
+            self.product(x, matrix, None, dense, to)?;
         }
-        Ok(made)
+        Ok(computed)
     }
 
-    /// The router's norm, and its product with one of the router's matrices.
+    /// Computes the router's norm, and the product with one of the router's matrices.
     pub(super) fn router_gemm(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
-        gate: &Typed<OnDevice<'_>, D>,
+        matrix: &Typed<OnDevice<'_>, D>,
         bias: Option<&Typed<OnDevice<'_>, D>>,
         dense: Option<&RoutingPlan<'_>>,
         arena: &mut Arena<'_>,
@@ -140,10 +145,10 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let normed = self.normed(inputs, arena)?;
         let normed = normed.as_ref().map(|normed| normed.as_view());
         let x = normed.as_ref().unwrap_or(inputs.router_x.as_ref().unwrap_or(&inputs.x));
-        self.times(x, gate, bias, dense, logits)
+        self.product(x, matrix, bias, dense, logits)
     }
 
-    /// What the router reads, where it has a norm.
+    /// The router's input after its norm; `None` without a norm.
     fn normed<'a>(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
@@ -153,23 +158,23 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let Some(norm) = &self.config.projection.norm else { return Ok(None) };
         let mut normed = arena.take::<D>(self.sections.router_x)?;
         let x = inputs.router_x.as_ref().unwrap_or(&inputs.x);
-        let beside = RmsNormInputs { weight: self.weights.router.norm.as_ref(), plan: None };
-        rms_norm_fwd_into(device, stream, norm, hidden, x, &beside, &mut normed)?;
+        let inputs = RmsNormInputs { weight: self.weights.router.norm.as_ref(), plan: None };
+        rms_norm_fwd_into(device, stream, norm, hidden, x, &inputs, &mut normed)?;
         Ok(Some(normed))
     }
 
-    /// A product of the router; gate and bias are of one type, as was checked.
-    fn times(
+    /// Computes a product of the router. Matrix and bias have the same type, which was checked.
+    fn product(
         &self,
         x: &CudaView<'_, D>,
-        gate: &Typed<OnDevice<'_>, D>,
+        matrix: &Typed<OnDevice<'_>, D>,
         bias: Option<&Typed<OnDevice<'_>, D>>,
         dense: Option<&RoutingPlan<'_>>,
         logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
         let (device, stream) = (self.device, self.stream);
         let (experts, hidden) = (self.config.router_experts(), self.config.hidden);
-        match (gate, logits) {
+        match (matrix, logits) {
             (Typed::Element(gate), Typed::Element(logits)) => {
                 let bias = bias.and_then(Typed::element);
                 match dense {
@@ -204,8 +209,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
         }
     }
 
-    /// What the router reads besides its logits.
-    fn reads<'r, L: Dtype>(
+    /// The inputs of the operation `route`.
+    fn route_inputs<'r, L: Dtype>(
         &'r self,
         inputs: &'r MoeInputs<OnDevice<'_>, D>,
         logits: &'r CudaView<'r, L>,
@@ -226,7 +231,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         }
     }
 
-    /// From logits to ids and weights, capacity included.
+    /// Computes the routing from logits, including capacity.
     fn choose<L: Dtype>(
         &self,
         inputs: &MoeInputs<OnDevice<'_>, D>,
@@ -237,14 +242,14 @@ impl<D: Dtype> Pass<'_, '_, D> {
     ) -> Result<()> {
         let (device, stream, shape) = (self.device, self.stream, self.shape);
         let config = self.config;
-        let read = self.reads(inputs, logits, noise_logits);
+        let route_inputs = self.route_inputs(inputs, logits, noise_logits);
         let route = |router: &RouterConfig,
                      shape: RoutingShape,
                      ids: &mut CudaViewMut<'_, u32>,
                      weights: &mut CudaViewMut<'_, f32>| {
-            let expert_scale = read.expert_scale.filter(|_| router.expert_scale);
-            let read = RouteInputs { expert_scale, ..read };
-            route_fwd_into(device, stream, shape, router, &read, ids, weights)
+            let expert_scale = route_inputs.expert_scale.filter(|_| router.expert_scale);
+            let inputs = RouteInputs { expert_scale, ..route_inputs };
+            route_fwd_into(device, stream, shape, router, &inputs, ids, weights)
         };
         let Some(capacity) = &config.capacity else {
             return route(
@@ -254,30 +259,39 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 &mut outputs.routing_weights,
             );
         };
-        let tokens = inputs.sequence_tokens;
-        let by = capacity.normalization;
-        if by == Normalization::None {
-            return self.keep(capacity, tokens, &route, arena, outputs);
+        let sequence_tokens = inputs.sequence_tokens;
+        let normalization = capacity.normalization;
+        if normalization == Normalization::None {
+            return self.apply_capacity(capacity, sequence_tokens, &route, arena, outputs);
         }
         let RoutingOutputs { expert_ids, routing_weights: normalized, kept, dropped } = outputs;
-        let mut kept_weights = RoutingOutputs {
+        let mut unnormalized = RoutingOutputs {
             expert_ids: expert_ids.slice_mut(..),
             routing_weights: arena.take::<f32>(self.sections.chosen_weights)?,
             kept: kept.as_mut().map(|kept| kept.slice_mut(..)),
             dropped: dropped.as_mut().map(|dropped| dropped.slice_mut(..)),
         };
-        self.keep(capacity, tokens, &route, arena, &mut kept_weights)?;
-        let (ids, weights) =
-            (kept_weights.expert_ids.as_view(), kept_weights.routing_weights.as_view());
-        let (scale, of_experts) = (config.router.scale, self.weights.router.expert_scale.as_ref());
+        self.apply_capacity(capacity, sequence_tokens, &route, arena, &mut unnormalized)?;
+        let ids = unnormalized.expert_ids.as_view();
+        let weights = unnormalized.routing_weights.as_view();
+        let (scale, expert_scale) =
+            (config.router.scale, self.weights.router.expert_scale.as_ref());
         capacity_normalize_fwd_into(
-            device, stream, shape, by, scale, of_experts, &ids, &weights, normalized,
+            device,
+            stream,
+            shape,
+            normalization,
+            scale,
+            expert_scale,
+            &ids,
+            &weights,
+            normalized,
         )
     }
 
-    /// The choices that experts have room for, with their weights: the router's own, and then, as often as slots may
-    /// ask again, the next best ones.
-    fn keep(
+    /// Computes the kept slots and their weights: those of the router's choices, then up to
+    /// `overflow` rounds of reassignment to the next-best experts.
+    fn apply_capacity(
         &self,
         capacity: &CapacityConfig,
         sequence_tokens: Option<usize>,
@@ -294,7 +308,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         } = outputs;
         let router = self.config.router_before_capacity();
         let mut chosen = arena.take::<u32>(self.sections.chosen)?;
-        // The scores of first choices before any normalisation; the ids beside them are the same.
+        // The scores of first choices before normalisation; this call selects the same ids.
         let mut top_scores = arena.take::<f32>(self.sections.top_scores)?;
         let by_top_score = capacity.priority == Priority::ChoiceByTopWeight;
         if by_top_score {
@@ -306,7 +320,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let cells = product(OP, "sequences * num_experts", sequences, shape.num_experts)?;
         let mut kept = arena.take::<u32>(self.sections.kept)?;
         let mut dropped = arena.take::<u32>(self.sections.dropped)?;
-        // Where the caller has no use for the counts, they stay in the workspace.
+        // Counts that the caller does not request are written to the workspace.
         let mut kept = match kept_out {
             Some(kept) => kept.slice_mut(..cells),
             None => kept.slice_mut(..cells),
@@ -318,7 +332,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let chosen = chosen.as_view();
         let by_slot = shape.by_slot();
         let plan = plan_fwd_into(device, stream, by_slot, Some(&chosen), memory.slice_mut(..))?;
-        let of_priority = if by_top_score { top_scores.as_view() } else { weights.as_view() };
+        let priorities = if by_top_score { top_scores.as_view() } else { weights.as_view() };
         capacity_fwd_into(
             device,
             stream,
@@ -326,7 +340,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
             shape,
             capacity,
             sequence_tokens,
-            &of_priority,
+            &priorities,
             expert_ids,
             &mut kept,
             &mut dropped,
@@ -337,15 +351,15 @@ impl<D: Dtype> Pass<'_, '_, D> {
         }
 
         let mut candidates = arena.take::<u32>(self.sections.candidates)?;
-        let mut of_candidates = arena.take::<f32>(self.sections.candidate_weights)?;
+        let mut candidate_weights = arena.take::<f32>(self.sections.candidate_weights)?;
         let next_best = RoutingShape { top_k: num_candidates, ..shape };
-        route(&router, next_best, &mut candidates, &mut of_candidates)?;
-        let (candidates, of_candidates) = (candidates.as_view(), of_candidates.as_view());
+        route(&router, next_best, &mut candidates, &mut candidate_weights)?;
+        let (candidates, candidate_weights) = (candidates.as_view(), candidate_weights.as_view());
         let mut next = arena.take::<u32>(self.sections.next_candidate)?;
         let mut requests = arena.take::<u32>(self.sections.requests)?;
-        // Every candidate is asked once.
+        // Each candidate is requested at most once.
         for round in 0..capacity.overflow.min(num_candidates) {
-            capacity_ask_fwd_into(
+            capacity_reassign_fwd_into(
                 device,
                 stream,
                 shape,
@@ -354,14 +368,14 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 &chosen,
                 &expert_ids.as_view(),
                 &candidates,
-                &of_candidates,
+                &candidate_weights,
                 &mut next,
                 &mut requests,
                 weights,
             )?;
-            let asked = requests.as_view();
-            let plan = plan_fwd_into(device, stream, by_slot, Some(&asked), memory.slice_mut(..))?;
-            let of_priority = if by_top_score { top_scores.as_view() } else { weights.as_view() };
+            let ids = requests.as_view();
+            let plan = plan_fwd_into(device, stream, by_slot, Some(&ids), memory.slice_mut(..))?;
+            let priorities = if by_top_score { top_scores.as_view() } else { weights.as_view() };
             capacity_later_fwd_into(
                 device,
                 stream,
@@ -369,7 +383,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
                 shape,
                 capacity,
                 sequence_tokens,
-                &of_priority,
+                &priorities,
                 expert_ids,
                 &mut kept,
                 &mut dropped,
@@ -379,7 +393,8 @@ impl<D: Dtype> Pass<'_, '_, D> {
     }
 }
 
-/// Chooses the experts of a shape, as many as its `top_k`, into ids and weights, by a router whose choice is the layer's.
+/// Selects the experts of a shape with a router that makes the layer's selection, into ids and
+/// weights.
 type Route<'r> = dyn Fn(
         &RouterConfig,
         RoutingShape,
@@ -388,26 +403,26 @@ type Route<'r> = dyn Fn(
     ) -> Result<()>
     + 'r;
 
-/// What a pass makes of its tokens for the router; what it has been given is not made.
-struct Made<'a, D: Dtype> {
+/// The logits that a pass computes; `None` for those that are given or not needed.
+struct ComputedLogits<'a, D: Dtype> {
     logits: Option<Typed<OnDeviceMut<'a>, D>>,
     noise_logits: Option<Typed<OnDeviceMut<'a>, D>>,
 }
 
-/// Logits of either type, or none.
+/// Logits of either type; at most one of the two is set.
 struct Logits<'l, D> {
     element: Option<CudaView<'l, D>>,
     f32: Option<CudaView<'l, f32>>,
 }
 
 impl<'l, D: Dtype> Logits<'l, D> {
-    /// Those that were made, else those that were given.
-    fn of(
-        made: Option<&'l Typed<OnDeviceMut<'_>, D>>,
+    /// The computed logits, or else the given ones.
+    fn new(
+        computed: Option<&'l Typed<OnDeviceMut<'_>, D>>,
         given: Option<&'l Typed<OnDevice<'_>, D>>,
     ) -> Self {
         let (mut element, mut f32) = (None, None);
-        match (made, given) {
+        match (computed, given) {
             (Some(Typed::Element(logits)), _) => element = Some(logits.as_view()),
             (Some(Typed::F32(logits)), _) => f32 = Some(logits.as_view()),
             (None, Some(Typed::Element(logits))) => element = Some(logits.slice(..)),

@@ -1,8 +1,11 @@
-//! What a layer's router makes of every expert, on the way to a choice.
+//! Intermediate results of a layer's router, one value per expert.
 
 use cudarc::driver::{CudaStream, CudaViewMut};
 
-use super::{MoeLayer, OP, OnDevice, OnDeviceMut, Pass};
+use super::MoeLayer;
+use super::memory::{OnDevice, OnDeviceMut};
+use super::pass::Pass;
+use super::sections::OP;
 use crate::config::RouterStep;
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
@@ -10,13 +13,14 @@ use crate::tensors::{MoeInputs, MoeWeights, Typed, no_noise_gate};
 use crate::workspace::{Arena, Workspace};
 
 impl MoeLayer {
-    /// What a step of the router makes of the logits, `scores` `[T, E']` in f32: the logits with their noise, those that
-    /// experts are chosen by, or the scores that [`expert_choice_fwd`](crate::ops::expert_choice) needs.
-    /// [`route_scores_fwd_into`](crate::ops::route::route_scores_fwd_into) says more.
+    /// Computes a step of the router into `scores` `[T, E']` in f32: the logits with noise, the
+    /// logits after multiplier and soft-cap, or the scores that
+    /// [`expert_choice_fwd`](crate::ops::expert_choice) reads. See
+    /// [`route_scores_fwd_into`](crate::ops::route::route_scores_fwd_into).
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Unsupported`](crate::Error::Unsupported) for scores that depend
-    /// on the choice.
+    /// Those of [`forward`](Self::forward), and [`Error::Unsupported`](crate::Error::Unsupported)
+    /// for scores that depend on the selection.
     pub fn router_scores<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -26,7 +30,7 @@ impl MoeLayer {
         step: RouterStep,
         scores: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
         inputs.check_route(OP, &self.config, weights)?;
         self.config.router.score_of_step(OP, step)?;
         check_len(OP, "scores", scores.len(), pass.shape.logits())?;
@@ -38,13 +42,14 @@ impl MoeLayer {
         pass.scores(inputs, dense.as_ref(), &mut arena, step, scores)
     }
 
-    /// What noise is scaled by in a layer with a [`noise_gate`](crate::RouterProjection::noise_gate), before the
-    /// `softplus`: the product of that matrix with what the router reads, `[T, E']`, of either type. In
-    /// [`forward`](Self::forward) they have the type of the logits.
+    /// Computes the noise logits of a layer with a
+    /// [`noise_gate`](crate::RouterProjection::noise_gate): the product of the router's input with
+    /// that matrix, `[T, E']`, of either type. The router multiplies the noise by their `softplus`.
+    /// In [`forward`](Self::forward) they have the type of the logits.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`](crate::Error::Mismatch) for weights without such a
-    /// matrix.
+    /// Those of [`forward`](Self::forward), and [`Error::Mismatch`](crate::Error::Mismatch) for
+    /// weights without a noise gate.
     pub fn noise_logits<D: Dtype>(
         &self,
         stream: &CudaStream,
@@ -53,15 +58,15 @@ impl MoeLayer {
         workspace: &mut Workspace<'_>,
         noise_logits: &mut Typed<OnDeviceMut<'_>, D>,
     ) -> Result<()> {
-        let pass = Pass::new(self, stream, inputs.check(OP, &self.config)?, weights)?;
-        let gate = weights.router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?;
+        let pass = self.pass(stream, inputs.check(OP, &self.config)?, weights)?;
+        let noise_gate = weights.router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?;
         check_len(OP, "noise_logits", noise_logits.len(), pass.shape.logits())?;
         pass.contexts.inputs(inputs)?;
         pass.contexts.logits("noise_logits", noise_logits)?;
         pass.contexts.workspace(workspace)?;
         let mut arena = Arena::new(OP, workspace, &pass.sections.of_route())?;
-        let by_gemm = Pass::by_gemm(Some(gate), !noise_logits.is_f32());
+        let by_gemm = Pass::by_gemm(Some(noise_gate), !noise_logits.is_f32());
         let dense = pass.dense(&mut arena, by_gemm)?;
-        pass.router_gemm(inputs, gate, None, dense.as_ref(), &mut arena, noise_logits)
+        pass.router_gemm(inputs, noise_gate, None, dense.as_ref(), &mut arena, noise_logits)
     }
 }

@@ -1,32 +1,34 @@
-//! Where the parts of a pass lie in the workspace.
+//! The sections of a layer's workspace.
 
-use super::OP;
-use crate::config::MoeConfig;
+use crate::config::{MoeConfig, Normalization, Priority};
 use crate::dtype::DType;
 use crate::error::{Result, product};
 use crate::routing_plan::PlanLayout;
 use crate::shape::RoutingShape;
 use crate::workspace::Section;
 
-/// The parts of a forward pass; those that a configuration has no use for are empty.
+/// The operation that errors of a layer name.
+pub(super) const OP: &str = "MoeLayer";
+
+/// The sections of a forward pass. Those that a configuration does not use are empty.
 pub(super) struct Sections {
     /// The plan of dense products.
     pub(super) dense: Section,
-    /// What the router reads after its norm.
+    /// The router's input after its norm.
     pub(super) router_x: Section,
     pub(super) logits: Section,
     pub(super) noise_logits: Section,
     pub(super) expert_ids: Section,
     pub(super) routing_weights: Section,
-    /// What capacity reads and writes: choices and weights before it, the plan of slots, and counts.
+    /// Capacity: the choices and weights of the router, the plan of slots, and the counts.
     pub(super) chosen: Section,
     pub(super) chosen_weights: Section,
-    /// The scores of first choices, where they decide the order of slots.
+    /// The scores of first choices, for the priority that orders slots by them.
     pub(super) top_scores: Section,
     pub(super) slot_plan: Section,
     pub(super) kept: Section,
     pub(super) dropped: Section,
-    /// What slots that found no room ask: their token's candidates, the next of them, and the requests.
+    /// Overflow: the candidates of each token, the next one, and the requests of the slots.
     pub(super) candidates: Section,
     pub(super) candidate_weights: Section,
     pub(super) next_candidate: Section,
@@ -48,21 +50,21 @@ impl Sections {
         let shape = config.routing(num_tokens);
         shape.check(OP)?;
         let slots = shape.slots();
-        let words = |there: bool, len: usize| Section::new(OP, if there { len } else { 0 }, 4);
-        let matrix = |there: bool, rows: usize, width: usize| {
-            let len = if there { product(OP, "rows * width", rows, width)? } else { 0 };
+        let words = |used: bool, len: usize| Section::new(OP, if used { len } else { 0 }, 4);
+        let matrix = |used: bool, rows: usize, width: usize| {
+            let len = if used { product(OP, "rows * width", rows, width)? } else { 0 };
             Section::new(OP, len, dtype.size())
         };
-        let bytes = |there: bool, layout: PlanLayout| {
-            Section::new(OP, if there { layout.bytes() } else { 0 }, 1)
+        let bytes = |used: bool, layout: PlanLayout| {
+            Section::new(OP, if used { layout.bytes() } else { 0 }, 1)
         };
         let MoeConfig { hidden, intermediate, num_experts, projection, latent, shared, .. } =
             *config;
         let inner = config.expert_hidden();
         let capacity = config.capacity;
-        let by_top = capacity.is_some_and(|c| c.priority == crate::Priority::ChoiceByTopWeight);
-        let normalizes = capacity.is_some_and(|c| c.normalization != crate::Normalization::None);
-        // Each sequence has a token at least.
+        let by_top = capacity.is_some_and(|c| c.priority == Priority::ChoiceByTopWeight);
+        let normalizes = capacity.is_some_and(|c| c.normalization != Normalization::None);
+        // Each sequence has at least one token.
         let cells = product(OP, "sequences * num_experts", num_tokens.max(1), num_experts)?;
         let (overflows, listed) = (config.candidates() > 0, num_tokens * config.candidates());
         let shared_width = shared.map_or(0, |shared| shared.intermediate);
@@ -72,7 +74,7 @@ impl Sections {
             dense: bytes(true, PlanLayout::new(one_expert(num_tokens))?)?,
             router_x: matrix(projection.norm.is_some(), num_tokens, hidden)?,
             logits: Section::new(OP, shape.logits(), logit_size)?,
-            // Given logits may be f32, and their noise's are of their type.
+            // Given logits may be f32; the noise logits have the same type.
             noise_logits: words(projection.noise_gate, shape.logits())?,
             expert_ids: words(true, slots)?,
             routing_weights: words(true, slots)?,
@@ -98,31 +100,56 @@ impl Sections {
         })
     }
 
-    /// What choosing experts needs.
+    /// The sections that the router needs.
     pub(super) fn of_route(&self) -> Vec<Section> {
-        let Self { dense, router_x, logits, noise_logits, chosen, chosen_weights, .. } = *self;
-        let Self { slot_plan, kept, dropped, candidates, candidate_weights, .. } = *self;
-        let asked = [candidates, candidate_weights, self.next_candidate, self.requests];
-        let kept = [chosen, chosen_weights, self.top_scores, slot_plan, kept, dropped];
-        [&[dense, router_x, logits, noise_logits], &kept[..], &asked[..]].concat()
+        [&[self.dense][..], &self.router_sections()].concat()
     }
 
-    /// What comes after that.
+    /// The sections that the experts need.
     pub(super) fn of_experts(&self) -> Vec<Section> {
-        let Self { dense, plan, shared_act, shared_y, shared_gate, .. } = *self;
-        let Self { latent_x, act, yp, latent_y, latent_out, .. } = *self;
-        let routed = [latent_x, act, yp, latent_y, latent_out];
-        [&[dense, plan, shared_act, shared_y, shared_gate], &routed[..]].concat()
+        [&[self.dense][..], &self.expert_sections()].concat()
     }
 
-    /// What both need, and what goes from one to the other. The plan of dense products is made once.
+    /// The sections of a whole pass. Router and experts share the plan of dense products.
     pub(super) fn of_forward(&self) -> Vec<Section> {
-        let (route, experts) = (self.of_route(), self.of_experts());
-        [&[self.expert_ids, self.routing_weights], &route[..], &experts[1..]].concat()
+        let routing = [self.dense, self.expert_ids, self.routing_weights];
+        [&routing[..], &self.router_sections(), &self.expert_sections()].concat()
+    }
+
+    fn router_sections(&self) -> [Section; 13] {
+        [
+            self.router_x,
+            self.logits,
+            self.noise_logits,
+            self.chosen,
+            self.chosen_weights,
+            self.top_scores,
+            self.slot_plan,
+            self.kept,
+            self.dropped,
+            self.candidates,
+            self.candidate_weights,
+            self.next_candidate,
+            self.requests,
+        ]
+    }
+
+    fn expert_sections(&self) -> [Section; 9] {
+        [
+            self.plan,
+            self.shared_act,
+            self.shared_y,
+            self.shared_gate,
+            self.latent_x,
+            self.act,
+            self.yp,
+            self.latent_y,
+            self.latent_out,
+        ]
     }
 }
 
-/// The shape of dense products.
+/// The shape of the plan of dense products.
 pub(super) fn one_expert(num_tokens: usize) -> RoutingShape {
     RoutingShape { num_tokens, num_experts: 1, top_k: 1 }
 }

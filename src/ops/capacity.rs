@@ -1,17 +1,21 @@
-//! Limits the rows of each expert: which slots keep their expert, and what becomes of the others.
+//! Limits the rows of each expert: selects the slots that keep their expert, and drops or reassigns
+//! the others.
 //!
-//! The operations read a plan of slots, which is one of [`RoutingShape::by_slot`]. Without overflow:
+//! The operations read a plan of slots, which is one of [`RoutingShape::by_slot`]. Without
+//! overflow:
 //!
 //! ```text
-//! expert_ids, weights -plan (by slot)-> RoutingPlan -capacity-> kept_ids, kept [N, E], dropped [N, E]
-//! kept_ids, weights -capacity_normalize-> weights, where families renormalise what is kept
+//! expert_ids, weights -plan (by slot)-> RoutingPlan
+//!                     -capacity-> kept_ids, kept [N, E], dropped [N, E]
+//! kept_ids, weights -capacity_normalize-> weights, for families that renormalise the kept weights
 //! kept_ids -plan-> RoutingPlan of the layer
 //! ```
 //!
-//! With overflow, each round of [`CapacityConfig::overflow`] comes between the first two lines:
+//! With overflow, up to [`CapacityConfig::overflow`] rounds of reassignment come between the first
+//! two steps:
 //!
 //! ```text
-//! expert_ids, kept_ids, candidates -capacity_ask-> requests, weights
+//! expert_ids, kept_ids, candidates -capacity_reassign-> requests, weights
 //! requests -plan (by slot)-> RoutingPlan -capacity_later-> kept_ids, kept, dropped
 //! ```
 
@@ -25,7 +29,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 
 use crate::abi::{
     CAPACITY_BY_CHOICE, CAPACITY_BY_CHOICE_AND_TOP_WEIGHT, CAPACITY_BY_TOKEN, CAPACITY_BY_WEIGHT,
-    CAPACITY_SELECT_THREADS, CapacitySelectArgs,
+    CAPACITY_SELECT_THREADS, CapacitySelectArgs, CapacitySelectParams,
 };
 use crate::config::{CapacityConfig, Priority};
 use crate::device::{
@@ -39,21 +43,21 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "capacity_fwd";
 
-/// Slots that experts keep, on the device.
+/// The slots that experts keep, on the device.
 #[derive(Debug)]
 pub struct Capacity {
-    /// `[T, K]`: the expert where the slot is kept, else `u32::MAX`.
+    /// `[T, K]`: the expert of a kept slot, else `u32::MAX`.
     pub expert_ids: CudaSlice<u32>,
-    /// `[N, E]`: slots of each sequence that each expert keeps.
+    /// `[N, E]`: the number of slots of each sequence that each expert keeps.
     pub kept: CudaSlice<u32>,
-    /// `[N, E]`: slots of each sequence that each expert had no room for.
+    /// `[N, E]`: the number of slots of each sequence that each expert drops.
     pub dropped: CudaSlice<u32>,
 }
 
 /// Device addresses for [`capacity_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct CapacityBuffers {
-    /// `[T, K]` `u32`, written whole; in a later round only where a slot is kept.
+    /// `[T, K]` `u32`, written whole; in a later round for accepted requests alone.
     pub expert_ids: CUdeviceptr,
     /// `[N, E]` `u32`, written whole; in a later round added to.
     pub kept: CUdeviceptr,
@@ -69,22 +73,23 @@ pub struct CapacityBuffers {
     pub slot_of_row: CUdeviceptr,
 }
 
-/// Keeps as many slots of each expert, in each sequence, as `config` has room for: those that come first in the
-/// order of its priority.
+/// Keeps, in each sequence, the first slots of each expert in the order of `config`'s priority, up
+/// to its limit.
 ///
-/// `shape` is that of the routing, and `plan` the plan of its ids by slot ([`RoutingShape::by_slot`]), which may
-/// be of some of the experts. A sequence has `sequence_tokens` tokens, the last one perhaps fewer; without a
-/// length the batch is one sequence. `expert_ids` `[T, K]` receives a slot's expert where the slot is kept, else
-/// `u32::MAX`: inactive slots stay inactive and never count. `kept` and `dropped` are `[N, E]`, for `N`
-/// sequences and the plan's `E` experts. `routing_weights` `[T, K]` are read where the priority asks for them: for
-/// [`Priority::ChoiceByTopWeight`] those of first choices, before any normalisation. This is the first
-/// round: overflow is up to the caller, as this module's description says. Asynchronous, ordered on
-/// `stream`; exact.
+/// `shape` is that of the routing, and `plan` the plan of its ids by slot
+/// ([`RoutingShape::by_slot`]), which may be of some of the experts. A sequence has
+/// `sequence_tokens` tokens, the last one possibly fewer; without a length the batch is one
+/// sequence. `expert_ids` `[T, K]` receives the expert of each kept slot, else `u32::MAX`: inactive
+/// slots stay inactive and never count. `kept` and `dropped` are `[N, E]`, for `N` sequences and
+/// the plan's `E` experts. `routing_weights` `[T, K]` are read for priorities by weight; for
+/// [`Priority::ChoiceByTopWeight`] they are those before any normalisation, of which the first
+/// choices' are read. This is the first round; the caller enqueues rounds of reassignment, as this
+/// module's description states. Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape or a limit out of range, [`Error::Length`] for a buffer that does not fit,
-/// [`Error::Mismatch`] for a plan that is not of these slots, [`Error::Context`], and what a launch
-/// can meet.
+/// [`Error::Unsupported`] for a shape or a limit out of range, [`Error::Length`] for a buffer that
+/// does not fit, [`Error::Mismatch`] for a plan that is not of these slots, [`Error::Context`], and
+/// any launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_fwd_into(
     device: &Device,
@@ -102,13 +107,14 @@ pub fn capacity_fwd_into(
     round.enqueue(device, stream, plan, routing_weights, expert_ids, kept, dropped)
 }
 
-/// A later round of overflow: experts hold what `kept` says and take what `plan` asks while there is room.
+/// A round of reassignment: experts keep their slots, `kept` of them, and accept requests up to
+/// their limit.
 ///
-/// `plan` is the plan by slot of the requests that [`capacity_ask_fwd_into`] made. Slots that find room receive
-/// their expert in `expert_ids`, all others stay as they are; `kept` and `dropped` are added to, so that
-/// `dropped` counts every request that found no room; an expert whose number in `kept` is at or above its limit, any
-/// bits, has none. `routing_weights` are those of the requests, but the first
-/// round's for [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd_into`].
+/// `plan` is the plan by slot of the requests of [`capacity_reassign_fwd_into`]. `expert_ids` is
+/// written for accepted requests alone. Accepted requests are added to `kept` and the others to
+/// `dropped`; an expert whose `kept` (any bits) is at or above its limit accepts none.
+/// `routing_weights` are those of the requests, but the first round's for
+/// [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd_into`].
 ///
 /// # Errors
 /// Those of [`capacity_fwd_into`].
@@ -190,11 +196,11 @@ impl Round<'_> {
         shape.check(OP)?;
         check_stream(OP, device, stream)?;
         plan.check_stream(OP, stream)?;
-        let (of_plan, experts) = (plan.shape(), plan.experts());
-        let by_slot = RoutingShape { num_experts: of_plan.num_experts, ..shape.by_slot() };
-        if of_plan != by_slot || experts.end > shape.num_experts {
+        let (plan_shape, experts) = (plan.shape(), plan.experts());
+        let by_slot = RoutingShape { num_experts: plan_shape.num_experts, ..shape.by_slot() };
+        if plan_shape != by_slot || experts.end > shape.num_experts {
             let why = format!(
-                "the plan is of {of_plan}, experts {experts:?}; wanted one of {by_slot}, made by slot for {shape}"
+                "the plan is of {plan_shape}, experts {experts:?}; wanted one of {by_slot}, made by slot for {shape}"
             );
             return Err(Error::Mismatch { op: OP, why });
         }
@@ -224,8 +230,8 @@ impl Round<'_> {
             slot_of_row,
         };
         let stream = stream.cu_stream();
-        // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
-        // guards order the launch after earlier uses of the buffers and outlive it.
+        // SAFETY: the lengths were checked above, and kernels check the indices of a RoutingPlan.
+        // The guards order the launch after earlier uses of the buffers and outlive it.
         unsafe {
             capacity_fwd_raw(
                 device,
@@ -241,17 +247,18 @@ impl Round<'_> {
     }
 }
 
-/// [`capacity_fwd_into`] on addresses, or a later round as [`capacity_later_fwd_into`]; `experts` are the plan's.
+/// [`capacity_fwd_into`] on addresses, or a later round as [`capacity_later_fwd_into`]; `experts`
+/// are the plan's.
 ///
 /// # Safety
-/// Each buffer has the elements that [`CapacityBuffers`], `shape` and `experts` give it, in memory of
-/// `device`'s context that stays valid until the kernel has run; the maps are those of one plan of `experts`
-/// for `shape.by_slot()`; `expert_ids`, `kept` and `dropped` overlap none of the others; `stream` is a stream
-/// of that context.
+/// Each buffer has the elements that [`CapacityBuffers`], `shape` and `experts` give it, in memory
+/// of `device`'s context that stays valid until the kernel has run; the maps are those of one plan
+/// of `experts` for `shape.by_slot()`; `expert_ids`, `kept` and `dropped` overlap none of the
+/// others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape, a range or a limit out of range, [`Error::Alignment`], and what a launch
-/// can meet.
+/// [`Error::Unsupported`] for a shape, a range or a limit out of range, [`Error::Alignment`], and
+/// any launch error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn capacity_fwd_raw(
     device: &Device,
@@ -288,10 +295,10 @@ pub unsafe fn capacity_fwd_raw(
     ] {
         check_aligned(OP, name, address, 4)?;
     }
-    // A limit follows from whole sequences, even where all of the batch is less than one.
+    // The limit is that of a whole sequence, even if the batch is shorter.
     let tokens = sequence_tokens.unwrap_or(shape.num_tokens);
     let capacity = config.rows(&shape, tokens)?.min(shape.slots());
-    // So many bits have the numbers below `count`.
+    // The bits of an index below `count`.
     let bits = |count: usize| (usize::BITS - count.saturating_sub(1).leading_zeros()) as i32;
     let (slot, token, choice) = (bits(shape.slots()), bits(shape.num_tokens), bits(shape.top_k));
     let (priority, token_bits, key_bits) = match config.priority {
@@ -323,17 +330,25 @@ pub unsafe fn capacity_fwd_raw(
         threads: CAPACITY_SELECT_THREADS as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&expert_ids),
-        Argument::of(&kept),
-        Argument::of(&dropped),
-        Argument::of(&routing_weights),
-        Argument::of(&expert_offsets),
-        Argument::of(&row_of_slot),
-        Argument::of(&slot_of_row),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_capacity_fwd_select in kernels/capacity.cu; the caller vouches for the
-    // buffers; shape and range were checked above.
-    unsafe { device.launch(stream, Kernel::CapacityFwdSelect, DType::F32, launch, &arguments) }
+    let params = CapacitySelectParams {
+        expert_ids,
+        kept,
+        dropped,
+        routing_weights,
+        expert_offsets,
+        row_of_slot,
+        slot_of_row,
+        args,
+    };
+    // SAFETY: the parameter is that of moe_capacity_fwd_select in kernels/capacity.cu; the caller
+    // guarantees the buffers; shape and range were checked above.
+    unsafe {
+        device.launch(
+            stream,
+            Kernel::CapacityFwdSelect,
+            DType::F32,
+            launch,
+            &[Argument::of(&params)],
+        )
+    }
 }

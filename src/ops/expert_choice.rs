@@ -1,10 +1,13 @@
-//! Experts choose tokens: `scores` `[T, E]` to `expert_ids` `[T, E]` and `routing_weights` `[T, E]`.
+//! Experts choose tokens: `scores` `[T, E]` to `expert_ids` `[T, E]` and `routing_weights`
+//! `[T, E]`.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
-use crate::abi::{EXPERT_CHOICE_COLUMN_BYTES, EXPERT_CHOICE_THREADS, ExpertChoiceArgs};
+use crate::abi::{
+    EXPERT_CHOICE_COLUMN_BYTES, EXPERT_CHOICE_THREADS, ExpertChoiceArgs, ExpertChoiceParams,
+};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     reads, writes,
@@ -26,27 +29,30 @@ pub struct ExpertChoiceBuffers {
     pub scores: CUdeviceptr,
 }
 
-/// Which experts have chosen each token, on the device.
+/// The result of [`expert_choice_fwd`], on the device.
 #[derive(Debug)]
 pub struct ExpertChoice {
-    /// `[T, E]`: `e` at `(t, e)` where expert `e` has chosen token `t`, else `u32::MAX`.
+    /// `[T, E]`: `e` at `(t, e)` if expert `e` has chosen token `t`, else `u32::MAX`.
     pub expert_ids: CudaSlice<u32>,
-    /// `[T, E]`: the score where the expert has chosen the token, else 0.
+    /// `[T, E]`: the score if the expert has chosen the token, else 0.
     pub routing_weights: CudaSlice<f32>,
 }
 
-/// Expert `e` chooses the `capacity` tokens whose `scores[t, e]` are largest, ties to the lower token.
+/// Expert `e` chooses the `capacity` tokens whose `scores[t, e]` are largest, ties to the lower
+/// token.
 ///
-/// -0 is 0 and NaN is minus infinity there; a `capacity` of more than `T` is all tokens. Slot `(t, e)` of the
-/// outputs is token `t`'s place with expert `e`: `expert_ids` has `e` where it was chosen, else `u32::MAX`,
-/// and `routing_weights` the score, else 0. So what follows is a [`plan`](crate::ops::plan) with `K = E`, of which
-/// at most `E * capacity` slots have rows, and `combine` with these weights. `T * E` is at most what slots
-/// can be, 2^31 - 4097. Asynchronous, ordered on `stream`; exact.
+/// -0 counts as 0 and NaN as minus infinity; a `capacity` above `T` selects all tokens. Slot
+/// `(t, e)` of the outputs pairs token `t` with expert `e`: `expert_ids` is `e` if the token was
+/// chosen, else `u32::MAX`, and `routing_weights` is the score, else 0. A
+/// [`plan`](crate::ops::plan) with `K = E` follows, in which at most `E * capacity` slots have
+/// rows, and `combine` with these weights. `T * E` is at most 2^31 - 4097, the bound on slots.
+/// Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for `T` or `E` out of range,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit them,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn expert_choice_fwd_into<D: Dtype>(
     device: &Device,
@@ -79,7 +85,8 @@ pub fn expert_choice_fwd_into<D: Dtype>(
 /// [`expert_choice_fwd_into`] new buffers.
 ///
 /// # Errors
-/// Those of [`expert_choice_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`expert_choice_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the
+/// allocation fails.
 pub fn expert_choice_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -94,20 +101,30 @@ pub fn expert_choice_fwd<D: Dtype>(
     let mut expert_ids = unsafe { alloc::<u32>(OP, stream, shape.slots()) }?;
     // SAFETY: as above.
     let mut routing_weights = unsafe { alloc::<f32>(OP, stream, shape.slots()) }?;
-    let (ids, of_ids) = (&mut expert_ids.as_view_mut(), &mut routing_weights.as_view_mut());
-    expert_choice_fwd_into(device, stream, num_tokens, num_experts, capacity, scores, ids, of_ids)?;
+    let (ids, weights) = (&mut expert_ids.as_view_mut(), &mut routing_weights.as_view_mut());
+    expert_choice_fwd_into(
+        device,
+        stream,
+        num_tokens,
+        num_experts,
+        capacity,
+        scores,
+        ids,
+        weights,
+    )?;
     Ok(ExpertChoice { expert_ids, routing_weights })
 }
 
 /// [`expert_choice_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has `num_tokens * num_experts` elements, `scores` of `dtype`, in memory of `device`'s context
-/// that stays valid until the kernel has run; no two overlap; `stream` is a stream of that context.
+/// Each buffer has `num_tokens * num_experts` elements, `scores` of `dtype`, in memory of
+/// `device`'s context that stays valid until the kernel has run; no two overlap; `stream` is a
+/// stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a dimension out of range,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn expert_choice_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -138,13 +155,10 @@ pub unsafe fn expert_choice_fwd_raw(
         threads: EXPERT_CHOICE_THREADS as u32,
         shared_bytes: 0,
     };
-    let arguments = [
-        Argument::of(&expert_ids),
-        Argument::of(&routing_weights),
-        Argument::of(&scores),
-        Argument::of(&args),
-    ];
-    // SAFETY: the arguments follow moe_expert_choice_fwd in kernels/expert_choice.cu; the caller vouches
-    // for the buffers; dimensions were checked above.
-    unsafe { device.launch(stream, Kernel::ExpertChoiceFwd, dtype, launch, &arguments) }
+    let params = ExpertChoiceParams { expert_ids, routing_weights, scores, args };
+    // SAFETY: the parameter is that of kernels/expert_choice.cu; the caller guarantees the buffers;
+    // dimensions were checked above.
+    unsafe {
+        device.launch(stream, Kernel::ExpertChoiceFwd, dtype, launch, &[Argument::of(&params)])
+    }
 }

@@ -1,10 +1,11 @@
-//! Multiplies each element by a factor of its own near 1: `x` `[T, H]` and `u` `[T, H]` to `[T, H]`.
+//! Multiplies each element by its own factor near 1: `x` `[T, H]` and `u` `[T, H]` to `jittered`
+//! `[T, H]`.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
-use crate::abi::{JITTER_THREADS, JitterArgs};
+use crate::abi::{JITTER_THREADS, JitterArgs, JitterParams};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     reads, vector_rows, writes,
@@ -14,7 +15,7 @@ use crate::error::{Error, Result, check_len, int};
 
 const OP: &str = "jitter_fwd";
 
-/// Bytes of elements that a thread has.
+/// Bytes of elements of a thread.
 const VECTOR_BYTES: usize = 16;
 
 /// Device addresses for [`jitter_fwd_raw`].
@@ -28,15 +29,17 @@ pub struct JitterBuffers {
     pub u: CUdeviceptr,
 }
 
-/// `jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1))`: with uniform `u`, factors from `U(1 - epsilon, 1 + epsilon)`.
+/// `jittered[i] = x[i] * (1 + epsilon * (2 u[i] - 1))`: with uniform `u`, factors from
+/// `U(1 - epsilon, 1 + epsilon)`.
 ///
-/// In f32, rounded once. All three have the same length, `T * H`; [`noise`](crate::ops::noise) makes `u`.
-/// Buffers that start at 16-byte boundaries move fastest. Asynchronous, ordered on `stream`; the same
-/// bits on every device.
+/// In f32, rounded once. All three have the same length, `T * H`; [`noise`](crate::ops::noise)
+/// computes `u`. Buffers that start at 16-byte boundaries move fastest. Asynchronous, ordered on
+/// `stream`; the same bits on every device.
 ///
 /// # Errors
-/// [`Error::Length`] for buffers of different lengths, [`Error::Unsupported`] for an `epsilon` that is not finite,
-/// [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Length`] for buffers of different lengths, [`Error::Unsupported`] for an `epsilon` that
+/// is not finite, [`Error::Context`] for a stream or a buffer of another context, and any launch
+/// error.
 pub fn jitter_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -78,12 +81,13 @@ pub fn jitter_fwd<D: Dtype + DeviceRepr>(
 /// [`jitter_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has `len` elements, of `dtype` or `f32`, in memory of `device`'s context that stays valid
-/// until the kernel has run; `jittered` overlaps none of the others; `stream` is a stream of that context.
+/// Each buffer has `len` elements, of `dtype` or `f32`, in memory of `device`'s context that stays
+/// valid until the kernel has run; `jittered` overlaps none of the others; `stream` is a stream of
+/// that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for an `epsilon` that is not finite or a `len` that no grid reaches,
-/// [`Error::Alignment`], and what a launch can meet.
+/// [`Error::Unsupported`] for an `epsilon` that is not finite or a `len` that exceeds the largest
+/// grid, [`Error::Alignment`], and any launch error.
 pub unsafe fn jitter_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -109,8 +113,7 @@ pub unsafe fn jitter_fwd_raw(
     }
     let launch =
         Launch { grid: [blocks as u32, 1, 1], threads: JITTER_THREADS as u32, shared_bytes: 0 };
-    let arguments =
-        [Argument::of(&jittered), Argument::of(&x), Argument::of(&u), Argument::of(&args)];
-    // SAFETY: the arguments follow moe_jitter_fwd in kernels/jitter.cu; the caller vouches for the buffers.
-    unsafe { device.launch(stream, Kernel::JitterFwd, dtype, launch, &arguments) }
+    let params = JitterParams { jittered, x, u, args };
+    // SAFETY: the parameter is that of kernels/jitter.cu; the caller guarantees the buffers.
+    unsafe { device.launch(stream, Kernel::JitterFwd, dtype, launch, &[Argument::of(&params)]) }
 }

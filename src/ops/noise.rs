@@ -1,10 +1,12 @@
-//! Random numbers `[len]` that depend on the seed and their number alone.
+//! Random numbers `[len]`, each of which depends on the seed and its index alone.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 
-use crate::abi::{NOISE_GUMBEL, NOISE_NORMAL, NOISE_THREADS, NOISE_UNIFORM, NoiseArgs};
+use crate::abi::{
+    NOISE_GUMBEL, NOISE_NORMAL, NOISE_THREADS, NOISE_UNIFORM, NoiseArgs, NoiseParams,
+};
 use crate::config::NoiseDistribution;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -15,17 +17,20 @@ use crate::error::{Result, int};
 
 const OP: &str = "noise_fwd";
 
-/// Elements that one counter of the generator gives.
+/// Elements of one counter of the generator.
 const GROUP: usize = 4;
 
-/// Fills `noise` with elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence that belongs to `seed`.
+/// Fills `noise` with elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence that
+/// belongs to `seed`.
 ///
-/// An element depends on its number alone: parts that are drawn apart fit together, and drawing again gives
-/// the same. Sequences of different distributions with one seed are not independent of each other.
-/// The generator is Philox4x32-10. Asynchronous, ordered on `stream`; the same bits on every device.
+/// An element depends on the seed and its index alone: separate calls for parts of a sequence give
+/// the same elements as one call. Sequences of different distributions with one seed are not
+/// independent of each other. The generator is Philox4x32-10. Asynchronous, ordered on `stream`;
+/// the same bits on every device.
 ///
 /// # Errors
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn noise_fwd_into(
     device: &Device,
     stream: &CudaStream,
@@ -37,14 +42,16 @@ pub fn noise_fwd_into(
     check_stream(OP, device, stream)?;
     let len = noise.len();
     let (noise, _guard) = writes(OP, "noise", noise, stream)?;
-    // SAFETY: the view has `len` elements. The guard orders the launch after earlier uses and outlives it.
+    // SAFETY: the view has `len` elements. The guard orders the launch after earlier uses and
+    // outlives it.
     unsafe { noise_fwd_raw(device, stream.cu_stream(), distribution, seed, offset, len, noise) }
 }
 
 /// [`noise_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`noise_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`noise_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
+/// fails.
 pub fn noise_fwd(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -62,12 +69,12 @@ pub fn noise_fwd(
 /// [`noise_fwd_into`] on an address.
 ///
 /// # Safety
-/// `noise` has `len` `f32` in memory of `device`'s context that stays valid until the kernel has run;
-/// `stream` is a stream of that context.
+/// `noise` has `len` `f32` in memory of `device`'s context that stays valid until the kernel has
+/// run; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a `len` that no grid reaches,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a `len` that exceeds the largest grid,
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn noise_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -79,7 +86,7 @@ pub unsafe fn noise_fwd_raw(
 ) -> Result<()> {
     check_aligned(OP, "noise", noise, 4)?;
     let skipped = (offset % GROUP as u64) as usize;
-    // The view may be of any length, but a group has to have a number, and a thread.
+    // A thread per group of four elements, the skipped ones included.
     let threads = len.saturating_add(skipped).div_ceil(GROUP);
     let blocks = int(OP, "blocks of 1024 elements", threads.div_ceil(NOISE_THREADS as usize))?;
     let args = NoiseArgs {
@@ -98,7 +105,7 @@ pub unsafe fn noise_fwd_raw(
     }
     let launch =
         Launch { grid: [blocks as u32, 1, 1], threads: NOISE_THREADS as u32, shared_bytes: 0 };
-    let arguments = [Argument::of(&noise), Argument::of(&args)];
-    // SAFETY: the arguments follow moe_noise_fwd in kernels/noise.cu; the caller vouches for the buffer.
-    unsafe { device.launch(stream, Kernel::NoiseFwd, DType::F32, launch, &arguments) }
+    let params = NoiseParams { noise, args };
+    // SAFETY: the parameter is that of kernels/noise.cu; the caller guarantees the buffer.
+    unsafe { device.launch(stream, Kernel::NoiseFwd, DType::F32, launch, &[Argument::of(&params)]) }
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
-use crate::abi::{GEMM_BLOCK_M, PLAN_MAX_COUNTERS, PLAN_SCAN_THREADS, PLAN_THREADS, PlanArgs};
+use crate::abi::{
+    GEMM_BLOCK_M, PLAN_MAX_COUNTERS, PLAN_SCAN_THREADS, PLAN_THREADS, PlanArgs, PlanParams,
+};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
     optional, writes,
@@ -17,13 +19,13 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "plan_fwd";
 
-/// Kernels read four counts at once, and parts of a plan are aligned to more than that.
+/// Kernels read four counts at once. The parts of a plan are aligned to more than that within it.
 const PLAN_ALIGNMENT: usize = 16;
 
 /// Device addresses for [`plan_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct PlanBuffers {
-    /// [`PlanLayout::bytes`], starting at a multiple of 16; every part is written whole.
+    /// [`PlanLayout::bytes`] bytes at a multiple of 16; every part is written whole.
     pub plan: CUdeviceptr,
     /// `[T, K]` `u32`, or 0 (null): all ids are 0.
     pub expert_ids: CUdeviceptr,
@@ -31,14 +33,15 @@ pub struct PlanBuffers {
 
 /// Groups the slots by expert into `memory`, which must have [`PlanLayout::bytes`] bytes.
 ///
-/// An id of `E` or more, any bits, makes its slot inactive: it gets no row. Without ids every id is 0,
-/// so that a dense product is a grouped one with `E = 1`; for some of the experts, there is
-/// [`plan_range_fwd_into`]. Rows of an expert are in the order of their
-/// slots. Tiles have at most 128 rows. Asynchronous, ordered on `stream`; exact.
+/// A slot whose id is `E` or more (any bits) is inactive and has no row. Without ids every id is 0,
+/// so that a dense product is a grouped one with `E = 1`. [`plan_range_fwd_into`] groups the slots
+/// of some of the experts. Rows of an expert are in the order of their slots. Tiles have at most
+/// 128 rows. Asynchronous, ordered on `stream`; exact.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape out of range, [`Error::Length`] for a buffer that does not fit it,
-/// [`Error::Alignment`], [`Error::Context`] for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Unsupported`] for a shape out of range, [`Error::Length`] for a buffer that does not
+/// fit it, [`Error::Alignment`], [`Error::Context`] for a stream or a buffer of another context,
+/// and any launch error.
 pub fn plan_fwd_into<'a>(
     device: &Device,
     stream: &CudaStream,
@@ -49,15 +52,17 @@ pub fn plan_fwd_into<'a>(
     enqueue_into(device, stream, PlanLayout::new(shape)?, expert_ids, memory)
 }
 
-/// [`plan_fwd_into`] for the experts whose ids are in `experts`, as expert parallelism has them on a device.
+/// [`plan_fwd_into`] for the experts whose ids are in `experts`: those of one device under expert
+/// parallelism.
 ///
-/// `shape` is that of the whole routing, whose ids `expert_ids` holds. Slots of other experts are inactive.
-/// Expert `e` of the plan is the router's `experts.start + e`, so that the products which follow take the
-/// weights of these experts alone; `memory` has the bytes of [`PlanLayout::of_experts`]. The layer's output
-/// is the sum over all ranges of what `combine` makes of their plans.
+/// `shape` and `expert_ids` are those of the whole routing. Slots of other experts are inactive.
+/// Expert `e` of the plan is the router's `experts.start + e`, so that the products which follow
+/// read the weights of these experts alone; `memory` has the bytes of [`PlanLayout::of_experts`].
+/// The layer's output is the sum of `combine`'s outputs over all ranges.
 ///
 /// # Errors
-/// Those of [`plan_fwd_into`], and [`Error::Unsupported`] for a range that is empty or not within `E`.
+/// Those of [`plan_fwd_into`], and [`Error::Unsupported`] for a range that is empty or not within
+/// `E`.
 pub fn plan_range_fwd_into<'a>(
     device: &Device,
     stream: &CudaStream,
@@ -107,7 +112,8 @@ pub fn plan_range_fwd(
     expert_ids: &CudaView<'_, u32>,
 ) -> Result<RoutingPlan<'static>> {
     let layout = PlanLayout::of_experts(shape, experts)?;
-    // SAFETY: the operation writes every part, and kernels bound what they read of one that it has not written.
+    // SAFETY: the operation writes every part, and kernels check every index that they read from a
+    // plan.
     let mut memory = unsafe { alloc::<u8>(OP, stream, layout.bytes()) }?;
     enqueue(device, stream, &layout, Some(expert_ids), &mut memory.as_view_mut())?;
     // SAFETY: it was allocated with that length, at a multiple of 256 bytes.
@@ -132,20 +138,20 @@ fn enqueue(
     let (plan, _plan_guard) = writes(OP, "memory", memory, stream)?;
     let (expert_ids, _ids_guard) = optional(OP, "expert_ids", expert_ids, stream)?;
     let buffers = PlanBuffers { plan, expert_ids };
-    // SAFETY: the lengths were checked above. The guards order the launches after earlier uses of the
-    // buffers and outlive them.
+    // SAFETY: the lengths were checked above. The guards order the launches after earlier uses of
+    // the buffers and outlive them.
     unsafe { plan_fwd_raw(device, stream.cu_stream(), layout, buffers) }
 }
 
-/// [`plan_fwd_into`] on addresses; the layout says where to find the parts.
+/// [`plan_fwd_into`] on addresses; the layout has the offsets of the parts.
 ///
 /// # Safety
-/// Each buffer has the size that [`PlanBuffers`] and `layout` give it, in memory of `device`'s context
-/// that stays valid until the kernels have run; they do not overlap; `stream` is a stream of that
-/// context.
+/// Each buffer has the size that [`PlanBuffers`] and `layout` give it, in memory of `device`'s
+/// context that stays valid until the kernels have run; they do not overlap; `stream` is a stream
+/// of that context.
 ///
 /// # Errors
-/// [`Error::Alignment`], and what a launch can meet.
+/// [`Error::Alignment`], and any launch error.
 pub unsafe fn plan_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -167,11 +173,18 @@ pub unsafe fn plan_fwd_raw(
         first_expert: int(OP, "first expert", layout.experts().start)?,
     };
     let at = |part: Range<usize>| plan + part.start as CUdeviceptr;
-    let (expert_offsets, tile_offsets) = (at(layout.expert_offsets()), at(layout.tile_offsets()));
-    let (row_of_slot, token_of_row) = (at(layout.row_of_slot()), at(layout.token_of_row()));
-    let (tiles, counts) = (at(layout.tiles()), at(layout.counts()));
+    let params = PlanParams {
+        expert_offsets: at(layout.expert_offsets()),
+        row_of_slot: at(layout.row_of_slot()),
+        token_of_row: at(layout.token_of_row()),
+        tiles: at(layout.tiles()),
+        tile_offsets: at(layout.tile_offsets()),
+        counts: at(layout.counts()),
+        expert_ids,
+        args,
+    };
 
-    // Each warp of a block that places slots has counters for all experts.
+    // Each warp of place has a counter for every expert.
     let warps = (PLAN_MAX_COUNTERS / args.num_experts).min(PLAN_THREADS / 32);
     let place = Launch {
         grid: [args.num_blocks as u32, 1, 1],
@@ -182,45 +195,15 @@ pub unsafe fn plan_fwd_raw(
         Launch { threads: PLAN_THREADS as u32, shared_bytes: 4 * args.num_experts as u32, ..place };
     let scan = Launch { grid: [1, 1, 1], threads: PLAN_SCAN_THREADS as u32, shared_bytes: 0 };
 
-    let run = |kernel: Kernel, launch: Launch, arguments: &[Argument]| {
-        // SAFETY: the arguments below follow the entries of kernels/plan.cu; the parts of the plan
-        // have the sizes that the layout gives them; the caller vouches for the buffers.
-        unsafe { device.launch(stream, kernel, DType::F32, launch, arguments) }
+    let enqueue = |kernel: Kernel, launch: Launch| {
+        // SAFETY: the parameter is that of kernels/plan.cu; the parts of the plan have the sizes
+        // that the layout gives them; the caller guarantees the buffers.
+        unsafe { device.launch(stream, kernel, DType::F32, launch, &[Argument::of(&params)]) }
     };
     if args.num_blocks == 1 {
-        let arguments = [
-            Argument::of(&expert_offsets),
-            Argument::of(&row_of_slot),
-            Argument::of(&token_of_row),
-            Argument::of(&tiles),
-            Argument::of(&tile_offsets),
-            Argument::of(&counts),
-            Argument::of(&expert_ids),
-            Argument::of(&args),
-        ];
-        return run(Kernel::PlanFwdSingle, place, &arguments);
+        return enqueue(Kernel::PlanFwdSingle, place);
     }
-    run(
-        Kernel::PlanFwdCount,
-        count,
-        &[Argument::of(&counts), Argument::of(&expert_ids), Argument::of(&args)],
-    )?;
-    let arguments = [
-        Argument::of(&expert_offsets),
-        Argument::of(&tile_offsets),
-        Argument::of(&counts),
-        Argument::of(&args),
-    ];
-    run(Kernel::PlanFwdScan, scan, &arguments)?;
-    let arguments = [
-        Argument::of(&row_of_slot),
-        Argument::of(&token_of_row),
-        Argument::of(&tiles),
-        Argument::of(&expert_ids),
-        Argument::of(&expert_offsets),
-        Argument::of(&tile_offsets),
-        Argument::of(&counts),
-        Argument::of(&args),
-    ];
-    run(Kernel::PlanFwdPlace, place, &arguments)
+    enqueue(Kernel::PlanFwdCount, count)?;
+    enqueue(Kernel::PlanFwdScan, scan)?;
+    enqueue(Kernel::PlanFwdPlace, place)
 }

@@ -1,4 +1,5 @@
-//! Chooses each token's experts and weighs them: `logits` `[T, E]` to `expert_ids` and `routing_weights` `[T, K]`.
+//! Selects each token's experts and computes their weights: `logits` `[T, E]` to `expert_ids` and
+//! `routing_weights` `[T, K]`.
 
 mod scores;
 
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::abi;
-use crate::abi::{RouteAddresses, RouteArgs};
+use crate::abi::{RouteArgs, RouteParams, RoutePlainParams};
 use crate::config::{
     GroupScore, Masked, Normalization, RouteLengths, RouterConfig, Score, Scoring,
 };
@@ -23,29 +24,30 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "route_fwd";
 
-/// What the router reads: the logits, and what its configuration or the caller adds to them.
+/// The inputs of a router: the logits, and the optional buffers that its configuration needs or the
+/// caller gives.
 ///
-/// [`RouteInputs::new`] has the logits alone; struct update syntax adds the rest.
+/// [`RouteInputs::new`] sets the logits alone; struct update syntax adds the rest.
 #[derive(Debug)]
 pub struct RouteInputs<'a, D> {
     /// `[T, E]`
     pub logits: &'a CudaView<'a, D>,
-    /// `[E - num_sinks]`, where the router has a selection bias and chooses itself.
+    /// `[E - num_sinks]`, if the router has a selection bias and selects the experts itself.
     pub selection_bias: Option<&'a CudaView<'a, f32>>,
-    /// `[E]`, where the router scales by expert.
+    /// `[E]`, if the router scales by expert.
     pub expert_scale: Option<&'a CudaView<'a, f32>>,
     /// `[T, E]`, added to the logits.
     pub noise: Option<&'a CudaView<'a, f32>>,
     /// `[T, E]`: noise is multiplied by `softplus` of these first.
     pub noise_logits: Option<&'a CudaView<'a, D>>,
-    /// `[T, K, E]`, where [`Scoring::Sparsemixer`] is that of training: added to `z` for
-    /// the selection alone, a row for each choice; standard Gumbel.
+    /// `[T, K, E]`, for [`Scoring::Sparsemixer`] in training: standard Gumbel noise, a row for each
+    /// choice, added to `z` for the selection alone.
     pub selection_noise: Option<&'a CudaView<'a, f32>>,
-    /// `[T, K]`, there with `selection_noise`: uniform in `[0, 1)`.
+    /// `[T, K]`, given together with `selection_noise`: uniform in `[0, 1)`.
     pub midpoint_draws: Option<&'a CudaView<'a, f32>>,
-    /// `[V, K]`, where ids are given; a row for each token without `token_ids`.
+    /// `[V, K]`, if ids are given; without `token_ids` a row for each token.
     pub given_ids: Option<&'a CudaView<'a, u32>>,
-    /// `[T]`, the row of `given_ids` that a token has.
+    /// `[T]`, each token's row of `given_ids`.
     pub token_ids: Option<&'a CudaView<'a, u32>>,
     /// `[T]`: tokens with a 0 have no experts.
     pub active: Option<&'a CudaView<'a, u8>>,
@@ -92,14 +94,15 @@ impl<'a, D: Dtype> RouteInputs<'a, D> {
     }
 }
 
-/// Device addresses for [`route_fwd_raw`]; 0 where there is nothing.
+/// Device addresses for [`route_fwd_raw`]; 0 for a buffer that is not given.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RouteBuffers {
     /// `[T, K]` `u32`, written whole.
     pub expert_ids: CUdeviceptr,
     /// `[T, K]` `f32`, written whole.
     pub routing_weights: CUdeviceptr,
-    /// `[T, E]`
+    /// `[T, E]` of the call's dtype. Rows that start at 16-byte boundaries are read in 16-byte
+    /// pieces.
     pub logits: CUdeviceptr,
     /// `[E - num_sinks]` `f32`
     pub selection_bias: CUdeviceptr,
@@ -107,7 +110,7 @@ pub struct RouteBuffers {
     pub expert_scale: CUdeviceptr,
     /// `[T, E]` `f32`
     pub noise: CUdeviceptr,
-    /// `[T, E]`
+    /// `[T, E]` of the call's dtype
     pub noise_logits: CUdeviceptr,
     /// `[T, K, E]` `f32`
     pub selection_noise: CUdeviceptr,
@@ -115,7 +118,7 @@ pub struct RouteBuffers {
     pub midpoint_draws: CUdeviceptr,
     /// `[V, K]` `u32`
     pub given_ids: CUdeviceptr,
-    /// `V`
+    /// `V`, the rows of `given_ids`
     pub given_rows: usize,
     /// `[T]` `u32`
     pub token_ids: CUdeviceptr,
@@ -123,27 +126,31 @@ pub struct RouteBuffers {
     pub active: CUdeviceptr,
 }
 
-/// What [`route_fwd`] returns.
+/// The result of [`route_fwd`], on the device.
 #[derive(Debug)]
 pub struct Routing {
-    /// `[T, K]`, the experts of each token, strongest first; `u32::MAX` for a slot without one.
+    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot without an
+    /// expert.
     pub expert_ids: CudaSlice<u32>,
-    /// `[T, K]`, their weights.
+    /// `[T, K]`: the weights of those experts.
     pub routing_weights: CudaSlice<f32>,
 }
 
-/// The `K` experts of each token and their weights in f32, as `router` says; by default those of largest logit,
-/// strongest first and ties to the lower id.
+/// Writes the `K` experts of each token and their weights in f32, as `router` defines them; by
+/// default those of the largest logits, strongest first and ties to the lower id.
 ///
-/// Any bits will do for logits, biases, scales, noise and draws: the ids that the router chooses are always distinct experts,
-/// and no weight is NaN. Ids and weights agree with [`reference::route_fwd`](crate::reference::route_fwd) in f32 bit for
-/// bit, on every device. Rows of 16-byte multiples that start at 16-byte boundaries are read fastest. Asynchronous,
-/// ordered on `stream`; one launch.
+/// Logits, biases, scales, noise and draws may have any bits: the selected ids are distinct
+/// experts, and no weight is NaN. Ids and weights agree with
+/// [`reference::route_fwd`](crate::reference::route_fwd) in f32 bit for bit, on every device. Rows
+/// of 16-byte multiples that start at 16-byte boundaries are read fastest. Asynchronous, ordered on
+/// `stream`; one launch.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for a buffer that the
-/// router asks for and does not get or the reverse, [`Error::Length`](crate::Error::Length) for a buffer that does not
-/// fit, [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for
+/// a buffer that the router needs and that is not given or the reverse,
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn route_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -195,7 +202,8 @@ pub fn route_fwd_into<D: Dtype>(
 /// [`route_fwd_into`] new buffers.
 ///
 /// # Errors
-/// Those of [`route_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`route_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
+/// fails.
 pub fn route_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -217,14 +225,14 @@ pub fn route_fwd<D: Dtype>(
 /// [`route_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer that is not 0 has the elements that [`RouteBuffers`] and `shape` give it, `logits` and `noise_logits` of
-/// `dtype`, in memory of `device`'s context that stays valid until the kernel has run; outputs overlap with nothing;
-/// `stream` is a stream of that context.
+/// Each buffer that is not 0 has the elements that [`RouteBuffers`] and `shape` give it, `logits`
+/// and `noise_logits` of `dtype`, in memory of `device`'s context that stays valid until the kernel
+/// has run; outputs overlap no other buffer; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for a buffer that the
-/// router asks for and does not get or the reverse, [`Error::Alignment`](crate::Error::Alignment), and what a launch can
-/// meet.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, and for
+/// a buffer that the router needs and that is not given or the reverse,
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn route_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -237,38 +245,39 @@ pub unsafe fn route_fwd_raw(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let RouteBuffers { expert_ids, routing_weights, logits, .. } = buffers;
     let args = arguments(dtype, &shape, router, &buffers)?;
-    let addresses = buffers.addresses();
-    let (kernel, launch) = body(router, &buffers, &args);
+    let (kernel, launch) = choose_kernel(router, &buffers, &args);
     let plain = matches!(kernel, Kernel::RouteFwdPlainNarrow | Kernel::RouteFwdPlainWide);
-    let inputs = if plain { Argument::of(&logits) } else { Argument::of(&addresses) };
-    let arguments =
-        [Argument::of(&expert_ids), Argument::of(&routing_weights), inputs, Argument::of(&args)];
-    // SAFETY: the arguments follow the entries of kernels/route.cu, whose limits on E and K chose the
-    // kernel above; the caller vouches for the buffers.
-    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+    if plain {
+        let params = buffers.plain_params(args);
+        // SAFETY: the parameter is that of kernels/route.cu, whose limits on E and K chose the
+        // kernel above; the caller guarantees the buffers.
+        return unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) };
+    }
+    let params = buffers.params(args);
+    // SAFETY: as above, with the parameter of kernels/router.cuh.
+    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
 }
 
 impl RouteBuffers {
-    /// Presence, by address, and alignment.
+    /// Checks which buffers are given, and their alignment.
     fn check(&self, dtype: DType, shape: &RoutingShape, router: &RouterConfig) -> Result<()> {
         shape.check(OP)?;
         let (logits, tokens) = (shape.logits(), shape.num_tokens);
         let choices = shape.num_experts.saturating_sub(router.num_sinks);
         let given = self.given_rows.saturating_mul(shape.top_k);
-        let there = |address: CUdeviceptr, len: usize| (address != 0).then_some(len);
+        let given_len = |address: CUdeviceptr, len: usize| (address != 0).then_some(len);
         let lengths = RouteLengths {
             logits,
-            selection_bias: there(self.selection_bias, choices),
-            expert_scale: there(self.expert_scale, shape.num_experts),
-            noise: there(self.noise, logits),
-            noise_logits: there(self.noise_logits, logits),
-            selection_noise: there(self.selection_noise, shape.by_slot().logits()),
-            midpoint_draws: there(self.midpoint_draws, shape.slots()),
-            given_ids: there(self.given_ids, given),
-            token_ids: there(self.token_ids, tokens),
-            active: there(self.active, tokens),
+            selection_bias: given_len(self.selection_bias, choices),
+            expert_scale: given_len(self.expert_scale, shape.num_experts),
+            noise: given_len(self.noise, logits),
+            noise_logits: given_len(self.noise_logits, logits),
+            selection_noise: given_len(self.selection_noise, shape.by_slot().logits()),
+            midpoint_draws: given_len(self.midpoint_draws, shape.slots()),
+            given_ids: given_len(self.given_ids, given),
+            token_ids: given_len(self.token_ids, tokens),
+            active: given_len(self.active, tokens),
         };
         lengths.check(OP, shape, router)?;
         for (argument, address, bytes) in [
@@ -289,8 +298,21 @@ impl RouteBuffers {
         Ok(())
     }
 
-    fn addresses(&self) -> RouteAddresses {
-        RouteAddresses {
+    fn plain_params(&self, args: RouteArgs) -> RoutePlainParams {
+        RoutePlainParams {
+            expert_ids: self.expert_ids,
+            routing_weights: self.routing_weights,
+            logits: self.logits,
+            args,
+            padding: 0,
+        }
+    }
+
+    fn params(&self, args: RouteArgs) -> RouteParams {
+        RouteParams {
+            expert_ids: self.expert_ids,
+            routing_weights: self.routing_weights,
+            scores: 0,
             logits: self.logits,
             selection_bias: self.selection_bias,
             expert_scale: self.expert_scale,
@@ -301,12 +323,18 @@ impl RouteBuffers {
             given_ids: self.given_ids,
             token_ids: self.token_ids,
             active: self.active,
+            args,
+            padding: 0,
         }
     }
 }
 
-/// Which kernel, and how many threads of it.
-fn body(router: &RouterConfig, buffers: &RouteBuffers, args: &RouteArgs) -> (Kernel, Launch) {
+/// The kernel for a router and a shape, and its launch.
+fn choose_kernel(
+    router: &RouterConfig,
+    buffers: &RouteBuffers,
+    args: &RouteArgs,
+) -> (Kernel, Launch) {
     let tokens = args.num_tokens as u32;
     let words = 2 * args.row_words as u32;
     if args.top_k > abi::ROUTE_PICK_MAX_TOP_K || args.num_experts > abi::ROUTE_WIDE_MAX_EXPERTS {
@@ -328,7 +356,7 @@ fn body(router: &RouterConfig, buffers: &RouteBuffers, args: &RouteArgs) -> (Ker
     (kernel, Launch { grid: [tokens.div_ceil(warps), 1, 1], threads, shared_bytes })
 }
 
-/// What the kernel is told of the shape and the router, both of which have been checked.
+/// The kernel's arguments for a shape and a router that have been checked.
 fn arguments(
     dtype: DType,
     shape: &RoutingShape,

@@ -1,4 +1,4 @@
-//! The number types that the reference computes in, and how elements become such numbers.
+//! The types that the reference computes in, and the conversion of elements to them.
 
 use std::any::TypeId;
 use std::fmt::{Debug, Display};
@@ -18,8 +18,8 @@ mod private {
     impl Sealed for f64 {}
 }
 
-/// What the reference computes in: `f64`, the truth that tests compare with, or `f32`, the fast CPU
-/// path.
+/// The type that the reference computes in: `f64`, which tests compare with, or `f32`, which is
+/// faster.
 pub trait Accum:
     Pod
     + Send
@@ -43,16 +43,16 @@ pub trait Accum:
     /// 1
     const ONE: Self;
 
-    /// The same number; every [`Dtype`] is contained in both types.
+    /// Converts an element exactly.
     fn from_dtype<D: Dtype>(value: D) -> Self;
 
-    /// The nearest of these numbers.
+    /// Rounds an f64 to nearest, ties to even.
     fn nearest(value: f64) -> Self;
 
-    /// The nearest element, ties to even.
+    /// Rounds to an element, to nearest, ties to even.
     fn round<D: Dtype>(self) -> D;
 
-    /// The same number.
+    /// Converts to f64 exactly.
     fn to_f64(self) -> f64;
 
     /// `e` to the power of this number.
@@ -61,16 +61,16 @@ pub trait Accum:
     /// The hyperbolic tangent.
     fn tanh(self) -> Self;
 
-    /// 1 less the error function.
+    /// The complementary error function, `1 - erf`.
     fn erfc(self) -> Self;
 
     /// The square root.
     fn sqrt(self) -> Self;
 
-    /// The number without its sign.
+    /// The absolute value.
     fn abs(self) -> Self;
 
-    /// [`from_dtype`](Self::from_dtype) for a whole slice; both have the same length.
+    /// Converts a slice with [`from_dtype`](Self::from_dtype); both slices have the same length.
     #[doc(hidden)]
     fn from_dtypes<D: Dtype>(values: &[D], wide: &mut [Self]);
 }
@@ -116,8 +116,7 @@ impl Accum for f32 {
     }
 
     fn from_dtypes<D: Dtype>(values: &[D], wide: &mut [f32]) {
-        // Slices convert with the processor's own instructions, one element after the other does
-        // not.
+        // The conversion of a slice uses vector instructions; that of single elements does not.
         match D::DTYPE {
             DType::F32 => wide.copy_from_slice(bytemuck::cast_slice(values)),
             DType::F16 => bytemuck::cast_slice::<D, f16>(values).convert_to_f32_slice(wide),
@@ -172,9 +171,9 @@ impl Accum for f64 {
     }
 
     fn from_dtypes<D: Dtype>(values: &[D], wide: &mut [f64]) {
-        const STEP: usize = 256;
-        let mut buffer = [0.0f32; STEP];
-        for (values, wide) in values.chunks(STEP).zip(wide.chunks_mut(STEP)) {
+        const CHUNK: usize = 256;
+        let mut buffer = [0.0f32; CHUNK];
+        for (values, wide) in values.chunks(CHUNK).zip(wide.chunks_mut(CHUNK)) {
             let buffer = &mut buffer[..values.len()];
             f32::from_dtypes(values, buffer);
             for (wide, value) in wide.iter_mut().zip(buffer) {
@@ -184,14 +183,14 @@ impl Accum for f64 {
     }
 }
 
-/// Whatever converts to `A` without rounding: every [`Dtype`], and `A` itself.
+/// A type that converts to `A` without rounding: every [`Dtype`], and `A` itself.
 ///
-/// It lets an operation read the unrounded result of another one, and rounded tensors just as well.
+/// With it an operation reads rounded tensors and unrounded results of other operations alike.
 pub trait Element<A: Accum>: Pod + Send + Sync {
-    /// The same number.
+    /// Converts to `A` exactly.
     fn widen(self) -> A;
 
-    /// [`widen`](Self::widen) for a whole slice; both have the same length.
+    /// Converts a slice with [`widen`](Self::widen); both slices have the same length.
     #[doc(hidden)]
     fn widen_slice(values: &[Self], wide: &mut [A]);
 }
@@ -216,7 +215,8 @@ impl Element<f64> for f64 {
     }
 }
 
-/// The elements as `A`: themselves where they are `A` already, else their copy in `buffer`.
+/// Converts elements to `A`: returns the slice itself if its elements are `A`, else a copy in
+/// `buffer`.
 pub(super) fn widened<'a, A: Accum, X: Element<A>>(
     values: &'a [X],
     buffer: &'a mut Vec<A>,
@@ -236,9 +236,9 @@ pub(super) fn widened<'a, A: Accum, X: Element<A>>(
 mod tests {
     use super::*;
 
-    /// Every finite f16 and bf16, widened as a slice and one at a time.
+    /// Widens every finite f16 and bf16, as a slice and one at a time.
     #[test]
-    fn slices_widen_as_elements_do() {
+    fn slices_and_elements_widen_alike() {
         let halves: Vec<f16> =
             (0..=u16::MAX).map(f16::from_bits).filter(|v| v.is_finite()).collect();
         let brains: Vec<bf16> =
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn own_type_is_not_copied() {
+    fn slice_of_the_same_type_is_not_copied() {
         let values = [1.0f64, 2.0];
         let mut buffer = Vec::new();
         assert_eq!(widened::<f64, f64>(&values, &mut buffer).as_ptr(), values.as_ptr());

@@ -1,35 +1,36 @@
-//! How far a correct result may be from the f64 reference, element by element.
+//! Bounds on the error of a correct result against the f64 reference, per element.
 //!
 //! A result is computed from the same inputs in f32, perhaps rounded to 16 bits on the way, and
-//! stored as an element of unit roundoff `u_out`. With `S = sum of |a_i * b_i|`, the magnitude of
-//! the sum of products behind an element, and `u = 2^-24`:
+//! stored as an element of unit roundoff `u_out`. An element is a sum of `n` products `a_i * b_i`.
+//! With its magnitude `S = sum of |a_i * b_i|` and `u = 2^-24`:
 //!
 //! ```text
-//! |got - ref64| <= u_out * |ref64| + (u_mid + c * sqrt(K) * u) * S + tiny
+//! |got - ref64| <= u_out * |ref64| + (u_mid + c * sqrt(n) * u) * S + tiny
 //! ```
 //!
-//! - **Storing** costs half a unit in the last place: `u_out * |ref64|`. The *tiny* term stands for
-//!   it below the smallest normal number, where that half is absolute: `u_out * min_positive`.
-//! - **Summing** `K` products in f32 makes `K` rounding errors of at most `u` times a partial sum,
-//!   which `S` bounds. In the worst case they all add up, to `K * u * S`; rounding errors do not
-//!   conspire so, and [`SUM`]` * sqrt(K) * u * S` with `SUM = 4` has room for every order of
-//!   summation, for blocks, and for tensor cores that cut instead of rounding. Up to `K = 16` it is
-//!   the worst case itself. It is still tight: one product of typical size, `S / K`, is more than
-//!   it up to `K = 26000`.
-//! - **A bias**, and a routing weight that multiplies a sum, cost one unit each of what they make.
-//! - **Activations** are as steep as they are, and cost what their evaluation does: see
+//! - **Storing** costs half a unit in the last place: `u_out * |ref64|`. Below the smallest normal
+//!   number that half is absolute, which is the *tiny* term: `u_out * min_positive`.
+//! - **Summing** `n` products in f32 makes `n` rounding errors of at most `u` times a partial sum,
+//!   which `S` bounds. In the worst case they add up to `n * u * S`. In practice they do not, and
+//!   [`SUM`]` * sqrt(n) * u * S` with `SUM = 4` holds for every order of summation, for sums in
+//!   blocks, and for tensor cores that truncate instead of rounding. Up to `n = 16` it is the worst
+//!   case itself. The bound is still tight: one product of typical size, `S / n`, exceeds it up to
+//!   `n = 26000`.
+//! - **A bias**, and a routing weight that multiplies a sum, cost one unit of their result each.
+//! - **Activations** amplify errors by their slope and add those of their evaluation; see
 //!   `bound/activation.rs`.
-//! - **Weights** of the router are computed in intervals, which hold what each of its operations may
-//!   round to.
-//! - **Combine** is a sum of `K` products as above, and of up to two terms more. **Projections** are
-//!   sums as above. An **RMS norm** has one such sum under a root, which halves what it is off.
-//! - **The layer** rounds between its operations if its element type is narrow: `u_mid` is that of `act`,
-//!   `yp` (in f16 times its weight, unless a norm comes between) and what else there is. Errors of one
-//!   operation reach the next through it, and are computed on
-//!   the way, not guessed: those of `act` reach `yp` as the sum over `I` of `|d act| * |down|`.
+//! - **Weights** of the router are computed in intervals that contain the possible results of each
+//!   operation in f32.
+//! - **Combine** is a sum of `K` products as above and of up to two more terms. **Router products**
+//!   are sums as above. An **RMS norm** has one such sum under a root, which halves its relative
+//!   error.
+//! - **The layer** rounds between its operations if its element type is narrow: `u_mid` is that of
+//!   `act`, of `yp` (in f16 times its weight, unless a norm comes between), and of other
+//!   intermediate tensors. The errors of an operation are propagated through the next: those of
+//!   `act` add the sum over `I` of `|d act| * |down|` to `yp`.
 //!
-//! The bounds know nothing of overflow on the way: a 16-bit `act` that becomes infinite is a
-//! failure.
+//! The bounds ignore overflow of intermediate values: a 16-bit `act` that becomes infinite exceeds
+//! its bound.
 
 mod activation;
 mod dense;
@@ -39,7 +40,7 @@ mod layer;
 
 pub use dense::{combine, rms_norm, router_gemm};
 pub use grouped_gemm::{grouped_gemm, grouped_gemm_gate_up, grouped_gemm_weighted};
-use interval::Interval;
+use interval::{Interval, U};
 pub use layer::{moe_layer, moe_layer_experts, noise_logits, router_logits};
 
 use super::accum::Element;
@@ -49,25 +50,23 @@ use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
 
-/// The `c` of the bound on a sum; the module says why 4.
+/// The factor `c` of the bound on a sum; the module docs have the reason.
 pub const SUM: f64 = 4.0;
 
-/// Unit roundoff of f32, in which everything is summed.
-const U: f64 = DType::F32.unit_roundoff();
-
-/// The reference in f64, and for each element the most that a correct result is off.
+/// The reference in f64, and the largest error of a correct result for each element.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Bounded {
-    /// What is right.
+    /// The reference.
     pub value: Vec<f64>,
-    /// How far from it a correct result can be.
+    /// The largest distance of a correct result from the reference.
     pub bound: Vec<f64>,
 }
 
 impl Bounded {
-    /// The worst [`excess`] of a result, with the index where it is; nothing for an empty result.
+    /// The largest [`excess`] of a result and its index; `None` for an empty result.
     ///
-    /// A result of another length is infinitely wrong at the first element that one of them lacks.
+    /// For a result of another length the excess is infinite, at the first index that only one of
+    /// them has.
     pub fn worst<D: Dtype>(&self, got: &[D]) -> Option<(usize, f64)> {
         if got.len() != self.value.len() {
             return Some((got.len().min(self.value.len()), f64::INFINITY));
@@ -78,9 +77,10 @@ impl Bounded {
     }
 }
 
-/// The error of an element as a fraction of its bound: at most 1 if it is right, never NaN.
+/// The error of an element divided by its bound: at most 1 if the element is correct, never NaN.
 ///
-/// NaN wants NaN. An infinity is right if the bound reaches numbers that round to it.
+/// For a NaN reference only NaN is correct. An infinity is correct if numbers within the bound
+/// round to it.
 pub fn excess<D: Dtype>(got: D, value: f64, bound: f64) -> f64 {
     let wide = got.to_f64();
     let right = if value.is_nan() {
@@ -99,15 +99,16 @@ pub fn excess<D: Dtype>(got: D, value: f64, bound: f64) -> f64 {
     }
 }
 
-/// `|x - y| / |y|` in the Euclidean norm, where `y` is right; 0 for two empty or zero tensors.
+/// The relative error `|x - y| / |y|` of `x` in the Euclidean norm; 0 for two empty or zero
+/// tensors.
 pub fn relative_error(x: &[f64], y: &[f64]) -> f64 {
     let error: f64 = x.iter().zip(y).map(|(x, y)| (x - y) * (x - y)).sum();
     let norm: f64 = y.iter().map(|y| y * y).sum();
     if error == 0.0 { 0.0 } else { (error / norm).sqrt() }
 }
 
-/// Router weights in f32, given the ids, which are exact. A bound is infinite where f32 overflows, or
-/// scores cancel.
+/// The routing and the bounds of its weights, `[T, K]`. Ids are exact. A bound is infinite if f32
+/// overflows or scores cancel.
 ///
 /// # Errors
 /// Those of [`route_fwd`](super::route_fwd).
@@ -116,20 +117,21 @@ pub fn route<D: Dtype>(
     router: &RouterConfig,
     inputs: &RouteInputs<'_, D>,
 ) -> Result<(Routing<f64>, Vec<f64>)> {
-    let Routing { expert_ids, routing_weights: weights } = route_in::<Interval, D>(shape, router, inputs)?;
+    let Routing { expert_ids, routing_weights: weights } =
+        route_in::<Interval, D>(shape, router, inputs)?;
     let bound = weights.iter().map(Interval::bound).collect();
     let weights = weights.iter().map(|weight| weight.mid).collect();
     Ok((Routing { expert_ids, routing_weights: weights }, bound))
 }
 
-/// The error of a sum of `k` products with magnitude `s`. A product below the normal numbers of f32
-/// is off by half of the smallest one.
-fn sum_error(k: usize, s: f64) -> f64 {
-    let k = k as f64;
-    SUM * k.sqrt() * U * s + k * U * DType::F32.min_positive()
+/// The error of a sum of `terms` products with magnitude `s`. The error of a product below the
+/// normal numbers of f32 is half the smallest subnormal number.
+fn sum_error(terms: usize, s: f64) -> f64 {
+    let n = terms as f64;
+    SUM * n.sqrt() * U * s + n * U * DType::F32.min_positive()
 }
 
-/// Adds what storing costs: half a unit in the last place of the number that is stored.
+/// Adds the error of storing: half a unit in the last place of the stored number.
 fn stored(value: &[f64], errors: Vec<f64>, out: DType) -> Vec<f64> {
     let u = out.unit_roundoff();
     let stored =
@@ -159,15 +161,16 @@ mod tests {
         bounded.worst(got).map_or(0.0, |(_, excess)| excess)
     }
 
-    /// One expert and one row of `k` numbers of either sign.
-    fn one_row<D: Dtype>(n: usize, k: usize) -> (Plan, Vec<D>, Vec<D>) {
+    /// A plan of one expert and one row, with `x` `[1, in]` and `w` `[out, in]` of either sign.
+    fn one_row<D: Dtype>(out_features: usize, in_features: usize) -> (Plan, Vec<D>, Vec<D>) {
         let plan =
             plan_fwd(&RoutingShape { num_tokens: 1, num_experts: 1, top_k: 1 }, &[0]).unwrap();
-        let mut sampler = Sampler::new(k as u64);
-        (plan, sampler.elements(k), sampler.elements(n * k))
+        let mut sampler = Sampler::new(in_features as u64);
+        let x = sampler.elements(in_features);
+        (plan, x, sampler.elements(out_features * in_features))
     }
 
-    /// One f32 sum from left to right, the worst order there is.
+    /// A sum in f32 from left to right, the order of largest error.
     fn sum_in_order<D: Dtype>(x: &[D], w: &[D]) -> f32 {
         x.iter().zip(w).fold(0.0, |sum, (x, w)| sum + x.to_f32() * w.to_f32())
     }
@@ -178,7 +181,7 @@ mod tests {
             grouped_gemm(&plan, 20, k, &x, LinearWeights::new(&w), true, D::DTYPE).unwrap();
         let mut got: Vec<D> = w.chunks(k).map(|w| D::from_f32(sum_in_order(&x, w))).collect();
         assert!(worst(&bounded, &got) <= 1.0);
-        // One product of typical size is left out of one sum.
+        // One sum lacks one product of typical size.
         let typical =
             (0..k).find(|&i| (0.2..0.5).contains(&(x[i].to_f64() * w[7 * k + i].to_f64())));
         let mut w = w[7 * k..][..k].to_vec();
@@ -188,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_hold_and_a_dropped_product_does_not() {
+    fn bound_of_sums_rejects_a_missing_product() {
         for k in [16, 100, 4096] {
             check_sum::<f32>(k);
             check_sum::<f16>(k);
@@ -196,9 +199,9 @@ mod tests {
         }
     }
 
-    /// All of one sign is the hardest: partial sums grow to the magnitude itself.
+    /// Products of one sign have the largest error: partial sums grow to the magnitude.
     #[test]
-    fn sums_of_one_sign_hold() {
+    fn bound_of_sums_holds_for_one_sign() {
         for k in [1, 2, 7, 1000, 20_000] {
             let (plan, x, w) = one_row::<f32>(50, k);
             let positive = |values: Vec<f32>| values.into_iter().map(f32::abs).collect::<Vec<_>>();
@@ -232,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn swiglu_holds_and_a_missing_silu_does_not() {
+    fn bound_of_swiglu_rejects_a_missing_silu() {
         for scale in [1e-3, 1.0, 5.0, 40.0] {
             check_swiglu::<f32>(scale);
             check_swiglu::<bf16>(scale);
@@ -241,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_hold() {
+    fn bound_of_weights_is_tight() {
         let shape = RoutingShape { num_tokens: 50, num_experts: 200, top_k: 8 };
         for scale in [0.01, 1.0, 30.0, 200.0] {
             let mut logits: Vec<f32> = Sampler::new(3).elements(shape.logits());
@@ -256,14 +259,15 @@ mod tests {
                     route_in::<f32, f32>(&shape, &router, &RouteInputs::new(&logits)).unwrap();
                 let bounded = Bounded { value: right.routing_weights, bound };
                 assert!(worst(&bounded, &got.routing_weights) <= 1.0);
-                let off: Vec<f32> = got.routing_weights.iter().map(|weight| weight * 1.0001).collect();
-                assert!(worst(&bounded, &off) > 1.0);
+                let wrong: Vec<f32> =
+                    got.routing_weights.iter().map(|weight| weight * 1.0001).collect();
+                assert!(worst(&bounded, &wrong) > 1.0);
             }
         }
     }
 
     #[test]
-    fn combine_holds_and_a_dropped_row_does_not() {
+    fn bound_of_combine_rejects_a_missing_row() {
         let shape = RoutingShape { num_tokens: 30, num_experts: 10, top_k: 6 };
         let mut sampler = Sampler::new(9);
         let (plan, hidden) = (sampler.plan(&shape), 8);
@@ -271,17 +275,17 @@ mod tests {
         let mut weights: Vec<f32> = sampler.elements(shape.slots());
         let inputs = CombineInputs::new(&yp, &weights);
         let bounded = combine(&shape, &plan, hidden, &inputs, DType::BF16).unwrap();
-        let run = |weights: &[f32]| -> Vec<bf16> {
+        let combined = |weights: &[f32]| -> Vec<bf16> {
             let inputs = CombineInputs::new(&yp, weights);
             round(&combine_fwd::<f32>(&shape, &plan, hidden, &inputs).unwrap())
         };
-        assert!(worst(&bounded, &run(&weights)) <= 1.0);
+        assert!(worst(&bounded, &combined(&weights)) <= 1.0);
         let active = plan.row_of_slot.iter().position(|&row| row >= 0).unwrap();
         weights[active] = 0.0;
-        assert!(worst(&bounded, &run(&weights)) > 1.0);
+        assert!(worst(&bounded, &combined(&weights)) > 1.0);
     }
 
-    /// The layer as a device computes it: in f32, with `act` and `yp` stored as `D`.
+    /// The layer as on a device: in f32, with `act` and `yp` stored as `D`.
     fn layer_in_steps<D: Dtype>(
         config: &MoeConfig,
         inputs: &[Vec<D>; 4],
@@ -330,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_hold_and_a_dropped_slot_does_not() {
+    fn bound_of_layers_rejects_a_missing_slot() {
         for router in [RouterConfig::softmax_top_k(true), RouterConfig::top_k_softmax()] {
             check_layer::<f32>(router);
             check_layer::<f16>(router);
@@ -339,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn excess_of_odd_numbers() {
+    fn excess_handles_nan_and_infinity() {
         assert_eq!(excess(f32::NAN, f64::NAN, 0.0), 0.0);
         assert_eq!(excess(f32::NAN, 1.0, 9.0), f64::INFINITY);
         assert_eq!(excess(1.0f32, f64::NAN, f64::NAN), f64::INFINITY);
@@ -356,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn relative_errors() {
+    fn relative_error_is_euclidean() {
         assert_eq!(relative_error(&[], &[]), 0.0);
         assert_eq!(relative_error(&[3.0, 4.0], &[0.0, 4.0]), 0.75);
         assert_eq!(relative_error(&[1.0], &[0.0]), f64::INFINITY);

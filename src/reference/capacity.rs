@@ -1,5 +1,5 @@
-//! Capacity: an expert takes a limited number of slots in each sequence; the others find no room, and are
-//! dropped or ask elsewhere.
+//! Capacity: an expert keeps a limited number of slots in each sequence; the others are dropped, or
+//! reassigned to their tokens' next candidates.
 
 use std::cmp::Ordering;
 
@@ -10,34 +10,36 @@ use crate::config::{CapacityConfig, Normalization, Priority, kept_divisor};
 use crate::error::{Error, Result, check_len, product};
 use crate::shape::RoutingShape;
 
-/// Slots that experts keep.
+/// The slots that experts keep.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capacity {
-    /// `[T, K]`: the expert where the slot is kept, else `u32::MAX`.
+    /// `[T, K]`: the expert of a kept slot, else `u32::MAX`.
     pub expert_ids: Vec<u32>,
-    /// `[N, E]`: slots of each sequence that each expert keeps.
+    /// `[N, E]`: the number of slots of each sequence that each expert keeps.
     pub kept: Vec<u32>,
-    /// `[N, E]`: slots of each sequence that each expert had no room for.
+    /// `[N, E]`: the number of slots of each sequence that each expert drops.
     pub dropped: Vec<u32>,
 }
 
-/// Numbers in order, with -0 as 0 and NaN as minus infinity.
-pub(super) fn order(a: f32, b: f32) -> Ordering {
-    let number = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
-    number(a).partial_cmp(&number(b)).unwrap_or(Ordering::Equal)
+/// Compares two numbers, with -0 as 0 and NaN as minus infinity.
+pub(super) fn compare(a: f32, b: f32) -> Ordering {
+    a.cleaned().partial_cmp(&b.cleaned()).unwrap_or(Ordering::Equal)
 }
 
-/// Keeps as many slots of each expert, in each sequence, as `config` has room for: those that come first in the
-/// order of its priority.
+/// Keeps, in each sequence, the first slots of each expert in the order of `config`'s priority, up
+/// to its limit.
 ///
-/// `shape` is that of the routing, and `plan` the plan of its ids by slot ([`RoutingShape::by_slot`]), which may be of
-/// some of the experts. A sequence has `sequence_tokens` tokens, the last one perhaps fewer; without a length the
-/// batch is one sequence. Inactive slots stay inactive and never count. `routing_weights` `[T, K]` decide where the priority
-/// asks for them; for [`Priority::ChoiceByTopWeight`] they are those of first choices, before any normalisation. This
-/// is the first round: overflow is [`capacity_ask_fwd`] and [`capacity_later_fwd`], as often as slots may ask.
+/// `shape` is that of the routing, and `plan` the plan of its ids by slot
+/// ([`RoutingShape::by_slot`]), which may be of some of the experts. A sequence has
+/// `sequence_tokens` tokens, the last one possibly fewer; without a length the batch is one
+/// sequence. Inactive slots stay inactive and never count. `routing_weights` `[T, K]` are read for
+/// priorities by weight; for [`Priority::ChoiceByTopWeight`] they are those before any
+/// normalisation, of which the first choices' are read. This is the first round; up to `overflow`
+/// rounds of reassignment follow, each of [`capacity_reassign_fwd`] and [`capacity_later_fwd`].
 ///
 /// # Errors
-/// A shape or limit out of range, a length that is not the shape's, or a plan that is not of these slots.
+/// A shape or limit out of range, a length that is not the shape's, or a plan that is not of these
+/// slots.
 pub fn capacity_fwd(
     plan: &Plan,
     shape: &RoutingShape,
@@ -56,11 +58,12 @@ pub fn capacity_fwd(
     Ok(capacity)
 }
 
-/// A later round of overflow: experts hold what `kept` says and take what `plan` asks while there is room.
+/// A round of reassignment: experts keep their slots, `kept` of them, and accept requests up to
+/// their limit.
 ///
-/// `plan` is the plan by slot of the requests that [`capacity_ask_fwd`] made. Slots that find room receive their expert
-/// in `expert_ids`, all others stay as they are; `kept` and `dropped` are added to, so that `dropped` counts every
-/// request that found no room. `routing_weights` are those of the requests, but the first round's for
+/// `plan` is the plan by slot of the requests of [`capacity_reassign_fwd`]. `expert_ids` is written
+/// for accepted requests alone. Accepted requests are added to `kept` and the others to `dropped`.
+/// `routing_weights` are those of the requests, but the first round's for
 /// [`Priority::ChoiceByTopWeight`]. The rest is as for [`capacity_fwd`].
 ///
 /// # Errors
@@ -84,17 +87,19 @@ pub fn capacity_later_fwd(
     check_len(OP, "expert_ids", capacity.expert_ids.len(), shape.slots())?;
     check_len(OP, "kept", capacity.kept.len(), cells)?;
     check_len(OP, "dropped", capacity.dropped.len(), cells)?;
-    // A limit follows from whole sequences, even where all of the batch is less than one.
+    // The limit is that of a whole sequence, even if the batch is shorter.
     let tokens = sequence_tokens.unwrap_or(shape.num_tokens);
     let rows = config.rows(shape, tokens)?;
 
     for (expert, id) in plan.experts.clone().enumerate() {
-        // The slots that ask this expert, of each sequence.
+        // The slots of this expert in each sequence.
         let slots = plan.token_of_row[plan.rows_of(expert)].iter().map(|&slot| slot as usize);
-        let mut asking = vec![Vec::new(); shape.sequences(sequence_tokens)];
-        slots.for_each(|slot| asking[slot / shape.top_k / tokens.max(1)].push(slot));
-        for (sequence, mut slots) in asking.into_iter().enumerate() {
-            slots.sort_by(|&a, &b| first_slot(config.priority, shape.top_k, routing_weights, a, b));
+        let mut by_sequence = vec![Vec::new(); shape.sequences(sequence_tokens)];
+        slots.for_each(|slot| by_sequence[slot / shape.top_k / tokens.max(1)].push(slot));
+        for (sequence, mut slots) in by_sequence.into_iter().enumerate() {
+            slots.sort_by(|&a, &b| {
+                compare_slots(config.priority, shape.top_k, routing_weights, a, b)
+            });
             let cell = sequence * plan.num_experts() + expert;
             let room = rows.saturating_sub(capacity.kept[cell] as usize).min(slots.len());
             capacity.kept[cell] += room as u32;
@@ -112,7 +117,7 @@ fn cells(plan: &Plan, shape: &RoutingShape, sequence_tokens: Option<usize>) -> R
     product(OP, "sequences * num_experts", shape.sequences(sequence_tokens), plan.num_experts())
 }
 
-/// Whether the rows of a plan are the slots of a shape.
+/// Checks that the rows of a plan are the slots of a shape.
 fn check_by_slot(plan: &Plan, shape: &RoutingShape) -> Result<()> {
     plan.check(OP)?;
     let of_shape = plan.row_of_slot.len() == shape.slots()
@@ -128,8 +133,8 @@ fn check_by_slot(plan: &Plan, shape: &RoutingShape) -> Result<()> {
     Err(Error::Mismatch { op: OP, why })
 }
 
-/// Which of two slots of an expert comes first.
-fn first_slot(
+/// Compares two slots of an expert by priority.
+fn compare_slots(
     priority: Priority,
     top_k: usize,
     routing_weights: &[f32],
@@ -141,25 +146,27 @@ fn first_slot(
     let before = match priority {
         Priority::Token => Ordering::Equal,
         Priority::Choice => choice,
-        Priority::Weight => order(routing_weights[b], routing_weights[a]),
-        Priority::ChoiceByTopWeight => choice.then(order(top(b), top(a))),
+        Priority::Weight => compare(routing_weights[b], routing_weights[a]),
+        Priority::ChoiceByTopWeight => choice.then(compare(top(b), top(a))),
     };
     before.then(a.cmp(&b))
 }
 
-/// What the slots that found no room ask next, `[T, K]`: their token's next candidate, `u32::MAX` where nothing is
-/// asked.
+/// Requests the next candidate of its token for each dropped slot: `[T, K]`, `u32::MAX` without a
+/// request.
 ///
-/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights: what `route` gives with a
-/// larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` what the rounds so far have made of them. A slot
-/// without room asks the next candidate that is an expert and none of its token's own `expert_ids`, the slots of a
-/// token in order, and every candidate is asked once. `routing_weights` `[T, K]` takes the candidate's weight.
-/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too.
+/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights:
+/// `route`'s result with a larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` those
+/// that the rounds so far have kept. A dropped slot requests the next candidate that is an expert
+/// and is not in its token's own `expert_ids`; the slots of a token in order, and each candidate at
+/// most once. `routing_weights` `[T, K]` receives the candidate's weight. `next_candidate` `[T]` is
+/// each token's position in its candidates: written in the `first` round, read and written in later
+/// ones.
 ///
 /// # Errors
 /// A shape out of range, or a length that is not the shape's.
 #[allow(clippy::too_many_arguments, reason = "those of the device's")]
-pub fn capacity_ask_fwd(
+pub fn capacity_reassign_fwd(
     shape: &RoutingShape,
     num_candidates: usize,
     first: bool,
@@ -170,7 +177,7 @@ pub fn capacity_ask_fwd(
     next_candidate: &mut [u32],
     routing_weights: &mut [f32],
 ) -> Result<Vec<u32>> {
-    const OP: &str = "capacity_ask_fwd";
+    const OP: &str = "capacity_reassign_fwd";
     shape.check(OP)?;
     let listed = product(OP, "num_tokens * candidates", shape.num_tokens, num_candidates)?;
     for (name, len, wanted) in [
@@ -210,10 +217,10 @@ pub fn capacity_ask_fwd(
     Ok(requests)
 }
 
-/// Weights of what is kept, `[T, K]`: divided by what `normalization` makes of the sum over a token's kept slots, in
-/// the order of `k`, times `scale`, times the expert's entry of `expert_scale` `[E]`. A weight that is no number then, of
-/// `0 / 0` or `inf / inf`, is 0; so is that of a slot that `expert_ids` does not give to an expert. In f32 the kernel
-/// has the same bits.
+/// Normalises the weights of kept slots, `[T, K]`: divided by the divisor that `normalization`
+/// computes from the sum over the token's kept slots, in the order of `k`, times `scale`, times the
+/// expert's element of `expert_scale` `[E]`. NaN (of `0 / 0` or `inf / inf`) becomes 0, and slots
+/// without an expert in `expert_ids` have 0. In f32 the kernel has the same bits.
 ///
 /// # Errors
 /// A shape out of range, a length that is not the shape's, or a p-norm.
@@ -267,7 +274,7 @@ mod tests {
         CapacityConfig { overflow, ..CapacityConfig::new(CapacityLimit::Rows { rows }, priority) }
     }
 
-    /// The rounds of overflow, as a caller puts them together, with the weights that slots were kept by. A token's
+    /// All rounds, as a caller composes them, and the weights with which slots were kept. A token's
     /// candidates and their weights are `[T, C]`.
     fn rounds(
         shape: &RoutingShape,
@@ -277,18 +284,27 @@ mod tests {
         candidates: (&[u32], &[f32]),
     ) -> (Capacity, Vec<f32>) {
         let mut capacity = kept(shape, config, None, ids, routing_weights).unwrap();
-        let (mut asked, mut next) = (routing_weights.to_vec(), vec![u32::MAX; shape.num_tokens]);
+        let mut requested = routing_weights.to_vec();
+        let mut next = vec![u32::MAX; shape.num_tokens];
         let listed = candidates.0.len() / shape.num_tokens;
         for round in 0..config.overflow {
             let (kept_ids, first) = (&capacity.expert_ids, round == 0);
-            let (of, by) = candidates;
-            let requests = capacity_ask_fwd(
-                shape, listed, first, ids, kept_ids, of, by, &mut next, &mut asked,
+            let (experts, weights) = candidates;
+            let requests = capacity_reassign_fwd(
+                shape,
+                listed,
+                first,
+                ids,
+                kept_ids,
+                experts,
+                weights,
+                &mut next,
+                &mut requested,
             );
             let plan = plan_fwd(&shape.by_slot(), &requests.unwrap()).unwrap();
-            capacity_later_fwd(&plan, shape, config, None, &asked, &mut capacity).unwrap();
+            capacity_later_fwd(&plan, shape, config, None, &requested, &mut capacity).unwrap();
         }
-        (capacity, asked)
+        (capacity, requested)
     }
 
     fn kept(
@@ -303,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn by_hand() {
+    fn hand_computed_rows() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 2, top_k: 2 };
         let ids = [0, 1, 1, 0, 0, 1];
         let routing_weights = [0.6, 0.4, 0.7, 0.3, 0.9, 0.1];
@@ -322,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn overflow_by_hand() {
+    fn hand_computed_overflow() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 3, top_k: 1 };
         let candidates =
             (&[0, 1, 2, 0, 1, 2, 0, 1, 2][..], &[0.6, 0.3, 0.1, 0.7, 0.2, 0.1, 0.8, 0.1, 0.05][..]);
@@ -339,9 +355,9 @@ mod tests {
         assert_eq!(run(1, 9).0.expert_ids, [0, 1, 2]);
     }
 
-    /// A plan of some of the experts has their columns alone, and the router's ids.
+    /// A plan of some of the experts has columns for these alone, and the router's ids.
     #[test]
-    fn some_of_the_experts() {
+    fn plan_of_some_experts() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 3, top_k: 2 };
         let (ids, routing_weights) = ([0, 1, 1, 2, 2, 1], [0.0; 6]);
         let plan = plan_range_fwd(&shape.by_slot(), 1..3, &ids).unwrap();
@@ -351,8 +367,8 @@ mod tests {
         assert_eq!((got.kept, got.dropped), (vec![1, 1], vec![2, 1]));
     }
 
-    /// The mask of a router of transformers' Switch: in each sequence, a token keeps its expert while the running
-    /// count of that expert, the token included, is at most the capacity.
+    /// The mask of a router of transformers' Switch: in each sequence, a token keeps its expert
+    /// while the running count of that expert, the token included, is at most the capacity.
     fn switch_keeps(
         shape: &RoutingShape,
         tokens: usize,
@@ -370,8 +386,9 @@ mod tests {
         keeps
     }
 
-    /// The masks of transformers' NLLB top-2 router: the position of a first choice among the expert's first
-    /// choices, tokens in order or by their largest probability; second choices behind all of them.
+    /// The masks of transformers' NLLB top-2 router: the position of a first choice among the
+    /// expert's first choices, tokens in order or by their largest probability; second choices
+    /// behind all of them.
     fn nllb_keeps(
         shape: &RoutingShape,
         capacity: usize,
@@ -398,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn families_keep_the_same_slots() {
+    fn keeps_the_same_slots_as_transformers() {
         let mut sampler = Sampler::new(5);
         for _ in 0..200 {
             let num_experts = 2 + sampler.below(6);
@@ -446,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_normalised() {
+    fn kept_weights_are_normalised() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
         let ids = [0, 1, NONE, 2, NONE, NONE];
         let routing_weights = [0.5, 0.25, f32::NAN, 0.125, 0.5, 0.5];
@@ -471,13 +488,13 @@ mod tests {
         let own = expert_scale(&[3.0, -1.0, 0.5, 9.0]).unwrap();
         assert_eq!(own, [third * 2.0 * 3.0, 0.25 / 0.75 * -2.0, 0.0, 1.0, 0.0, 0.0]);
         assert!(expert_scale(&[1.0; 3]).is_err());
-        // Nothing to divide, or by: no number, and no weight.
-        let nothing = capacity_normalize_fwd(&shape, by, 1.0, None, &ids, &[0.0f32; 6]).unwrap();
-        assert!(nothing.iter().all(|weight| weight.to_bits() == 0));
+        // 0 / 0 gives 0.
+        let zeros = capacity_normalize_fwd(&shape, by, 1.0, None, &ids, &[0.0f32; 6]).unwrap();
+        assert!(zeros.iter().all(|weight| weight.to_bits() == 0));
     }
 
     #[test]
-    fn wrong_arguments() {
+    fn rejects_wrong_arguments() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let config = config(1, Priority::Token, 0);
         let run = |tokens, ids: &[u32], routing_weights: &[f32]| {
@@ -487,8 +504,8 @@ mod tests {
         assert!(run(Some(0), &[0, 1], &[0.0; 2]).is_err());
         assert!(run(None, &[0, 1], &[0.0]).is_err());
         let none = RoutingShape { num_tokens: 0, ..shape };
-        let nothing = kept(&none, &config, None, &[], &[]).unwrap();
-        assert!(nothing.kept.is_empty() && nothing.expert_ids.is_empty());
+        let empty = kept(&none, &config, None, &[], &[]).unwrap();
+        assert!(empty.kept.is_empty() && empty.expert_ids.is_empty());
 
         // Plans of tokens, of other slots, and of other experts.
         let two = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 2 };
@@ -511,25 +528,24 @@ mod tests {
         assert!(later(|capacity| capacity.kept.truncate(1)).is_err());
         assert!(later(|capacity| capacity.dropped.push(0)).is_err());
         assert!(later(|capacity| capacity.expert_ids.truncate(1)).is_err());
-        let ask = |next: &mut [u32], candidates: &[u32]| {
+        let reassign = |next: &mut [u32], candidates: &[u32]| {
             let mut routing_weights = [0.0; 2];
-            let (of, by) = (candidates, &[0.0; 2]);
-            capacity_ask_fwd(
+            capacity_reassign_fwd(
                 &shape,
                 1,
                 false,
                 &[0, 1],
                 &[0, NONE],
-                of,
-                by,
+                candidates,
+                &[0.0; 2],
                 next,
                 &mut routing_weights,
             )
         };
-        assert_eq!(ask(&mut [0, 0], &[1, 0]).unwrap(), [NONE, 0]);
-        // Any bits mean that a token has no candidates left.
-        assert_eq!(ask(&mut [0, 1 << 31], &[1, 0]).unwrap(), [NONE, NONE]);
-        assert!(ask(&mut [0], &[1, 0]).is_err());
-        assert!(ask(&mut [0, 0], &[1]).is_err());
+        assert_eq!(reassign(&mut [0, 0], &[1, 0]).unwrap(), [NONE, 0]);
+        // A position beyond the candidates, of any bits, makes no request.
+        assert_eq!(reassign(&mut [0, 1 << 31], &[1, 0]).unwrap(), [NONE, NONE]);
+        assert!(reassign(&mut [0], &[1, 0]).is_err());
+        assert!(reassign(&mut [0, 0], &[1]).is_err());
     }
 }

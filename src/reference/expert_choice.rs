@@ -4,11 +4,12 @@ use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
 
-/// The expert ids `[T, E]` and weights `[T, E]` where every expert `e` takes the `capacity` tokens whose
-/// `scores[t, e]` are largest, ties to the lower token.
+/// Selects for every expert `e` the `capacity` tokens whose `scores[t, e]` are largest, ties to the
+/// lower token. Returns the expert ids `[T, E]` and the weights `[T, E]`.
 ///
-/// -0 is 0 and NaN is minus infinity there; a `capacity` of more than `T` is all tokens. At `(t, e)`, the id
-/// is `e` where expert `e` has taken token `t`, else `u32::MAX`, and the weight is the score, else 0.
+/// -0 counts as 0 and NaN as minus infinity; a `capacity` above `T` selects all tokens. At
+/// `(t, e)`, the id is `e` if expert `e` has selected token `t`, else `u32::MAX`, and the weight is
+/// the score, else 0.
 ///
 /// # Errors
 /// A dimension out of range, or a length that is not `T * E`.
@@ -28,7 +29,7 @@ pub fn expert_choice_fwd<D: Dtype>(
         let score = |token: usize| scores[token * num_experts + expert].to_f32();
         let mut tokens: Vec<usize> = (0..num_tokens).collect();
         // Stable: equal scores stay in the order of tokens.
-        tokens.sort_by(|&a, &b| super::capacity::order(score(b), score(a)));
+        tokens.sort_by(|&a, &b| super::capacity::compare(score(b), score(a)));
         for token in tokens.into_iter().take(capacity) {
             expert_ids[token * num_experts + expert] = expert as u32;
             routing_weights[token * num_experts + expert] = score(token);
@@ -44,7 +45,7 @@ mod tests {
     const NONE: u32 = u32::MAX;
 
     #[test]
-    fn by_hand() {
+    fn hand_computed_choices() {
         #[rustfmt::skip]
         let scores = [
             0.5f32, -0.0, f32::NAN,

@@ -7,7 +7,7 @@ use crate::error::{Error, Result, check_len};
 /// `U(1 - epsilon, 1 + epsilon)`. The kernel has the same bits.
 ///
 /// # Errors
-/// Lengths that differ, or an `epsilon` that is not finite.
+/// Different lengths, or an `epsilon` that is not finite.
 pub fn jitter_fwd<D: Dtype>(epsilon: f32, x: &[D], u: &[f32]) -> Result<Vec<D>> {
     const OP: &str = "jitter_fwd";
     check_len(OP, "u", u.len(), x.len())?;
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn by_hand() {
+    fn hand_computed_elements() {
         let x = [1.0, -2.0, 4.0, f32::INFINITY];
         let got = jitter_fwd(0.25, &x, &[0.0, 1.0, 0.5, 0.75]).unwrap();
         assert_eq!(got, [0.75, -2.5, 4.0, f32::INFINITY]);

@@ -1,10 +1,10 @@
-//! The layer: the operations one after the other, without rounding in between.
+//! The layer: its operations in order, without rounding between them.
 
 use std::marker::PhantomData;
 
 use super::accum::Accum;
 use super::capacity::{
-    Capacity, capacity_ask_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+    Capacity, capacity_reassign_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
 };
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
 use super::expert_weights::{self, GateUpWeights, LinearWeights};
@@ -24,18 +24,18 @@ use crate::tensors::{ExpertWeights, GateUpTensors, Host, MoeInputs, MoeWeights, 
 
 mod router;
 
-pub(super) use router::RouterReads;
+pub(super) use router::RouterLogits;
 pub use router::{noise_logits, router_logits, router_scores};
 
 const OP: &str = "moe_layer_fwd";
 
-/// A whole layer: tokens `x` `[T, H]` to `y` `[T, H]`. `T` follows from the length of `x`.
+/// Computes a whole layer: tokens `x` `[T, H]` to `y` `[T, H]`. `T` follows from the length of `x`.
 ///
-/// Logits are rounded to the type that the configuration gives them, as the router reads them; nothing else is
-/// rounded on the way: this is the layer as mathematics, in the precision of `A`.
+/// Logits are rounded to their type in the configuration, since the router reads them so. No other
+/// intermediate value is rounded; all are computed in `A`.
 ///
 /// # Errors
-/// A configuration out of range, or a tensor that is not as the configuration says.
+/// A configuration out of range, or a tensor that contradicts the configuration.
 pub fn moe_layer_fwd<A: Accum, D: Dtype>(
     config: &MoeConfig,
     inputs: &MoeInputs<Host<'_>, D>,
@@ -45,22 +45,24 @@ pub fn moe_layer_fwd<A: Accum, D: Dtype>(
     moe_layer_experts_fwd(config, inputs.x, &routing.expert_ids, &routing.weights, weights)
 }
 
-/// What a layer's router decides, capacity included; for `N` sequences.
+/// The routing of a layer after capacity, for `S` sequences.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerRouting<A> {
-    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot that was dropped, or whose token is
-    /// not active.
+    /// `[T, K]`, the experts of each token, largest value first; `u32::MAX` for a dropped slot and
+    /// for slots of inactive tokens.
     pub expert_ids: Vec<u32>,
-    /// `[T, K]`, their weights.
+    /// `[T, K]`, the routing weights of the slots.
     pub weights: Vec<A>,
-    /// `[N, E]`: slots of each sequence that each expert keeps; empty without capacity.
+    /// `[S, E]`, the number of slots of each sequence that each expert keeps; empty without
+    /// capacity.
     pub kept: Vec<u32>,
-    /// `[N, E]`: requests that each expert had no room for; without overflow, slots that are dropped.
+    /// `[S, E]`, the number of requests beyond the limit of each expert; without overflow these are
+    /// the dropped slots. Empty without capacity.
     pub dropped: Vec<u32>,
 }
 
-/// The layer up to the choice of experts, capacity included. Where slots may ask again, weights are those of f32, which
-/// decide who is kept.
+/// Computes the routing of a layer, including capacity. With overflow, weights are computed in f32,
+/// since they determine the kept slots.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`].
@@ -69,67 +71,83 @@ pub fn moe_layer_route_fwd<A: Accum, D: Dtype>(
     inputs: &MoeInputs<Host<'_>, D>,
     weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<LayerRouting<A>> {
-    let reads = RouterReads::new::<A, D>(config, inputs, weights)?;
+    let router_logits = RouterLogits::new::<A, D>(config, inputs, weights)?;
     let shape = config.routing(inputs.x.len() / config.hidden);
     let router = config.router_before_capacity();
-    let routing = route_fwd::<A, f32>(&shape, &router, &reads.of(&router, inputs, weights))?;
+    let routing =
+        route_fwd::<A, f32>(&shape, &router, &router_logits.inputs(&router, inputs, weights))?;
     let Some(capacity) = &config.capacity else {
         let (kept, dropped) = (Vec::new(), Vec::new());
         let (expert_ids, weights) = (routing.expert_ids, routing.routing_weights);
         return Ok(LayerRouting { expert_ids, weights, kept, dropped });
     };
-    // Priorities are those of f32, on every device.
+    // Priorities are computed in f32, as on every device.
     let in_f32 = |router: &RouterConfig, shape: &RoutingShape| {
-        route_fwd::<f32, f32>(shape, router, &reads.of(router, inputs, weights))
+        route_fwd::<f32, f32>(shape, router, &router_logits.inputs(router, inputs, weights))
     };
-    let mut asked = in_f32(&router, &shape)?.routing_weights;
-    let top = match capacity.priority {
-        Priority::ChoiceByTopWeight => Some(in_f32(&config.router.of_scores(), &shape)?.routing_weights),
+    let mut f32_weights = in_f32(&router, &shape)?.routing_weights;
+    let top_scores = match capacity.priority {
+        Priority::ChoiceByTopWeight => {
+            Some(in_f32(&config.router.of_scores(), &shape)?.routing_weights)
+        }
         _ => None,
     };
     let tokens = inputs.sequence_tokens;
-    let select = |ids: &[u32], asked: &[f32], so_far: Option<Capacity>| -> Result<Capacity> {
+    let select = |ids: &[u32], weights: &[f32], earlier: Option<Capacity>| -> Result<Capacity> {
         let plan = plan_fwd(&shape.by_slot(), ids)?;
-        let by = top.as_deref().unwrap_or(asked);
-        let Some(mut so_far) = so_far else {
-            return capacity_fwd(&plan, &shape, capacity, tokens, by);
+        let priorities = top_scores.as_deref().unwrap_or(weights);
+        let Some(mut selected) = earlier else {
+            return capacity_fwd(&plan, &shape, capacity, tokens, priorities);
         };
-        capacity_later_fwd(&plan, &shape, capacity, tokens, by, &mut so_far)?;
-        Ok(so_far)
+        capacity_later_fwd(&plan, &shape, capacity, tokens, priorities, &mut selected)?;
+        Ok(selected)
     };
     let chosen = &routing.expert_ids;
-    let mut so_far = select(chosen, &asked, None)?;
-    let listed = config.candidates();
-    let all: Vec<A> = if listed == 0 {
+    let mut selected = select(chosen, &f32_weights, None)?;
+    let num_candidates = config.candidates();
+    let slot_weights: Vec<A> = if num_candidates == 0 {
         routing.routing_weights
     } else {
-        let candidates = in_f32(&router, &RoutingShape { top_k: listed, ..shape })?;
-        let (of, by) = (&candidates.expert_ids, &candidates.routing_weights);
-        let mut next = vec![0; shape.num_tokens];
-        // Every candidate is asked once.
-        for round in 0..capacity.overflow.min(listed) {
-            let (kept, first) = (&so_far.expert_ids, round == 0);
-            let requests = capacity_ask_fwd(
-                &shape, listed, first, chosen, kept, of, by, &mut next, &mut asked,
+        let candidates = in_f32(&router, &RoutingShape { top_k: num_candidates, ..shape })?;
+        let mut next_candidate = vec![0; shape.num_tokens];
+        // Each candidate is requested at most once.
+        for round in 0..capacity.overflow.min(num_candidates) {
+            let requests = capacity_reassign_fwd(
+                &shape,
+                num_candidates,
+                round == 0,
+                chosen,
+                &selected.expert_ids,
+                &candidates.expert_ids,
+                &candidates.routing_weights,
+                &mut next_candidate,
+                &mut f32_weights,
             )?;
-            so_far = select(&requests, &asked, Some(so_far))?;
+            selected = select(&requests, &f32_weights, Some(selected))?;
         }
-        // A slot that has asked again has the weight that it was kept by, in f32.
-        asked.iter().map(|weight| A::from_dtype(*weight)).collect()
+        // The weight of a reassigned slot is the f32 weight by which it was kept.
+        f32_weights.iter().map(|weight| A::from_dtype(*weight)).collect()
     };
-    let Capacity { expert_ids, kept, dropped } = so_far;
+    let Capacity { expert_ids, kept, dropped } = selected;
     let weights = match capacity.normalization {
-        Normalization::None => all,
-        by => {
-            let (scale, of_experts) = (config.router.scale, weights.router.expert_scale);
-            capacity_normalize_fwd(&shape, by, scale, of_experts, &expert_ids, &all)?
+        Normalization::None => slot_weights,
+        normalization => {
+            let (scale, expert_scale) = (config.router.scale, weights.router.expert_scale);
+            capacity_normalize_fwd(
+                &shape,
+                normalization,
+                scale,
+                expert_scale,
+                &expert_ids,
+                &slot_weights,
+            )?
         }
     };
     Ok(LayerRouting { expert_ids, weights, kept, dropped })
 }
 
-/// The layer from the choice of experts on: `expert_ids` and `routing_weights` `[T, K]`, in which slots of
-/// other ids than the experts' own take no part.
+/// Computes the layer for a given routing: `expert_ids` and `routing_weights` `[T, K]`. Slots whose
+/// id is not that of an expert are ignored.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`].
@@ -150,25 +168,26 @@ pub fn moe_layer_experts_fwd<A: Accum, D: Dtype>(
     )
 }
 
-/// The operations that a layer puts together, on values of some kind: numbers, or numbers with their bounds.
+/// The operations of a layer on tensors of numbers, or of numbers with error bounds.
 pub(super) trait Operations<D: Dtype> {
-    /// A tensor that an operation makes.
+    /// The result of an operation.
     type Values;
 
-    /// A tensor as the caller has it.
+    /// Converts a tensor of the caller, without error.
     fn exact(&self, x: &[D]) -> Self::Values;
 
-    /// `x` `[R, K]` to `[R, N]`.
+    /// A grouped product, `x` `[R, in]` to `[R, out]`.
     fn linear(
         &self,
         plan: &Plan,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
         x: &Self::Values,
         weights: LinearWeights<'_, D>,
     ) -> Result<Self::Values>;
 
-    /// The same, each row times its weight of `[T, K]`.
+    /// A grouped product of which each row is multiplied by its routing weight `[T, K]`; the widths
+    /// are `out` and `in`.
     fn weighted_linear(
         &self,
         plan: &Plan,
@@ -178,7 +197,8 @@ pub(super) trait Operations<D: Dtype> {
         routing_weights: &Self::Values,
     ) -> Result<Self::Values>;
 
-    /// Tokens `[T, H]` to `[R, I]`; the widths are `I` and `H`.
+    /// The gate and up products with the activation, tokens `[T, H]` to `[R, I]`; the widths are
+    /// `I` and `H`.
     fn gate_up(
         &self,
         plan: &Plan,
@@ -189,7 +209,7 @@ pub(super) trait Operations<D: Dtype> {
         weights: Option<&Self::Values>,
     ) -> Result<Self::Values>;
 
-    /// Each row of `x` `[R, H]`.
+    /// The RMS norm of each row of `x` `[R, H]`.
     fn norm(
         &self,
         norm: &RmsNorm,
@@ -199,10 +219,10 @@ pub(super) trait Operations<D: Dtype> {
         plan: Option<&Plan>,
     ) -> Result<Self::Values>;
 
-    /// A shared expert's gate: tokens `[T, H]` times one vector `[H]`.
+    /// The logits `[T]` of the shared expert's sigmoid gate: tokens `[T, H]` times a vector `[H]`.
     fn gate(&self, hidden: usize, x: &Self::Values, gate: &[D]) -> Result<Self::Values>;
 
-    /// What each token gets.
+    /// The sum of the weighted rows of each token, `[T, H]`.
     fn combine(
         &self,
         shape: &RoutingShape,
@@ -212,25 +232,25 @@ pub(super) trait Operations<D: Dtype> {
     ) -> Result<Self::Values>;
 }
 
-/// What `combine` adds up.
+/// The terms that `combine` adds.
 pub(super) struct Parts<'a, V, D> {
     pub(super) yp: &'a V,
     pub(super) weights: Option<&'a V>,
     pub(super) identity: Option<Identity<'a, D>>,
-    /// Of identity experts alone, where rows have been multiplied by theirs.
+    /// The weights of identity experts, if those of the rows have been applied before.
     pub(super) identity_weights: Option<&'a V>,
     pub(super) output_bias: Option<&'a [D]>,
     pub(super) shared: Option<&'a SharedPart<V>>,
 }
 
-/// What the shared expert makes of every token.
+/// The output of the shared expert.
 pub(super) struct SharedPart<V> {
     pub(super) y: V,
     pub(super) gate: Option<V>,
     pub(super) average: bool,
 }
 
-/// The layer from the choice of experts on.
+/// Computes the layer for a given routing.
 pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
     by: &O,
     config: &MoeConfig,
@@ -242,7 +262,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
     weights.check(OP, config)?;
     let shape = shape_of(OP, config, x.len())?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
-    // Tiles are for kernels; the products of this module cut rows on their own.
+    // The products of this module do not use the tiles of a plan.
     let plan = plan_range_fwd(&shape, 0..config.num_experts, expert_ids)?;
     let dense = Plan::dense(shape.num_tokens);
     let tokens = by.exact(x);
@@ -265,19 +285,20 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
         shared: shared.as_ref(),
     };
     let y = match (&config.latent, &weights.latent) {
-        (Some(latent), Some(around)) => {
+        (Some(latent), Some(projections)) => {
             let (hidden, inner) = (config.hidden, latent.hidden);
-            let before = LinearWeights::new(around.proj_in);
-            let mut rows = by.linear(&dense, inner, hidden, &tokens, before)?;
+            let proj_in = LinearWeights::new(projections.proj_in);
+            let mut latent_x = by.linear(&dense, inner, hidden, &tokens, proj_in)?;
             if let Some(norm) = &latent.norm {
-                rows = by.norm(norm, inner, &rows, around.norm, None)?;
+                latent_x = by.norm(norm, inner, &latent_x, projections.norm, None)?;
             }
-            let yp = routed_experts(by, config, &plan, &rows, routing_weights, &weights.experts)?;
+            let experts = &weights.experts;
+            let yp = routed_experts(by, config, &plan, &latent_x, routing_weights, experts)?;
             let parts = Parts { yp: &yp, output_bias: None, shared: None, ..routed };
             let latent_y = by.combine(&shape, &plan, inner, &parts)?;
             let bias = weights.experts.output_bias;
-            let after = LinearWeights { bias, ..LinearWeights::new(around.proj_out) };
-            let yp = by.linear(&dense, hidden, inner, &latent_y, after)?;
+            let proj_out = LinearWeights { bias, ..LinearWeights::new(projections.proj_out) };
+            let yp = by.linear(&dense, hidden, inner, &latent_y, proj_out)?;
             let parts = Parts {
                 yp: &yp,
                 weights: None,
@@ -300,7 +321,7 @@ pub(super) fn experts_of_layer<D: Dtype, O: Operations<D>>(
     }
 }
 
-/// The routed experts' outputs `yp` `[R, H]`, normed where the configuration says so.
+/// The outputs of the routed experts `yp` `[R, H]`, after their norm if there is one.
 fn routed_experts<D: Dtype, O: Operations<D>>(
     by: &O,
     config: &MoeConfig,
@@ -320,8 +341,9 @@ fn routed_experts<D: Dtype, O: Operations<D>>(
         },
         bias: weights.gate_up_bias,
     };
-    let on_rows = (experts.weight_position != WeightPosition::Output).then_some(routing_weights);
-    let act = by.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, on_rows)?;
+    let row_weights =
+        (experts.weight_position != WeightPosition::Output).then_some(routing_weights);
+    let act = by.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, row_weights)?;
     let down =
         LinearWeights { w: weights.down, bias: weights.down_bias, order: experts.down_order };
     if experts.weighs_rows(D::DTYPE) {
@@ -352,7 +374,7 @@ fn shared<D: Dtype, O: Operations<D>>(
     Ok(Some(SharedPart { y, gate, average: shared.average }))
 }
 
-/// The operations on numbers, none of which is rounded.
+/// The operations on numbers, without rounding.
 struct Numbers<A>(PhantomData<A>);
 
 impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
@@ -365,23 +387,31 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
     fn linear(
         &self,
         plan: &Plan,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
         x: &Vec<A>,
         weights: LinearWeights<'_, D>,
     ) -> Result<Vec<A>> {
-        grouped_gemm_fwd(plan, n, k, x, weights, false)
+        grouped_gemm_fwd(plan, out_features, in_features, x, weights, false)
     }
 
     fn weighted_linear(
         &self,
         plan: &Plan,
-        [n, k]: [usize; 2],
+        [out_features, in_features]: [usize; 2],
         x: &Vec<A>,
         weights: LinearWeights<'_, D>,
         routing_weights: &Vec<A>,
     ) -> Result<Vec<A>> {
-        grouped_gemm_weighted_fwd(plan, n, k, x, weights, routing_weights, false)
+        grouped_gemm_weighted_fwd(
+            plan,
+            out_features,
+            in_features,
+            x,
+            weights,
+            routing_weights,
+            false,
+        )
     }
 
     fn gate_up(
@@ -438,7 +468,7 @@ impl<A: Accum, D: Dtype> Operations<D> for Numbers<A> {
     }
 }
 
-/// Each number as the nearest element, ties to even.
+/// Rounds each number to an element, to nearest, ties to even.
 pub fn round<A: Accum, D: Dtype>(values: &[A]) -> Vec<D> {
     values.iter().map(|value| value.round()).collect()
 }

@@ -1,12 +1,11 @@
-//! The CPU reference: what every operation computes, in plain Rust.
+//! The CPU reference: every operation in plain Rust.
 //!
-//! Each function is generic over [`Accum`], the type it computes in. In `f64` it is the
-//! specification that tests compare with; in `f32` it is the CPU path of the program. Kernels are
-//! optimisations of these functions, and [`bound`] says how far a kernel's result may be from
-//! theirs.
+//! Each function is generic over [`Accum`], the type it computes in: `f64` for the specification
+//! that tests compare with, `f32` for a faster CPU path. Kernels are optimisations of these
+//! functions, and [`bound`] has the largest allowed difference between their results.
 //!
-//! Slices go in and vectors come out; shapes and names are those of the device operations. A wrong
-//! length is an [`Error`](crate::Error), never a panic.
+//! Inputs are slices and results are vectors; shapes and names are those of the device operations.
+//! A wrong length is an [`Error`](crate::Error), never a panic.
 
 mod accum;
 mod activation;
@@ -31,7 +30,7 @@ mod sample;
 pub use accum::{Accum, Element};
 pub use activation::activate;
 pub use capacity::{
-    Capacity, capacity_ask_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
+    Capacity, capacity_reassign_fwd, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd,
 };
 pub use combine::{CombineInputs, Identity, Shared, combine_fwd};
 pub use expert_choice::expert_choice_fwd;

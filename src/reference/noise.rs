@@ -1,7 +1,9 @@
-//! Random numbers that depend on (seed, number of the element) alone: Philox4x32-10, a counter-based
-//! generator (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3", 2011), and what becomes of
-//! its words. All of correctly rounded operations in a stated order, so that kernels have the same bits.
+//! Random numbers that depend on (seed, index of the element) alone: the words of Philox4x32-10, a
+//! counter-based generator (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3",
+//! 2011), and distributions computed from them by correctly rounded operations in a stated order,
+//! so that kernels have the same bits.
 
+use super::route::exact::precise_log as ln;
 use crate::config::NoiseDistribution;
 
 /// Words of one counter.
@@ -9,10 +11,10 @@ const WORDS: usize = 4;
 
 /// Elements `offset`, `offset + 1`, ... (modulo 2^64) of the sequence of `seed`, `len` of them.
 ///
-/// Elements `4c` to `4c + 3` come from the words `w` of [`philox`] with counter `[c, 0]`:
-/// uniform `floor(w / 2^8) * 2^-24`; Gumbel `-ln(-ln(u))` with `u = (floor(w / 2^9) + 1/2) * 2^-23`; normal
-/// `r cos(a)` and `r sin(a)` of each pair of words, with `r = sqrt(-2 ln u)`, `u = (w0 + 1/2) * 2^-32` rounded
-/// and `a = 2 pi * w1 * 2^-32`.
+/// Elements `4c` to `4c + 3` come from the words `w` of [`philox`] with counter `[c, 0]`: uniform
+/// `floor(w / 2^8) * 2^-24`; Gumbel `-ln(-ln(u))` with `u = (floor(w / 2^9) + 1/2) * 2^-23`; normal
+/// `r cos(a)` and `r sin(a)` of each pair of words, with `r = sqrt(-2 ln u)`,
+/// `u = (w0 + 1/2) * 2^-32` rounded and `a = 2 pi * w1 * 2^-32`.
 pub fn noise_fwd(distribution: NoiseDistribution, seed: u64, offset: u64, len: usize) -> Vec<f32> {
     let element = |i: usize| {
         let number = offset.wrapping_add(i as u64);
@@ -69,30 +71,9 @@ fn normal_pair(radius: u32, angle: u32) -> [f32; 2] {
     [r * cosine, r * sine]
 }
 
-/// The logarithm of a normal number above 0.
-fn ln(x: f32) -> f32 {
-    // x = 2^n m with m from sqrt(1/2) to sqrt(2).
-    const SQRT_HALF: u32 = 0x3f35_04f3;
-    let bits = x.to_bits().wrapping_add(0x3f80_0000 - SQRT_HALF);
-    let n = ((bits >> 23) as i32 - 127) as f32;
-    let f = f32::from_bits((bits & 0x007f_ffff) + SQRT_HALF) - 1.0;
-    // ln(1 + f) = 2 atanh(s) with s = f / (2 + f).
-    let s = f / (2.0 + f);
-    let z = s * s;
-    let q = 0.233_304_68_f32;
-    let q = q.mul_add(z, 0.285_508_22);
-    let q = q.mul_add(z, 0.400_001_23);
-    let q = q.mul_add(z, 0.666_666_7);
-    let half_square = 0.5 * (f * f);
-    let small = s * z.mul_add(q, half_square);
-    // ln 2 as the sum of two numbers.
-    let tail = n.mul_add(1.428_606_8e-6, small);
-    n.mul_add(0.693_145_75, f - (half_square - tail))
-}
-
 /// Cosine and sine of `2 pi * word * 2^-32`.
 fn cos_sin(word: u32) -> (f32, f32) {
-    // The nearest quarter turn, and what is left of it: at most an eighth to either side.
+    // The nearest quarter turn, and the rest: at most an eighth of a turn either way.
     let quarter = word.wrapping_add(1 << 29) >> 30;
     let rest = word.wrapping_sub(quarter << 30) as i32;
     let a = rest as f32 * 1.462_918_1e-9;
@@ -135,7 +116,7 @@ mod tests {
         }
     }
 
-    /// Words that meet the ends of every range, and some of all kinds.
+    /// The ends of every range, and random words.
     fn words() -> impl Iterator<Item = u32> {
         let ends = [0, 1, 255, 256, 511, 512, 1 << 29, 1 << 30, 3 << 29, 1 << 31, 3 << 30, 7 << 29];
         let near = ends
@@ -145,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn functions_are_those_that_they_say() {
+    fn functions_are_within_their_bounds() {
         let unit = f64::from(TWO_M24);
         for word in words() {
             let u = uniform(word);
@@ -197,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn an_element_depends_on_its_number_alone() {
+    fn an_element_depends_on_its_index_alone() {
         for distribution in NoiseDistribution::ALL {
             let whole = noise_fwd(distribution, 11, u64::MAX - 20, 40);
             for (start, len) in [(0, 3), (1, 9), (18, 8), (21, 5), (39, 1)] {

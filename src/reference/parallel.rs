@@ -1,6 +1,6 @@
-//! Loops over the threads of the pool. Rayon's code for a loop is some kilobytes for each closure, and
-//! the reference has a closure for each combination of types: it comes to rayon behind a reference, so
-//! that this code is compiled once.
+//! Parallel loops. Rayon's code for a loop takes some kilobytes for each closure, and the reference
+//! has a closure for each combination of types. Passing closures to rayon as trait objects compiles
+//! that code once.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -8,10 +8,10 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 
-/// Gives each item to `work`, in any order and on any thread.
+/// Calls `work` for each item, in any order and on any thread.
 ///
 /// # Errors
-/// One of those of `work`; items that are left then may be left out.
+/// One of those of `work`; other items may be skipped after an error.
 pub(super) fn for_each<T: Send>(
     items: impl IntoIterator<Item = T>,
     work: impl Fn(T) -> Result<()> + Sync,
@@ -27,7 +27,7 @@ fn for_each_index(count: usize, work: &(dyn Fn(usize) -> Result<()> + Sync)) -> 
     (0..count).into_par_iter().try_for_each(work)
 }
 
-/// Memory that tasks use one after the other: as many pieces come to be as tasks run at a time.
+/// A pool of scratch memory for tasks, with one piece for each task that runs at the same time.
 pub(super) struct Scratch<S>(Mutex<Vec<S>>);
 
 impl<S: Default> Scratch<S> {
@@ -35,7 +35,7 @@ impl<S: Default> Scratch<S> {
         Self(Mutex::new(Vec::new()))
     }
 
-    /// Lends a piece to `work`, with what the last task left in it.
+    /// Calls `work` with a piece, whose contents are those of an earlier task.
     pub(super) fn with<R>(&self, work: impl FnOnce(&mut S) -> R) -> R {
         let pieces = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut piece = pieces().pop().unwrap_or_default();
@@ -51,7 +51,7 @@ mod tests {
     use crate::error::Error;
 
     #[test]
-    fn each_item_is_given_once() {
+    fn each_item_is_visited_once() {
         let mut squares = vec![0; 1000];
         for_each(squares.iter_mut().enumerate(), |(i, square)| {
             *square += i * i;
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn scratch_is_used_again() {
+    fn scratch_is_reused() {
         let scratch = Scratch::<Vec<u8>>::new();
         scratch.with(|piece| piece.push(1));
         scratch.with(|piece| assert_eq!(piece[..], [1]));

@@ -1,8 +1,9 @@
 //! The plan: slots grouped by expert.
 //!
-//! A slot `s = t*K + k` whose id is less than `E`, or in a range of experts, is active and gets a row;
-//! rows are ordered by (expert, slot), so those of an expert are contiguous and in slot order. A slot with any other id
-//! belongs to unowned here (another device's expert, or padding): it has no row.
+//! A slot `s = t*K + k` whose id is less than `E`, or in the plan's range of experts, is active and
+//! has a row. Rows are ordered by (expert, slot), so those of an expert are contiguous and in slot
+//! order. A slot with any other id (of another device's expert, or padding) is inactive and has no
+//! row.
 
 use std::ops::Range;
 
@@ -10,22 +11,22 @@ use crate::abi::GEMM_BLOCK_M;
 use crate::error::{Error, Result, check_len};
 use crate::shape::RoutingShape;
 
-/// Some rows of one expert: what one block of a grouped GEMM works on.
+/// Consecutive rows of one expert, as one block of a grouped GEMM handles them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tile {
     /// The expert.
     pub expert: i32,
     /// The first row.
     pub first_row: i32,
-    /// How many rows, at least 1.
+    /// The number of rows, at least 1.
     pub num_rows: i32,
 }
 
-/// Where each slot's row is, and whose row each is. There are `R = T*K` places for rows, of which
-/// the first `expert_offsets[E]` are in use.
+/// The maps between slots and rows. There are `R = T*K` rows, of which the first
+/// `expert_offsets[E]` are in use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// The experts of this plan, in the numbers of the routing; all of them unless the plan is of a range.
+    /// The routing's ids of the plan's experts; all of them unless the plan is of a range.
     pub experts: Range<usize>,
     /// `[E + 1]`: the rows of expert `e` are `expert_offsets[e]..expert_offsets[e + 1]`.
     pub expert_offsets: Vec<i32>,
@@ -33,8 +34,7 @@ pub struct Plan {
     pub row_of_slot: Vec<i32>,
     /// `[R]`: the token of a row, -1 past the rows in use.
     pub token_of_row: Vec<i32>,
-    /// The rows of each expert, cut into pieces, in the order of rows. An expert without rows has
-    /// none.
+    /// The tiles of each expert's rows, in the order of rows. An expert without rows has none.
     pub tiles: Vec<Tile>,
 }
 
@@ -49,12 +49,12 @@ impl Plan {
         self.token_of_row.len()
     }
 
-    /// How many rows are in use, which is the number of active slots.
+    /// The number of rows in use, which is that of active slots.
     pub fn rows_in_use(&self) -> usize {
         self.expert_offsets.last().map_or(0, |&end| end as usize)
     }
 
-    /// A dense product is a grouped one with a single expert that every token goes to.
+    /// The plan of a dense product: a grouped one with a single expert that has every token.
     pub(super) fn dense(num_tokens: usize) -> Self {
         let all: Vec<i32> = (0..num_tokens as i32).collect();
         Self {
@@ -71,7 +71,7 @@ impl Plan {
         self.expert_offsets[expert] as usize..self.expert_offsets[expert + 1] as usize
     }
 
-    /// Whether the parts fit one another; the fields are public, so anybody can have changed them.
+    /// Checks that the parts are consistent: the fields are public and may have been changed.
     pub(super) fn check(&self, op: &'static str) -> Result<()> {
         let fails =
             |why: &str| Err(Error::Mismatch { op, why: format!("the plan is broken: {why}") });
@@ -127,7 +127,7 @@ fn grouped(
     const OP: &str = "plan_fwd";
     let shape = &shape.of_experts(OP, experts.start, experts.end)?;
     check_len(OP, "expert_ids", expert_ids.len(), shape.slots())?;
-    // The plan's expert of a slot, none for an inactive one.
+    // The plan's expert of an id, `None` for an inactive slot.
     let expert_of = |id: u32| experts.contains(&(id as usize)).then(|| id as usize - experts.start);
 
     let mut expert_offsets = vec![0i32; shape.num_experts + 1];
@@ -168,9 +168,9 @@ mod tests {
     const NONE: u32 = u32::MAX;
 
     #[test]
-    fn by_hand() {
+    fn hand_computed_plan() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
-        // Expert 1 has no slot, and slot 3 belongs to unowned.
+        // Expert 1 has no slot, and slot 3 is inactive.
         let plan = grouped(&shape, 0..4, 2, &[2, 0, 2, NONE, 3, 2]).unwrap();
         assert_eq!(plan.expert_offsets, [0, 1, 1, 4, 5]);
         assert_eq!(plan.row_of_slot, [1, 0, 2, -1, 4, 3]);
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn corners() {
+    fn no_tokens_and_no_active_slots() {
         let shape = RoutingShape { num_tokens: 0, num_experts: 2, top_k: 2 };
         let plan = plan_fwd(&shape, &[]).unwrap();
         assert_eq!((plan.expert_offsets, plan.tiles), (vec![0, 0, 0], vec![]));
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn some_of_the_experts() {
+    fn plan_of_some_experts() {
         let shape = RoutingShape { num_tokens: 3, num_experts: 4, top_k: 2 };
         let ids = [2, 0, 2, NONE, 3, 2];
         let plan = plan_range_fwd(&shape, 1..3, &ids).unwrap();
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_plans_are_found() {
+    fn check_rejects_broken_plans() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let plan = plan_fwd(&shape, &[1, 0]).unwrap();
         let breaks: [fn(&mut Plan); 7] = [

@@ -17,38 +17,40 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::shape::RoutingShape;
 
-/// What the router decides.
+/// The result of a router.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Routing<A> {
-    /// `[T, K]`, the experts of each token, strongest first; `u32::MAX` for a slot without one.
+    /// `[T, K]`: the experts of each token, strongest first; `u32::MAX` for a slot without an
+    /// expert.
     pub expert_ids: Vec<u32>,
-    /// `[T, K]`, their weights.
+    /// `[T, K]`: the weights of those experts.
     pub routing_weights: Vec<A>,
 }
 
-/// What the router reads: the logits, and what its configuration or the caller adds to them.
+/// The inputs of a router: the logits, and the optional buffers that its configuration needs or the
+/// caller gives.
 ///
-/// [`RouteInputs::new`] has the logits alone; struct update syntax adds the rest.
+/// [`RouteInputs::new`] sets the logits alone; struct update syntax adds the rest.
 #[derive(Debug, Clone, Copy)]
 pub struct RouteInputs<'a, D> {
     /// `[T, E]`
     pub logits: &'a [D],
-    /// `[E - num_sinks]`, where the router has a selection bias and chooses itself.
+    /// `[E - num_sinks]`, if the router has a selection bias and selects the experts itself.
     pub selection_bias: Option<&'a [f32]>,
-    /// `[E]`, where the router scales by expert.
+    /// `[E]`, if the router scales by expert.
     pub expert_scale: Option<&'a [f32]>,
     /// `[T, E]`, added to the logits.
     pub noise: Option<&'a [f32]>,
     /// `[T, E]`: noise is multiplied by `softplus` of these first.
     pub noise_logits: Option<&'a [D]>,
-    /// `[T, K, E]`, where [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer) is that of training: added to `z` for
-    /// the selection alone, a row for each choice; standard Gumbel.
+    /// `[T, K, E]`, for [`Scoring::Sparsemixer`](crate::Scoring::Sparsemixer) in training: standard
+    /// Gumbel noise, a row for each choice, added to `z` for the selection alone.
     pub selection_noise: Option<&'a [f32]>,
-    /// `[T, K]`, there with `selection_noise`: uniform in `[0, 1)`.
+    /// `[T, K]`, given together with `selection_noise`: uniform in `[0, 1)`.
     pub midpoint_draws: Option<&'a [f32]>,
-    /// `[V, K]`, where ids are given; a row for each token without `token_ids`.
+    /// `[V, K]`, if ids are given; without `token_ids` a row for each token.
     pub given_ids: Option<&'a [u32]>,
-    /// `[T]`, the row of `given_ids` that a token has.
+    /// `[T]`, each token's row of `given_ids`.
     pub token_ids: Option<&'a [u32]>,
     /// `[T]`: tokens with a 0 have no experts.
     pub active: Option<&'a [u8]>,
@@ -87,49 +89,54 @@ impl<'a, D> RouteInputs<'a, D> {
     }
 }
 
-/// Chooses `K` experts for each token and weighs them.
+/// Selects `K` experts for each token and computes their weights.
 ///
 /// For each token, with its `E` logits read as f32 (exact for every element type):
 ///
-/// 1. **z.** A NaN counts as `-inf` and `-0` as `+0`, here and after each addition and at the end. Where there is
-///    noise, `l + d * noise` with the deviation `d`, or `l + d * noise * softplus(noise_logit)`; then times the
-///    multiplier; then `c * tanh(z / c)`.
-/// 2. **Value.** What an expert is chosen by: `z` or its score, as [`RouterConfig`] says, plus its entry of the
-///    selection bias. The last `num_sinks` experts have none, as they are not up for choice.
-/// 3. **Groups.** A group is worth its largest value, or the sum of its two largest ones (of one expert, its value).
-///    Outside the groups of largest worth, ties to the lower group, values become `-inf` or 0.
-/// 4. **Choose.** The `K - num_sinks` experts that come first in the order (value descending, id ascending). So the
-///    ids of a token are always distinct, and the first slot holds the strongest. The sinks follow, ascending.
-///    Given ids take the place of 2 to 4; of those, an id from `E` on leaves its slot without an expert.
-/// 5. **Score.** Of each chosen expert, without the bias. A softmax over some experts with the largest `z` of `m` has
-///    `p = 1` where `z == m` and `exp(z - m)` elsewhere, so that infinite maxima share equally, and divides by the sum
-///    of `p`. It is over all experts; over the chosen ones for [`SoftmaxSelected`](crate::Scoring::SoftmaxSelected),
-///    and where scores are divided by their own sum or norm, out of which the difference cancels.
-/// 6. **Normalise.** Scores are divided by their sum plus epsilon, their sum but no less than a minimum, or their norm,
-///    which is that of their fractions of the largest one. Sums are over all slots, the sinks among them.
-/// 7. **Scale.** Times `scale`, times the expert's own scale. What is no number then, of `0 / 0` or `inf / inf`, weighs
-///    0; so does a slot without an expert. No weight is ever NaN.
+/// 1. **z.** A NaN counts as `-inf` and `-0` as `+0`, here, after each addition and at the end.
+///    With noise, `l + d * noise` with the deviation `d`, or
+///    `l + d * noise * softplus(noise_logit)`; then times the multiplier; then `c * tanh(z / c)`.
+/// 2. **Value.** `z` or its score, as [`RouterConfig`] defines it, plus the expert's element of the
+///    selection bias. The last `num_sinks` experts have no value, as they are not selected.
+/// 3. **Groups.** A group's score is its largest value, or the sum of its two largest values (for
+///    one expert, its value). Outside the groups with the largest scores, ties to the lower group,
+///    values become `-inf` or 0.
+/// 4. **Select.** The first `K - num_sinks` experts in the order (value descending, id ascending).
+///    The ids of a token are therefore distinct, and its first slot has the strongest expert. The
+///    sinks follow, ascending. Given ids replace steps 2 to 4; a slot with a given id of `E` or
+///    more has no expert.
+/// 5. **Score.** The score of each selected expert, without the bias. A softmax over a set of
+///    experts with the largest `z` of `m` has `p = 1` if `z == m`, else `p = exp(z - m)`, so that
+///    equal infinite maxima share equally, and divides by the sum of `p`. The set is all experts;
+///    it is the selected ones for [`SoftmaxSelected`](crate::Scoring::SoftmaxSelected), and for
+///    scores that are divided by their own sum or norm, in which the difference cancels.
+/// 6. **Normalise.** Scores are divided by their sum plus epsilon, by the larger of their sum and a
+///    minimum, or by their norm, which is computed from their fractions of the largest. Sums are
+///    over all slots, sinks included.
+/// 7. **Scale.** Times `scale`, times the expert's own scale. NaN (of `0 / 0` or `inf / inf`)
+///    becomes 0, and a slot without an expert has the weight 0. No weight is NaN.
 ///
-/// Sparsemixer in training takes the place of 2 to 6. For each choice in turn, with `m` the largest `z` of the experts
-/// that were not chosen before it, ties to the lower id:
+/// Sparsemixer in training replaces steps 2 to 6. For each choice in turn, with `m` the largest `z`
+/// of the experts that were not chosen before, ties to the lower id:
 ///
-/// 1. An expert of those is near if `z == m` or `(m - z) / max(|z|, m) <= 2 * jitter`.
-/// 2. The choice is the near expert of largest `z + g`, ties to the lower id, with `g` the choice's row of
-///    `selection_noise`; a NaN counts as `-inf`.
-/// 3. It weighs its share of a softmax of `z` over the near experts; times 0.3333 if it is not the expert of `m`, unless
-///    its number of `midpoint_draws` is above 0.75.
+/// 1. Such an expert is near if `z == m` or `(m - z) / max(|z|, m) <= 2 * jitter`.
+/// 2. The choice is the near expert with the largest `z + g`, ties to the lower id, with `g` the
+///    choice's row of `selection_noise`; a NaN counts as `-inf`.
+/// 3. Its score is its share of a softmax of `z` over the near experts, times 0.3333 if it is not
+///    the expert of `m` and its element of `midpoint_draws` is not above 0.75.
 ///
-/// A token that is not active has slots without experts alone.
+/// The slots of an inactive token have no experts.
 ///
-/// Steps 1 to 4 are computed in f32, so that every device and either accumulation type have the same ids; steps 5 to 7
-/// in `A`, from the `z` in `A`. With `A` = f32 weights too are bit for bit those of every device: all operations round
-/// correctly, `exp`, `log` and `tanh` are our own, what is fused is written, sums of a softmax are integers of units of
-/// `2^-29`, and sums over slots have the order that `sum_of_slots` gives them. With `A` = f64 they are the truth, which
-/// [`bound::route`](super::bound::route) says how far others may be from.
+/// Steps 1 to 4 are computed in f32, so that ids are the same on every device and for either
+/// accumulation type; steps 5 to 7 in `A`, from the `z` in `A`. With `A` = f32 the weights have the
+/// same bits on every device too: all operations are correctly rounded, `exp`, `log` and `tanh` are
+/// this crate's own, fused operations are explicit, sums of a softmax are integers in units of
+/// `2^-29`, and sums over slots are in the order of `sum_of_slots`. With `A` = f64 they are the
+/// exact values, to which [`bound::route`](super::bound::route) bounds the distance of others.
 ///
 /// # Errors
-/// A shape or a router out of range, a buffer that the router asks for and does not get or the reverse, or a length
-/// that is not the shape's.
+/// A shape or a router out of range, a buffer that the router needs and that is not given or the
+/// reverse, or a length that is not the shape's.
 pub fn route_fwd<A: Accum, D: Dtype>(
     shape: &RoutingShape,
     router: &RouterConfig,
@@ -138,7 +145,7 @@ pub fn route_fwd<A: Accum, D: Dtype>(
     route_in(shape, router, inputs)
 }
 
-/// [`route_fwd`] in any kind of number.
+/// [`route_fwd`] in any number type.
 pub(super) fn route_in<N: Number, D: Dtype>(
     shape: &RoutingShape,
     router: &RouterConfig,
@@ -157,7 +164,7 @@ pub(super) fn route_in<N: Number, D: Dtype>(
     Ok(routing)
 }
 
-/// What the experts of each token are chosen by, in any kind of number: for tests of the choice.
+/// The values that select each token's experts, in any number type: for tests of the selection.
 #[cfg(test)]
 pub(super) fn values_in<N: Number, D: Dtype>(
     shape: &RoutingShape,
@@ -172,7 +179,7 @@ pub(super) fn values_in<N: Number, D: Dtype>(
 /// The id of a slot without an expert.
 const NO_EXPERT: u32 = u32::MAX;
 
-/// What the router reads of one token.
+/// The inputs of one token.
 struct Token<'a> {
     /// `[E]`
     logits: Vec<f32>,
@@ -186,7 +193,7 @@ struct Token<'a> {
     selection_noise: Option<&'a [f32]>,
     /// `[K]`
     midpoint_draws: Option<&'a [f32]>,
-    /// `[K]`; of a row that does not exist, `Some(None)`.
+    /// `[K]`; `Some(None)` for a row that does not exist.
     given_ids: Option<Option<&'a [u32]>>,
     active: bool,
 }
@@ -195,7 +202,7 @@ impl<'a> Token<'a> {
     fn new<D: Dtype>(shape: &RoutingShape, inputs: &RouteInputs<'a, D>, t: usize) -> Self {
         let (slots, experts) = (t * shape.top_k..(t + 1) * shape.top_k, shape.num_experts);
         let row = t * experts..(t + 1) * experts;
-        let of_slots = slots.start * experts..slots.end * experts;
+        let slot_rows = slots.start * experts..slots.end * experts;
         let wide = |values: &[D]| values.iter().map(|value| value.to_f32()).collect();
         let given = inputs.given_ids.map(|given| {
             let row = inputs.token_ids.map_or(t, |ids| ids[t] as usize);
@@ -207,7 +214,7 @@ impl<'a> Token<'a> {
             expert_scale: inputs.expert_scale,
             noise: inputs.noise.map(|noise| &noise[row.clone()]),
             noise_logits: inputs.noise_logits.map(|logits| wide(&logits[row.clone()])),
-            selection_noise: inputs.selection_noise.map(|noise| &noise[of_slots]),
+            selection_noise: inputs.selection_noise.map(|noise| &noise[slot_rows]),
             midpoint_draws: inputs.midpoint_draws.map(|draws| &draws[slots]),
             given_ids: given,
             active: inputs.active.is_none_or(|active| active[t] != 0),
@@ -230,7 +237,7 @@ impl<'a> Token<'a> {
         (ids, routing_weights)
     }
 
-    /// The given ids, where they are those of experts.
+    /// The given ids; those out of range become [`NO_EXPERT`].
     fn given(&self, shape: &RoutingShape) -> Vec<u32> {
         let known = |&id: &u32| if (id as usize) < shape.num_experts { id } else { NO_EXPERT };
         match self.given_ids.flatten() {
@@ -246,7 +253,7 @@ impl<'a> Token<'a> {
         chosen.into_iter().chain(choices..shape.num_experts).map(|id| id as u32).collect()
     }
 
-    /// What the first `choices` experts are chosen by.
+    /// The values that select the first `choices` experts.
     fn values<N: Number>(&self, router: &RouterConfig, choices: usize) -> Vec<N> {
         let z = weigh::logits::<N>(router, self);
         let mut values = weigh::scores(router.value(), &z, &z[..choices]);
@@ -260,7 +267,7 @@ impl<'a> Token<'a> {
         let z = weigh::logits::<N>(router, self);
         let experts: Vec<u32> = ids.iter().copied().filter(|&id| id != NO_EXPERT).collect();
         let chosen: Vec<N> = experts.iter().map(|&id| z[id as usize]).collect();
-        let mut of_experts = match router.score() {
+        let mut scores = match router.score() {
             Score::Sparsemixer { jitter } => {
                 let z32 = weigh::logits::<f32>(router, self);
                 sparsemixer::scores(jitter, &z, &z32, &experts, self.midpoint_draws)
@@ -270,7 +277,7 @@ impl<'a> Token<'a> {
         .into_iter();
         // Slots without an expert count as 0 in every sum.
         let has_expert = ids.iter().map(|&id| id != NO_EXPERT);
-        let score = |has: bool| if has { of_experts.next() } else { None };
+        let score = |has: bool| if has { scores.next() } else { None };
         let mut routing_weights: Vec<N> =
             has_expert.map(score).map(|score| score.unwrap_or(N::of(0.0))).collect();
         weigh::normalize(router.divisor(), &mut routing_weights);

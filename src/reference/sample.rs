@@ -4,7 +4,7 @@ use super::plan::{Plan, plan_fwd};
 use crate::dtype::Dtype;
 use crate::shape::RoutingShape;
 
-/// A small generator of numbers; the same seed gives the same ones everywhere.
+/// A small random number generator; a seed gives the same numbers on every machine.
 pub(super) struct Sampler(u64);
 
 impl Sampler {
@@ -27,7 +27,7 @@ impl Sampler {
         (0..count).map(|_| D::from_f64(unit(self.next()))).collect()
     }
 
-    /// Any expert, and now and then none.
+    /// Random experts; some slots have none.
     pub(super) fn expert_ids(&mut self, shape: &RoutingShape) -> Vec<u32> {
         (0..shape.slots()).map(|_| self.below(shape.num_experts + 1) as u32).collect()
     }

@@ -1,71 +1,87 @@
-//! Holding the weights of a layer against its configuration.
+//! Checks of the weights and inputs of a layer against its configuration.
 
 use super::{ExpertWeights, GateUpTensors, Memory, MoeInputs, MoeWeights, Typed};
 use crate::config::{GateUpLayout, MoeConfig, RouteLengths, Selection};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, check_len, product};
+use crate::error::{Error, Result, check_len, check_presence, product};
 use crate::shape::RoutingShape;
 
 impl<M: Memory, D: Dtype> MoeWeights<M, D> {
-    /// Holds the configuration, and every tensor against it.
+    /// Checks the configuration, and every tensor against it.
     pub(crate) fn check(&self, op: &'static str, config: &MoeConfig) -> Result<()> {
         config.check()?;
-        let at = Held { op };
+        let at = Checked { op };
         self.check_router(&at, config)?;
         self.check_experts(&at, config)?;
         let (hidden, inner) = (config.hidden, config.expert_hidden());
 
-        at.there("latent", self.latent.is_some(), config.latent.is_some())?;
+        at.require_presence("latent", self.latent.is_some(), config.latent.is_some())?;
         if let (Some(weights), Some(latent)) = (&self.latent, config.latent) {
             let matrix = at.product(inner, hidden)?;
             check_len(op, "latent.proj_in", M::len(&weights.proj_in), matrix)?;
             let norm = latent.norm.is_some();
-            at.optional::<M, _>("latent.norm", &weights.norm, norm, inner)?;
+            at.require_optional::<M, _>("latent.norm", &weights.norm, norm, inner)?;
             check_len(op, "latent.proj_out", M::len(&weights.proj_out), matrix)?;
         }
-        at.there("shared", self.shared.is_some(), config.shared.is_some())?;
+        at.require_presence("shared", self.shared.is_some(), config.shared.is_some())?;
         if let (Some(weights), Some(shared)) = (&self.shared, config.shared) {
             let matrix = at.product(shared.intermediate, hidden)?;
             let parts = if shared.gated { 2 } else { 1 };
             check_len(op, "shared.gate_up", M::len(&weights.gate_up), at.product(parts, matrix)?)?;
             let (bias, features) = (&weights.gate_up_bias, parts * shared.intermediate);
-            at.optional::<M, _>("shared.gate_up_bias", bias, shared.gate_up_bias, features)?;
+            at.require_optional::<M, _>(
+                "shared.gate_up_bias",
+                bias,
+                shared.gate_up_bias,
+                features,
+            )?;
             check_len(op, "shared.down", M::len(&weights.down), matrix)?;
             let bias = &weights.down_bias;
-            at.optional::<M, _>("shared.down_bias", bias, shared.down_bias, hidden)?;
+            at.require_optional::<M, _>("shared.down_bias", bias, shared.down_bias, hidden)?;
             let gate = &weights.sigmoid_gate;
-            at.optional::<M, _>("shared.sigmoid_gate", gate, shared.sigmoid_gate, hidden)?;
+            at.require_optional::<M, _>("shared.sigmoid_gate", gate, shared.sigmoid_gate, hidden)?;
         }
         let norm = config.output_norm.is_some();
-        at.optional::<M, _>("output_norm", &self.output_norm, norm, hidden)
+        at.require_optional::<M, _>("output_norm", &self.output_norm, norm, hidden)
     }
 
-    fn check_router(&self, at: &Held, config: &MoeConfig) -> Result<()> {
+    fn check_router(&self, at: &Checked, config: &MoeConfig) -> Result<()> {
         let (hidden, experts, router) = (config.hidden, config.router_experts(), &self.router);
-        if let Some(gate) = &router.gate {
-            check_len(at.op, "router.gate", gate.len(), at.product(experts, hidden)?)?;
+        if let Some(router_gate) = &router.router_gate {
+            check_len(
+                at.op,
+                "router.router_gate",
+                router_gate.len(),
+                at.product(experts, hidden)?,
+            )?;
         }
-        at.there("router.bias", router.bias.is_some(), config.projection.bias)?;
+        at.require_presence("router.bias", router.bias.is_some(), config.projection.bias)?;
         if let Some(bias) = &router.bias {
             check_len(at.op, "router.bias", bias.len(), experts)?;
         }
-        if let (Some(gate), Some(bias)) = (&router.gate, &router.bias)
-            && gate.is_f32() != bias.is_f32()
+        if let (Some(router_gate), Some(bias)) = (&router.router_gate, &router.bias)
+            && router_gate.is_f32() != bias.is_f32()
         {
-            return at.mismatch("`router.bias` is not of the type of `router.gate`");
+            return at.mismatch("`router.bias` and `router.router_gate` differ in type");
         }
         let norm = config.projection.norm.is_some();
-        at.optional::<M, _>("router.norm", &router.norm, norm, hidden)?;
-        at.there("router.noise_gate", router.noise_gate.is_some(), config.projection.noise_gate)?;
-        if let Some(gate) = &router.noise_gate {
-            check_len(at.op, "router.noise_gate", gate.len(), at.product(experts, hidden)?)?;
+        at.require_optional::<M, _>("router.norm", &router.norm, norm, hidden)?;
+        at.require_presence(
+            "router.noise_gate",
+            router.noise_gate.is_some(),
+            config.projection.noise_gate,
+        )?;
+        if let Some(noise_gate) = &router.noise_gate {
+            check_len(at.op, "router.noise_gate", noise_gate.len(), at.product(experts, hidden)?)?;
         }
         let (bias, chosen) = (config.router.selects_with_bias(), experts - config.router.num_sinks);
-        at.optional::<M, _>("router.selection_bias", &router.selection_bias, bias, chosen)?;
+        at.require_optional::<M, _>("router.selection_bias", &router.selection_bias, bias, chosen)?;
         let scale = config.router.expert_scale;
-        at.optional::<M, _>("router.expert_scale", &router.expert_scale, scale, experts)?;
+        at.require_optional::<M, _>("router.expert_scale", &router.expert_scale, scale, experts)?;
         match (&router.table, config.router.selection) {
-            (Some(_), Selection::Score | Selection::Logit) => at.there("router.table", true, false),
+            (Some(_), Selection::Score | Selection::Logit) => {
+                at.require_presence("router.table", true, false)
+            }
             (Some(table), Selection::Given) => {
                 let rows = M::len(table) / config.top_k;
                 check_len(at.op, "router.table", M::len(table), rows * config.top_k)
@@ -74,7 +90,7 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         }
     }
 
-    fn check_experts(&self, at: &Held, config: &MoeConfig) -> Result<()> {
+    fn check_experts(&self, at: &Checked, config: &MoeConfig) -> Result<()> {
         let (op, inner, wanted) = (at.op, config.expert_hidden(), config.experts);
         let parts = if wanted.gated { 2 } else { 1 };
         let features = at.product(config.num_experts, config.intermediate)?;
@@ -93,28 +109,35 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
                 check_len(op, "experts.up", M::len(up), half)?;
             }
             (GateUpTensors::Fused(_), GateUpLayout::Separate) => {
-                return at
-                    .mismatch("the configuration has gate and up separate, the weights fused");
+                return at.mismatch(
+                    "gate and up are separate in the configuration but fused in the weights",
+                );
             }
             (GateUpTensors::Separate { .. }, _) => {
-                return at
-                    .mismatch("the configuration has gate and up fused, the weights separate");
+                return at.mismatch(
+                    "gate and up are fused in the configuration but separate in the weights",
+                );
             }
         }
         let (bias, features) = (wanted.gate_up_bias, at.product(parts, features)?);
-        at.optional::<M, _>("experts.gate_up_bias", gate_up_bias, bias, features)?;
+        at.require_optional::<M, _>("experts.gate_up_bias", gate_up_bias, bias, features)?;
         check_len(op, "experts.down", M::len(down), half)?;
         let rows = at.product(config.num_experts, inner)?;
-        at.optional::<M, _>("experts.down_bias", down_bias, wanted.down_bias, rows)?;
+        at.require_optional::<M, _>("experts.down_bias", down_bias, wanted.down_bias, rows)?;
         let bias = wanted.output_bias;
-        at.optional::<M, _>("experts.output_bias", output_bias, bias, config.hidden)?;
-        at.optional::<M, _>("experts.post_norm", post_norm, wanted.post_norm.is_some(), inner)
+        at.require_optional::<M, _>("experts.output_bias", output_bias, bias, config.hidden)?;
+        at.require_optional::<M, _>(
+            "experts.post_norm",
+            post_norm,
+            wanted.post_norm.is_some(),
+            inner,
+        )
     }
 }
 
 impl<M: Memory, D: Dtype> MoeInputs<M, D> {
-    /// Holds every tensor against the configuration; returns the shape of the routing. The number of tokens
-    /// is what the length of `x` says.
+    /// Checks the lengths of tokens and logits against the configuration. Returns the shape of the
+    /// routing, whose number of tokens follows from the length of `x`.
     pub(crate) fn check(&self, op: &'static str, config: &MoeConfig) -> Result<RoutingShape> {
         let shape = shape_of(op, config, M::len(&self.x))?;
         if let Some(router_x) = &self.router_x {
@@ -127,7 +150,7 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
             check_len(op, "noise_logits", noise_logits.len(), shape.logits())?;
             let f32_logits = self.logits.as_ref().map(Typed::is_f32);
             if noise_logits.is_f32() != f32_logits.unwrap_or(config.projection.f32_logits) {
-                let why = "`noise_logits` are not of the type of the logits".into();
+                let why = "`noise_logits` and the logits differ in type".into();
                 return Err(Error::Mismatch { op, why });
             }
         }
@@ -136,7 +159,8 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
 }
 
 impl<M: Memory, D: Dtype> MoeInputs<M, D> {
-    /// Holds what the router reads besides, so that nothing is left for the operations to refuse.
+    /// Checks every other tensor that the router reads, so that no operation fails on one after a
+    /// launch.
     pub(crate) fn check_route<W: Memory>(
         &self,
         op: &'static str,
@@ -144,8 +168,8 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
         weights: &MoeWeights<W, D>,
     ) -> Result<()> {
         let (shape, router) = (shape_of(op, config, M::len(&self.x))?, &weights.router);
-        if self.logits.is_none() && router.gate.is_none() {
-            return Err(no_gate(op));
+        if self.logits.is_none() && router.router_gate.is_none() {
+            return Err(no_router_gate(op));
         }
         let given_ids = self.given_ids.as_ref().map(|ids| M::len(ids));
         let lengths = RouteLengths {
@@ -169,7 +193,7 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
     }
 }
 
-/// The shape of a routing of as many tokens as `x` has, `[T, H]`.
+/// The shape of a routing of the tokens `x` `[T, H]`, from their length.
 pub(crate) fn shape_of(op: &'static str, config: &MoeConfig, x_len: usize) -> Result<RoutingShape> {
     let num_tokens = x_len / config.hidden.max(1);
     check_len(op, "x", x_len, num_tokens * config.hidden)?;
@@ -178,20 +202,18 @@ pub(crate) fn shape_of(op: &'static str, config: &MoeConfig, x_len: usize) -> Re
     Ok(shape)
 }
 
-/// What there is to say of a pass without logits.
-pub(crate) fn no_gate(op: &'static str) -> Error {
-    Error::Mismatch {
-        op,
-        why: "there are neither `logits` nor a `router.gate` to make them".into(),
-    }
+/// The error of a pass without logits.
+pub(crate) fn no_router_gate(op: &'static str) -> Error {
+    Error::Mismatch { op, why: "neither `logits` nor `router.router_gate` is given".into() }
 }
 
-/// What there is to say of noise logits without a matrix that makes them.
+/// The error of noise logits without a noise gate.
 pub(crate) fn no_noise_gate(op: &'static str) -> Error {
-    Error::Mismatch { op, why: "there is no `router.noise_gate` to make `noise_logits`".into() }
+    Error::Mismatch { op, why: "`noise_logits` need `router.noise_gate`, which is missing".into() }
 }
 
 impl<M: Memory, D: Dtype> Typed<M, D> {
+    /// The number of elements.
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Element(tensor) => M::len(tensor),
@@ -220,12 +242,12 @@ impl<M: Memory, D: Dtype> Typed<M, D> {
     }
 }
 
-/// Whose tensors they are: the operation that errors name.
-struct Held {
+/// The checks of one operation, which their errors name.
+struct Checked {
     op: &'static str,
 }
 
-impl Held {
+impl Checked {
     fn product(&self, a: usize, b: usize) -> Result<usize> {
         product(self.op, "elements of the weights", a, b)
     }
@@ -234,27 +256,19 @@ impl Held {
         Err(Error::Mismatch { op: self.op, why: why.into() })
     }
 
-    fn there(&self, name: &str, there: bool, wanted: bool) -> Result<()> {
-        match (there, wanted) {
-            (true, false) => {
-                self.mismatch(format!("there is `{name}`, of which the configuration says nothing"))
-            }
-            (false, true) => {
-                self.mismatch(format!("there is no `{name}`, which the configuration asks for"))
-            }
-            _ => Ok(()),
-        }
+    fn require_presence(&self, name: &'static str, given: bool, enabled: bool) -> Result<()> {
+        check_presence(self.op, name, given, enabled)
     }
 
-    /// A tensor that is there exactly where the configuration says so, and of that length.
-    fn optional<M: Memory, T: 'static>(
+    /// Requires a tensor of length `len` if the configuration enables it, else none.
+    fn require_optional<M: Memory, T: 'static>(
         &self,
         name: &'static str,
         tensor: &Option<M::Of<T>>,
-        wanted: bool,
+        enabled: bool,
         len: usize,
     ) -> Result<()> {
-        self.there(name, tensor.is_some(), wanted)?;
+        self.require_presence(name, tensor.is_some(), enabled)?;
         tensor.as_ref().map_or(Ok(()), |tensor| check_len(self.op, name, M::len(tensor), len))
     }
 }

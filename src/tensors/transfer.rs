@@ -1,36 +1,40 @@
-//! Bringing all tensors of a layer from one memory to another.
+//! Conversion of weights and inputs from one kind of memory to another.
+//!
+//! [`MoeWeights::transfer`] and [`MoeInputs::transfer`] visit every tensor; a [`Transfer`] converts
+//! one. The conversions on the host are here, those to a device are in `layer/memory.rs`:
+//!
+//! ```text
+//! Owned -as_host-> Host
+//! Owned -convert-> Owned
+//! Owned -upload-> OwnedOnDevice -as_views-> OnDevice
+//! ```
 
 use std::convert::Infallible;
 
 use super::{
-    ExpertWeights, GateUpTensors, Host, LatentWeights, Memory, MoeInputs, MoeWeights, Owned,
-    RouterWeights, SharedWeights, Typed,
+    ExpertWeights, Host, LatentWeights, Memory, MoeInputs, MoeWeights, Owned, RouterWeights,
+    SharedWeights, Typed,
 };
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, Plain};
 
-/// Brings tensors from one memory to another, each by its element type; those of the layer's type `D` become `E`.
+/// Converts single tensors from one kind of memory to another. Those of the layer's element type
+/// `D` become tensors of type `E`; those of any other type keep it.
 pub(crate) trait Transfer<'t, From: Memory, To: Memory, D: Dtype, E: Dtype = D> {
-    /// What can go wrong.
+    /// The error of a conversion.
     type Error;
 
-    /// A tensor in the layer's element type.
+    /// Converts a tensor of the layer's element type.
     fn elements(&mut self, tensor: &'t From::Of<D>) -> Result<To::Of<E>, Self::Error>;
 
-    /// A tensor in f32.
-    fn floats(&mut self, tensor: &'t From::Of<f32>) -> Result<To::Of<f32>, Self::Error>;
-
-    /// A tensor of ids.
-    fn ids(&mut self, tensor: &'t From::Of<u32>) -> Result<To::Of<u32>, Self::Error>;
-
-    /// A tensor of flags.
-    fn flags(&mut self, tensor: &'t From::Of<u8>) -> Result<To::Of<u8>, Self::Error>;
+    /// Converts a tensor of a fixed type: f32 values, ids or flags.
+    fn fixed<T: Plain>(&mut self, tensor: &'t From::Of<T>) -> Result<To::Of<T>, Self::Error>;
 }
 
 fn optional<'t, T, U, E>(
     tensor: &'t Option<T>,
-    bring: impl FnOnce(&'t T) -> Result<U, E>,
+    convert: impl FnOnce(&'t T) -> Result<U, E>,
 ) -> Result<Option<U>, E> {
-    tensor.as_ref().map(bring).transpose()
+    tensor.as_ref().map(convert).transpose()
 }
 
 impl<M: Memory, D: Dtype> Typed<M, D> {
@@ -40,13 +44,13 @@ impl<M: Memory, D: Dtype> Typed<M, D> {
     ) -> Result<Typed<N, E>, C::Error> {
         Ok(match self {
             Self::Element(tensor) => Typed::Element(by.elements(tensor)?),
-            Self::F32(tensor) => Typed::F32(by.floats(tensor)?),
+            Self::F32(tensor) => Typed::F32(by.fixed(tensor)?),
         })
     }
 }
 
 impl<M: Memory, D: Dtype> MoeWeights<M, D> {
-    /// The same weights in another memory.
+    /// Converts every tensor of the weights.
     ///
     /// # Errors
     /// Those of `by`.
@@ -57,21 +61,16 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
         let Self { router, experts, latent, shared, output_norm } = self;
         Ok(MoeWeights {
             router: RouterWeights {
-                gate: optional(&router.gate, |gate| gate.transfer(by))?,
+                router_gate: optional(&router.router_gate, |gate| gate.transfer(by))?,
                 bias: optional(&router.bias, |bias| bias.transfer(by))?,
                 norm: optional(&router.norm, |norm| by.elements(norm))?,
                 noise_gate: optional(&router.noise_gate, |gate| gate.transfer(by))?,
-                selection_bias: optional(&router.selection_bias, |bias| by.floats(bias))?,
-                expert_scale: optional(&router.expert_scale, |scale| by.floats(scale))?,
-                table: optional(&router.table, |table| by.ids(table))?,
+                selection_bias: optional(&router.selection_bias, |bias| by.fixed(bias))?,
+                expert_scale: optional(&router.expert_scale, |scale| by.fixed(scale))?,
+                table: optional(&router.table, |table| by.fixed(table))?,
             },
             experts: ExpertWeights {
-                gate_up: match &experts.gate_up {
-                    GateUpTensors::Fused(gate_up) => GateUpTensors::Fused(by.elements(gate_up)?),
-                    GateUpTensors::Separate { gate, up } => {
-                        GateUpTensors::Separate { gate: by.elements(gate)?, up: by.elements(up)? }
-                    }
-                },
+                gate_up: experts.gate_up.as_ref().try_map(|tensor| by.elements(tensor))?,
                 gate_up_bias: optional(&experts.gate_up_bias, |bias| by.elements(bias))?,
                 down: by.elements(&experts.down)?,
                 down_bias: optional(&experts.down_bias, |bias| by.elements(bias))?,
@@ -100,7 +99,7 @@ impl<M: Memory, D: Dtype> MoeWeights<M, D> {
 }
 
 impl<M: Memory, D: Dtype> MoeInputs<M, D> {
-    /// The same inputs in another memory.
+    /// Converts every tensor of the inputs.
     ///
     /// # Errors
     /// Those of `by`.
@@ -112,62 +111,34 @@ impl<M: Memory, D: Dtype> MoeInputs<M, D> {
             x: by.elements(&self.x)?,
             router_x: optional(&self.router_x, |x| by.elements(x))?,
             logits: optional(&self.logits, |logits| logits.transfer(by))?,
-            given_ids: optional(&self.given_ids, |ids| by.ids(ids))?,
-            token_ids: optional(&self.token_ids, |ids| by.ids(ids))?,
-            noise: optional(&self.noise, |noise| by.floats(noise))?,
+            given_ids: optional(&self.given_ids, |ids| by.fixed(ids))?,
+            token_ids: optional(&self.token_ids, |ids| by.fixed(ids))?,
+            noise: optional(&self.noise, |noise| by.fixed(noise))?,
             noise_logits: optional(&self.noise_logits, |logits| logits.transfer(by))?,
-            selection_noise: optional(&self.selection_noise, |noise| by.floats(noise))?,
-            midpoint_draws: optional(&self.midpoint_draws, |draws| by.floats(draws))?,
-            active: optional(&self.active, |active| by.flags(active))?,
+            selection_noise: optional(&self.selection_noise, |noise| by.fixed(noise))?,
+            midpoint_draws: optional(&self.midpoint_draws, |draws| by.fixed(draws))?,
+            active: optional(&self.active, |active| by.fixed(active))?,
             sequence_tokens: self.sequence_tokens,
         })
     }
 }
 
-/// From a loader's vectors to the reference's slices.
-struct Lend;
+/// Borrows vectors as slices.
+struct Borrow;
 
-impl<'t, D: Dtype> Transfer<'t, Owned, Host<'t>, D> for Lend {
+impl<'t, D: Dtype> Transfer<'t, Owned, Host<'t>, D> for Borrow {
     type Error = Infallible;
 
     fn elements(&mut self, tensor: &'t Vec<D>) -> Result<&'t [D], Infallible> {
         Ok(tensor)
     }
 
-    fn floats(&mut self, tensor: &'t Vec<f32>) -> Result<&'t [f32], Infallible> {
-        Ok(tensor)
-    }
-
-    fn ids(&mut self, tensor: &'t Vec<u32>) -> Result<&'t [u32], Infallible> {
-        Ok(tensor)
-    }
-
-    fn flags(&mut self, tensor: &'t Vec<u8>) -> Result<&'t [u8], Infallible> {
+    fn fixed<T: Plain>(&mut self, tensor: &'t Vec<T>) -> Result<&'t [T], Infallible> {
         Ok(tensor)
     }
 }
 
-impl<D: Dtype> MoeWeights<Owned, D> {
-    /// The same weights as slices.
-    pub fn as_host(&self) -> MoeWeights<Host<'_>, D> {
-        match self.transfer(&mut Lend) {
-            Ok(weights) => weights,
-            Err(never) => match never {},
-        }
-    }
-}
-
-impl<D: Dtype> MoeInputs<Owned, D> {
-    /// The same inputs as slices.
-    pub fn as_host(&self) -> MoeInputs<Host<'_>, D> {
-        match self.transfer(&mut Lend) {
-            Ok(inputs) => inputs,
-            Err(never) => match never {},
-        }
-    }
-}
-
-/// From one element type to another: every number as the nearest one, ties to even.
+/// Converts the element type: every number is rounded to nearest, ties to even.
 struct Convert;
 
 impl<'t, D: Dtype, E: Dtype> Transfer<'t, Owned, Owned, D, E> for Convert {
@@ -177,39 +148,33 @@ impl<'t, D: Dtype, E: Dtype> Transfer<'t, Owned, Owned, D, E> for Convert {
         Ok(tensor.iter().map(|value| E::from_f32(value.to_f32())).collect())
     }
 
-    fn floats(&mut self, tensor: &'t Vec<f32>) -> Result<Vec<f32>, Infallible> {
-        Ok(tensor.clone())
-    }
-
-    fn ids(&mut self, tensor: &'t Vec<u32>) -> Result<Vec<u32>, Infallible> {
-        Ok(tensor.clone())
-    }
-
-    fn flags(&mut self, tensor: &'t Vec<u8>) -> Result<Vec<u8>, Infallible> {
+    fn fixed<T: Plain>(&mut self, tensor: &'t Vec<T>) -> Result<Vec<T>, Infallible> {
         Ok(tensor.clone())
     }
 }
 
-impl<D: Dtype> MoeWeights<Owned, D> {
-    /// The same weights for a layer of element type `E`: every number of type `D` as the nearest one, ties to even.
-    /// Tensors that are f32 in a layer of any type, such as [`Typed::F32`] and the selection bias, stay as they are.
-    pub fn convert<E: Dtype>(&self) -> MoeWeights<Owned, E> {
-        match self.transfer(&mut Convert) {
-            Ok(weights) => weights,
-            Err(never) => match never {},
+macro_rules! conversions_on_the_host {
+    ($Tensors:ident) => {
+        impl<D: Dtype> $Tensors<Owned, D> {
+            /// Borrows every tensor as a slice, which the reference reads.
+            pub fn as_host(&self) -> $Tensors<Host<'_>, D> {
+                let Ok(slices) = self.transfer(&mut Borrow);
+                slices
+            }
+
+            /// Converts the tensors of the layer's element type `D` to `E`: every number is rounded
+            /// to nearest, ties to even. Tensors of a fixed type, such as [`Typed::F32`] and the
+            /// selection bias, are copied.
+            pub fn convert<E: Dtype>(&self) -> $Tensors<Owned, E> {
+                let Ok(converted) = self.transfer(&mut Convert);
+                converted
+            }
         }
-    }
+    };
 }
 
-impl<D: Dtype> MoeInputs<Owned, D> {
-    /// The same inputs for a layer of element type `E`, as [`MoeWeights::convert`] has the weights.
-    pub fn convert<E: Dtype>(&self) -> MoeInputs<Owned, E> {
-        match self.transfer(&mut Convert) {
-            Ok(inputs) => inputs,
-            Err(never) => match never {},
-        }
-    }
-}
+conversions_on_the_host!(MoeWeights);
+conversions_on_the_host!(MoeInputs);
 
 #[cfg(test)]
 mod tests {
@@ -218,7 +183,7 @@ mod tests {
     use super::*;
     use crate::tensors::GateUpTensors;
 
-    /// Numbers of the layer's type are rounded to nearest, ties to even, and others are left alone.
+    /// Numbers of the layer's type are rounded to nearest, ties to even; others are copied.
     #[test]
     fn conversion_rounds_to_nearest() {
         let tie = 1.0 + 2f32.powi(-8);
@@ -230,7 +195,7 @@ mod tests {
         };
         let weights = MoeWeights::<Owned, f32> {
             router: RouterWeights {
-                gate: Some(Typed::F32(numbers.clone())),
+                router_gate: Some(Typed::F32(numbers.clone())),
                 noise_gate: Some(Typed::Element(numbers.clone())),
                 selection_bias: Some(numbers.clone()),
                 ..RouterWeights::default()
@@ -248,7 +213,7 @@ mod tests {
             Some(want.clone())
         );
         assert_eq!(narrow.router.selection_bias, Some(numbers.clone()));
-        assert!(matches!(&narrow.router.gate, Some(Typed::F32(gate)) if *gate == numbers));
+        assert!(matches!(&narrow.router.router_gate, Some(Typed::F32(gate)) if *gate == numbers));
         assert!(
             matches!(&narrow.router.noise_gate, Some(Typed::Element(gate)) if bits(gate) == want)
         );

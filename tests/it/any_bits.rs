@@ -1,5 +1,5 @@
-//! Numbers of a caller's buffer become indices: whatever bits they have, a kernel stays inside its buffers, and
-//! the result is what the numbers mean as unsigned ones.
+//! Indices in a caller's buffers may have any bits: kernels access no memory outside their buffers,
+//! and treat the indices as unsigned numbers.
 
 use moe_kernels::ops::combine::{self, CombineInputs, Identity};
 use moe_kernels::ops::{capacity, plan, route};
@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use crate::common::{Rng, bits, config, gpu, values};
 
-/// Numbers around `limit`, around the ends of the signed and the unsigned range, and any bits.
+/// Numbers near `limit`, near the ends of the signed and the unsigned range, and any bits.
 fn numbers(len: usize, limit: usize, rng: &mut Rng) -> Vec<u32> {
     let limit = limit as u32;
     let ends = [limit, limit.wrapping_sub(1), i32::MAX as u32, 1 << 31, (1 << 31) + 1, u32::MAX];
@@ -25,61 +25,62 @@ fn numbers(len: usize, limit: usize, rng: &mut Rng) -> Vec<u32> {
         .collect()
 }
 
-/// What `capacity_ask_fwd` gives for one token: its requests, with the numbers of their candidates.
-fn asked(
+/// The result of `capacity_reassign_fwd` for one token: the index of the requested candidate of each
+/// slot.
+fn requested(
     experts: u32,
-    own: &[u32],
+    chosen: &[u32],
     kept: &[u32],
     candidates: &[u32],
     next: &mut u32,
 ) -> Vec<Option<usize>> {
-    let ask = |(&own_id, &kept_id): (&u32, &u32)| {
-        if own_id >= experts || kept_id < experts {
+    let request = |(&chosen_id, &kept_id): (&u32, &u32)| {
+        if chosen_id >= experts || kept_id < experts {
             return None;
         }
         while (*next as usize) < candidates.len() {
             let at = *next as usize;
             *next += 1;
-            if candidates[at] < experts && !own.contains(&candidates[at]) {
+            if candidates[at] < experts && !chosen.contains(&candidates[at]) {
                 return Some(at);
             }
         }
         None
     };
-    own.iter().zip(kept).map(ask).collect()
+    chosen.iter().zip(kept).map(request).collect()
 }
 
 proptest! {
     #![proptest_config(config(64))]
 
     #[test]
-    fn candidates(
+    fn any_candidates_stay_in_bounds(
         tokens in 1usize..200, experts in 1usize..9, k in 1usize..5, per_token in 0usize..12,
         seed in any::<u64>(),
     ) {
         let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
         let (gpu, rng) = (gpu(), &mut Rng::new(seed));
         gpu.reschedule(seed);
-        let own = numbers(shape.slots(), experts, rng);
+        let chosen = numbers(shape.slots(), experts, rng);
         let kept = numbers(shape.slots(), experts, rng);
-        let listed = numbers(tokens * per_token, experts, rng);
+        let candidates = numbers(tokens * per_token, experts, rng);
         let next = numbers(tokens, per_token, rng);
-        let of_candidates = values::<f32>(listed.len(), 1.0, seed);
+        let candidate_weights = values::<f32>(candidates.len(), 1.0, seed);
         let weights = values::<f32>(shape.slots(), 1.0, seed ^ 1);
 
         let mut next_to = gpu.upload(&next);
         let mut requests_to = gpu.poisoned::<u32>(shape.slots());
         let mut weights_to = gpu.upload(&weights);
-        capacity::capacity_ask_fwd_into(
+        capacity::capacity_reassign_fwd_into(
             &gpu.device,
             &gpu.stream,
             shape,
             per_token,
             false,
-            &gpu.upload(&own).view(),
+            &gpu.upload(&chosen).view(),
             &gpu.upload(&kept).view(),
-            &gpu.upload(&listed).view(),
-            &gpu.upload(&of_candidates).view(),
+            &gpu.upload(&candidates).view(),
+            &gpu.upload(&candidate_weights).view(),
             &mut next_to.view_mut(),
             &mut requests_to.view_mut(),
             &mut weights_to.view_mut(),
@@ -88,13 +89,13 @@ proptest! {
         let (mut want_next, mut want_requests, mut want_weights) = (next, Vec::new(), weights);
         for token in 0..tokens {
             let slots = token * shape.top_k..(token + 1) * shape.top_k;
-            let row = &listed[token * per_token..][..per_token];
-            let (own, kept) = (&own[slots.clone()], &kept[slots.clone()]);
-            let asked = asked(experts as u32, own, kept, row, &mut want_next[token]);
-            for (slot, at) in slots.zip(asked) {
+            let row = &candidates[token * per_token..][..per_token];
+            let (chosen, kept) = (&chosen[slots.clone()], &kept[slots.clone()]);
+            let requests = requested(experts as u32, chosen, kept, row, &mut want_next[token]);
+            for (slot, at) in slots.zip(requests) {
                 want_requests.push(at.map_or(u32::MAX, |at| row[at]));
                 if let Some(at) = at {
-                    want_weights[slot] = of_candidates[token * per_token + at];
+                    want_weights[slot] = candidate_weights[token * per_token + at];
                 }
             }
         }
@@ -103,9 +104,10 @@ proptest! {
         prop_assert_eq!(bits(&gpu.download(&weights_to.view())), bits(&want_weights));
     }
 
-    /// An expert that holds as many rows as its limit or more, as an unsigned number, takes no more.
+    /// An expert whose count of kept rows is at or above its limit, as an unsigned number, keeps no
+    /// more.
     #[test]
-    fn rows_that_experts_hold(
+    fn any_counts_are_unsigned(
         tokens in 1usize..150, experts in 1usize..7, k in 1usize..4, rows in 0usize..9,
         sequence in 1usize..60, seed in any::<u64>(),
     ) {
@@ -151,9 +153,9 @@ proptest! {
         prop_assert_eq!(gpu.download(&ids_to.view()), want_ids);
     }
 
-    /// The table of ids, and the rows of it that tokens name.
+    /// Any ids in the table, and any token ids.
     #[test]
-    fn given_ids(
+    fn any_given_ids_match_reference(
         tokens in 1usize..60, experts in 1usize..40, k in 1usize..6, rows in 0usize..9,
         by_token in any::<bool>(), seed in any::<u64>(),
     ) {
@@ -185,9 +187,9 @@ proptest! {
         prop_assert_eq!(bits(&gpu.download(&got.routing_weights.as_view())), bits(&want.routing_weights));
     }
 
-    /// Ids of slots without a row, which may be identity experts'.
+    /// Any ids of slots without a row, some of which are those of identity experts.
     #[test]
-    fn identity_ids(
+    fn any_identity_ids_match_reference(
         tokens in 1usize..60, experts in 1usize..7, k in 1usize..5, identity in 1u32..4,
         seed in any::<u64>(),
     ) {
@@ -219,9 +221,11 @@ proptest! {
         prop_assert_eq!(bits(&gpu.download(&y.as_view())), bits(&want));
     }
 
-    /// Ids that were chosen elsewhere take part where they are experts', and nowhere else.
+    /// Ids that are not below the number of experts are ignored.
     #[test]
-    fn ids_of_a_layer(tokens in 1usize..40, experts in 1usize..6, k in 1usize..4, seed in any::<u64>()) {
+    fn ids_of_no_expert_are_ignored_by_a_layer(
+        tokens in 1usize..40, experts in 1usize..6, k in 1usize..4, seed in any::<u64>(),
+    ) {
         let (gpu, rng) = (gpu(), &mut Rng::new(seed));
         gpu.reschedule(seed);
         let config = MoeConfig::new(8, 8, experts, k.min(experts));
@@ -234,12 +238,13 @@ proptest! {
         let routing_weights = gpu.upload(&values::<f32>(shape.slots(), 1.0, seed ^ 3));
         let bytes = MoeLayer::workspace_bytes(&config, moe_kernels::DType::F32, tokens).unwrap();
         let mut workspace = Workspace::alloc(stream, bytes).unwrap();
-        let mut run = |ids: &[u32]| {
+        let mut forward = |ids: &[u32]| {
             let mut y = gpu.poisoned::<f32>(tokens * 8);
-            let (x, ids, of_slots) = (x.view(), gpu.upload(ids), routing_weights.view());
+            let (x, ids, routing_weights) = (x.view(), gpu.upload(ids), routing_weights.view());
             layer
                 .forward_routed(
-                    stream, &x, &ids.view(), &of_slots, &weights, &mut workspace, &mut y.view_mut(),
+                    stream, &x, &ids.view(), &routing_weights, &weights, &mut workspace,
+                    &mut y.view_mut(),
                 )
                 .unwrap();
             bits(&gpu.download(&y.view()))
@@ -247,13 +252,13 @@ proptest! {
         let ids = numbers(shape.slots(), experts, rng);
         let cleaned: Vec<u32> =
             ids.iter().map(|&id| if id < experts as u32 { id } else { u32::MAX }).collect();
-        prop_assert_eq!(run(&ids), run(&cleaned));
+        prop_assert_eq!(forward(&ids), forward(&cleaned));
     }
 }
 
-/// A layer whose table has ids of any bits, named by token ids of any bits, finishes without a fault.
+/// A layer with any ids in its table and any token ids makes no invalid access.
 #[test]
-fn a_table_of_a_layer() {
+fn any_table_of_a_layer_stays_in_bounds() {
     let gpu = gpu();
     for seed in 0..8 {
         let rng = &mut Rng::new(seed);

@@ -49,7 +49,7 @@ impl Case {
             }
             row.resize(per_token.max(row.len()), u32::MAX);
             row.truncate(per_token);
-            // Any bits will do.
+            // Any bits.
             if per_token > 0 && rng.below(5) == 0 {
                 row[rng.below(per_token)] = rng.next() as u32;
             }
@@ -65,7 +65,7 @@ impl Case {
         }
     }
 
-    /// All rounds, and the weights that slots were kept by.
+    /// All rounds, and the weights with which slots were kept.
     fn reference(&self, config: &CapacityConfig, tokens: Option<usize>) -> (Capacity, Vec<f32>) {
         let (shape, mut weights) = (&self.shape, self.weights.clone());
         let plan = reference::plan_fwd(&shape.by_slot(), &self.ids).unwrap();
@@ -73,7 +73,7 @@ impl Case {
             reference::capacity_fwd(&plan, shape, config, tokens, &self.weights).unwrap();
         let mut next = vec![u32::MAX; shape.num_tokens];
         for round in 0..config.overflow {
-            let requests = reference::capacity_ask_fwd(
+            let requests = reference::capacity_reassign_fwd(
                 shape,
                 self.per_token,
                 round == 0,
@@ -92,7 +92,7 @@ impl Case {
         (capacity, weights)
     }
 
-    /// All rounds on the device, as a caller puts them together.
+    /// All rounds on the device, as a caller composes them.
     fn run(
         &self,
         gpu: &Gpu,
@@ -125,7 +125,7 @@ impl Case {
         let mut next = gpu.poisoned::<u32>(shape.num_tokens);
         for round in 0..config.overflow {
             let mut requests = gpu.poisoned::<u32>(shape.slots());
-            capacity::capacity_ask_fwd_into(
+            capacity::capacity_reassign_fwd_into(
                 device,
                 stream,
                 shape,
@@ -212,22 +212,22 @@ proptest! {
         let ids = routing_ids(shape, Skew::Inactive, seed);
         let weights = some_weights(shape.slots(), &mut Rng::new(seed));
         let scale = [1.0, 0.8, -2.5][seed as usize % 3];
-        let of_experts = some_weights(shape.num_experts, &mut Rng::new(seed ^ 1));
-        let of_experts = (seed % 2 == 0).then_some(&of_experts[..]);
+        let expert_scale = some_weights(shape.num_experts, &mut Rng::new(seed ^ 1));
+        let expert_scale = (seed % 2 == 0).then_some(&expert_scale[..]);
         for normalization in [
             Normalization::None,
             Normalization::Sum { epsilon: 1e-20 },
             Normalization::SumAtLeast { min: f32::EPSILON },
         ] {
             let want = reference::capacity_normalize_fwd(
-                &shape, normalization, scale, of_experts, &ids, &weights,
+                &shape, normalization, scale, expert_scale, &ids, &weights,
             ).unwrap();
             let (ids, weights) = (gpu.upload(&ids), gpu.upload(&weights));
-            let of_experts = of_experts.map(|scales| gpu.upload(scales));
+            let expert_scale = expert_scale.map(|scales| gpu.upload(scales));
             let mut normalized = gpu.poisoned::<f32>(shape.slots());
             capacity::capacity_normalize_fwd_into(
                 &gpu.device, &gpu.stream, shape, normalization, scale,
-                of_experts.as_ref().map(|scales| scales.view()).as_ref(), &ids.view(),
+                expert_scale.as_ref().map(|scales| scales.view()).as_ref(), &ids.view(),
                 &weights.view(), &mut normalized.view_mut(),
             ).unwrap();
             let got = gpu.download(&normalized.view());
@@ -237,9 +237,10 @@ proptest! {
     }
 }
 
-/// Lists of more slots than a block has threads, and weights that differ in any digit of their keys.
+/// Experts with more slots than a block has threads, and weights that differ in any digit of their
+/// keys.
 #[test]
-fn edges() {
+fn matches_reference_at_limits() {
     let gpu = gpu();
     for (t, e, k) in
         [(0, 3, 2), (1, 1, 1), (700, 1, 1), (1500, 2, 2), (257, 4, 3), (40, 4096, 8), (20, 40, 40)]
@@ -284,9 +285,9 @@ fn schedules_do_not_change_bits() {
     }
 }
 
-/// A plan of some of the experts keeps what the whole one keeps of them.
+/// A plan of some of the experts keeps the same slots of these as the whole plan.
 #[test]
-fn some_of_the_experts() {
+fn plan_of_some_experts_keeps_the_same_slots() {
     let gpu = gpu();
     let (device, stream) = (&gpu.device, &gpu.stream);
     let shape = RoutingShape::new(90, 7, 3).unwrap();
@@ -294,7 +295,7 @@ fn some_of_the_experts() {
     let limit = CapacityLimit::Factor { factor: 0.75 };
     let config = CapacityConfig::new(limit, Priority::Weight);
     let (whole, _) = case.reference(&config, Some(30));
-    let of_reference = |experts: Range<usize>| {
+    let by_reference = |experts: Range<usize>| {
         let plan = reference::plan_range_fwd(&shape.by_slot(), experts, &case.ids).unwrap();
         reference::capacity_fwd(&plan, &shape, &config, Some(30), &case.weights).unwrap()
     };
@@ -306,8 +307,8 @@ fn some_of_the_experts() {
     };
     for experts in [0..2, 2..7, 6..7] {
         let got = part(experts.clone());
-        let of_these = |&id: &u32| if experts.contains(&(id as usize)) { id } else { u32::MAX };
-        let want: Vec<u32> = whole.expert_ids.iter().map(of_these).collect();
+        let clear_others = |&id: &u32| if experts.contains(&(id as usize)) { id } else { u32::MAX };
+        let want: Vec<u32> = whole.expert_ids.iter().map(clear_others).collect();
         assert_eq!(gpu.download(&got.expert_ids.as_view()), want);
         let columns = |all: &[u32]| -> Vec<u32> {
             all.chunks(7).flat_map(|row| row[experts.clone()].to_vec()).collect()
@@ -316,7 +317,7 @@ fn some_of_the_experts() {
         assert_eq!(gpu.download(&got.dropped.as_view()), columns(&whole.dropped));
         let (kept, dropped) = (columns(&whole.kept), columns(&whole.dropped));
         let wanted = Capacity { expert_ids: want, kept, dropped };
-        assert_eq!(of_reference(experts), wanted);
+        assert_eq!(by_reference(experts), wanted);
     }
 }
 
@@ -339,7 +340,7 @@ fn errors_come_before_any_launch() {
     let fewer = RoutingShape { num_experts: 2, ..shape };
     assert!(matches!(call(&by_slot, fewer, good, None, 8), Err(Error::Mismatch { .. })));
     let weights_short =
-        Err(Error::Length { op: "capacity_fwd", argument: "weights", wanted: 8, got: 7 });
+        Err(Error::Length { op: "capacity_fwd", argument: "routing_weights", wanted: 8, got: 7 });
     assert_eq!(call(&by_slot, shape, good, None, 7), weights_short);
     assert!(matches!(
         call(&by_slot, shape, good, Some(0), 8),

@@ -1,9 +1,10 @@
-//! Passes that are captured into a graph and replayed with other inputs give the bits that they give when they are enqueued.
+//! A captured pass that is replayed with other inputs gives the same bits as a pass that is
+//! enqueued directly.
 
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::{bf16, f16};
 use moe_kernels::ops::expert_choice::expert_choice_fwd_into;
 use moe_kernels::ops::jitter::jitter_fwd_into;
@@ -18,27 +19,28 @@ use crate::common::{Gpu, Rng, bits, gpu, random_config, random_weights, values};
 
 const TOKENS: usize = 33;
 
-/// What comes before a layer, or in the place of its router.
+/// The operations before a layer, or in place of its router.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Before {
+enum Prelude {
     Nothing,
     /// Noise on the logits, drawn in the pass.
     Noise(NoiseDistribution),
-    /// Noise from the caller, which learned logits scale.
+    /// Noise of the caller, with noise logits.
     ScaledNoise,
-    /// The router reads jittered tokens.
+    /// Jittered tokens for the router.
     Jitter,
-    /// Experts choose so many tokens.
+    /// Expert choice with this number of tokens per expert.
     ExpertChoice(usize),
 }
 
-/// A device in a context of its own: while it captures, cudarc must not wait for events of other tests.
-struct Place {
+/// A device in a separate context: during a capture, cudarc must not wait for events of other
+/// tests.
+struct CaptureContext {
     device: Device,
     stream: Arc<CudaStream>,
 }
 
-impl Place {
+impl CaptureContext {
     fn new() -> Self {
         let context = CudaContext::new(0).unwrap();
         // SAFETY: everything of this context runs on one stream.
@@ -47,10 +49,10 @@ impl Place {
     }
 }
 
-/// A pass with all of its memory.
+/// A pass and its memory.
 struct Pass<'p, D: Dtype> {
-    place: &'p Place,
-    before: Before,
+    context: &'p CaptureContext,
+    prelude: Prelude,
     config: MoeConfig,
     weights: MoeWeights<OwnedOnDevice, D>,
     inputs: MoeInputs<OwnedOnDevice, D>,
@@ -64,11 +66,11 @@ struct Pass<'p, D: Dtype> {
     y: CudaSlice<D>,
 }
 
-/// What one pass reads, from one seed.
-fn inputs<D: Dtype>(config: &MoeConfig, before: Before, seed: u64) -> MoeInputs<Owned, D> {
+/// The inputs of one pass, from a seed.
+fn inputs<D: Dtype>(config: &MoeConfig, prelude: Prelude, seed: u64) -> MoeInputs<Owned, D> {
     let logits = config.routing(TOKENS).logits();
     let mut inputs = MoeInputs::new(values(TOKENS * config.hidden, 1.0, seed));
-    if before == Before::ScaledNoise {
+    if prelude == Prelude::ScaledNoise {
         inputs.noise = Some(values(logits, 1.0, seed ^ 5));
         let noise_logits = (values(logits, 2.0, seed ^ 6), values(logits, 2.0, seed ^ 6));
         inputs.noise_logits = Some(match config.projection.f32_logits {
@@ -76,30 +78,30 @@ fn inputs<D: Dtype>(config: &MoeConfig, before: Before, seed: u64) -> MoeInputs<
             false => Typed::Element(noise_logits.1),
         });
     }
-    // Sequences of several lengths, the last one shorter.
+    // Sequences of 10 tokens, of which the last is shorter.
     inputs.sequence_tokens = config.capacity.map(|_| 10);
     inputs
 }
 
-impl<'p, D: Dtype + DeviceRepr> Pass<'p, D> {
+impl<'p, D: Dtype> Pass<'p, D> {
     fn new(
-        place: &'p Place,
-        before: Before,
+        context: &'p CaptureContext,
+        prelude: Prelude,
         config: MoeConfig,
         weights: &MoeWeights<Owned, D>,
         seed: u64,
     ) -> Self {
-        let stream = &place.stream;
+        let stream = &context.stream;
         let shape = config.routing(TOKENS);
         let nan = |len: usize| stream.clone_htod(&vec![f32::NAN; len]).unwrap();
         let elements = |len: usize| stream.clone_htod(&vec![D::from_f32(f32::NAN); len]).unwrap();
         let bytes = MoeLayer::workspace_bytes(&config, D::DTYPE, TOKENS).unwrap();
         Self {
-            place,
-            before,
+            context,
+            prelude,
             config,
             weights: weights.upload(stream).unwrap(),
-            inputs: inputs(&config, before, seed).upload(stream).unwrap(),
+            inputs: inputs(&config, prelude, seed).upload(stream).unwrap(),
             u: nan(TOKENS * config.hidden),
             noise: nan(shape.logits()),
             jittered: elements(TOKENS * config.hidden),
@@ -111,10 +113,10 @@ impl<'p, D: Dtype + DeviceRepr> Pass<'p, D> {
         }
     }
 
-    /// Other inputs in the same memory.
-    fn set(&mut self, seed: u64) {
-        let new = inputs::<D>(&self.config, self.before, seed);
-        let stream = &self.place.stream;
+    /// Writes other inputs to the same memory.
+    fn set_inputs(&mut self, seed: u64) {
+        let new = inputs::<D>(&self.config, self.prelude, seed);
+        let stream = &self.context.stream;
         stream.memcpy_htod(&new.x, &mut self.inputs.x).unwrap();
         if let (Some(new), Some(noise)) = (&new.noise, &mut self.inputs.noise) {
             stream.memcpy_htod(new, noise).unwrap();
@@ -129,29 +131,29 @@ impl<'p, D: Dtype + DeviceRepr> Pass<'p, D> {
     }
 
     fn enqueue(&mut self) {
-        let Self { place, config, weights, workspace, y, before, .. } = self;
-        let Place { device, stream } = place;
+        let Self { context, config, weights, workspace, y, prelude, .. } = self;
+        let CaptureContext { device, stream } = context;
         let layer = MoeLayer::new(device, *config).unwrap();
         let (mut inputs, weights) = (self.inputs.as_views(), weights.as_views());
         let mut y = y.as_view_mut();
-        match *before {
-            Before::Nothing | Before::ScaledNoise => {}
-            Before::Noise(distribution) => {
+        match *prelude {
+            Prelude::Nothing | Prelude::ScaledNoise => {}
+            Prelude::Noise(distribution) => {
                 let noise = &mut self.noise.as_view_mut();
                 noise_fwd_into(device, stream, distribution, 3, 1, noise).unwrap();
                 inputs.noise = Some(self.noise.as_view());
             }
-            Before::Jitter => {
+            Prelude::Jitter => {
                 let uniform = NoiseDistribution::Uniform;
                 noise_fwd_into(device, stream, uniform, 3, 0, &mut self.u.as_view_mut()).unwrap();
                 let (u, to) = (self.u.as_view(), &mut self.jittered.as_view_mut());
                 jitter_fwd_into(device, stream, 0.3, &inputs.x, &u, to).unwrap();
                 inputs.router_x = Some(self.jittered.as_view());
             }
-            Before::ExpertChoice(capacity) => {
+            Prelude::ExpertChoice(capacity) => {
                 let logits = &mut Typed::F32(self.logits.as_view_mut());
                 layer.router_logits(stream, &inputs, &weights, workspace, logits).unwrap();
-                let (ids, of_ids) = (&mut self.expert_ids, &mut self.routing_weights);
+                let (ids, routing_weights) = (&mut self.expert_ids, &mut self.routing_weights);
                 let experts = config.num_experts;
                 expert_choice_fwd_into(
                     device,
@@ -161,13 +163,13 @@ impl<'p, D: Dtype + DeviceRepr> Pass<'p, D> {
                     capacity,
                     &self.logits.as_view(),
                     &mut ids.as_view_mut(),
-                    &mut of_ids.as_view_mut(),
+                    &mut routing_weights.as_view_mut(),
                 )
                 .unwrap();
-                let (ids, of_ids) = (ids.as_view(), of_ids.as_view());
-                let x = &inputs.x;
+                let (x, ids) = (&inputs.x, ids.as_view());
+                let routing_weights = routing_weights.as_view();
                 layer
-                    .forward_routed(stream, x, &ids, &of_ids, &weights, workspace, &mut y)
+                    .forward_routed(stream, x, &ids, &routing_weights, &weights, workspace, &mut y)
                     .unwrap();
                 return;
             }
@@ -176,43 +178,44 @@ impl<'p, D: Dtype + DeviceRepr> Pass<'p, D> {
     }
 
     fn y(&self) -> Vec<D> {
-        self.place.stream.clone_dtoh(&self.y).unwrap()
+        self.context.stream.clone_dtoh(&self.y).unwrap()
     }
 }
 
-/// Captures a pass, replays it twice with other inputs, and holds each replay against a pass of its own.
-fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, place: &Place, before: Before, config: MoeConfig) {
-    let what = format!("{config} after {before:?} in {}", D::DTYPE);
+/// Captures a pass, replays it twice with other inputs, and compares each replay with a direct
+/// pass.
+fn check<D: Dtype>(gpu: &Gpu, context: &CaptureContext, prelude: Prelude, config: MoeConfig) {
+    let what = format!("{config} after {prelude:?} in {}", D::DTYPE);
     let weights = random_weights::<D>(&config, &mut Rng::new(8));
-    let mut captured = Pass::new(place, before, config, &weights, 1);
-    place.device.warm_up(D::DTYPE).unwrap();
+    let mut captured = Pass::new(context, prelude, config, &weights, 1);
+    context.device.warm_up(D::DTYPE).unwrap();
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-    place.stream.begin_capture(mode).unwrap();
+    context.stream.begin_capture(mode).unwrap();
     captured.enqueue();
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    let graph = place.stream.end_capture(flags).unwrap().unwrap();
-    assert!(captured.y().iter().all(|y| y.to_f32().is_nan()), "{what}: capturing runs nothing");
+    let graph = context.stream.end_capture(flags).unwrap().unwrap();
+    assert!(captured.y().iter().all(|y| y.to_f32().is_nan()), "{what}: a capture executes nothing");
 
     let mut seen = Vec::new();
     for seed in [2, 3] {
         gpu.reschedule(seed);
-        captured.set(seed);
+        captured.set_inputs(seed);
         graph.launch().unwrap();
         let got = captured.y();
-        let mut direct = Pass::new(place, before, config, &weights, seed);
+        let mut direct = Pass::new(context, prelude, config, &weights, seed);
         direct.enqueue();
         assert!(got.iter().all(|y| y.to_f32().is_finite()), "{what}");
         assert_eq!(bits(&got), bits(&direct.y()), "{what}, inputs {seed}");
         seen.push(bits(&got));
     }
-    assert_ne!(seen[0], seen[1], "{what}: other inputs, other outputs");
+    assert_ne!(seen[0], seen[1], "{what}: the outputs do not depend on the inputs");
 }
 
-fn check_dtypes(before: Before, config: MoeConfig) {
-    let (gpu, place) = (gpu(), Place::new());
-    check::<f32>(&gpu, &place, before, config);
-    check::<f16>(&gpu, &place, before, config);
-    check::<bf16>(&gpu, &place, before, config);
+fn check_dtypes(prelude: Prelude, config: MoeConfig) {
+    let (gpu, context) = (gpu(), CaptureContext::new());
+    check::<f32>(&gpu, &context, prelude, config);
+    check::<f16>(&gpu, &context, prelude, config);
+    check::<bf16>(&gpu, &context, prelude, config);
 }
 
 fn plain(top_k: usize) -> MoeConfig {
@@ -226,30 +229,30 @@ fn with_f32_logits(mut config: MoeConfig) -> MoeConfig {
 }
 
 #[test]
-fn plain_layers() {
+fn plain_layers_replay() {
     for config in [plain(2), with_f32_logits(plain(2))] {
-        check_dtypes(Before::Nothing, config);
+        check_dtypes(Prelude::Nothing, config);
     }
 }
 
-/// A layer with nearly everything in it.
+/// Random layers with a shared expert.
 #[test]
-fn rich_layers() {
+fn layers_with_many_options_replay() {
     let mut rng = Rng::new(4);
-    let mut left = 3;
-    while left > 0 {
+    let mut remaining = 3;
+    while remaining > 0 {
         let mut config = random_config(&mut rng, 60);
         config.router.selection_bias = false;
         if config.shared.is_none() || config.router.selection == Selection::Given {
             continue;
         }
-        check_dtypes(Before::Nothing, config);
-        left -= 1;
+        check_dtypes(Prelude::Nothing, config);
+        remaining -= 1;
     }
 }
 
 #[test]
-fn capacity() {
+fn layers_with_capacity_replay() {
     for priority in
         [Priority::Token, Priority::Choice, Priority::Weight, Priority::ChoiceByTopWeight]
     {
@@ -260,29 +263,29 @@ fn capacity() {
             capacity.normalization = Normalization::Sum { epsilon: 1e-9 };
             let router = RouterConfig::softmax_top_k(false);
             let config = MoeConfig { capacity: Some(capacity), router, ..plain(2) };
-            check_dtypes(Before::Nothing, config);
+            check_dtypes(Prelude::Nothing, config);
         }
     }
 }
 
 #[test]
-fn noise() {
+fn layers_with_noise_replay() {
     for distribution in NoiseDistribution::ALL {
-        check_dtypes(Before::Noise(distribution), plain(2));
+        check_dtypes(Prelude::Noise(distribution), plain(2));
     }
     for config in [plain(2), with_f32_logits(plain(2))] {
-        check_dtypes(Before::ScaledNoise, config);
+        check_dtypes(Prelude::ScaledNoise, config);
     }
 }
 
 #[test]
-fn jitter() {
-    check_dtypes(Before::Jitter, plain(2));
+fn layers_with_jitter_replay() {
+    check_dtypes(Prelude::Jitter, plain(2));
 }
 
 #[test]
-fn expert_choice() {
+fn expert_choice_replays() {
     for tokens in [1, 7, TOKENS] {
-        check_dtypes(Before::ExpertChoice(tokens), with_f32_logits(plain(6)));
+        check_dtypes(Prelude::ExpertChoice(tokens), with_f32_logits(plain(6)));
     }
 }

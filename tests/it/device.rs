@@ -1,4 +1,4 @@
-//! The device: images, argument sizes, and errors that do not belong to one operation.
+//! The device: images, launches, and errors that no single operation causes.
 
 use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut};
 use moe_kernels::ops::combine::CombineInputs;
@@ -24,13 +24,13 @@ fn warm_up_loads_every_kernel() {
     }
 }
 
-/// Two blocks of a product fit a multiprocessor only where shared memory has all that it can have.
+/// Two blocks of a product fit on a multiprocessor only with the largest shared memory carveout.
 #[test]
 fn products_prefer_shared_memory() {
     let gpu = gpu();
     gpu.device.warm_up(DType::BF16).unwrap();
     if !gpu.emulated {
-        return; // A GPU's driver does not tell what it prefers.
+        return; // A GPU's driver does not report the preference.
     }
     for (symbol, preferred) in [
         (c"moe_grouped_gemm_fwd_bf16", Some(100)),
@@ -57,28 +57,28 @@ fn every_kernel_file_is_in_the_binary() {
             "noise",
             "permute",
             "plan",
-            "router_gemm",
             "rms_norm",
             "route",
+            "router_gemm",
         ]
     );
 }
 
-/// The software device knows every kernel of the table, and no other of ours; a GPU has them all.
+/// The kernels of the software device are those of the kernel table. On a GPU all of them load.
 #[test]
-fn the_kernel_table_is_complete() {
+fn kernel_table_is_complete() {
     if !gpu().emulated {
         return warm_up_loads_every_kernel();
     }
-    let mut ours: Vec<String> = kernel_symbols().collect();
-    ours.sort();
+    let mut listed: Vec<String> = kernel_symbols().collect();
+    listed.sort();
     let exported = moe_emulator::kernels().into_iter().map(|kernel| kernel.symbol);
     let mut exported: Vec<String> = exported.filter(|symbol| symbol.starts_with("moe_")).collect();
     exported.sort();
-    assert_eq!(ours, exported);
+    assert_eq!(listed, exported);
 }
 
-/// A kernel runs from a thread that has never seen the context.
+/// A launch from a thread in which the context has not been current.
 #[test]
 fn any_thread_may_launch() {
     let gpu = gpu();
@@ -107,9 +107,9 @@ fn any_thread_may_launch() {
     assert_eq!(gpu.download(&xp.view()), [2.0, 1.0]);
 }
 
-/// cudarc orders work within one CudaContext, so buffers of two must not meet.
+/// cudarc orders work within one CudaContext only, so buffers of two must not be mixed.
 #[test]
-fn contexts_do_not_mix() {
+fn foreign_stream_and_foreign_plan_are_errors() {
     let gpu = gpu();
     let other = CudaContext::new(0).unwrap();
     let (device, stream) = (Device::new(&other).unwrap(), other.new_stream().unwrap());
@@ -125,7 +125,7 @@ fn contexts_do_not_mix() {
 }
 
 #[test]
-fn every_operation_holds_device_stream_and_plan_together() {
+fn every_operation_checks_the_contexts_of_device_stream_and_plan() {
     let gpu = gpu();
     let other = CudaContext::new(0).unwrap();
     let (device, stream) = (&Device::new(&other).unwrap(), other.new_stream().unwrap());
@@ -149,7 +149,7 @@ fn every_operation_holds_device_stream_and_plan_together() {
         expert_choice::expert_choice_fwd(device, &gpu.stream, 2, 2, 1, &four).err(),
         router_gemm::router_gemm_fwd::<f32, f32, f32>(device, &gpu.stream, 2, 2, &projected).err(),
     ];
-    // The device is another's, then the plan is.
+    // First the device is foreign, then the plan.
     for stream in [&gpu.stream, &stream] {
         errors.extend([
             permute::permute_fwd(device, stream, &plan, 2, &four).err(),
@@ -166,14 +166,15 @@ fn every_operation_holds_device_stream_and_plan_together() {
     }
 }
 
-/// A kernel that the software device stops: the error of the next call, whoever makes it, has the report.
+/// After a kernel with an invalid access, the error of the next call has the software device's
+/// report.
 #[test]
-fn a_failure_comes_with_its_report() {
+fn error_after_an_invalid_access_has_the_report() {
     let gpu = gpu();
     if !gpu.emulated {
-        return; // On a GPU it would end the context.
+        return; // On a GPU the context would be unusable afterwards.
     }
-    // A context of its own: cudarc tells a failure to whoever uses its context next.
+    // A separate context: cudarc returns a failure to the next call in the same context.
     let context = CudaContext::new(0).unwrap();
     let (device, stream) = (&Device::new(&context).unwrap(), &context.new_stream().unwrap());
     let shape = RoutingShape::new(2, 2, 1).unwrap();
@@ -186,21 +187,21 @@ fn a_failure_comes_with_its_report() {
         row_of_slot: plan.row_of_slot().device_ptr(stream).0,
         expert_offsets: plan.expert_offsets().device_ptr(stream).0,
     };
-    // SAFETY: none; `x` is no memory, which is what the software device has to find.
+    // SAFETY: none; `x` is an invalid address, which the software device must report.
     unsafe { permute::permute_fwd_raw(device, stream.cu_stream(), DType::F32, shape, 1, buffers) }
         .unwrap();
     let from_cudarc = stream.synchronize().unwrap_err();
     let from_library = plan::plan_fwd(device, stream, shape, &ids.as_view()).err().unwrap();
-    for said in [format!("{from_cudarc:?}"), from_library.to_string()] {
-        assert!(said.contains("moe_permute_fwd_f32"), "{said}");
-        assert!(said.contains("invalid access at 0x1000"), "{said}");
+    for message in [format!("{from_cudarc:?}"), from_library.to_string()] {
+        assert!(message.contains("moe_permute_fwd_f32"), "{message}");
+        assert!(message.contains("invalid access at 0x1000"), "{message}");
     }
     moe_emulator::clear_errors();
 }
 
-/// What the driver refuses comes back with the driver's name for it.
+/// An error of the driver has the driver's name for it.
 #[test]
-fn the_driver_has_the_last_word() {
+fn driver_errors_have_the_name_of_the_code() {
     let gpu = gpu();
     let error = Workspace::alloc(&gpu.stream, 1 << 50).err().unwrap();
     let Error::Driver { name, .. } = &error else { panic!("{error}") };

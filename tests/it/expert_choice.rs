@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use crate::common::{Gpu, Rng, bits, config, gpu, values};
 
-/// Runs the operation on `scores` and holds it against the reference.
+/// Runs the operation on `scores` and checks it against the reference.
 fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, (t, e, c): (usize, usize, usize), scores: &[D]) {
     let (want_ids, want_weights) = reference::expert_choice_fwd(t, e, c, scores).unwrap();
     let uploaded = gpu.upload(scores);
@@ -27,7 +27,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, (t, e, c): (usize, usize, usize), sco
         &mut weights.view_mut(),
     )
     .unwrap();
-    // The poison of ids is an id that is right where nothing is chosen: so is the weight there.
+    // The poison of ids is the id of a slot that is not chosen, whose weight is checked.
     let what = format!("T{t} E{e}, {c} tokens, {}", D::DTYPE);
     assert_eq!(gpu.download(&ids.view()), want_ids, "{what}");
     assert_eq!(bits(&gpu.download(&weights.view())), bits(&want_weights), "{what}");
@@ -66,7 +66,7 @@ proptest! {
 }
 
 #[test]
-fn edges() {
+fn matches_reference_at_limits() {
     let gpu = gpu();
     for shape in [
         (0, 3, 1),
@@ -82,7 +82,7 @@ fn edges() {
         check_all::<f32>(&gpu, shape, 1);
         check_all::<bf16>(&gpu, shape, 2);
     }
-    // Any bits, and a single value: the order of tokens alone decides.
+    // Any bits, and equal scores, which the order of tokens decides.
     let mut rng = Rng::new(4);
     let any: Vec<f32> = (0..700 * 5).map(|_| f32::from_bits(rng.next() as u32)).collect();
     check(&gpu, (700, 5, 300), &any);
@@ -92,7 +92,7 @@ fn edges() {
 }
 
 #[test]
-fn many_tokens() {
+fn many_tokens_match_reference() {
     let gpu = gpu();
     let t = if gpu.emulated { 70_000 } else { 1 << 20 };
     check(&gpu, (t, 2, 1000), &values::<bf16>(t * 2, 1.0, 1));
@@ -109,10 +109,11 @@ fn schedules_do_not_change_bits() {
     }
 }
 
-/// A layer of expert choice: the plan has K = E, and what follows is as for tokens that choose. Integers and
-/// eighths, so that every sum is exact, and token by token in f64 it is the same.
+/// A layer of expert choice: the plan has K = E, and the other operations are those of a
+/// token-choice layer. Integers and eighths, so that every sum is exact and equals that of each
+/// token in f64.
 #[test]
-fn a_layer_of_chosen_tokens() {
+fn layer_of_expert_choice_is_exact() {
     let gpu = gpu();
     let (device, stream) = (&gpu.device, &gpu.stream);
     let (t, e, c, hidden, n) = (75, 5, 20, 16, 24);

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use crate::common::{Gpu, Rng, config, gpu, values};
 
-/// Each buffer starts so many elements behind an aligned address.
+/// The number of elements by which each buffer starts past an aligned address.
 type Places = [usize; 3];
 
 fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, x: &[D], epsilon: f32, seed: u64, places: Places) {
@@ -35,7 +35,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, x: &[D], epsilon: f32, seed: u64, pla
     let what = format!("{len} of {} at {places:?}", D::DTYPE);
     for (i, (got, want)) in got[places[2]..].iter().zip(&want).enumerate() {
         let (got, want) = (got.to_f32(), want.to_f32());
-        // Which NaN it is depends on the processor.
+        // The bits of a NaN depend on the processor.
         let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
         assert!(same, "{what}: element {i} is {got}, wanted {want}");
     }
@@ -70,7 +70,7 @@ proptest! {
 }
 
 #[test]
-fn edges() {
+fn matches_reference_at_limits() {
     let gpu = gpu();
     for len in [0, 1, 3, 4, 7, 8, 9, 1023, 1024, 1025, 2048, 2049] {
         check_all::<f32>(&gpu, len, 0.01, 1);

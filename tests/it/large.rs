@@ -1,9 +1,9 @@
 //! Tensors of more than 2^31 elements: every address is 64-bit.
 //!
-//! A result that lies beyond element 2^31, or is made of what lies there, is held against the same computation on a
-//! small tensor, bit for bit. Device memory costs the host nothing where it is not written, and the software device runs
-//! the blocks alone that reach there, so that every one of these tests is what it is called on any machine. A GPU runs
-//! whole grids.
+//! A result at or computed from elements beyond 2^31 is compared bit for bit with the same
+//! computation on a small tensor. Device memory that is not written needs no memory of the host,
+//! and the software device executes only the blocks that access those elements, so these tests are
+//! feasible on any machine. A GPU executes whole grids.
 
 mod elements;
 mod products;
@@ -16,31 +16,32 @@ use cudarc::driver::{CudaSlice, DeviceRepr};
 
 use crate::common::{Gpu, gpu};
 
-/// The first element that a signed 32-bit number does not reach.
+/// The first index beyond the range of a signed 32-bit integer.
 const LIMIT: usize = 1 << 31;
 
-/// The device, and the turn: together these tests ask for more memory than a small GPU has.
+/// The device and a lock: these tests run one at a time, since together they need more memory than
+/// a small GPU has.
 fn alone() -> (Gpu, MutexGuard<'static, ()>) {
-    static TURN: Mutex<()> = Mutex::new(());
-    (gpu(), TURN.lock().unwrap_or_else(PoisonError::into_inner))
+    static LOCK: Mutex<()> = Mutex::new(());
+    (gpu(), LOCK.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Runs `launch`, of whose blocks the software device leaves out the first ones.
-fn without_blocks<R>(gpu: &Gpu, left_out: usize, launch: impl FnOnce() -> R) -> R {
-    let leave_out = |count: usize| {
+/// Calls `launch`, of whose blocks the software device skips the first `skipped`.
+fn without_blocks<R>(gpu: &Gpu, skipped: usize, launch: impl FnOnce() -> R) -> R {
+    let skip_blocks = |count: usize| {
         if gpu.emulated {
             moe_emulator::leave_out_blocks(count as u64);
         }
     };
-    leave_out(left_out);
+    skip_blocks(skipped);
     let result = launch();
-    leave_out(0);
+    skip_blocks(0);
     result
 }
 
-/// Memory for `len` elements, of which the last ones are `end`. The others are whatever they are.
+/// Allocates `len` elements, of which the last are `end`. The others are uninitialised.
 fn ending_in<T: DeviceRepr>(gpu: &Gpu, len: usize, end: &[T]) -> CudaSlice<T> {
-    // SAFETY: the tests look at what is written alone.
+    // SAFETY: the tests read only elements that have been written.
     let mut all = unsafe { gpu.stream.alloc::<T>(len) }.unwrap();
     if !end.is_empty() {
         gpu.stream.memcpy_htod(end, &mut all.slice_mut(len - end.len()..)).unwrap();

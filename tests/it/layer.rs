@@ -1,44 +1,45 @@
-//! The layer: every operation in order, against the reference in f64.
+//! The layer, its operations in order, against the reference in f64.
 
 mod capacity;
+mod errors;
 mod range;
 mod scores;
 mod sparsemixer;
 
+use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::reference::bound::{self, Bounded};
 use moe_kernels::{
-    CapacityConfig, CapacityLimit, DType, Device, Dtype, Error, MoeConfig, MoeInputs, MoeLayer,
+    CapacityConfig, CapacityLimit, DType, Device, Dtype, MoeConfig, MoeInputs, MoeLayer,
     MoeWeights, Normalization, OnDevice, Owned, Priority, RouterConfig, Selection, Typed,
     Workspace, reference,
 };
 use proptest::prelude::*;
-use scores::lent_within;
+use scores::slices_within;
 
 use crate::common::{
     Gpu, Rng, assert_within, bits, config, gpu, random_config, random_inputs, random_weights,
     values,
 };
 
-/// A layer on the host, and what one pass reads.
+/// The weights of a layer and the inputs of one pass, on the host.
 struct Case<D: Dtype> {
     config: MoeConfig,
     weights: MoeWeights<Owned, D>,
     inputs: MoeInputs<Owned, D>,
 }
 
-/// Ids and weights of each token's experts.
+/// Expert ids and routing weights.
 type Routing = (Vec<u32>, Vec<f32>);
 
-impl<D: Dtype + DeviceRepr> Case<D> {
-    /// A plain layer that is given its logits, and has a gate as well.
+impl<D: Dtype> Case<D> {
+    /// A plain layer with given logits and a router gate.
     fn plain(config: MoeConfig, num_tokens: usize, seed: u64) -> Self {
         let MoeConfig { hidden, num_experts, .. } = config;
         let gate_up = values(config.gate_up_len(), 0.2, seed ^ 3);
         let weights = MoeWeights::plain(gate_up, values(config.down_len(), 0.2, seed ^ 4))
-            .with_gate(values(num_experts * hidden, 0.5, seed ^ 2));
+            .with_router_gate(values(num_experts * hidden, 0.5, seed ^ 2));
         let logits = values(num_tokens * num_experts, 3.0, seed ^ 1);
         let inputs = MoeInputs::with_logits(values(num_tokens * hidden, 1.0, seed), logits);
         Self { config, weights, inputs }
@@ -54,7 +55,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         self.inputs.x.len() / self.config.hidden
     }
 
-    /// Does something with the layer, its tensors on the device, and a workspace full of NaN.
+    /// Calls `run` with the layer, its tensors on the device, and a workspace full of NaN.
     fn on<R>(&self, gpu: &Gpu, run: impl FnOnce(Prepared<'_, '_, D>) -> R) -> R {
         let layer = MoeLayer::new(&gpu.device, self.config).unwrap();
         let weights = self.weights.upload(&gpu.stream).unwrap();
@@ -97,11 +98,11 @@ impl<D: Dtype + DeviceRepr> Case<D> {
     fn route(&self, gpu: &Gpu) -> Routing {
         let slots = self.config.routing(self.num_tokens()).slots();
         self.on(gpu, |mut prepared| {
-            let (mut ids, mut weights_of) = (gpu.poisoned(slots), gpu.poisoned(slots));
+            let (mut ids, mut routing_weights) = (gpu.poisoned(slots), gpu.poisoned(slots));
             let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
-            let to = (&mut ids.view_mut(), &mut weights_of.view_mut());
+            let to = (&mut ids.view_mut(), &mut routing_weights.view_mut());
             layer.route(&gpu.stream, inputs, weights, workspace, to.0, to.1).unwrap();
-            (gpu.download(&ids.view()), gpu.download(&weights_of.view()))
+            (gpu.download(&ids.view()), gpu.download(&routing_weights.view()))
         })
     }
 
@@ -119,7 +120,7 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         })
     }
 
-    /// The experts' part, for weights that are what they are.
+    /// The bounds of the experts' part for exact routing weights.
     fn wanted(&self, (ids, routing_weights): &Routing) -> Bounded {
         let exact = Bounded {
             value: routing_weights.iter().map(|&weight| f64::from(weight)).collect(),
@@ -129,25 +130,25 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         bound::moe_layer_experts(&self.config, &self.inputs.x, ids, &exact, &weights).unwrap()
     }
 
-    /// Each part of the layer against the reference, from what the part before it has made; and the whole
-    /// against its parts.
+    /// Checks each part of the layer against the reference, with the device's result of the part
+    /// before it as input, and the whole layer against its parts.
     fn check(&self, gpu: &Gpu, what: &str) {
         let (inputs, weights) = (self.inputs.as_host(), self.weights.as_host());
         let mut given = self.inputs.as_host();
-        let made;
+        let computed_logits;
         if inputs.logits.is_none() {
-            made = self.router_logits(gpu);
+            computed_logits = self.router_logits(gpu);
             let wanted = bound::router_logits(&self.config, &inputs, &weights).unwrap();
-            given.logits = Some(lent_within(&made, &wanted, what));
+            given.logits = Some(slices_within(&computed_logits, &wanted, what));
         }
-        let noise_made;
+        let computed_noise;
         if self.config.projection.noise_gate
             && inputs.noise.is_some()
             && inputs.noise_logits.is_none()
         {
-            noise_made = self.noise_logits(gpu);
+            computed_noise = self.noise_logits(gpu);
             let wanted = bound::noise_logits(&self.config, &inputs, &weights).unwrap();
-            given.noise_logits = Some(lent_within(&noise_made, &wanted, what));
+            given.noise_logits = Some(slices_within(&computed_noise, &wanted, what));
         }
         let mut routing = self.route(gpu);
         let wanted =
@@ -159,13 +160,14 @@ impl<D: Dtype + DeviceRepr> Case<D> {
             bits(&self.forward_routed(gpu, &routing)),
             "the parts of {what}"
         );
-        // Scores that are not normalised, or hardly add up to anything, make weights that leave 16 bits.
+        // Scores without normalisation or with a small sum can cause weights beyond the range of
+        // f16.
         routing.1.iter_mut().for_each(|weight| *weight = weight.clamp(-2.0, 2.0));
         assert_within(&self.forward_routed(gpu, &routing), &self.wanted(&routing), what);
     }
 }
 
-/// What [`Case::on`] hands on.
+/// The arguments that [`Case::on`] passes.
 struct Prepared<'v, 'w, D: Dtype> {
     gpu: &'v Gpu,
     layer: MoeLayer,
@@ -177,7 +179,7 @@ struct Prepared<'v, 'w, D: Dtype> {
 proptest! {
     #![proptest_config(config(24))]
 
-    /// Any layer at all.
+    /// Random layers.
     #[test]
     fn matches_reference(tokens in 0usize..40, seed in any::<u64>()) {
         let layer = random_config(&mut Rng::new(seed), 100);
@@ -197,22 +199,22 @@ fn plain(hidden: usize, intermediate: usize, num_experts: usize, top_k: usize) -
 }
 
 #[test]
-fn worst_case_routings() {
+fn extreme_routings_match_reference() {
     let gpu = gpu();
     for (tokens, experts, k) in [(1, 1, 1), (1, 8, 8), (70, 1, 1), (3, 4, 4), (130, 2, 1)] {
         let config = plain(72, 40, experts, k);
         Case::<bf16>::plain(config, tokens, 7).check(&gpu, &format!("T{tokens} {config}"));
     }
-    // Everybody goes to expert 2; the others are empty.
+    // All tokens go to expert 2; the other experts are empty.
     let mut case = Case::<f32>::plain(plain(48, 32, 6, 1), 150, 11);
     let Some(Typed::Element(logits)) = &mut case.inputs.logits else { unreachable!() };
     logits.iter_mut().skip(2).step_by(6).for_each(|logit| *logit = 50.0);
     case.check(&gpu, "one hot expert");
 }
 
-/// Slots that find no room ask their token's next best experts, round after round.
+/// Slots beyond the limit are reassigned to the next-best experts of their token, in rounds.
 #[test]
-fn slots_ask_again() {
+fn overflow_reassigns_slots() {
     let gpu = gpu();
     for priority in
         [Priority::Token, Priority::Choice, Priority::Weight, Priority::ChoiceByTopWeight]
@@ -227,7 +229,7 @@ fn slots_ask_again() {
             let case = Case::<f32>::plain(config, 40, 23);
             case.check(&gpu, &config.to_string());
             let kept = case.route(&gpu).0.iter().filter(|&&id| id < 6).count();
-            // 80 slots: as many as there is room for, if they may ask everybody.
+            // There are 80 slots. With enough rounds, as many are kept as the limits allow.
             assert!(kept <= 6 * rows);
             assert!(overflow < 9 || kept >= 6 * rows - 2 || kept == 80, "{config}: {kept}");
             let wanted =
@@ -237,9 +239,9 @@ fn slots_ask_again() {
     }
 }
 
-/// Slots that ask again still come in the order of what their token thought of its first choice.
+/// Reassigned slots are still ordered by the score of their token's first choice.
 #[test]
-fn the_top_weight_stays_that_of_the_first_choice() {
+fn reassigned_slots_keep_the_priority_of_the_first_choice() {
     let gpu = gpu();
     for seed in 0..6 {
         let capacity = CapacityConfig {
@@ -249,16 +251,16 @@ fn the_top_weight_stays_that_of_the_first_choice() {
         let router = RouterConfig::softmax_top_k(false);
         let config = MoeConfig { capacity: Some(capacity), router, ..plain(8, 8, 7, 2) };
         let mut case = Case::<f32>::plain(config, 120, seed);
-        // Most want the first experts, so that many ask for what is left of the others.
+        // Most tokens select the first experts, so many slots are reassigned to the others.
         let Some(Typed::Element(logits)) = &mut case.inputs.logits else { unreachable!() };
         logits.chunks_mut(7).for_each(|logits| (0..3).for_each(|e| logits[e] += 3.0));
         case.check(&gpu, &format!("{config} seed {seed}"));
     }
 }
 
-/// A whole pass in f64, router and all, holds the device's.
+/// The bounds of a whole pass, including the router, hold for the device.
 #[test]
-fn bounds_of_the_whole() {
+fn whole_pass_is_within_bounds() {
     let gpu = gpu();
     let limit = CapacityLimit::Factor { factor: 0.8 };
     let capacity = CapacityConfig {
@@ -271,16 +273,16 @@ fn bounds_of_the_whole() {
         let wanted =
             bound::moe_layer(&config, &case.inputs.as_host(), &case.weights.as_host()).unwrap();
         assert_within(&case.forward(&gpu), &wanted, &config.to_string());
-        // One slot less is out of bounds.
+        // Without one slot the result exceeds the bounds.
         let mut routing = case.route(&gpu);
         let kept = routing.0.iter().position(|&id| id < 6).unwrap();
         routing.0[kept] = u32::MAX;
-        let less = case.forward_routed(&gpu, &routing);
-        assert!(wanted.worst(&less).is_some_and(|(_, excess)| excess > 1.0));
+        let incomplete = case.forward_routed(&gpu, &routing);
+        assert!(wanted.worst(&incomplete).is_some_and(|(_, excess)| excess > 1.0));
     }
 }
 
-/// A layer with nearly everything in it.
+/// A layer with a latent width, a shared expert and random other options.
 fn rich(seed: u64) -> MoeConfig {
     let mut seeds = Rng::new(seed);
     loop {
@@ -306,10 +308,10 @@ fn schedules_do_not_change_bits() {
     }
 }
 
-/// What a row of y holds does not depend on the other tokens of the batch.
+/// A row of `y` does not depend on the other tokens of the batch.
 #[test]
 fn rows_do_not_depend_on_the_batch() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, config: MoeConfig) {
+    fn check<D: Dtype>(gpu: &Gpu, config: MoeConfig) {
         let mut case = Case::<D>::random(config, 140, 21);
         case.inputs = MoeInputs::new(case.inputs.x);
         let experts = config.router_experts();
@@ -330,8 +332,8 @@ fn rows_do_not_depend_on_the_batch() {
 }
 
 #[test]
-fn a_captured_graph_replays_with_new_routing() {
-    // A context of its own: while it captures, cudarc must not wait for events of other tests.
+fn captured_graph_replays_with_new_routing() {
+    // A separate context: during a capture, cudarc must not wait for events of other tests.
     let gpu = gpu();
     let context = CudaContext::new(0).unwrap();
     // SAFETY: everything of this context runs on one stream.
@@ -362,7 +364,7 @@ fn a_captured_graph_replays_with_new_routing() {
         let graph = stream.end_capture(flags).unwrap().unwrap();
         assert!(
             stream.clone_dtoh(&y).unwrap().iter().all(|y| y.is_nan()),
-            "capturing runs nothing"
+            "a capture executes nothing"
         );
 
         for seed in 0..4 {
@@ -379,7 +381,7 @@ fn a_captured_graph_replays_with_new_routing() {
 }
 
 #[test]
-fn the_workspace_is_known_beforehand() {
+fn workspace_size_follows_from_the_shape() {
     let config = plain(4096, 14336, 8, 2);
     let bytes = |tokens| MoeLayer::workspace_bytes(&config, DType::BF16, tokens).unwrap();
     let rows = 4096 * 2;
@@ -387,113 +389,4 @@ fn the_workspace_is_known_beforehand() {
     assert!(bytes(4096) < rows * (14336 + 4096) * 2 + (1 << 21), "{}", bytes(4096));
     assert!((0..100).map(bytes).is_sorted());
     assert!(MoeLayer::workspace_bytes(&config, DType::F32, usize::MAX / 8).is_err());
-}
-
-#[test]
-fn errors_come_before_any_launch() {
-    let gpu = gpu();
-    let config = plain(16, 8, 4, 2);
-    let again = CapacityConfig {
-        overflow: 1,
-        ..CapacityConfig::new(CapacityLimit::Rows { rows: 3 }, Priority::Token)
-    };
-    for bad in [
-        MoeConfig { hidden: 0, ..config },
-        MoeConfig { intermediate: 1 << 30, ..config },
-        MoeConfig { num_experts: 5000, ..config },
-        MoeConfig { top_k: 5, ..config },
-        MoeConfig { capacity: Some(again), ..config },
-    ] {
-        assert!(matches!(MoeLayer::new(&gpu.device, bad), Err(Error::Unsupported { .. })), "{bad}");
-    }
-    let good = || Case::<f32>::plain(config, 3, 0);
-    let bytes = MoeLayer::workspace_bytes(&config, DType::F32, 3).unwrap();
-    // Nothing is written where something is refused.
-    let call = |case: &Case<f32>, y_len: usize, bytes: usize| {
-        let layer = MoeLayer::new(&gpu.device, case.config).unwrap();
-        let weights = case.weights.upload(&gpu.stream).unwrap();
-        let inputs = case.inputs.upload(&gpu.stream).unwrap();
-        let (mut y, mut memory) = (gpu.poisoned::<f32>(y_len), gpu.poisoned::<u8>(bytes));
-        let result = {
-            let mut memory = memory.view_mut();
-            let mut workspace = Workspace::borrow(memory.slice_mut(..));
-            let (inputs, weights) = (inputs.as_views(), weights.as_views());
-            layer.forward(&gpu.stream, &inputs, &weights, &mut workspace, &mut y.view_mut())
-        };
-        if result.is_err() {
-            assert!(gpu.download(&y.view()).iter().all(|y| y.is_nan()));
-            assert!(gpu.download(&memory.view()).iter().all(|&byte| byte == 0xff));
-        }
-        result
-    };
-    assert!(call(&good(), 48, bytes).is_ok());
-    type Break = fn(&mut Case<f32>);
-    let breaks: [(&str, Break); 8] = [
-        ("noise", |case| case.inputs.noise = Some(vec![0.0; 13])),
-        ("token_ids", |case| {
-            case.config.router.selection = Selection::Given;
-            case.weights.router.table = Some(vec![0; 8]);
-            case.inputs.token_ids = Some(vec![0; 4]);
-        }),
-        ("x", |case| case.inputs.x.truncate(47)),
-        ("logits", |case| case.inputs.logits = Some(Typed::Element(vec![0.0; 11]))),
-        ("router_x", |case| case.inputs.router_x = Some(vec![0.0; 47])),
-        ("router.gate", |case| case.weights.router.gate = Some(Typed::F32(vec![0.0; 63]))),
-        ("experts.down", |case| case.weights.experts.down.truncate(511)),
-        ("active", |case| case.inputs.active = Some(vec![1; 2])),
-    ];
-    for (name, damage) in breaks {
-        let mut case = good();
-        damage(&mut case);
-        let error = call(&case, 48, bytes).unwrap_err();
-        let named = matches!(error, Error::Length { argument, .. } if argument == name);
-        assert!(named, "{name}: {error}");
-    }
-    for (argument, y_len, bytes) in [("y", 47, bytes), ("workspace", 48, bytes - 1)] {
-        let error = call(&good(), y_len, bytes).unwrap_err();
-        assert!(matches!(error, Error::Length { argument: got, .. } if got == argument), "{error}");
-    }
-    let breaks: [(&str, Break); 5] = [
-        ("`router.gate`", |case| {
-            case.weights.router.gate = None;
-            case.inputs.logits = None;
-        }),
-        ("`router.bias`", |case| case.weights.router.bias = Some(Typed::F32(vec![0.0; 4]))),
-        ("`output_norm`", |case| case.weights.output_norm = Some(vec![0.0; 16])),
-        ("`router.table`", |case| case.weights.router.table = Some(vec![0; 4])),
-        ("`noise_logits`", |case| {
-            case.inputs.noise = Some(vec![0.0; 12]);
-            case.inputs.noise_logits = Some(Typed::F32(vec![0.0; 12]));
-        }),
-    ];
-    for (name, damage) in breaks {
-        let mut case = good();
-        damage(&mut case);
-        let error = call(&case, 48, bytes).unwrap_err();
-        assert!(matches!(&error, Error::Mismatch { why, .. } if why.contains(name)), "{error}");
-    }
-    let breaks: [(&str, Break); 3] = [
-        ("given_ids", |case| case.config.router.selection = Selection::Given),
-        ("token_ids", |case| case.inputs.token_ids = Some(vec![0; 3])),
-        ("sequence_tokens", |case| case.inputs.sequence_tokens = Some(0)),
-    ];
-    for (name, damage) in breaks {
-        let mut case = good();
-        damage(&mut case);
-        let error = call(&case, 48, bytes).unwrap_err();
-        let named = matches!(&error, Error::Unsupported { argument, .. } if *argument == name);
-        assert!(named, "{name}: {error}");
-    }
-    good().on(&gpu, |prepared| {
-        let mut memory = gpu.poisoned::<u8>(bytes + 1);
-        let mut memory = memory.view_mut();
-        let mut misaligned = Workspace::borrow(memory.slice_mut(1..));
-        let (inputs, weights) = (&prepared.inputs, &prepared.weights);
-        let mut y = gpu.poisoned::<f32>(48);
-        let layer = &prepared.layer;
-        let error = layer
-            .forward(&prepared.gpu.stream, inputs, weights, &mut misaligned, &mut y.view_mut())
-            .unwrap_err();
-        assert!(matches!(error, Error::Alignment { argument: "workspace", .. }), "{error}");
-    });
 }

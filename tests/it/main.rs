@@ -1,5 +1,5 @@
-//! Differential tests: every operation on a device against the CPU reference. One binary, so that
-//! one process has one driver.
+//! Differential tests: every operation on a device against the CPU reference. They form one binary,
+//! since a process has one driver.
 
 #[cfg(feature = "bindgen")]
 mod abi;
@@ -12,8 +12,6 @@ mod contexts;
 mod device;
 mod expert_choice;
 mod grouped_gemm;
-#[cfg(feature = "hf")]
-mod hf;
 mod jitter;
 mod large;
 mod layer;

@@ -1,4 +1,5 @@
-//! noise: correctly rounded operations in a stated order, so device and reference agree bit for bit.
+//! noise: correctly rounded operations in a stated order, so device and reference agree bit for
+//! bit.
 
 use moe_kernels::ops::noise;
 use moe_kernels::{Error, NoiseDistribution, reference};
@@ -39,7 +40,7 @@ proptest! {
 }
 
 #[test]
-fn edges() {
+fn matches_reference_at_limits() {
     let gpu = gpu();
     for len in [0, 1, 2, 3, 4, 5, 1023, 1024, 1025] {
         for offset in [0, 1, 2, 3, 4, (1 << 34) - 2, u64::MAX, u64::MAX - 2, u64::MAX - 1023] {
@@ -48,14 +49,14 @@ fn edges() {
     }
 }
 
-/// Far more words than the random cases draw: every branch of the functions.
+/// Far more words than the random cases, for every branch of the functions.
 #[test]
-fn many_elements() {
+fn many_elements_match_reference() {
     check(&gpu(), 42, 0, 200_000, 0);
 }
 
 #[test]
-fn another_context_is_refused() {
+fn rejects_another_context() {
     let gpu = gpu();
     let other = cudarc::driver::CudaContext::new(0).unwrap();
     let stream = other.new_stream().unwrap();

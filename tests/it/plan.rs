@@ -10,10 +10,10 @@ use proptest::prelude::*;
 
 use crate::common::{Gpu, Rng, Skew, config, gpu, routing_ids, skew};
 
-/// What memory holds before. Not 0xff, for four of those are the -1 that a plan writes itself.
+/// The poison of memory. Not 0xff: four of those are the -1 that a plan writes.
 const POISON: u8 = 0x55;
 
-/// Everything that a plan holds.
+/// All parts of a plan.
 #[derive(Debug, Clone, PartialEq)]
 struct Parts {
     expert_offsets: Vec<i32>,
@@ -55,7 +55,7 @@ impl Parts {
     }
 }
 
-/// Plans in poisoned memory and holds the result against the reference.
+/// Plans in poisoned memory and checks the result against the reference.
 fn check(gpu: &Gpu, shape: RoutingShape, ids: &[u32], what: &str) -> Parts {
     let mut memory = gpu.upload(&vec![POISON; PlanLayout::new(shape).unwrap().bytes()]);
     let uploaded = gpu.upload(ids);
@@ -123,9 +123,9 @@ proptest! {
         check(&gpu, shape, &routing_ids(shape, skew, seed), &format!("{skew:?} seed {seed}"));
     }
 
-    /// Ids need not be what a router makes: repeated within a token, and any bits.
+    /// Ids may repeat within a token, and have any bits.
     #[test]
-    fn any_ids_will_do(tokens in 0usize..600, experts in 1usize..40, k in 1usize..5, seed in any::<u64>()) {
+    fn any_ids_match_reference(tokens in 0usize..600, experts in 1usize..40, k in 1usize..5, seed in any::<u64>()) {
         let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
         let mut rng = Rng::new(seed);
         let ids: Vec<u32> = (0..shape.slots())
@@ -137,10 +137,10 @@ proptest! {
     }
 }
 
-/// The numbers at which the work is divided otherwise: groups of 32, one block or more, tiles, and
-/// how many warps' counters fit.
+/// The sizes at which the division of work changes: groups of 32, blocks, tiles, and the number of
+/// warps whose counters fit.
 #[test]
-fn edges() {
+fn matches_reference_at_limits() {
     let gpu = gpu();
     let shapes = [
         (0, 1, 1),
@@ -177,9 +177,9 @@ fn edges() {
     }
 }
 
-/// More slots than the most blocks take at their smallest, so that a block has more than that.
+/// More slots than the most blocks of the least size have, so that blocks are larger.
 #[test]
-fn many_slots() {
+fn many_slots_match_reference() {
     let gpu = gpu();
     let shape = RoutingShape::new(70_000, 5, 2).unwrap();
     let mut rng = Rng::new(1);
@@ -187,8 +187,8 @@ fn many_slots() {
     check(&gpu, shape, &ids, "many slots");
 }
 
-/// The ranks of expert parallelism: each has the plan, the weights and the rows of its own experts, and
-/// their results add up to the layer's. Integers, so that every sum is exact in any order.
+/// The ranks of expert parallelism: each has the plan, the weights and the rows of its own experts,
+/// and their results add up to the layer's. Integers, so that every sum is exact in any order.
 #[test]
 fn ranges_add_up_to_the_layer() {
     let gpu = gpu();
@@ -203,7 +203,7 @@ fn ranges_add_up_to_the_layer() {
     let mut weights = integers(shape.slots());
     for (weight, &id) in weights.iter_mut().zip(&ids) {
         if id >= 6 {
-            *weight = f32::NAN; // Nobody looks at it.
+            *weight = f32::NAN; // unused
         }
     }
     let (ids, x, weights) = (gpu.upload(&ids), gpu.upload(&x), gpu.upload(&weights));
@@ -223,7 +223,7 @@ fn ranges_add_up_to_the_layer() {
             &x,
             LinearWeights::new(&w),
         );
-        // Rows past those in use are for nobody: NaN there must not show.
+        // Unused rows are ignored, NaN included.
         let mut yp = gpu.download(&yp.unwrap().as_view());
         assert!(yp[rows * n..].iter().all(|&y| y == 0.0));
         yp[rows * n..].fill(f32::NAN);
@@ -246,7 +246,7 @@ fn ranges_add_up_to_the_layer() {
 }
 
 #[test]
-fn no_ids_are_zeros() {
+fn missing_ids_are_zeros() {
     let gpu = gpu();
     for tokens in [0, 1, 200, 3000] {
         let shape = RoutingShape::new(tokens, 1, 1).unwrap();
@@ -297,7 +297,7 @@ fn memory_and_ids_may_start_inside_a_buffer() {
 }
 
 #[test]
-fn the_allocating_form_agrees() {
+fn allocating_form_agrees() {
     let gpu = gpu();
     let shape = RoutingShape::new(40, 7, 2).unwrap();
     let ids = routing_ids(shape, Skew::Empty, 2);
@@ -334,7 +334,7 @@ fn errors_come_before_any_launch() {
         let range = plan::plan_range_fwd(&gpu.device, &gpu.stream, shape, wrong, &ids.view());
         assert!(matches!(range, Err(Error::Unsupported { argument: "experts", .. })));
     }
-    // One token less needs less memory, so that the view may start elsewhere.
+    // One token less needs less memory, so that the view can start later.
     let smaller = RoutingShape { num_tokens: 0, ..shape };
     let misaligned = call(smaller, 0, 4, bytes);
     assert!(

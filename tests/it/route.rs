@@ -1,4 +1,5 @@
-//! route: ids and weights agree bit for bit with the reference in f32, weights with that in f64 within a bound.
+//! route: ids and weights agree bit for bit with the reference in f32, weights with that in f64
+//! within a bound.
 
 mod refusals;
 mod scores;
@@ -21,10 +22,10 @@ const ROUTERS: [RouterConfig; 3] = [
     RouterConfig::top_k_softmax(),
 ];
 
-/// What the logits look like.
+/// Kinds of logits.
 #[derive(Debug, Clone, Copy)]
 enum Logits {
-    /// As routers make them.
+    /// Typical of routers.
     Usual,
     /// Few different values, so that ties abound.
     Ties,
@@ -32,13 +33,13 @@ enum Logits {
     NearTies,
     /// Zeros of both signs.
     Zeros,
-    /// Usual ones with NaNs and infinities among them.
+    /// Typical, with NaNs and infinities among them.
     Special,
-    /// Nothing but NaN and infinities.
+    /// NaN and infinities alone.
     OnlySpecial,
     /// Any bits.
     Bits,
-    /// So far apart that most weights vanish.
+    /// Differences so large that most weights vanish.
     Wide,
 }
 
@@ -75,7 +76,8 @@ fn make<D: Dtype>(len: usize, logits: Logits, seed: u64) -> Vec<D> {
     (0..len).map(|_| element()).collect()
 }
 
-/// Contents on the device, `offset` elements into their buffer; `None` where there is nothing.
+/// Values on the device, `offset` elements into their buffer; `None` for a buffer that is not
+/// given.
 struct Uploaded<T>(Option<Buffer<T>>, usize);
 
 impl<T: DeviceRepr + bytemuck::Pod> Uploaded<T> {
@@ -89,7 +91,7 @@ impl<T: DeviceRepr + bytemuck::Pod> Uploaded<T> {
     }
 }
 
-/// Routes a case, of which every buffer starts `offset` elements into its own.
+/// Routes a case whose views start `offset` elements into their buffers.
 fn run<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
     case: &RouterCase<D>,
@@ -132,7 +134,7 @@ fn run<D: Dtype + DeviceRepr>(
     (gpu.download(&ids.view()), gpu.download(&weights.view()))
 }
 
-/// Whether every weight has a bound: numbers are moderate, and scores are positive.
+/// True if every weight has a bound: values are moderate, and scores are positive.
 fn has_bounds<D: Dtype>(case: &RouterCase<D>) -> bool {
     fn moderate<V: Dtype>(values: &[V]) -> bool {
         values.iter().all(|value| value.to_f32().abs() <= 8.0)
@@ -152,7 +154,7 @@ fn has_bounds<D: Dtype>(case: &RouterCase<D>) -> bool {
         && case.expert_scale.as_deref().is_none_or(moderate)
 }
 
-/// Holds one routing against the reference: in f32 bit for bit, in f64 within the bound.
+/// Checks one routing against the reference: in f32 bit for bit, in f64 within the bound.
 fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) {
     let RouterCase { shape, router, .. } = case;
     let what = format!("{shape} {router:?} {}", D::DTYPE);
@@ -161,11 +163,11 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) 
     assert_eq!(ids, want.expert_ids, "{what}");
     for (slot, (got, want)) in weights.iter().zip(&want.routing_weights).enumerate() {
         assert_eq!(got.to_bits(), want.to_bits(), "{what}: slot {slot} is {got:e}, not {want:e}");
-        assert!(!got.is_nan(), "{what}: slot {slot} is no number");
+        assert!(!got.is_nan(), "{what}: slot {slot} is NaN");
     }
     let (truth, bound) = reference::bound::route(shape, router, &case.inputs()).unwrap();
     assert_eq!(ids, truth.expert_ids, "{what}");
-    // Where f32 overflows on the way, or scores cancel, there is no bound.
+    // Without a bound if f32 overflows in between, or scores cancel.
     if has_bounds(case) {
         let missing = bound.iter().position(|bound| !bound.is_finite());
         assert_eq!(missing, None, "{what}: a slot without a bound");
@@ -186,7 +188,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) 
     }
 }
 
-/// A softmax without options or, twice as often, any router there is.
+/// A softmax without options or, twice as often, a random router.
 fn check_any<D: Dtype + DeviceRepr>(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
     let mut rng = Rng::new(seed);
     let logits = make::<D>(shape.logits(), kind, seed);
@@ -207,9 +209,9 @@ fn check_dtypes(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
     check_any::<bf16>(gpu, shape, kind, seed.wrapping_add(2));
 }
 
-/// The bounds do not look away from usual routers: none of these may be without one.
+/// Every one of these typical routers has bounds.
 #[test]
-fn usual_routers_have_bounds() {
+fn typical_routers_have_bounds() {
     let gpu = gpu();
     let shape = RoutingShape::new(7, 24, 5).unwrap();
     for scoring in [
@@ -254,9 +256,10 @@ proptest! {
     }
 }
 
-/// Every number of experts at which something changes, with K at its limits and beside them.
+/// The numbers of experts at which the body or a loop count changes, with K at and next to its
+/// limits.
 #[test]
-fn edges() {
+fn matches_reference_at_limits() {
     let gpu = gpu();
     let experts =
         [1, 2, 3, 7, 31, 32, 33, 64, 67, 100, 128, 256, 257, 384, 512, 1000, 1024, 1025, 4096];
@@ -278,7 +281,7 @@ fn edges() {
     check_dtypes(&gpu, RoutingShape::new(0, 8, 2).unwrap(), Logits::Usual, 1);
 }
 
-/// Rows in which everything is the same, or undefined, still give K different experts, lowest first.
+/// Rows of equal or NaN logits give K distinct experts, lowest first.
 #[test]
 fn equal_logits_go_to_the_lowest_experts() {
     let gpu = gpu();
@@ -303,7 +306,7 @@ fn equal_logits_go_to_the_lowest_experts() {
     }
 }
 
-/// One unit in the last place decides, in every element type and wherever the winner lies.
+/// One unit in the last place decides, in every element type and at every position.
 #[test]
 fn near_ties_are_decided() {
     fn one<D: Dtype + DeviceRepr>(gpu: &Gpu) {
@@ -325,10 +328,10 @@ fn near_ties_are_decided() {
     one::<bf16>(&gpu);
 }
 
-/// Below a largest logit of 0 nothing is rounded before exp, so that its own error shows: 1.6 units
+/// With a largest logit of 0 nothing is rounded before exp, so that its own error shows: 1.6 units
 /// of 2^-24, and half a unit for the division and for the sum.
 #[test]
-fn exponentials_are_sharp() {
+fn exponentials_are_within_their_bound() {
     let gpu = gpu();
     let distances: Vec<f32> = (0..349).map(|step| -0.25 * step as f32).collect();
     let logits: Vec<f32> = distances.iter().flat_map(|&x| [0.0, x]).collect();
@@ -342,7 +345,7 @@ fn exponentials_are_sharp() {
     }
 }
 
-/// Weights do not depend on alignment or schedule, only on the numbers.
+/// Weights do not depend on alignment or schedule.
 #[test]
 fn schedules_and_alignment_do_not_change_bits() {
     let gpu = gpu();
@@ -368,9 +371,9 @@ fn schedules_and_alignment_do_not_change_bits() {
     }
 }
 
-/// A body that has options gives a router without them the same bits.
+/// The bodies with options give the same bits for a router without options.
 #[test]
-fn options_that_change_nothing_do_not_change_bits() {
+fn neutral_options_do_not_change_bits() {
     let gpu = gpu();
     for (e, k) in [(100, 7), (256, 8), (300, 32)] {
         let shape = RoutingShape::new(6, e, k).unwrap();
@@ -387,7 +390,7 @@ fn options_that_change_nothing_do_not_change_bits() {
 }
 
 #[test]
-fn the_allocating_form_agrees() {
+fn allocating_form_agrees() {
     let gpu = gpu();
     let router = ROUTERS[1];
     for tokens in [0, 5] {

@@ -1,10 +1,11 @@
-//! Plans that hold anything at all: made by kernels that were captured and have not run, or written by another
-//! launch meanwhile. Results mean nothing then, but no kernel leaves its buffers.
+//! Plans with arbitrary contents: the kernels that write the plan were captured but not executed,
+//! or another launch writes the plan at the same time. Results are undefined, but no kernel
+//! accesses memory outside its buffers.
 
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 use half::{bf16, f16};
 use moe_kernels::ops::combine::{self, CombineInputs, Identity};
 use moe_kernels::ops::grouped_gemm::{
@@ -20,11 +21,12 @@ use moe_kernels::{
 
 use crate::common::{Gpu, Rng, gpu, values};
 
-/// A context in which cudarc adds no waits, as captures need.
+/// A context without event tracking, as captures require.
 fn untracked() -> (Gpu, Arc<CudaContext>) {
     let emulated = gpu().emulated;
     let context = CudaContext::new(0).unwrap();
-    // SAFETY: buffers are shared between streams where the test means it, and freed after both have finished.
+    // SAFETY: streams share buffers only where a test intends it; buffers are freed after both have
+    // finished.
     unsafe { context.disable_event_tracking() };
     let (device, stream) = (Device::new(&context).unwrap(), context.new_stream().unwrap());
     device.warm_up(DType::F32).unwrap();
@@ -38,7 +40,7 @@ fn captured(stream: &Arc<CudaStream>, record: impl FnOnce()) -> CudaGraph {
     stream.end_capture(flags).unwrap().unwrap()
 }
 
-/// Bytes of a plan: any bits, or numbers about the sizes that kernels hold them against.
+/// The bytes of a plan: any bits, or numbers near the sizes that kernels compare them with.
 fn contents(layout: &PlanLayout, rng: &mut Rng) -> Vec<u8> {
     let shape = layout.shape();
     let sizes = [0, shape.num_tokens, shape.slots(), shape.num_experts, layout.max_tiles(), 128];
@@ -52,8 +54,8 @@ fn contents(layout: &PlanLayout, rng: &mut Rng) -> Vec<u8> {
     (0..layout.bytes().div_ceil(4)).flat_map(|_| number(rng).to_le_bytes()).collect()
 }
 
-/// Everything that reads a plan, one after the other; adds those that fail to the list.
-fn use_everywhere<D: Dtype + DeviceRepr>(
+/// Calls every operation that reads a plan, and adds failures to the list.
+fn call_operations<D: Dtype>(
     gpu: &Gpu,
     plan: &RoutingPlan<'_>,
     seed: u64,
@@ -61,9 +63,9 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
 ) {
     let (device, stream, shape) = (&gpu.device, &gpu.stream, plan.shape());
     let (tokens, slots, experts) = (shape.num_tokens, shape.slots(), shape.num_experts);
-    // Rows of whole 256 bytes, so that the first one outside a buffer is outside its memory.
+    // Rows of 256 bytes: a row past the end of a buffer is outside its allocation.
     let width = 256 / size_of::<D>();
-    let mut done = |what: &str| {
+    let mut finish = |what: &str| {
         if let Err(error) = stream.synchronize() {
             failures.push(format!("{what} of {shape} seed {seed}: {error:?}"));
             if gpu.emulated {
@@ -77,11 +79,11 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
     let (x, rows, weights) = (of_tokens.view(), of_rows.view(), weights.view());
 
     permute::permute_fwd(device, stream, plan, width, &x).unwrap();
-    done("permute");
+    finish("permute");
     let norm = RmsNorm { epsilon: 0.0, offset: 0.0, scale_first: false };
     let inputs = RmsNormInputs { plan: Some(plan), ..RmsNormInputs::default() };
     rms_norm::rms_norm_fwd(device, stream, &norm, width, &rows, &inputs).unwrap();
-    done("rms_norm");
+    finish("rms_norm");
     let ids = gpu.upload(&vec![experts as u32; slots]);
     let ids = ids.view();
     let identity = 0..experts as u32 + 1;
@@ -89,7 +91,7 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
     for identity in [None, Some(identity)] {
         let inputs = CombineInputs { identity, ..CombineInputs::new(&rows, &weights) };
         combine::combine_fwd(device, stream, plan, width, &inputs).unwrap();
-        done("combine");
+        finish("combine");
     }
     let w = gpu.upload(&values::<D>(experts * width * width, 0.1, seed));
     let both = gpu.upload(&values::<D>(experts * 2 * width * width, 0.1, seed));
@@ -99,13 +101,13 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
         for (from, x) in [(Rows::Gathered, &x), (Rows::Grouped, &rows)] {
             let linear = LinearWeights { order, bias: Some(&bias), ..LinearWeights::new(&w) };
             grouped_gemm_fwd(device, stream, plan, width, width, from, x, linear).unwrap();
-            done("grouped_gemm");
+            finish("grouped_gemm");
             if D::DTYPE == DType::F16 {
                 grouped_gemm_weighted_fwd(
                     device, stream, plan, width, width, from, x, linear, &weights,
                 )
                 .unwrap();
-                done("weighted grouped_gemm");
+                finish("weighted grouped_gemm");
             }
             for weight_position in [WeightPosition::Output, WeightPosition::Input] {
                 let config =
@@ -116,14 +118,14 @@ fn use_everywhere<D: Dtype + DeviceRepr>(
                     device, stream, plan, &config, width, width, from, x, gate_up, weights,
                 )
                 .unwrap();
-                done("gate_up");
+                finish("gate_up");
             }
         }
     }
 }
 
-/// Both rounds of capacity, for each priority, by a plan of slots.
-fn use_by_slot(
+/// Calls both operations of capacity for each priority, with a plan of slots.
+fn call_capacity(
     gpu: &Gpu,
     plan: &RoutingPlan<'_>,
     shape: RoutingShape,
@@ -163,7 +165,7 @@ fn use_by_slot(
 }
 
 #[test]
-fn no_operation_trusts_a_plan() {
+fn operations_stay_in_bounds_with_any_plan() {
     let (gpu, _context) = untracked();
     let (device, stream) = (&gpu.device, &gpu.stream);
     let mut failures = Vec::new();
@@ -184,9 +186,9 @@ fn no_operation_trusts_a_plan() {
             });
             drop(graph);
             let plan = made.unwrap();
-            use_everywhere::<f32>(&gpu, &plan, seed, &mut failures);
-            use_everywhere::<bf16>(&gpu, &plan, seed, &mut failures);
-            use_everywhere::<f16>(&gpu, &plan, seed, &mut failures);
+            call_operations::<f32>(&gpu, &plan, seed, &mut failures);
+            call_operations::<bf16>(&gpu, &plan, seed, &mut failures);
+            call_operations::<f16>(&gpu, &plan, seed, &mut failures);
         }
         let by_slot = shape.by_slot();
         let mut memory = gpu.upload(&contents(&PlanLayout::new(by_slot).unwrap(), rng));
@@ -196,17 +198,17 @@ fn no_operation_trusts_a_plan() {
             let (ids, memory) = (ids.view(), memory.view_mut());
             made = Some(plan::plan_fwd_into(device, stream, by_slot, Some(&ids), memory).unwrap());
         });
-        use_by_slot(&gpu, &made.unwrap(), shape, seed, &mut failures);
+        call_capacity(&gpu, &made.unwrap(), shape, seed, &mut failures);
     }
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// A replay on one stream, while another one, which waits for nothing, writes the memory of the plan.
+/// A graph that writes a plan is replayed on one stream while another stream overwrites the plan.
 #[test]
-fn a_plan_is_made_inside_its_memory() {
+fn plan_kernels_stay_in_bounds_while_their_memory_changes() {
     let (gpu, context) = untracked();
     let other = context.new_stream().unwrap();
-    // One block of slots, which has one launch for all, and several.
+    // One block of slots, for which a plan has a single launch, and several blocks.
     for slots in [300, 3000] {
         let shape = RoutingShape::new(slots, 7, 1).unwrap();
         let layout = PlanLayout::new(shape).unwrap();

@@ -1,7 +1,7 @@
-//! After `warm_up` a layer loads nothing, whatever its options, so that it can be captured.
+//! After `warm_up`, a layer with any options loads no images, so it can be captured.
 
+use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::ops::noise::noise_fwd_into;
 use moe_kernels::{
@@ -11,14 +11,14 @@ use moe_kernels::{
 
 use crate::common::{Rng, bits, gpu, random_config, random_inputs, random_weights, values};
 
-/// Captures a pass of a new device's right after `warm_up`; the graph computes what a pass computes.
-fn capture<D: Dtype + DeviceRepr>(
+/// Captures a pass of a new device after `warm_up`, and compares the graph with a direct pass.
+fn capture<D: Dtype>(
     config: MoeConfig,
     weights: &MoeWeights<Owned, D>,
     inputs: &MoeInputs<Owned, D>,
     what: &str,
 ) {
-    gpu(); // The process has chosen its driver.
+    gpu(); // Selects the driver of the process.
     let context = CudaContext::new(0).unwrap();
     // SAFETY: everything of this context runs on one stream.
     unsafe { context.disable_event_tracking() };
@@ -46,8 +46,9 @@ fn capture<D: Dtype + DeviceRepr>(
     assert_eq!(bits(&replayed), bits(&direct), "{what}");
 }
 
-/// A plain layer's logits in f32, its own or the caller's; a plain router's kernels are those of the logits' type.
-fn capture_f32_logits<D: Dtype + DeviceRepr>() {
+/// A plain layer with f32 logits, computed or given; the kernels of a plain router depend on their
+/// type.
+fn capture_f32_logits<D: Dtype>() {
     for experts in [6, 300] {
         let router = RouterConfig::softmax_top_k(true);
         let mut config = MoeConfig { router, ..MoeConfig::new(16, 8, experts, 2) };
@@ -55,7 +56,7 @@ fn capture_f32_logits<D: Dtype + DeviceRepr>() {
         let mut rng = Rng::new(1);
         let weights: MoeWeights<Owned, D> = random_weights(&config, &mut rng);
         let mut inputs = MoeInputs::new(values(5 * 16, 1.0, 2));
-        capture(config, &weights, &inputs, "logits of the gate");
+        capture(config, &weights, &inputs, "logits of the router gate");
         config.projection.f32_logits = false;
         inputs.logits = Some(Typed::F32(values(5 * experts, 2.0, 3)));
         capture(config, &weights, &inputs, "logits of the caller");
@@ -63,15 +64,15 @@ fn capture_f32_logits<D: Dtype + DeviceRepr>() {
 }
 
 #[test]
-fn layers_with_f32_logits() {
+fn layers_with_f32_logits_load_nothing() {
     capture_f32_logits::<bf16>();
     capture_f32_logits::<f16>();
     capture_f32_logits::<f32>();
 }
 
-/// An error that names the remedy, not a build without kernels.
+/// The error names `warm_up`.
 #[test]
-fn without_it_a_capture_fails() {
+fn capture_without_warm_up_is_an_error() {
     gpu();
     let context = CudaContext::new(0).unwrap();
     // SAFETY: everything of this context runs on one stream.
@@ -79,19 +80,19 @@ fn without_it_a_capture_fails() {
     let (device, stream) = (Device::new(&context).unwrap(), context.new_stream().unwrap());
     let (mut to, kind) = (stream.alloc_zeros::<f32>(4).unwrap(), NoiseDistribution::Normal);
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-    let refused = noise_fwd_into(&device, &stream, kind, 1, 0, &mut to.as_view_mut());
+    let result = noise_fwd_into(&device, &stream, kind, 1, 0, &mut to.as_view_mut());
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let _ = stream.end_capture(flags);
-    let said = refused.unwrap_err().to_string();
+    let message = result.unwrap_err().to_string();
     assert!(
-        said.contains("STREAM_CAPTURE_UNSUPPORTED") && said.contains("Device::warm_up"),
-        "{said}"
+        message.contains("STREAM_CAPTURE_UNSUPPORTED") && message.contains("Device::warm_up"),
+        "{message}"
     );
 }
 
 #[test]
-fn any_layer() {
-    fn capture_random<D: Dtype + DeviceRepr>(seed: u64) {
+fn random_layers_load_nothing() {
+    fn capture_random<D: Dtype>(seed: u64) {
         let mut rng = Rng::new(seed);
         let config = random_config(&mut rng, 60);
         let weights: MoeWeights<Owned, D> = random_weights(&config, &mut rng);

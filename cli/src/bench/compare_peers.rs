@@ -1,27 +1,27 @@
-//! Rows of peers: the same tensors, ids and weights, each peer checked before it is timed, and timed
-//! between two measurements of ours.
+//! Measures peers on our tensors, ids and weights. Each peer is checked first, and timed between
+//! two measurements of ours.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 use moe_bench::{Op, Samples, Tensors};
-use moe_kernels::DType;
+use moe_kernels::{DType, Dtype, RouterConfig};
+use tempfile::TempDir;
 
-use crate::backend::Element;
 use crate::bench::measure::{Bench, SAMPLES, Setting, empty_row};
 use crate::bench::peers::{Peer, Peers};
 use crate::bench::record::Row;
-use crate::error::Result;
-use crate::tensor_file::{view, view_ids, write};
+use crate::error::{Result, io};
+use crate::write::{view, view_ids, write};
 
-/// What we are called among peers.
+/// Our name in the protocol of peers.
 const OURS: &str = "moe-kernels";
 
-/// Where peers have something to say.
+/// The operations that peers implement.
 const OPS: [Op; 3] = [Op::Experts, Op::Layer, Op::LayerFromX];
 
-/// How far from the truth, relative to its norm, an output may be. Outputs and what is between the
-/// products are rounded to the type.
+/// The largest accepted relative error `|y - truth| / |truth|`. Outputs and the values between the
+/// two products are rounded to the element type.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F32 => 1e-5,
@@ -30,47 +30,64 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// The largest file of tensors: what is larger takes minutes to write and to read.
-const LARGEST_FILE: usize = 8 << 30;
-
-/// The tensors that peers read; the file goes with this.
-struct Inputs(PathBuf);
-
-impl Drop for Inputs {
-    fn drop(&mut self) {
-        // Gigabytes that nobody needs any more; if they cannot be removed, nothing is wrong with the results.
-        let _ = std::fs::remove_file(&self.0);
+/// Returns whether peers renormalise the weights for this router; `None` for a router without
+/// softmax, which no peer has.
+fn renormalize(router: &RouterConfig) -> Option<bool> {
+    // The softmax over the selected logits is the softmax over all, renormalised.
+    let renormalized = [RouterConfig::softmax_top_k(true), RouterConfig::top_k_softmax()];
+    match router {
+        router if *router == RouterConfig::softmax_top_k(false) => Some(false),
+        router => renormalized.contains(router).then_some(true),
     }
 }
 
+/// A larger file of tensors would take minutes to write and to read.
+const MAX_FILE_BYTES: usize = 8 << 30;
+
+/// The file of tensors that peers read, in a folder of its own with a random name. Dropping it
+/// removes the folder; errors of the removal are ignored.
+struct Inputs {
+    file: PathBuf,
+    _folder: TempDir,
+}
+
 impl Bench<'_> {
-    /// All peers at one setting. `Ok(false)` if a result is wrong, ours or a peer's.
-    pub fn peers<D: Element>(&mut self, setting: Setting<'_, D>) -> Result<bool> {
+    /// Measures all peers at one setting. Returns `Ok(false)` if our output or a peer's is wrong.
+    pub fn peers<D: Dtype>(&mut self, setting: Setting<'_, D>) -> Result<bool> {
         let wanted = OPS.iter().any(|op| self.request.ops.contains(op));
         if self.request.peers.is_empty() || !wanted || self.request.is_over() {
             return Ok(true);
         }
         let (model, num_tokens) = (setting.model, setting.draw.shape.num_tokens);
+        let Some(renormalize) = renormalize(&model.config.router) else {
+            let mut row = empty_row::<D>(Op::Layer, setting.model, setting.draw);
+            row.by = "peers".into();
+            row.note = Some(format!("peers route by softmax, {} does not", model.name));
+            self.push(row)?;
+            return Ok(true);
+        };
         let bytes = size_of::<D>() * 3 * model.config.down_len();
-        if bytes > LARGEST_FILE {
+        if bytes > MAX_FILE_BYTES {
             let gib = (bytes >> 30).to_string();
             let mut row = empty_row::<D>(Op::Layer, setting.model, setting.draw);
             row.by = "peers".into();
-            row.note =
-                Some(format!("the weights of {} are {gib} GiB, too many to hand over", model.name));
+            row.note = Some(format!(
+                "the weights of {} are {gib} GiB, more than the limit for a file",
+                model.name
+            ));
             self.push(row)?;
             return Ok(true);
         }
-        self.progress.say(format!("tensors for peers, {} T{num_tokens}", model.name));
-        let inputs = self.inputs(setting)?;
+        self.progress.set_message(format!("write tensors for peers, {} T{num_tokens}", model.name));
+        let inputs = self.inputs(setting, renormalize)?;
         let mut good = true;
         for program in &self.request.peers {
-            let mut peers = Peers::start(program, self.place, &inputs.0)?;
+            let mut peers = Peers::start(program, self.place, &inputs.file)?;
             for absent in peers.greeting.unavailable.clone() {
-                // Said once, not for every shape.
-                let said =
+                // Reported once, not for every shape.
+                let reported =
                     |row: &Row| row.by == absent.name && row.note.as_ref() == Some(&absent.why);
-                if self.record.rows.iter().any(said) {
+                if self.record.rows.iter().any(reported) {
                     continue;
                 }
                 let mut row = empty_row::<D>(Op::Layer, setting.model, setting.draw);
@@ -91,15 +108,15 @@ impl Bench<'_> {
         Ok(good)
     }
 
-    /// One peer at each of its boundaries.
-    fn peer<D: Element>(
+    /// Measures a peer at each of its boundaries.
+    fn peer<D: Dtype>(
         &mut self,
         peers: &mut Peers,
         peer: &Peer,
         setting: Setting<'_, D>,
     ) -> Result<bool> {
         let num_tokens = setting.draw.shape.num_tokens;
-        self.progress.say(format!("{}, {} T{num_tokens}", peer.name, setting.model.name));
+        self.progress.set_message(format!("{}, {} T{num_tokens}", peer.name, setting.model.name));
         let error = peers.check(&peer.name)?;
         let good = error.as_ref().map_or(true, |error| *error <= tolerance(D::DTYPE));
         for op in OPS {
@@ -126,7 +143,7 @@ impl Bench<'_> {
                             row.launch = timed.launch;
                             row.cache = timed.cache;
                             row.note = timed.note;
-                            row.take(&Samples::new(timed.seconds), &self.ceilings);
+                            row.set_times(&Samples::new(timed.seconds), &self.ceilings);
                             row.ours_around = Some([before, self.time(op, setting)?.0.median()]);
                         }
                     }
@@ -137,8 +154,8 @@ impl Bench<'_> {
         Ok(good)
     }
 
-    /// Our own layer was checked as the peers are.
-    fn note_our_error<D: Element>(
+    /// Records the error of our own layer, which the program of peers has computed.
+    fn note_our_error<D: Dtype>(
         &mut self,
         setting: Setting<'_, D>,
         error: std::result::Result<f64, String>,
@@ -151,31 +168,29 @@ impl Bench<'_> {
         let Some(row) = ours else { return };
         match error {
             Ok(error) => row.relative_error = Some(error),
-            Err(why) => row.note = Some(format!("cannot be held against the truth: {why}")),
+            Err(why) => row.note = Some(format!("the result was not checked: {why}")),
         }
     }
 
     /// Writes the tensors of a setting.
-    fn inputs<D: Element>(&self, setting: Setting<'_, D>) -> Result<Inputs> {
-        let Setting { model, stage, draw } = setting;
+    fn inputs<D: Dtype>(&self, setting: Setting<'_, D>, renormalize: bool) -> Result<Inputs> {
+        let Setting { model, loaded, draw } = setting;
         let (config, t) = (&model.config, draw.shape.num_tokens);
         let (e, k) = (config.num_experts, config.top_k);
         let (h, i) = (config.hidden, config.intermediate);
-        let Tensors { x, gate, gate_up, down } = stage.tensors(t);
+        let Tensors { x, router_gate, gate_up, down } = loaded.tensors(t);
         let logits: Vec<D> = draw.logits.iter().map(|&logit| D::from_f32(logit)).collect();
-        let y = stage.output(draw)?;
-        let renormalize = config.router != moe_kernels::RouterConfig::softmax_top_k(false);
+        let y = loaded.output(draw)?;
         let notes = HashMap::from([
             ("model".to_string(), model.name.clone()),
             ("routing".to_string(), draw.routing.name().to_string()),
             ("dtype".to_string(), D::DTYPE.name().to_string()),
             ("top_k".to_string(), k.to_string()),
-            // Softmax over the selected is softmax over all, renormalised.
             ("renormalize".to_string(), renormalize.to_string()),
         ]);
         let tensors = vec![
             ("x", view(&[t, h], &x)?),
-            ("gate", view(&[e, h], &gate)?),
+            ("router_gate", view(&[e, h], &router_gate)?),
             ("logits", view(&[t, e], &logits)?),
             ("gate_up", view(&[e, 2 * i, h], &gate_up)?),
             ("down", view(&[e, h, i], &down)?),
@@ -183,10 +198,11 @@ impl Bench<'_> {
             ("weights", view(&[t, k], &draw.weights)?),
             ("y", view(&[t, h], &y)?),
         ];
-        let name = format!("moe-kernels-peers-{}.safetensors", std::process::id());
-        // Removed with the value, also if writing it fails half-way.
-        let inputs = Inputs(std::env::temp_dir().join(name));
-        write(&inputs.0, tensors, Some(notes))?;
-        Ok(inputs)
+        // The folder is removed if the write fails as well.
+        let folder = tempfile::Builder::new().prefix("moe-kernels-peers-").tempdir();
+        let folder = folder.map_err(io("create a folder in", std::env::temp_dir()))?;
+        let file = folder.path().join("inputs.safetensors");
+        write(&file, tensors, Some(notes))?;
+        Ok(Inputs { file, _folder: folder })
     }
 }

@@ -1,26 +1,29 @@
-//! Goes through everything that was asked for and makes a row of each.
+//! Measures every requested combination of model, tokens, routing and operation.
 
 use std::path::Path;
 use std::time::Duration;
 
 use cudarc::cublas::{CudaBlas, Gemm};
-use moe_bench::{Ceilings, Dense, Draw, Model, Op, Repeater, Samples, Stage, Target, least_work};
+use moe_bench::{
+    Ceilings, Dense, Draw, LoadedModel, Model, Op, Repeater, Samples, Target, least_work,
+};
+use moe_kernels::Dtype;
 
-use crate::backend::Element;
 use crate::bench::record::{self, Record, Row, Seconds};
 use crate::bench::{Request, traffic};
 use crate::device::Place;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-/// Samples of one row on a device; on the CPU as many as there is patience for.
+/// Samples of one row on a device.
 pub const SAMPLES: usize = 25;
+/// After this time no sample starts except the first five.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What a row says that was too large.
+/// The note of a row that does not fit in memory.
 const NO_MEMORY: &str = "the device has not enough memory";
 
-/// One run of the program.
+/// The state of a measurement.
 pub struct Bench<'a> {
     pub target: &'a Target<'a>,
     pub place: Place,
@@ -35,19 +38,19 @@ pub struct Bench<'a> {
 #[derive(Clone, Copy)]
 pub struct Setting<'a, D> {
     pub model: &'a Model,
-    pub stage: &'a Stage<'a, D>,
+    pub loaded: &'a LoadedModel<'a, D>,
     pub draw: &'a Draw,
 }
 
 impl Bench<'_> {
-    /// `Ok(false)` if a result is wrong, ours or a peer's.
-    pub fn run<D: Element>(&mut self) -> Result<bool>
+    /// Measures everything. Returns `Ok(false)` if our output or a peer's is wrong.
+    pub fn run<D: Dtype>(&mut self) -> Result<bool>
     where
         CudaBlas: Gemm<D>,
     {
         let request = self.request;
         if self.place != Place::Emulator && request.ceilings && !request.is_over() {
-            self.progress.say("ceilings".into());
+            self.progress.set_message("measure the ceilings".into());
             self.ceilings = Ceilings::measure(self.target, D::DTYPE)?;
         }
         self.record.ceilings = record::Ceilings {
@@ -59,19 +62,20 @@ impl Bench<'_> {
         for model in &request.models {
             let tokens = request.tokens_of(model);
             let fewest = Draw::new(model, tokens[0], request.routings[0], D::DTYPE)?;
-            let stage = match Stage::<D>::new(self.target, model, &fewest).map_err(Error::from) {
+            let loaded = LoadedModel::<D>::new(self.target, model, &fewest);
+            let loaded = match loaded.map_err(Error::from) {
                 Err(error) if error.is_out_of_memory() => {
                     let mut row = empty_row::<D>(Op::Layer, model, &fewest);
                     row.note = Some(NO_MEMORY.into());
                     self.push(row)?;
                     continue;
                 }
-                stage => stage?,
+                loaded => loaded?,
             };
             for &tokens in tokens {
                 for &routing in &request.routings {
                     let draw = Draw::new(model, tokens, routing, D::DTYPE)?;
-                    let setting = Setting { model, stage: &stage, draw: &draw };
+                    let setting = Setting { model, loaded: &loaded, draw: &draw };
                     for op in request.ops_with(routing) {
                         if request.is_over() {
                             return Ok(good);
@@ -95,41 +99,47 @@ impl Bench<'_> {
         Ok(good)
     }
 
-    /// The row of one operation.
-    fn operation<D: Element>(&self, op: Op, setting: Setting<'_, D>) -> Result<Row>
+    /// Measures one operation.
+    fn operation<D: Dtype>(&self, op: Op, setting: Setting<'_, D>) -> Result<Row>
     where
         CudaBlas: Gemm<D>,
     {
-        let Setting { model, stage, draw } = setting;
-        self.progress.say(format!("{} {} T{}", op.name(), model.name, draw.shape.num_tokens));
+        let Setting { model, loaded, draw } = setting;
+        self.progress.set_message(format!(
+            "{} {} T{}",
+            op.name(),
+            model.name,
+            draw.shape.num_tokens
+        ));
         let mut row = empty_row::<D>(op, model, draw);
         if self.place == Place::Emulator {
-            row.traffic = Some(traffic::of(self.target, stage.workload(op, draw)?)?);
+            row.traffic = Some(traffic::of(self.target, loaded.workload(op, draw)?)?);
         } else {
             let (samples, launch, cache) = self.time(op, setting)?;
             row.launch = Some(launch.into());
             row.cache = Some(cache.into());
-            row.take(&samples, &self.ceilings);
+            row.set_times(&samples, &self.ceilings);
             row.dense = self.dense(op, setting, samples.median())?;
         }
         Ok(row)
     }
 
-    /// The times of ours, how calls came to the device, and whether the data was cold.
-    pub fn time<D: Element>(
+    /// Times our operation. Returns the samples, how calls were launched, and whether data was
+    /// cold.
+    pub fn time<D: Dtype>(
         &self,
         op: Op,
         setting: Setting<'_, D>,
     ) -> Result<(Samples, &'static str, &'static str)> {
-        let workload = setting.stage.workload(op, setting.draw)?;
+        let workload = setting.loaded.workload(op, setting.draw)?;
         let num_tokens = setting.draw.shape.num_tokens;
         let mut repeater = Repeater::new(self.target, workload, num_tokens)?;
         let samples = repeater.samples(SAMPLES, PATIENCE)?;
         Ok((samples, repeater.launch(), repeater.cache()))
     }
 
-    /// What cuBLAS needs for the same products.
-    fn dense<D: Element>(
+    /// Times the same products of dense matrices by cuBLAS.
+    fn dense<D: Dtype>(
         &self,
         op: Op,
         setting: Setting<'_, D>,
@@ -142,7 +152,7 @@ impl Bench<'_> {
         let Some(dense) = Dense::new(gpu)? else { return Ok(None) };
         let workload = dense.matching::<D>(op, setting.model, setting.draw).map_err(Error::from);
         let workload = match workload {
-            // Beside our own weights there may be no room for others.
+            // Our own weights stay allocated, and may leave too little memory.
             Err(error) if error.is_out_of_memory() => return Ok(None),
             workload => workload?,
         };
@@ -152,15 +162,15 @@ impl Bench<'_> {
         Ok(Some(record::Dense { by: "cublas", seconds, percent: 100.0 * seconds / ours }))
     }
 
-    /// Adds a row, and writes the file: what has been measured is not lost.
+    /// Adds a row and writes the file, so that no result is lost if the program ends early.
     pub fn push(&mut self, row: Row) -> Result<()> {
         self.record.rows.push(row);
         self.record.write(self.output)
     }
 }
 
-/// A row of ours without a result.
-pub fn empty_row<D: Element>(op: Op, model: &Model, draw: &Draw) -> Row {
+/// A row of ours, before it is measured.
+pub fn empty_row<D: Dtype>(op: Op, model: &Model, draw: &Draw) -> Row {
     let num_tokens = draw.shape.num_tokens;
     let work = least_work::<D>(op, model, draw);
     Row {
@@ -195,8 +205,8 @@ pub fn empty_row<D: Element>(op: Op, model: &Model, draw: &Draw) -> Row {
 }
 
 impl Row {
-    /// Takes times over, and compares them with the roofline.
-    pub fn take(&mut self, samples: &Samples, ceilings: &Ceilings) {
+    /// Sets the times and the percentage of the roofline.
+    pub fn set_times(&mut self, samples: &Samples, ceilings: &Ceilings) {
         let median = samples.median();
         self.seconds = Some(Seconds {
             median,

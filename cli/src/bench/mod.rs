@@ -1,4 +1,4 @@
-//! `bench`: every operation and the layer at real shapes, beside the roofline and beside peers.
+//! `bench`: measures every operation and the layer at real shapes, against the roofline and peers.
 
 mod compare_peers;
 mod measure;
@@ -22,37 +22,34 @@ use crate::bench::record::{Device, Record};
 use crate::device::{Choice, Gpu, Place, probe};
 use crate::error::{Result, io};
 use crate::progress::Progress;
-use crate::text::{say, seconds};
+use crate::text::{print, seconds};
 
 /// Measures operations and layers at the shapes of real models
 ///
-/// Prints a table and writes bench.json, and pictures of it, into a folder. A GPU is timed with events;
-/// the CPU is the reference; on the software device nothing is timed, but every byte is counted that
-/// a GPU would move.
+/// Prints a table and writes bench.json and pictures into a folder. A GPU is timed with events. The
+/// CPU runs the reference. The software device counts memory traffic and is not timed.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// What to measure; auto is the GPU if there is one, else the CPU
+    /// Device; auto is the GPU if there is one, otherwise the CPU
     #[arg(long, default_value = "auto")]
     device: Choice,
 
-    /// Layers by name, or `all`
+    /// Names of layers, or `all`
     #[arg(long, value_delimiter = ',', value_name = "NAMES", default_value = "olmoe-1b-7b", value_parser = parse_model)]
-    model: Vec<Named>,
+    model: Vec<ModelArgument>,
 
-    /// Numbers of tokens [default: 1,8,64; on a GPU those of each model]
+    /// Numbers of tokens [default: 1,8,64; on a GPU a list for each model]
     #[arg(long, value_delimiter = ',', value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     tokens: Vec<u32>,
 
-    /// f32, bf16 or f16
+    /// Element type: f32, bf16 or f16
     #[arg(long, default_value = "bf16")]
     dtype: DType,
 
-    /// Operations: router_gemm, route, noise, jitter, capacity, expert_choice, plan, permute, gate_up,
-    /// down, experts, rms_norm, combine, layer, layer_from_x, or `all`
-    #[arg(long, value_delimiter = ',', value_name = "OPS", default_value = "all", value_parser = parse_op)]
-    op: Vec<NamedOp>,
+    #[arg(long, value_delimiter = ',', value_name = "OPS", default_value = "all", value_parser = parse_op, help = op_help())]
+    op: Vec<OpArgument>,
 
-    /// How tokens spread over experts
+    /// Distributions of tokens over experts
     #[arg(long, value_delimiter = ',', default_value = "uniform")]
     routing: Vec<Spread>,
 
@@ -60,16 +57,16 @@ pub struct Arguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     shrink: Option<u32>,
 
-    /// A program that runs peers on the same tensors, which it gets in a file in TMPDIR; may be repeated.
-    /// benches/peers/README.md has the protocol
+    /// Program that runs peers on the same tensors, which it reads from a file in TMPDIR; may be
+    /// repeated. benches/peers/README.md describes the protocol
     #[arg(long, value_name = "PROGRAM")]
     peers: Vec<String>,
 
-    /// Leaves out bandwidth and the rate of dense products, and with them what times are compared with
+    /// Does not measure bandwidth and the rate of dense products, so that no roofline is printed
     #[arg(long)]
     no_ceilings: bool,
 
-    /// Start nothing new after so many seconds
+    /// Starts no measurement after this time
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     time_limit: Option<Duration>,
 
@@ -78,46 +75,51 @@ pub struct Arguments {
     output: PathBuf,
 }
 
-/// A model's name, or all of them.
+/// A value of `--model`.
 #[derive(Clone)]
-enum Named {
+enum ModelArgument {
     All,
     One(Box<Model>),
 }
 
-fn parse_model(name: &str) -> std::result::Result<Named, String> {
+fn parse_model(name: &str) -> std::result::Result<ModelArgument, String> {
     if name == "all" {
-        return Ok(Named::All);
+        return Ok(ModelArgument::All);
     }
     let known = || models().into_iter().map(|model| model.name).collect::<Vec<_>>().join(", ");
     Model::find(name)
-        .map(|model| Named::One(Box::new(model)))
-        .ok_or_else(|| format!("known are {} and all", known()))
+        .map(|model| ModelArgument::One(Box::new(model)))
+        .ok_or_else(|| format!("wanted {} or all", known()))
 }
 
+/// A value of `--op`.
 #[derive(Clone)]
-enum NamedOp {
+enum OpArgument {
     All,
     One(Op),
 }
 
-fn parse_op(name: &str) -> std::result::Result<NamedOp, String> {
+fn op_help() -> String {
+    format!("Operations: {}, or `all`", Op::ALL.map(Op::name).join(", "))
+}
+
+fn parse_op(name: &str) -> std::result::Result<OpArgument, String> {
     let known = || Op::ALL.map(Op::name).join(", ");
     match Op::ALL.into_iter().find(|op| op.name() == name) {
-        Some(op) => Ok(NamedOp::One(op)),
-        None if name == "all" => Ok(NamedOp::All),
-        None => Err(format!("known are {} and all", known())),
+        Some(op) => Ok(OpArgument::One(op)),
+        None if name == "all" => Ok(OpArgument::All),
+        None => Err(format!("wanted {} or all", known())),
     }
 }
 
-/// The routings of the command line.
+/// The values of `--routing`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Spread {
-    /// Every expert alike
+    /// The same probability for every expert
     Uniform,
-    /// The expert of rank r in proportion to 1 / r
+    /// Probability proportional to 1 / r for the expert of rank r
     Zipf,
-    /// One expert is chosen by 60 % of the tokens
+    /// 60 % of the tokens choose the same expert
     Hot,
 }
 
@@ -131,7 +133,7 @@ impl Spread {
     }
 }
 
-/// What is to be measured, in order.
+/// The settings to measure, in order.
 struct Request {
     models: Vec<Model>,
     tokens: Vec<usize>,
@@ -145,10 +147,10 @@ struct Request {
 
 impl Request {
     fn new(arguments: &Arguments, place: Place) -> Self {
-        let by = arguments.shrink.unwrap_or(if place == Place::Emulator { 32 } else { 1 });
-        let chosen = arguments.model.iter().flat_map(|named| match named {
-            Named::All => models(),
-            Named::One(model) => vec![Model::clone(model)],
+        let divisor = arguments.shrink.unwrap_or(if place == Place::Emulator { 32 } else { 1 });
+        let chosen = arguments.model.iter().flat_map(|argument| match argument {
+            ModelArgument::All => models(),
+            ModelArgument::One(model) => vec![Model::clone(model)],
         });
         let mut tokens: Vec<usize> = arguments.tokens.iter().map(|&t| t as usize).collect();
         if tokens.is_empty() && place != Place::Cuda {
@@ -156,12 +158,12 @@ impl Request {
         }
         tokens.sort_unstable();
         tokens.dedup();
-        let ops = arguments.op.iter().flat_map(|named| match named {
-            NamedOp::All => Op::ALL.to_vec(),
-            NamedOp::One(op) => vec![*op],
+        let ops = arguments.op.iter().flat_map(|argument| match argument {
+            OpArgument::All => Op::ALL.to_vec(),
+            OpArgument::One(op) => vec![*op],
         });
         Self {
-            models: chosen.map(|model| model.shrunk(by as usize)).collect(),
+            models: chosen.map(|model| model.shrunk(divisor as usize)).collect(),
             tokens,
             ops: ops.collect(),
             routings: arguments.routing.iter().map(|spread| spread.routing()).collect(),
@@ -177,12 +179,12 @@ impl Request {
         if self.tokens.is_empty() { model.tokens } else { &self.tokens }
     }
 
-    /// The operations that can be measured with a routing.
+    /// The operations that are defined for a routing.
     fn ops_with(&self, routing: Routing) -> impl Iterator<Item = Op> {
         self.ops.iter().copied().filter(move |op| op.has_routing(routing))
     }
 
-    /// How many settings of operation, model, tokens and routing there are.
+    /// The number of combinations of operation, model, tokens and routing.
     fn count(&self) -> usize {
         let tokens: usize = self.models.iter().map(|model| self.tokens_of(model).len()).sum();
         tokens * self.routings.iter().map(|&routing| self.ops_with(routing).count()).sum::<usize>()
@@ -193,13 +195,13 @@ impl Request {
     }
 }
 
-/// `Ok(false)` if a peer computes something else.
+/// Returns `Ok(false)` if our output or a peer's is wrong.
 pub fn bench(arguments: &Arguments) -> Result<bool> {
     let place = match arguments.device {
         Choice::Auto if probe().is_err() => Place::Cpu,
         choice => choice.place(),
     };
-    // Found out now, and not after the work.
+    // Checked before the work.
     std::fs::create_dir_all(&arguments.output).map_err(io("create", &arguments.output))?;
     let request = Request::new(arguments, place);
     let gpu = match place {
@@ -208,7 +210,7 @@ pub fn bench(arguments: &Arguments) -> Result<bool> {
         Place::Emulator => Some(Gpu::open_counting()?),
     };
     let device = describe(place, gpu.as_ref())?;
-    say(format_args!("{}: {}\n", device.kind, device.name));
+    print(format_args!("{}: {}\n", device.kind, device.name));
     let bench_gpu = gpu.as_ref().map(|_| moe_bench::Gpu::open()).transpose()?;
     let target = bench_gpu.as_ref().map_or(Target::Cpu, Target::Gpu);
 
@@ -226,12 +228,12 @@ pub fn bench(arguments: &Arguments) -> Result<bool> {
     let good = dispatch!(request.dtype, D => bench.run::<D>())?;
     drop(progress);
     record.write(&arguments.output)?;
-    say(table::ceilings(&record));
-    say(table::rows(&record));
+    print(table::ceilings(&record));
+    print(table::rows(&record));
     if !record.complete {
-        say("The time limit was reached before everything was measured.\n");
+        print("The time limit was reached: some measurements are missing.\n");
     }
-    say(format_args!("written: {}\n", arguments.output.join("bench.json").display()));
+    print(format_args!("written: {}\n", arguments.output.join("bench.json").display()));
     draw(&record, &arguments.output)?;
     Ok(good)
 }
@@ -241,14 +243,14 @@ fn draw(record: &Record, folder: &Path) -> Result<()> {
     let pictures = pictures::draw(record, folder)?;
     let names: Vec<_> = pictures.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
     if !names.is_empty() {
-        say(format_args!("pictures, as SVG and PNG: {}\n", names.join(", ")));
+        print(format_args!("pictures, as SVG and PNG: {}\n", names.join(", ")));
     }
     Ok(())
 }
 
 #[cfg(not(feature = "plots"))]
 fn draw(_: &Record, _: &Path) -> Result<()> {
-    say("no pictures: this program was built without the feature `plots`\n");
+    print("no pictures: this program was built without the feature `plots`\n");
     Ok(())
 }
 
@@ -264,7 +266,7 @@ fn describe(place: Place, gpu: Option<&Gpu>) -> Result<Device> {
         });
     };
     let (major, minor) = gpu.device.capability();
-    let name = gpu.device.context().name().map_err(gpu.failed("ask for the name"))?;
+    let name = gpu.device.context().name().map_err(gpu.failed("read the device's name"))?;
     Ok(Device {
         kind: place.name(),
         name,

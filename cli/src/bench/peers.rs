@@ -1,5 +1,5 @@
-//! Peers are programs of their own: each gets a file of tensors, and answers a line of JSON with a line
-//! of JSON. benches/peers/README.md has the protocol.
+//! Runs a program of peers. It reads a file of tensors and answers each line of JSON with a line of
+//! JSON. benches/peers/README.md describes the protocol.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -21,13 +21,13 @@ pub struct Peers {
     pub greeting: Greeting,
 }
 
-/// What a program says when it has read the tensors.
+/// The first line of a program, after it has read the tensors.
 #[derive(Deserialize)]
 pub struct Greeting {
     pub peers: Vec<Peer>,
     #[serde(default)]
     pub unavailable: Vec<Unavailable>,
-    /// What else it can hold against the truth: ours, where it says `moe-kernels`.
+    /// Other outputs that it can check; `moe-kernels` is ours.
     #[serde(default)]
     pub checks: Vec<String>,
 }
@@ -59,11 +59,11 @@ struct Checked {
 }
 
 impl Peers {
-    /// Starts `program`, words separated by spaces, and waits until it has read the file.
+    /// Starts `program`, split at spaces, and waits until it has read the file.
     pub fn start(program: &str, place: Place, inputs: &Path) -> Result<Self> {
         let failed = |why: String| Error::Peers { program: program.into(), why };
         let mut words = program.split_whitespace();
-        let executable = words.next().ok_or_else(|| failed("is no program".into()))?;
+        let executable = words.next().ok_or_else(|| failed("the command is empty".into()))?;
         let mut child = Command::new(executable)
             .args(words)
             .args(["--device", place.name(), "--inputs"])
@@ -73,7 +73,7 @@ impl Peers {
             .spawn()
             .map_err(|error| failed(format!("does not start: {error}")))?;
         let (Some(requests), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(failed("has no pipes".into()));
+            return Err(failed("stdin and stdout are not connected".into()));
         };
         let mut answers = BufReader::new(answers);
         let greeting = read(&mut answers).map_err(&failed)?;
@@ -81,18 +81,18 @@ impl Peers {
             return Err(failed(why.into()));
         }
         let greeting = serde_json::from_value(greeting)
-            .map_err(|error| failed(format!("does not say which peers it has: {error}")))?;
+            .map_err(|error| failed(format!("its first line does not list peers: {error}")))?;
         Ok(Self { program: program.into(), child, requests, answers, greeting })
     }
 
-    /// How far the output of a peer, or ours as `moe-kernels`, is from the truth. The inner error is the
-    /// peer's own.
+    /// Requests the relative error of a peer's output; `moe-kernels` is ours. The inner error is
+    /// the peer's.
     pub fn check(&mut self, peer: &str) -> Result<std::result::Result<f64, String>> {
-        let answer = self.ask::<Checked>(&json!({ "check": peer }))?;
+        let answer = self.request::<Checked>(&json!({ "check": peer }))?;
         Ok(answer.map(|checked| checked.relative_error))
     }
 
-    /// The times of single calls. The inner error is the peer's own.
+    /// Requests the times of single calls. The inner error is the peer's.
     pub fn time(
         &mut self,
         peer: &str,
@@ -100,28 +100,28 @@ impl Peers {
         samples: usize,
     ) -> Result<std::result::Result<Timed, String>> {
         let request = json!({ "time": peer, "boundary": boundary, "samples": samples });
-        let answer = self.ask::<Timed>(&request)?;
+        let answer = self.request::<Timed>(&request)?;
         Ok(answer.and_then(|timed| match timed.seconds.as_slice() {
             [] => Err("no times".into()),
             _ => Ok(timed),
         }))
     }
 
-    fn ask<T: DeserializeOwned>(
+    fn request<T: DeserializeOwned>(
         &mut self,
         request: &Value,
     ) -> Result<std::result::Result<T, String>> {
         let failed = |why: String| Error::Peers { program: self.program.clone(), why };
         writeln!(self.requests, "{request}")
             .and_then(|()| self.requests.flush())
-            .map_err(|error| failed(format!("does not listen: {error}")))?;
+            .map_err(|error| failed(format!("does not read its stdin: {error}")))?;
         let answer = read(&mut self.answers).map_err(&failed)?;
         if let Some(why) = answer.get("error").and_then(Value::as_str) {
             return Ok(Err(why.into()));
         }
         serde_json::from_value(answer.clone())
             .map(Ok)
-            .map_err(|error| failed(format!("answers {answer} to {request}: {error}")))
+            .map_err(|error| failed(format!("answered {answer} to {request}: {error}")))
     }
 }
 
@@ -130,14 +130,14 @@ fn read(answers: &mut impl BufRead) -> std::result::Result<Value, String> {
     match answers.read_line(&mut line) {
         Ok(0) => Err("ended before it answered".into()),
         Ok(_) => serde_json::from_str(&line)
-            .map_err(|error| format!("answers '{}': {error}", line.trim())),
-        Err(error) => Err(format!("does not answer: {error}")),
+            .map_err(|error| format!("answered '{}': {error}", line.trim())),
+        Err(error) => Err(format!("no answer: {error}")),
     }
 }
 
 impl Drop for Peers {
     fn drop(&mut self) {
-        // It has nothing to finish, and may hold gigabytes.
+        // It has no output to finish, and may use gigabytes.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

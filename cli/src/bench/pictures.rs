@@ -1,4 +1,4 @@
-//! Pictures of the results, each as SVG and as PNG: which of them there are, and what they show.
+//! Draws pictures of the results, each as SVG and as PNG.
 
 mod bars;
 mod lines;
@@ -13,15 +13,16 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::bench::record::{Record, Row};
 use crate::error::{Error, Result};
-use crate::tensor_file::replace;
+use crate::write::replace;
 
 use bars::Bars;
 use lines::{Line, Lines};
 
-/// Points on the screen, pixels in a PNG.
+/// Width and height, in pixels.
 const SIZE: (u32, u32) = (1100, 680);
 
-/// Colours that differ for most colour-blind people too (the first six by Okabe and Ito), ours first.
+/// Colours that are distinct for most colour-blind people (the first six by Okabe and Ito), ours
+/// first.
 const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
@@ -37,38 +38,39 @@ const COLOURS: [RGBColor; 10] = [
 
 const OURS: &str = "moe-kernels";
 
-/// Draws what there is something to draw of. Returns the SVG files; each has a PNG beside it.
+/// Draws a picture of each kind that has data. Returns the SVG files; each has a PNG of the same
+/// name.
 pub fn draw(record: &Record, folder: &Path) -> Result<Vec<PathBuf>> {
     static FONT: Once = Once::new();
     FONT.call_once(|| {
-        // It cannot fail but for a file that is no font, which a test would see.
+        // It fails only for invalid fonts, which the tests would show.
         let _ = register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
     });
     let timed: Vec<&Row> = record.rows.iter().filter(|row| row.seconds.is_some()).collect();
-    let where_ = format!("{}, {}", record.device.name, &record.date[..10]);
+    let origin = format!("{}, {}", record.device.name, &record.date[..10]);
     let mut files = Vec::new();
     for model in distinct(timed.iter().map(|row| row.model.as_str())) {
         let rows: Vec<&Row> = timed.iter().copied().filter(|row| row.model == model).collect();
-        let against = against_roofline(&rows, &where_);
-        files.push(both(folder, &format!("time-{model}"), &Picture::Lines(against))?);
-        let operations = operations(&rows, &where_);
+        let against = against_roofline(&rows, &origin);
+        files.push(draw_both(folder, &format!("time-{model}"), &Picture::Lines(against))?);
+        let operations = operations(&rows, &origin);
         if operations.lines.len() > 1 {
             let name = format!("operations-{model}");
-            files.push(both(folder, &name, &Picture::Lines(operations))?);
+            files.push(draw_both(folder, &name, &Picture::Lines(operations))?);
         }
-        let peers = beside_peers(&rows, &where_);
+        let peers = peer_ratios(&rows, &origin);
         if !peers.groups.is_empty() {
-            files.push(both(folder, &format!("peers-{model}"), &Picture::Bars(peers))?);
+            files.push(draw_both(folder, &format!("peers-{model}"), &Picture::Bars(peers))?);
         }
     }
-    let rooflines = percent_of_roofline(&timed, &where_);
+    let rooflines = percent_of_roofline(&timed, &origin);
     if !rooflines.groups.is_empty() {
-        files.push(both(folder, "roofline", &Picture::Bars(rooflines))?);
+        files.push(draw_both(folder, "roofline", &Picture::Bars(rooflines))?);
     }
     Ok(files)
 }
 
-/// In the order in which they come first.
+/// The distinct names, in the order of their first occurrence.
 fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut found = Vec::new();
     names.for_each(|name| {
@@ -79,7 +81,7 @@ fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     found
 }
 
-/// The operation that says most about a set of rows: the layer if it was measured.
+/// The operation that pictures show: the layer if it was measured.
 fn main_op(rows: &[&Row]) -> &'static str {
     let has = |op| rows.iter().any(|row| row.op == op && row.by == OURS);
     let ops = ["layer", "layer_from_x", "experts"];
@@ -90,25 +92,25 @@ fn median(row: &Row) -> f64 {
     row.seconds.map_or(f64::NAN, |seconds| seconds.median)
 }
 
-/// `, zipf routing` where it is not the usual one.
+/// `, zipf routing` unless all rows have uniform routing.
 fn routing(rows: &[&Row]) -> String {
     let names = distinct(rows.iter().map(|row| row.routing));
     if names == ["uniform"] { String::new() } else { format!(", {} routing", names.join(" and ")) }
 }
 
-/// What a picture of one operation of one model shows, and of which layer; there is a row at least.
-fn title(what: &str, rows: &[&Row], where_: &str) -> String {
+/// The title of a picture of one operation of one model. `rows` is not empty.
+fn title(what: &str, rows: &[&Row], origin: &str) -> String {
     let Row { model, dtype, boundary, .. } = rows[0];
-    format!("{model}, {dtype} {boundary}: {what} ({where_}){}", routing(rows))
+    format!("{model}, {dtype} {boundary}: {what} ({origin}){}", routing(rows))
 }
 
-/// Name of a line or a bar; several routings in one run are told apart.
+/// The name of a line or a bar, with the routing unless it is uniform.
 fn label(row: &Row, name: &str) -> String {
     if row.routing == "uniform" { name.into() } else { format!("{name}, {}", row.routing) }
 }
 
-/// Time against T: ours, peers, and the roofline.
-fn against_roofline(rows: &[&Row], where_: &str) -> Lines {
+/// Time against T: ours, peers and the roofline.
+fn against_roofline(rows: &[&Row], origin: &str) -> Lines {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
     let mut lines: Vec<Line> = Vec::new();
@@ -123,29 +125,29 @@ fn against_roofline(rows: &[&Row], where_: &str) -> Lines {
     for line in lines.iter_mut().filter(|line| line.name.starts_with("roofline")) {
         line.dashed = true;
     }
-    Lines { title: title("time of one call", &rows, where_), lines }
+    Lines { title: title("time of one call", &rows, origin), lines }
 }
 
-/// Time against T of each operation of ours.
-fn operations(rows: &[&Row], where_: &str) -> Lines {
+/// Time against T for each of our operations.
+fn operations(rows: &[&Row], origin: &str) -> Lines {
     let ours: Vec<&Row> = rows.iter().copied().filter(|row| row.by == OURS).collect();
     let mut lines = Vec::new();
     for row in &ours {
         Line::extend(&mut lines, &label(row, row.op), (row.tokens as f64, median(row)));
     }
     let (model, dtype) = rows.first().map_or(("", ""), |row| (&row.model, row.dtype));
-    Lines { title: format!("{model}, {dtype}: time of each operation ({where_})"), lines }
+    Lines { title: format!("{model}, {dtype}: time of each operation ({origin})"), lines }
 }
 
-/// How much of the roofline's speed is reached, model by model.
-fn percent_of_roofline(rows: &[&Row], where_: &str) -> Bars {
+/// The percentage of the roofline's speed for each model.
+fn percent_of_roofline(rows: &[&Row], origin: &str) -> Bars {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows
         .iter()
         .copied()
         .filter(|row| row.by == OURS && row.op == op && row.percent_of_roofline.is_some())
         .collect();
-    let title = format!("Percentage of the roofline, {op} ({where_}){}", routing(&rows));
+    let title = format!("Percentage of the roofline, {op} ({origin}){}", routing(&rows));
     let mut bars = Bars::new(title, "% of the roofline's speed", 100.0);
     for row in rows {
         bars.add(&row.model, &label(row, &format!("T={}", row.tokens)), row.percent_of_roofline);
@@ -153,12 +155,12 @@ fn percent_of_roofline(rows: &[&Row], where_: &str) -> Bars {
     bars
 }
 
-/// How many times as long as ours each peer takes, at each T.
-fn beside_peers(rows: &[&Row], where_: &str) -> Bars {
+/// The time of each peer over ours, for each T.
+fn peer_ratios(rows: &[&Row], origin: &str) -> Bars {
     let op = main_op(rows);
     let rows: Vec<&Row> = rows.iter().copied().filter(|row| row.op == op).collect();
-    let title = title("peers beside ours", &rows, where_);
-    let mut bars = Bars::new(title, "times as long as moe-kernels", 1.0);
+    let title = title("peers", &rows, origin);
+    let mut bars = Bars::new(title, "time / time of moe-kernels", 1.0);
     for row in rows.iter().filter(|row| row.by != OURS) {
         let ratio = row.ours_around.map(|[before, after]| 2.0 * median(row) / (before + after));
         bars.add(&label(row, &format!("T={}", row.tokens)), &row.by, ratio);
@@ -166,15 +168,15 @@ fn beside_peers(rows: &[&Row], where_: &str) -> Bars {
     bars
 }
 
-/// Splits off a strip on the right for the legend, where it hides nothing.
-fn beside_legend<DB: DrawingBackend>(
+/// Splits off a strip on the right for the legend.
+fn split_legend<DB: DrawingBackend>(
     area: &DrawingArea<DB, Shift>,
 ) -> (DrawingArea<DB, Shift>, DrawingArea<DB, Shift>) {
     const WIDTH: i32 = 190;
     area.split_horizontally(SIZE.0 as i32 - WIDTH)
 }
 
-/// One line of it for each name.
+/// Draws a line of the legend for each name.
 fn draw_legend<'n, DB: DrawingBackend>(
     area: &DrawingArea<DB, Shift>,
     names: impl Iterator<Item = (&'n str, RGBColor)>,
@@ -182,50 +184,51 @@ fn draw_legend<'n, DB: DrawingBackend>(
     for (index, (name, colour)) in names.enumerate() {
         let y = 56 + 24 * index as i32;
         let mark = Rectangle::new([(4, y - 4), (24, y + 4)], colour.filled());
-        area.draw(&mark).map_err(words)?;
+        area.draw(&mark).map_err(error_text)?;
         let middle = Pos::new(HPos::Left, VPos::Center);
         let style = ("sans-serif", 15).into_font().color(&BLACK).pos(middle);
-        area.draw(&Text::new(name, (32, y), style)).map_err(words)?;
+        area.draw(&Text::new(name, (32, y), style)).map_err(error_text)?;
     }
     Ok(())
 }
 
-/// What the drawing library takes from the C library, where the function got a version that RHEL 9
-/// does not have; this one is found first. In f64 nothing overflows.
+/// Replaces the C library's function, which the drawing library calls: newer C libraries have it
+/// under a version that RHEL 9 does not have. The linker finds this one first. In f64 the squares
+/// do not overflow.
 #[unsafe(no_mangle)]
 extern "C" fn hypotf(x: f32, y: f32) -> f32 {
     let (x, y) = (f64::from(x), f64::from(y));
     (x * x + y * y).sqrt() as f32
 }
 
-/// Either kind.
+/// A picture of any kind.
 enum Picture {
     Lines(Lines),
     Bars(Bars),
 }
 
-/// What any backend may say, in words.
+/// The result of drawing; the error is a text.
 type Drawn = std::result::Result<(), String>;
 
-/// For `map_err` on calls to plotters, whose errors are as many types as there are backends.
-fn words(error: impl std::fmt::Display) -> String {
+/// Makes a text of an error of plotters, whose type depends on the backend, for `map_err`.
+fn error_text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
 impl Picture {
     fn draw<DB: DrawingBackend>(&self, backend: DB) -> Drawn {
         let area = backend.into_drawing_area();
-        area.fill(&WHITE).map_err(words)?;
+        area.fill(&WHITE).map_err(error_text)?;
         match self {
             Self::Lines(lines) => lines.draw(&area)?,
             Self::Bars(bars) => bars.draw(&area)?,
         }
-        area.present().map_err(words)
+        area.present().map_err(error_text)
     }
 }
 
-/// Returns the path of the SVG.
-fn both(folder: &Path, name: &str, picture: &Picture) -> Result<PathBuf> {
+/// Draws a picture as PNG and as SVG. Returns the path of the SVG.
+fn draw_both(folder: &Path, name: &str, picture: &Picture) -> Result<PathBuf> {
     let make = |ending: &str| -> Result<PathBuf> {
         let path = folder.join(format!("{name}.{ending}"));
         let mut drawn = Ok(());

@@ -1,4 +1,4 @@
-//! `bench.json`: what was measured, where, and against what.
+//! The file `bench.json`: device, ceilings and measurements.
 
 use std::io::Write;
 use std::path::Path;
@@ -8,21 +8,21 @@ use serde::Serialize;
 
 use crate::bench::traffic::Traffic;
 use crate::error::Result;
-use crate::tensor_file::replace;
+use crate::write::replace;
 
-/// Changes whenever a field changes its meaning.
+/// Incremented when the meaning of a field changes.
 const FORMAT: u32 = 1;
 
-/// The whole file.
+/// The content of the file.
 #[derive(Serialize)]
 pub struct Record {
     format: u32,
     version: &'static str,
-    /// Of the sources, where whoever packed the program wrote it down.
+    /// The commit of the sources, see [`commit`].
     commit: Option<String>,
-    /// When the run started, in UTC.
+    /// The time of the start, in UTC.
     pub date: String,
-    /// Whether everything that was asked for was reached.
+    /// True if everything was measured that was requested.
     pub complete: bool,
     pub device: Device,
     pub ceilings: Ceilings,
@@ -37,7 +37,7 @@ pub struct Device {
     pub capability: Option<String>,
     /// The CUDA version of the driver.
     pub driver: Option<String>,
-    /// Of the CPU.
+    /// Threads of the CPU reference.
     pub threads: Option<usize>,
 }
 
@@ -53,7 +53,7 @@ pub struct Ceilings {
 pub struct Row {
     pub op: &'static str,
     pub pass: &'static str,
-    /// From what to what the time is.
+    /// The part of the layer that is timed.
     pub boundary: &'static str,
     pub model: String,
     pub hidden: usize,
@@ -64,26 +64,27 @@ pub struct Row {
     pub dtype: &'static str,
     pub routing: &'static str,
     pub router: String,
-    /// `moe-kernels`, or a peer.
+    /// `moe-kernels`, or the name of a peer.
     pub by: String,
     pub version: Option<String>,
     pub seconds: Option<Seconds>,
-    /// Ours right before and right after a peer, in seconds.
+    /// Our time directly before and after a peer, in seconds.
     pub ours_around: Option<[f64; 2]>,
-    /// How calls came to the device: `graph`, `stream`, `eager`, `call`.
+    /// How calls are launched: `graph`, `stream`, `eager`, `call`.
     pub launch: Option<String>,
-    /// `cold`: the data came from memory; `warm`: it may have come from a cache.
+    /// `cold`: data is read from memory; `warm`: data may be in a cache.
     pub cache: Option<String>,
-    /// The least that the operation has to move and to compute.
+    /// The least bytes that the operation has to move.
     pub bytes: u64,
+    /// The least operations that it has to compute.
     pub flops: u64,
     pub roofline_seconds: Option<f64>,
     pub bound: Option<&'static str>,
-    /// How much of the roofline's speed was reached.
+    /// `100 * roofline_seconds / seconds.median`
     pub percent_of_roofline: Option<f64>,
-    /// The same products of equal groups by a dense library.
+    /// The time of a dense library for the same products, with rows divided equally among experts.
     pub dense: Option<Dense>,
-    /// What the software device counted, kernel by kernel.
+    /// The counts of the software device for each kernel.
     pub traffic: Option<Vec<Traffic>>,
     pub relative_error: Option<f64>,
     pub note: Option<String>,
@@ -101,7 +102,7 @@ pub struct Seconds {
 pub struct Dense {
     pub by: &'static str,
     pub seconds: f64,
-    /// Its time over ours.
+    /// `100 * seconds / ours`
     pub percent: f64,
 }
 
@@ -119,7 +120,7 @@ impl Record {
         }
     }
 
-    /// Writes the file as it stands; who reads it finds the last state or this one, nothing between.
+    /// Writes the file. It is replaced as a whole, so that a reader never finds a partial file.
     pub fn write(&self, folder: &Path) -> Result<()> {
         replace(&folder.join("bench.json"), |_, file| {
             let text = serde_json::to_string_pretty(self)?;
@@ -128,28 +129,28 @@ impl Record {
     }
 }
 
-/// From the environment variable `MOE_KERNELS_COMMIT`, else from the file `commit` beside the
-/// program, else from git in the folder where this is run.
+/// Reads the commit from the environment variable `MOE_KERNELS_COMMIT`, from the file `commit` in
+/// the program's folder, or from git in the current folder, in this order.
 fn commit() -> Option<String> {
-    let beside = || {
+    let from_file = || {
         let file = std::env::current_exe().ok()?.with_file_name("commit");
         std::fs::read_to_string(file).ok()
     };
-    let git = || {
+    let from_git = || {
         let output = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
     };
-    let text = std::env::var("MOE_KERNELS_COMMIT").ok().or_else(beside).or_else(git)?;
+    let text = std::env::var("MOE_KERNELS_COMMIT").ok().or_else(from_file).or_else(from_git)?;
     Some(text.trim().to_string()).filter(|text| !text.is_empty())
 }
 
-/// As in `2026-11-22T14:08:32Z`.
+/// The current time, as in `2026-11-22T14:08:32Z`.
 fn now() -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     utc(since.as_secs())
 }
 
-/// Seconds since 1970-01-01T00:00:00Z as a date and a time of the Gregorian calendar.
+/// Formats seconds since 1970-01-01T00:00:00Z in the Gregorian calendar.
 fn utc(seconds: u64) -> String {
     const DAY: u64 = 86_400;
     let is_leap =
@@ -178,8 +179,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_of_the_gregorian_calendar() {
-        // As GNU date writes them: `date -u -d @951782400 +%FT%TZ`.
+    fn utc_matches_gnu_date() {
+        // The output of GNU date: `date -u -d @951782400 +%FT%TZ`.
         for (seconds, wanted) in [
             (0, "1970-01-01T00:00:00Z"),
             (94_694_399, "1972-12-31T23:59:59Z"),

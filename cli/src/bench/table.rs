@@ -1,4 +1,4 @@
-//! The results as people read them on a terminal.
+//! Prints the results as tables.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use crate::bench::record::{Record, Row};
 use crate::bench::traffic::Traffic;
 use crate::text::{Table, time};
 
-/// Three digits and a unit per second.
+/// Formats a rate with a prefix and a unit.
 fn rate(per_second: f64, unit: &str) -> String {
     let (value, prefix) = match per_second {
         rate if rate >= 1e12 => (rate / 1e12, "T"),
@@ -25,7 +25,7 @@ fn or_dash(value: Option<String>) -> String {
     value.unwrap_or_else(|| "-".into())
 }
 
-/// What the machine can do.
+/// The measured ceilings of the device.
 pub fn ceilings(record: &Record) -> String {
     let ceilings = &record.ceilings;
     let parts = [
@@ -40,10 +40,10 @@ pub fn ceilings(record: &Record) -> String {
     if known.is_empty() {
         return String::new();
     }
-    format!("ceilings of this run: {}\n\n", known.join(", "))
+    format!("measured ceilings: {}\n\n", known.join(", "))
 }
 
-/// All rows: times with their rooflines, or what the software device counted.
+/// A table of all rows: times and rooflines, or the counts of the software device.
 pub fn rows(record: &Record) -> String {
     let counted = record.rows.iter().any(|row| row.traffic.is_some());
     if counted { counts(&record.rows) } else { times(&record.rows) }
@@ -69,7 +69,7 @@ fn times(rows: &[Row]) -> String {
     let (timed, others): (Vec<&Row>, Vec<&Row>) =
         rows.iter().partition(|row| row.seconds.is_some());
     let cells: Vec<Vec<String>> = timed.iter().map(|row| timed_cells(row)).collect();
-    // A column that says nothing of any row is left out.
+    // Columns without values are omitted.
     let kept: Vec<usize> =
         (0..heading.len()).filter(|&c| cells.iter().any(|cells| cells[c] != "-")).collect();
     let mut table = Table::new(&kept.iter().map(|&c| heading[c]).collect::<Vec<_>>());
@@ -77,13 +77,14 @@ fn times(rows: &[Row]) -> String {
         table.row(kept.iter().map(|&c| std::mem::take(&mut cells[c])).collect());
     }
     let mut text = format!(
-        "{table}\nEach op is forward; `layer` is from logits, `layer_from_x` has the gate, `experts` is both products.\n\
-         rate: of the least bytes or operations. data: warm may come from a cache, and then be faster than the roofline.\n"
+        "{table}\nAll operations are forward. layer: from logits. layer_from_x: with the router projection.\n\
+         experts: both products. roofline: the least time of the shape on this device. rate: least bytes or\n\
+         FLOPs over time. data: cold is read from memory; warm may be in a cache, and exceed the roofline.\n"
     );
     let mut notes: Vec<String> = Vec::new();
     for row in timed.iter().chain(&others) {
         let Some(note) = &row.note else { continue };
-        let not_run = if row.seconds.is_none() { "not run, " } else { "" };
+        let not_run = if row.seconds.is_none() { "not measured, " } else { "" };
         let note = format!("{}: {not_run}{note}\n", row.by);
         if !notes.contains(&note) {
             notes.push(note);
@@ -119,7 +120,7 @@ fn timed_cells(row: &Row) -> Vec<String> {
     ]
 }
 
-/// What the software device counted in one call, all kernels of the operation together.
+/// The counts of the software device in one call, summed over the kernels of the operation.
 fn counts(rows: &[Row]) -> String {
     let mut table = Table::new(&[
         "model",
@@ -128,12 +129,12 @@ fn counts(rows: &[Row]) -> String {
         "op",
         "launches",
         "least bytes",
-        "moved",
+        "moved bytes",
         "ratio",
-        "sectors a read",
-        "a write",
+        "sectors/read",
+        "sectors/write",
         "bank conflicts",
-        "warp ops a token",
+        "warp ops/token",
         "MMAs",
     ]);
     for row in rows {
@@ -158,9 +159,9 @@ fn counts(rows: &[Row]) -> String {
         ]);
     }
     format!(
-        "{table}\nmoved: 32-byte sectors that a kernel reads or writes, each once; ratio: to the least bytes of the\n\
-         operation, which for several kernels leave out what is between them. A read or write is one instruction\n\
-         of a warp. Nothing was timed: this is the software device.\n"
+        "{table}\nmoved bytes: distinct 32-byte sectors that each kernel reads or writes. ratio: moved over least bytes;\n\
+         the least bytes exclude intermediate results between kernels. sectors/read, sectors/write: per\n\
+         instruction of a warp. The software device is not timed.\n"
     )
 }
 
@@ -169,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rates_have_three_digits() {
+    fn rate_has_prefix_and_unit() {
         assert_eq!(rate(4.3e12, "B"), "4.3 TB/s");
         assert_eq!(rate(790e12, "FLOP"), "790 TFLOP/s");
         assert_eq!(rate(12.34e9, "B"), "12.3 GB/s");

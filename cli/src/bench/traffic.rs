@@ -1,28 +1,30 @@
-//! What the software device counts while an operation runs: a substitute for a profiler, exact where
-//! it counts, and silent on time.
+//! The counts of the software device while an operation runs: memory traffic and instructions,
+//! which are exact, and no times.
 
 use moe_bench::{Target, Workload};
 use serde::Serialize;
 
 use crate::error::Result;
 
-/// One kernel of one call.
+/// The counts of one kernel in one call.
 #[derive(Serialize, Clone)]
 pub struct Traffic {
     pub kernel: String,
     pub launches: u64,
-    /// Bytes of the different 32-byte sectors that are read and written: what memory moves at least.
+    /// Bytes of the distinct 32-byte sectors that are read and written: the least traffic of
+    /// memory.
     pub dram_bytes: u64,
-    /// Bytes that lanes ask for.
+    /// Bytes that lanes load and store.
     pub requested_bytes: u64,
     pub read_requests: u64,
-    /// 32-byte sectors of all read requests; a whole warp has 16 in one of 16 bytes a lane.
+    /// 32-byte sectors of all read requests; a request of 16 bytes per lane has 16.
     pub read_sectors: u64,
     pub write_requests: u64,
     pub write_sectors: u64,
     pub shared_requests: u64,
-    /// Passes through the banks of shared memory, and how many of them are due to conflicts.
+    /// Passes through the banks of shared memory.
     pub shared_wavefronts: u64,
+    /// Passes that are due to conflicts.
     pub bank_conflicts: u64,
     /// Shuffles, votes, reductions and matches.
     pub warp_operations: u64,
@@ -31,7 +33,7 @@ pub struct Traffic {
     pub atomics: u64,
 }
 
-/// What one call of a workload makes of the device's kernels.
+/// Counts the traffic of one call of a workload.
 #[cfg(feature = "emulator")]
 pub fn of(target: &Target<'_>, mut workload: Workload<'_>) -> Result<Vec<Traffic>> {
     let Target::Gpu(gpu) = target else { return Ok(Vec::new()) };

@@ -1,4 +1,4 @@
-//! The inputs of a check, all from one seed.
+//! The inputs of a check, generated from a seed.
 
 use std::fmt;
 use std::str::FromStr;
@@ -20,7 +20,8 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Single elements, rows that are no multiple of 16 bytes, tails of every tile, k = E, many experts.
+    /// Single elements, rows that are no multiple of 16 bytes, tails of every tile, K = E, many
+    /// experts.
     pub const DEFAULTS: [&'static str; 6] = [
         "T1H1I1E1K1",
         "T5H33I7E7K7",
@@ -62,25 +63,25 @@ impl FromStr for Shape {
     }
 }
 
-/// How tokens spread over experts.
+/// The distribution of tokens over experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Skew {
-    /// Every expert alike
+    /// The same probability for every expert
     Uniform,
-    /// The expert of rank r in proportion to 1 / r
+    /// Probability proportional to 1 / r for expert r, from 1
     Zipf,
-    /// One expert is everybody's first choice
+    /// Expert 0 is the first choice of every token
     Hot,
-    /// Every other expert gets nothing, as far as K allows
+    /// Every second expert gets no tokens, as far as K allows
     Empty,
-    /// Uniform, but some slots belong to no expert of the layer
+    /// Uniform, with ids outside of 0..E in every third slot
     Inactive,
 }
 
 impl Skew {
     pub const NAMES: [&'static str; 5] = ["uniform", "zipf", "hot", "empty", "inactive"];
 
-    /// What is added to the logit of an expert.
+    /// The value that is added to the logits of an expert.
     fn bias(self, expert: usize) -> f64 {
         const DECIDES: f64 = 30.0;
         match self {
@@ -111,34 +112,34 @@ impl fmt::Display for Skew {
     }
 }
 
-/// The inputs of every operation, rounded to `D` before anybody reads them.
+/// The inputs of every operation, rounded to `D`.
 pub struct Case<D> {
     pub config: MoeConfig,
     pub shape: RoutingShape,
-    /// [T, H]
+    /// `[T, H]`
     pub x: Vec<D>,
-    /// [T, E]
+    /// `[T, E]`
     pub logits: Vec<D>,
-    /// [E, 2I, H]
+    /// `[E, 2I, H]`
     pub gate_up: Vec<D>,
-    /// [E, H, I]
+    /// `[E, H, I]`
     pub down: Vec<D>,
-    /// [T, K]; some are E or more with the skew `inactive`.
+    /// `[T, K]`; with the skew `inactive` some are E or more.
     pub expert_ids: Vec<u32>,
-    /// [T, K]
+    /// `[T, K]`
     pub weights: Vec<f32>,
-    /// Of `expert_ids`.
+    /// The plan of `expert_ids`.
     pub plan: Plan,
-    /// [R, I]
+    /// `[R, I]`
     pub act: Vec<D>,
-    /// [R, H]
+    /// `[R, H]`
     pub yp: Vec<D>,
 }
 
 impl<D: Dtype> Case<D> {
     pub fn new(dims: Shape, skew: Skew, seed: u64) -> Result<Self> {
         let Shape { num_tokens, hidden, intermediate, num_experts, top_k } = dims;
-        // The seeds take turns with the scorings; `route` is checked with all of them.
+        // The seed selects the scoring; `route` is checked with all of them.
         let router = ROUTERS[(seed % ROUTERS.len() as u64) as usize];
         let config =
             MoeConfig { router, ..MoeConfig::new(hidden, intermediate, num_experts, top_k) };
@@ -147,7 +148,7 @@ impl<D: Dtype> Case<D> {
         let slots = shape.slots();
 
         let mut random = Random(seed);
-        // Weights keep the size of what they are applied to, as trained ones do.
+        // As with trained weights, outputs are about as large as inputs.
         let scale = |width: usize| (3.0 / width as f64).sqrt();
         let x = random.values(num_tokens * hidden, 1.7);
         let gate_up = random.values(config.gate_up_len(), scale(hidden));
@@ -176,14 +177,14 @@ impl<D: Dtype> Case<D> {
     }
 }
 
-/// All scorings there are.
+/// All scorings.
 pub const ROUTERS: [RouterConfig; 3] = [
     RouterConfig::softmax_top_k(true),
     RouterConfig::softmax_top_k(false),
     RouterConfig::top_k_softmax(),
 ];
 
-/// SplitMix64: small, and the same on every machine.
+/// SplitMix64, which gives the same values on every machine.
 struct Random(u64);
 
 impl Random {
@@ -207,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shapes_are_read_as_they_are_written() {
+    fn shape_round_trips_through_text() {
         for text in Shape::DEFAULTS {
             assert_eq!(text.parse::<Shape>().map(|shape| shape.to_string()), Ok(text.to_string()));
         }
@@ -225,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_those_of_the_command_line() {
+    fn names_match_clap_values() {
         for (name, skew) in Skew::NAMES.iter().zip(Skew::value_variants()) {
             assert_eq!(Skew::from_str(name, false).as_ref(), Ok(skew));
             assert_eq!(*name, skew.to_string());
@@ -233,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn skews_skew() -> Result<()> {
+    fn skews_give_stated_distributions() -> Result<()> {
         let rows = |skew| -> Result<Vec<usize>> {
             let dims =
                 Shape { num_tokens: 300, hidden: 1, intermediate: 1, num_experts: 8, top_k: 2 };

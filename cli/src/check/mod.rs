@@ -1,34 +1,36 @@
-//! `check`: every operation and the layer, a device against the reference in f64.
+//! `check`: compares every operation and the layer on a device with the reference in f64.
 
 mod case;
 mod ops;
 mod routing;
 mod weighted;
+mod worst;
 
 use std::fmt::Write;
 
-use moe_kernels::DType;
+use moe_kernels::{DType, Dtype};
 
 use crate::backend::dispatch;
 use crate::device::{Choice, Gpu, Place};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::text::{Table, say};
+use crate::text::{Table, print};
 
 use case::{Case, Shape, Skew};
-use ops::{Op, Worst};
+use ops::Op;
+use worst::Worst;
 
-/// Holds each operation and the layer on a device against the reference in f64
+/// Checks each operation and the layer on a device against the reference in f64
 ///
-/// Runs every combination of the lists below. Integers and copies have to agree bit for bit, the rest
-/// within a bound for each element that follows from the type and the length of the sums.
+/// Runs every combination of the lists below. Integers and copies have to agree bit for bit. Other
+/// outputs have a bound for each element, derived from the element type and the length of the sums.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Whose kernels
+    /// The device that runs the kernels
     #[arg(long, default_value = "auto")]
     device: Choice,
 
-    /// What to check
+    /// Operations
     #[arg(long, value_delimiter = ',', default_values = Op::NAMES)]
     ops: Vec<Op>,
 
@@ -36,20 +38,20 @@ pub struct Arguments {
     #[arg(long, value_delimiter = ',', value_name = "T#H#I#E#K#", default_values = Shape::DEFAULTS)]
     shapes: Vec<Shape>,
 
-    /// f32, f16 or bf16
+    /// Element types: f32, f16, bf16
     #[arg(long, value_delimiter = ',', default_values = ["f32", "f16", "bf16"])]
     dtypes: Vec<DType>,
 
-    /// How tokens spread over experts
+    /// Distributions of tokens over experts
     #[arg(long, value_delimiter = ',', default_values = Skew::NAMES)]
     skews: Vec<Skew>,
 
-    /// Seeds of the numbers, and of the emulator's schedule
+    /// Seeds of the inputs and of the emulator's schedule
     #[arg(long, value_delimiter = ',', default_values = ["0", "1"])]
     seeds: Vec<u64>,
 }
 
-/// The cases of one operation and type.
+/// The result of all cases of one operation and element type.
 struct Row {
     op: Op,
     dtype: DType,
@@ -57,17 +59,17 @@ struct Row {
     worst: Worst,
 }
 
-/// `Ok(false)` if a result is further from the reference than it may be.
+/// Returns `Ok(false)` if an error exceeds its bound.
 pub fn check(arguments: &Arguments) -> Result<bool> {
     let place = arguments.device.place();
     if place == Place::Cpu {
-        let why = "cpu is the reference itself, wanted cuda, emulator or auto".into();
+        let why = "cpu is the reference, wanted cuda, emulator or auto".into();
         return Err(Error::Option { option: "--device", why });
     }
     let gpu = Gpu::open(place)?;
-    // Asked for now: a device that a kernel has spoiled does not answer.
+    // Read before the first launch: the calls fail on a device with a failed kernel.
     let device = gpu.describe();
-    // The emulator is whatever GPU this says, which belongs to what reproduces a failure.
+    // The capability that the emulator has is part of the command that reproduces a failure.
     let emulated = std::env::var("MOE_EMULATOR_CC")
         .map_or_else(|_| String::new(), |capability| format!("MOE_EMULATOR_CC={capability} "));
     let Arguments { ops, shapes, dtypes, skews, seeds, .. } = arguments;
@@ -80,7 +82,7 @@ pub fn check(arguments: &Arguments) -> Result<bool> {
             for (&skew, &seed) in
                 skews.iter().flat_map(|skew| seeds.iter().map(move |seed| (skew, seed)))
             {
-                progress.say(format!("{dtype} {shape} {skew} seed {seed}"));
+                progress.set_message(format!("{dtype} {shape} {skew} seed {seed}"));
                 let result =
                     dispatch!(dtype, D => check_case::<D>(&gpu, shape, skew, seed, ops, &mut rows));
                 let reproduce = |op: Op| {
@@ -96,13 +98,13 @@ pub fn check(arguments: &Arguments) -> Result<bool> {
                             .into_iter()
                             .map(|(op, worst)| format!("{op}: {worst}\n  {}\n", reproduce(op))),
                     ),
-                    // Refused before anything ran: no kernels for this GPU, or a shape out of range.
+                    // Nothing was launched: no kernels for this GPU, or a shape out of range.
                     Err((_, Error::Library(error)))
                         if !matches!(error, moe_kernels::Error::Driver { .. }) =>
                     {
                         return Err(error.into());
                     }
-                    // The device may be of no use any more.
+                    // After a failed launch the device cannot be used.
                     Err((op, error)) => {
                         failures.push(format!("{op}: {error}\n  {}\n", reproduce(op)));
                         break 'cases;
@@ -113,12 +115,12 @@ pub fn check(arguments: &Arguments) -> Result<bool> {
         }
     }
     drop(progress);
-    say(report(&device, &rows, &failures));
+    print(report(&device, &rows, &failures));
     Ok(failures.is_empty())
 }
 
-/// All operations on one case: those that failed.
-fn check_case<D: crate::backend::Element>(
+/// Runs all operations on one case. Returns those with an error above its bound.
+fn check_case<D: Dtype>(
     gpu: &Gpu,
     shape: Shape,
     skew: Skew,
@@ -138,7 +140,7 @@ fn check_case<D: crate::backend::Element>(
         match rows.iter_mut().find(|row| row.op == op && row.dtype == D::DTYPE) {
             Some(row) => {
                 row.cases += 1;
-                row.worst.take(worst);
+                row.worst.merge(worst);
             }
             None => rows.push(Row { op, dtype: D::DTYPE, cases: 1, worst }),
         }
@@ -147,10 +149,10 @@ fn check_case<D: crate::backend::Element>(
 }
 
 fn report(device: &str, rows: &[Row], failures: &[String]) -> String {
-    /// More would scroll the table away.
+    /// More would scroll the table off the screen.
     const MOST_FAILURES: usize = 10;
     let mut table =
-        Table::new(&["op", "dtype", "cases", "worst error", "its bound", "of bound", "verdict"]);
+        Table::new(&["op", "dtype", "cases", "worst error", "bound", "error/bound", "verdict"]);
     for Row { op, dtype, cases, worst } in rows {
         let verdict = if worst.is_good() { "ok" } else { "FAILED" };
         table.row(vec![
@@ -160,14 +162,14 @@ fn report(device: &str, rows: &[Row], failures: &[String]) -> String {
             format!("{:.1e}", worst.error),
             if worst.exact { "exact".into() } else { format!("{:.1e}", worst.bound) },
             if worst.is_good() {
-                format!("{:.2}", worst.of_bound)
+                format!("{:.2}", worst.ratio)
             } else {
-                format!("{:.1e}", worst.of_bound)
+                format!("{:.1e}", worst.ratio)
             },
             verdict.into(),
         ]);
     }
-    let mut text = format!("{device}, against the reference in f64\n\n{table}");
+    let mut text = format!("{device}, checked against the reference in f64\n\n{table}");
     for failure in failures.iter().take(MOST_FAILURES) {
         // Writing to a string does not fail.
         let _ = write!(text, "\n{failure}");

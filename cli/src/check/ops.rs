@@ -1,11 +1,10 @@
-//! Each operation on the device, held against the reference.
+//! Runs each operation on the device and compares the output with the reference.
 //!
-//! Outputs are filled with NaN before, so that an element which is not written shows.
+//! Outputs are filled with NaN first, so that an element that is not written is an error.
 
 use std::fmt;
 
 use clap::ValueEnum;
-use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
 use moe_kernels::ops::combine::{CombineInputs, Identity, Shared, combine_fwd_into};
 use moe_kernels::ops::grouped_gemm::{
     GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
@@ -23,15 +22,17 @@ use moe_kernels::{
 };
 
 use super::case::{Case, ROUTERS};
+use super::worst::Worst;
 use super::{routing, weighted};
-use crate::backend::Element;
+use crate::backend::to_f32;
 use crate::device::Gpu;
 use crate::error::Result;
 
-/// What can be checked.
+/// The operations that `check` runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
 pub enum Op {
-    /// With a gate in the tokens' type and one in f32
+    /// With the gate in the element type and in f32
     RouterGemm,
     Route,
     Noise,
@@ -40,13 +41,13 @@ pub enum Op {
     ExpertChoice,
     Plan,
     Permute,
-    /// Both with the gather and without; in f16 with the rows' weights too
+    /// With and without the gather; in f16 also with routing weights
     GroupedGemm,
-    /// The same, with the activation: a few families' experts, and orders of weights
+    /// Grouped GEMM with a fused activation, for several activations and weight layouts
     GateUp,
-    /// With the factor before and after
+    /// With the scale before and after the normalisation
     RmsNorm,
-    /// Rows alone, and with everything that may stand beside them
+    /// Alone, and with identity experts, an output bias and a shared expert
     Combine,
     Layer,
 }
@@ -58,18 +59,18 @@ impl Op {
         "noise",
         "jitter",
         "capacity",
-        "expert-choice",
+        "expert_choice",
         "plan",
         "permute",
-        "grouped-gemm",
-        "gate-up",
-        "rms-norm",
+        "grouped_gemm",
+        "gate_up",
+        "rms_norm",
         "combine",
         "layer",
     ];
 
-    /// One case on the device.
-    pub fn run<D: Element>(self, gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    /// Runs one case on the device.
+    pub fn run<D: Dtype>(self, gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         match self {
             Op::RouterGemm => router_gemm(gpu, case),
             Op::Route => route(gpu, case),
@@ -95,71 +96,11 @@ impl fmt::Display for Op {
     }
 }
 
-/// The element of an output that is furthest from right.
-#[derive(Debug, Clone)]
-pub struct Worst {
-    /// The error as a fraction of the bound; at most 1 is right.
-    pub of_bound: f64,
-    pub error: f64,
-    pub bound: f64,
-    /// Whether nothing but the same bits is right.
-    pub exact: bool,
-    what: String,
-}
-
-impl Worst {
-    pub fn is_good(&self) -> bool {
-        self.of_bound <= 1.0
-    }
-
-    /// Nothing was compared yet.
-    pub fn nothing() -> Self {
-        Self { of_bound: 0.0, error: 0.0, bound: 0.0, exact: true, what: String::new() }
-    }
-
-    /// Keeps the worse of the two.
-    pub fn take(&mut self, other: Worst) {
-        // Once there is something with a bound the row shows that bound.
-        if other.of_bound > self.of_bound || (self.exact && !other.exact && self.is_good()) {
-            *self = other;
-        }
-    }
-
-    /// Integers and copies.
-    pub fn of_bits<T: PartialEq + fmt::Debug>(name: &str, got: &[T], wanted: &[T]) -> Self {
-        let differs = (0..got.len().max(wanted.len())).find(|&i| got.get(i) != wanted.get(i));
-        let what = differs.map_or_else(String::new, |i| {
-            let show =
-                |value: Option<&T>| value.map_or("nothing".into(), |value| format!("{value:?}"));
-            format!("{name}[{i}] is {}, wanted {}", show(got.get(i)), show(wanted.get(i)))
-        });
-        let error = if differs.is_some() { f64::INFINITY } else { 0.0 };
-        Self { of_bound: error, error, bound: 0.0, exact: true, what }
-    }
-
-    pub fn of_bounded<D: Dtype>(name: &str, got: &[D], wanted: &Bounded) -> Self {
-        let Some((index, of_bound)) = wanted.worst(got) else {
-            return Self { exact: false, ..Self::nothing() };
-        };
-        let at = |values: &[f64]| values.get(index).copied().unwrap_or(f64::NAN);
-        let (value, bound) = (at(&wanted.value), at(&wanted.bound));
-        let got = got.get(index).map_or(f64::NAN, |got| got.to_f64());
-        let what = format!("{name}[{index}] is {got:e}, wanted {value:e} within {bound:.1e}");
-        Self { of_bound, error: (got - value).abs(), bound, exact: false, what }
-    }
-}
-
-impl fmt::Display for Worst {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)
-    }
-}
-
-/// All scorings, ids bit for bit and weights within their bound.
-fn route<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+/// All scorings: ids bit for bit, weights within their bound.
+fn route<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let slots = case.shape.slots();
     let logits = gpu.upload(&case.logits)?;
-    let mut worst = Worst::nothing();
+    let mut worst = Worst::none();
     for router in ROUTERS {
         let (mut ids, mut weights) = (gpu.poisoned::<u32>(slots)?, gpu.poisoned::<f32>(slots)?);
         let (ids_view, weights_view) = (&mut ids.as_view_mut(), &mut weights.as_view_mut());
@@ -176,67 +117,67 @@ fn route<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         let (wanted, bound) =
             bound::route(&case.shape, &router, &reference::RouteInputs::new(&case.logits))?;
         let wanted_weights = Bounded { value: wanted.routing_weights, bound };
-        let ids = Worst::of_bits("expert_ids", &gpu.download(&ids.as_view())?, &wanted.expert_ids);
+        let ids =
+            Worst::of_integers("expert_ids", &gpu.download(&ids.as_view())?, &wanted.expert_ids);
         let weights =
             Worst::of_bounded("weights", &gpu.download(&weights.as_view())?, &wanted_weights);
-        for one in [ids, weights] {
-            worst.take(one);
-        }
+        worst.merge(ids);
+        worst.merge(weights);
     }
     Ok(worst)
 }
 
-fn plan<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn plan<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let ids = gpu.upload(&case.expert_ids)?;
     let mut memory = gpu.poisoned::<u8>(PlanLayout::new(case.shape)?.bytes())?;
     let ids = ids.as_view();
     let plan =
         plan_fwd_into(&gpu.device, &gpu.stream, case.shape, Some(&ids), memory.as_view_mut())?;
     let wanted = &case.plan;
-    let mut worst = Worst::of_bits(
+    let mut worst = Worst::of_integers(
         "expert_offsets",
         &gpu.download(&plan.expert_offsets())?,
         &wanted.expert_offsets,
     );
-    worst.take(Worst::of_bits(
+    worst.merge(Worst::of_integers(
         "row_of_slot",
         &gpu.download(&plan.row_of_slot())?,
         &wanted.row_of_slot,
     ));
-    worst.take(Worst::of_bits(
+    worst.merge(Worst::of_integers(
         "token_of_row",
         &gpu.download(&plan.token_of_row())?,
         &wanted.token_of_row,
     ));
     let num_tiles = i32::try_from(wanted.tiles.len()).unwrap_or(i32::MAX);
-    worst.take(Worst::of_bits("num_tiles", &gpu.download(&plan.num_tiles())?, &[num_tiles]));
+    worst.merge(Worst::of_integers("num_tiles", &gpu.download(&plan.num_tiles())?, &[num_tiles]));
     let mut tiles: Vec<i32> = wanted
         .tiles
         .iter()
         .flat_map(|&Tile { expert, first_row, num_rows }| [expert, first_row, num_rows, 0])
         .collect();
     tiles.resize(4 * plan.max_tiles(), 0);
-    worst.take(Worst::of_bits("tiles", &gpu.download(&plan.tiles())?, &tiles));
+    worst.merge(Worst::of_integers("tiles", &gpu.download(&plan.tiles())?, &tiles));
     Ok(worst)
 }
 
-/// The plan of the case on the device, for the operations that read one.
-fn device_plan<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<RoutingPlan<'static>> {
+/// Computes the plan of the case on the device.
+fn device_plan<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<RoutingPlan<'static>> {
     let ids = gpu.upload(&case.expert_ids)?;
     Ok(plan_fwd(&gpu.device, &gpu.stream, case.shape, &ids.as_view())?)
 }
 
-fn permute<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn permute<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let hidden = case.config.hidden;
     let plan = device_plan(gpu, case)?;
     let x = gpu.upload(&case.x)?;
     let mut xp = gpu.poisoned::<D>(case.shape.slots() * hidden)?;
     permute_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &x.as_view(), &mut xp.as_view_mut())?;
     let wanted = reference::permute_fwd(&case.shape, &case.plan, hidden, &case.x)?;
-    Ok(Worst::of_bits("xp", bytes(&gpu.download(&xp.as_view())?), bytes(&wanted)))
+    Ok(Worst::of_bytes("xp", &gpu.download(&xp.as_view())?, &wanted))
 }
 
-fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn grouped_gemm<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let MoeConfig { hidden, intermediate, .. } = case.config;
     let plan = device_plan(gpu, case)?;
     let down = gpu.upload(&case.down)?;
@@ -266,13 +207,13 @@ fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
 
     let gate_up = gpu.upload(&case.gate_up)?;
     let x = gpu.upload(&case.x)?;
-    let n = 2 * intermediate;
-    let mut y = gpu.poisoned::<D>(case.shape.slots() * n)?;
+    let out_features = 2 * intermediate;
+    let mut y = gpu.poisoned::<D>(case.shape.slots() * out_features)?;
     grouped_gemm_fwd_into(
         &gpu.device,
         &gpu.stream,
         &plan,
-        n,
+        out_features,
         hidden,
         Rows::Gathered,
         &x.as_view(),
@@ -280,18 +221,19 @@ fn grouped_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
         &mut y.as_view_mut(),
     )?;
     let linear = reference::LinearWeights::new(&case.gate_up[..]);
-    let wanted = bound::grouped_gemm(&case.plan, n, hidden, &case.x, linear, true, D::DTYPE)?;
-    worst.take(Worst::of_bounded("y (gathered)", &gpu.download(&y.as_view())?, &wanted));
-    worst.take(weighted::product(gpu, case, &plan)?);
+    let wanted =
+        bound::grouped_gemm(&case.plan, out_features, hidden, &case.x, linear, true, D::DTYPE)?;
+    worst.merge(Worst::of_bounded("y (gathered)", &gpu.download(&y.as_view())?, &wanted));
+    worst.merge(weighted::grouped_gemm_weighted(gpu, case, &plan)?);
     Ok(worst)
 }
 
-/// The case's weights mean something in whatever order they are read.
-fn gate_up<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+/// The case's weights are random, so that they are valid in any layout.
+fn gate_up<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let MoeConfig { hidden, intermediate, .. } = case.config;
     let plan = device_plan(gpu, case)?;
     let xp = reference::permute_fwd(&case.shape, &case.plan, hidden, &case.x)?;
-    let mut worst = Worst::nothing();
+    let mut worst = Worst::none();
     for (experts, rows) in experts().iter().zip([Rows::Gathered, Rows::Grouped].iter().cycle()) {
         let x = if *rows == Rows::Gathered { &case.x } else { &xp };
         let weights = match experts.gated {
@@ -324,13 +266,13 @@ fn gate_up<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
             *rows == Rows::Gathered,
             D::DTYPE,
         )?;
-        let one = Worst::of_bounded("act", &gpu.download(&act.as_view())?, &wanted);
-        worst.take(one);
+        worst.merge(Worst::of_bounded("act", &gpu.download(&act.as_view())?, &wanted));
     }
     Ok(worst)
 }
 
-/// SwiGLU with the gather and without; gpt-oss's gate and order; Nemotron's experts without a gate; Gemma's GELU.
+/// SwiGLU twice, with the gather and without; then the activation and layout of gpt-oss, Nemotron's
+/// experts without a gate, and Gemma's GELU.
 fn experts() -> [ExpertConfig; 5] {
     let swiglu = ExpertConfig::default();
     let with = |function| Activation { function, ..Activation::default() };
@@ -351,17 +293,16 @@ fn experts() -> [ExpertConfig; 5] {
     [swiglu, swiglu, gpt_oss, nemotron, gemma]
 }
 
-fn router_gemm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
-    // Any rows of H numbers are a gate: these are experts' first rows.
+fn router_gemm<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+    // The first rows of gate_up serve as the router's gate.
     let (num_experts, hidden) = (case.config.num_experts, case.config.hidden);
     let gate: Vec<D> = case.gate_up.iter().copied().take(num_experts * hidden).collect();
-    let wide: Vec<f32> = gate.iter().map(|value| value.to_f32()).collect();
-    let mut worst = project_by(gpu, case, &gate)?;
-    worst.take(project_by(gpu, case, &wide)?);
+    let mut worst = router_gemm_with(gpu, case, &gate)?;
+    worst.merge(router_gemm_with(gpu, case, &to_f32(&gate))?);
     Ok(worst)
 }
 
-fn project_by<D: Element, G: Element>(gpu: &Gpu, case: &Case<D>, gate: &[G]) -> Result<Worst> {
+fn router_gemm_with<D: Dtype, G: Dtype>(gpu: &Gpu, case: &Case<D>, gate: &[G]) -> Result<Worst> {
     let (num_experts, hidden) = (case.config.num_experts, case.config.hidden);
     let (x, gate_device) = (gpu.upload(&case.x)?, gpu.upload(gate)?);
     let (x, gate_device) = (x.as_view(), gate_device.as_view());
@@ -374,14 +315,14 @@ fn project_by<D: Element, G: Element>(gpu: &Gpu, case: &Case<D>, gate: &[G]) -> 
     Ok(Worst::of_bounded("logits", &gpu.download(&logits.as_view())?, &wanted))
 }
 
-fn rms_norm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn rms_norm<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let hidden = case.config.hidden;
     let plan = device_plan(gpu, case)?;
-    // A token is as long as a weight.
+    // The first token serves as the norm's weight, which has the same length.
     let weight = &case.x[..hidden];
     let (yp, weight_device) = (gpu.upload(&case.yp)?, gpu.upload(weight)?);
     let (yp, weight_device) = (yp.as_view(), weight_device.as_view());
-    let mut worst = Worst::nothing();
+    let mut worst = Worst::none();
     for scale_first in [false, true] {
         let norm = RmsNorm { epsilon: 1e-6, offset: 1.0, scale_first };
         let mut y = gpu.poisoned::<D>(case.yp.len())?;
@@ -394,14 +335,14 @@ fn rms_norm<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
             plan: Some(&case.plan),
         };
         let wanted = bound::rms_norm(&norm, hidden, &inputs, D::DTYPE)?;
-        worst.take(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted));
+        worst.merge(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted));
     }
     Ok(worst)
 }
 
-fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn combine<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let hidden = case.config.hidden;
-    // Of the ids that are no expert's, one is an identity's.
+    // The first id after those of the experts is an identity expert.
     let experts = case.config.num_experts as u32..case.config.num_experts as u32 + 1;
     let plan = device_plan(gpu, case)?;
     let (yp, weights) = (gpu.upload(&case.yp)?, gpu.upload(&case.weights)?);
@@ -411,46 +352,46 @@ fn combine<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let gate = case.weights.iter().copied().step_by(case.shape.top_k).collect::<Vec<f32>>();
     let (gate_device, bias) = (gpu.upload(&gate)?, x.slice(..hidden));
     let gate_device = gate_device.as_view();
-    let mut worst = Worst::nothing();
-    for all in [false, true] {
+    let mut worst = Worst::none();
+    for with_all in [false, true] {
         let mut y = gpu.poisoned::<D>(tokens * hidden)?;
         let inputs = CombineInputs {
             yp: &yp,
             routing_weights: Some(&weights),
-            identity: all.then_some(Identity {
+            identity: with_all.then_some(Identity {
                 experts: experts.clone(),
                 expert_ids: &ids,
                 x: &x,
                 routing_weights: None,
             }),
-            output_bias: all.then_some(&bias),
-            shared: all.then_some(Shared { y: &x, gate: Some(&gate_device), average: true }),
+            output_bias: with_all.then_some(&bias),
+            shared: with_all.then_some(Shared { y: &x, gate: Some(&gate_device), average: true }),
         };
         let to = &mut y.as_view_mut();
         combine_fwd_into(&gpu.device, &gpu.stream, &plan, hidden, &inputs, to)?;
         let inputs = reference::CombineInputs {
             yp: &case.yp[..],
             routing_weights: Some(&case.weights[..]),
-            identity: all.then_some(reference::Identity {
+            identity: with_all.then_some(reference::Identity {
                 experts: experts.clone(),
                 expert_ids: &case.expert_ids,
                 x: &case.x[..],
                 routing_weights: None,
             }),
-            output_bias: all.then_some(&case.x[..hidden]),
-            shared: all.then_some(reference::Shared {
+            output_bias: with_all.then_some(&case.x[..hidden]),
+            shared: with_all.then_some(reference::Shared {
                 y: &case.x[..],
                 gate: Some(&gate[..]),
                 average: true,
             }),
         };
         let wanted = bound::combine(&case.shape, &case.plan, hidden, &inputs, D::DTYPE)?;
-        worst.take(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted));
+        worst.merge(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted));
     }
     Ok(worst)
 }
 
-fn layer<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
+fn layer<D: Dtype>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     let (config, num_tokens) = (case.config, case.shape.num_tokens);
     let (x, logits) = (gpu.upload(&case.x)?, gpu.upload(&case.logits)?);
     let (gate_up, down) = (gpu.upload(&case.gate_up)?, gpu.upload(&case.down)?);
@@ -468,55 +409,12 @@ fn layer<D: Element>(gpu: &Gpu, case: &Case<D>) -> Result<Worst> {
     Ok(Worst::of_bounded("y", &gpu.download(&y.as_view())?, &wanted))
 }
 
-pub fn bytes<D: Dtype>(values: &[D]) -> &[u8] {
-    bytemuck::cast_slice(values)
-}
-
-impl Gpu {
-    pub fn upload<T: DeviceRepr>(&self, values: &[T]) -> Result<CudaSlice<T>> {
-        self.stream.clone_htod(values).map_err(self.failed("upload"))
-    }
-
-    /// Memory full of NaN, or of -1: what an operation must overwrite.
-    pub fn poisoned<T: DeviceRepr + bytemuck::Pod>(&self, len: usize) -> Result<CudaSlice<T>> {
-        let mut values = vec![T::zeroed(); len];
-        bytemuck::cast_slice_mut::<T, u8>(&mut values).fill(0xff);
-        self.upload(&values)
-    }
-
-    pub fn download<T: DeviceRepr>(&self, values: &CudaView<'_, T>) -> Result<Vec<T>> {
-        self.stream.clone_dtoh(values).map_err(self.failed("download"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_worst_is_kept() {
-        let mut worst = Worst::nothing();
-        worst.take(Worst::of_bits("ids", &[1, 2], &[1, 2]));
-        assert!(worst.is_good() && worst.exact);
-        let wanted = Bounded { value: vec![1.0, 2.0], bound: vec![0.5, 0.25] };
-        worst.take(Worst::of_bounded("y", &[1.25f32, 2.0], &wanted));
-        assert!(worst.is_good() && !worst.exact);
-        assert_eq!((worst.of_bound, worst.error, worst.bound), (0.5, 0.25, 0.5));
-        worst.take(Worst::of_bounded("y", &[1.0f32, f32::NAN], &wanted));
-        assert!(!worst.is_good());
-        assert_eq!(worst.to_string(), "y[1] is NaN, wanted 2e0 within 2.5e-1");
-    }
-
-    #[test]
-    fn other_bits_are_wrong() {
-        let worst = Worst::of_bits("ids", &[1, 2], &[1, 3]);
-        assert!(!worst.is_good());
-        assert_eq!(worst.to_string(), "ids[1] is 2, wanted 3");
-        assert_eq!(Worst::of_bits("ids", &[1], &[1, 3]).to_string(), "ids[1] is nothing, wanted 3");
-    }
-
-    #[test]
-    fn names_are_those_of_the_command_line() {
+    fn names_match_clap_values() {
         for (name, op) in Op::NAMES.iter().zip(Op::value_variants()) {
             assert_eq!(Op::from_str(name, false).as_ref(), Ok(op));
             assert_eq!(*name, op.to_string());

@@ -1,29 +1,33 @@
-//! The down product of f16, which multiplies rows by the routing's weights before it rounds them.
+//! Check of the down product in f16, which multiplies rows by their routing weights before
+//! rounding.
 
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_weighted_fwd_into};
 use moe_kernels::reference::{self, bound};
-use moe_kernels::{DType, RoutingPlan};
+use moe_kernels::{DType, Dtype, RoutingPlan};
 
 use super::case::Case;
-use super::ops::Worst;
-use crate::backend::Element;
+use super::worst::Worst;
 use crate::device::Gpu;
 use crate::error::Result;
 
-pub fn product<D: Element>(gpu: &Gpu, case: &Case<D>, plan: &RoutingPlan<'_>) -> Result<Worst> {
+pub fn grouped_gemm_weighted<D: Dtype>(
+    gpu: &Gpu,
+    case: &Case<D>,
+    plan: &RoutingPlan<'_>,
+) -> Result<Worst> {
     if D::DTYPE != DType::F16 {
-        return Ok(Worst::nothing());
+        return Ok(Worst::none());
     }
-    let (n, k) = (case.config.hidden, case.config.intermediate);
+    let (out_features, in_features) = (case.config.hidden, case.config.intermediate);
     let (down, act) = (gpu.upload(&case.down)?, gpu.upload(&case.act)?);
     let (down, act, weights) = (down.as_view(), act.as_view(), gpu.upload(&case.weights)?);
-    let mut y = gpu.poisoned::<D>(case.shape.slots() * n)?;
+    let mut y = gpu.poisoned::<D>(case.shape.slots() * out_features)?;
     grouped_gemm_weighted_fwd_into(
         &gpu.device,
         &gpu.stream,
         plan,
-        n,
-        k,
+        out_features,
+        in_features,
         Rows::Grouped,
         &act,
         LinearWeights::new(&down),
@@ -37,8 +41,8 @@ pub fn product<D: Element>(gpu: &Gpu, case: &Case<D>, plan: &RoutingPlan<'_>) ->
     };
     let wanted = bound::grouped_gemm_weighted(
         &case.plan,
-        n,
-        k,
+        out_features,
+        in_features,
         &case.act,
         linear,
         &weights,

@@ -1,5 +1,5 @@
-//! A variant of grouped_gemm, as gpu/tune-variants lists it: every number and the image are checked before
-//! the driver sees them.
+//! Loads a variant of grouped_gemm from the list that gpu/tune-variants writes. Constants and
+//! images are checked before they reach the driver.
 
 use std::ffi::CString;
 use std::fmt::Display;
@@ -16,11 +16,11 @@ use crate::device::Gpu;
 use crate::error::{Error, Result, io};
 use crate::text::escaped;
 
-/// The list of a few variants is some kilobytes, an image a megabyte.
+/// Limits on files. A list has kilobytes, an image about a megabyte.
 const MAX_LIST_BYTES: u64 = 16 << 20;
 const MAX_IMAGE_BYTES: u64 = 256 << 20;
 
-/// An image with both products in bf16, and how they are launched.
+/// The kernels of both products in bf16, and their launch constants.
 pub(super) struct Variant {
     pub(super) name: String,
     pub(super) constants: Value,
@@ -52,11 +52,11 @@ impl Constants {
         let rows = number("GEMM_BLOCK_M", 1..=4096, 1)?;
         if rows as usize != TILE_ROWS {
             return Err(format!(
-                "GEMM_BLOCK_M is {rows}, while the plan's tiles have {TILE_ROWS} rows"
+                "GEMM_BLOCK_M is {rows}, wanted {TILE_ROWS}, the rows of the plan's tiles"
             ));
         }
         Ok(Self {
-            // With a gate, a block has half of its columns of gate and half of up.
+            // Even: with a gate, half of a block's columns are of gate and half of up.
             block_n: number("GEMM_BLOCK_N", 2..=4096, 2)? as usize,
             tile_group: number("GEMM_TILE_GROUP", 1..=4096, 1)? as usize,
             threads: number("GEMM_THREADS_MMA", 32..=1024, 32)?,
@@ -70,19 +70,19 @@ impl Variant {
     pub(super) fn load(gpu: &Gpu, folder: &Path, entry: &Value) -> Result<Self> {
         let list = folder.join("variants.json");
         let bad = |why: String| bad_file(&list, format!("variant {}: {why}", entry["name"]));
-        let name = entry["name"].as_str().ok_or_else(|| bad("it has no name".into()))?;
+        let name = entry["name"].as_str().ok_or_else(|| bad("no `name`".into()))?;
         let launch = Constants::read(&entry["constants"]).map_err(bad)?;
         let image = entry["image"].as_str().unwrap_or_default();
-        // A name alone: no other folder, and nothing above this one.
+        // A file name without a folder, and not `..`.
         let mut parts = Path::new(image).components();
         if !matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == image)
         {
             return Err(bad(format!(
-                "its image {image:?} is not the name of a file in the folder"
+                "`image` is {image:?}, wanted the name of a file in the folder"
             )));
         }
         let image = Image::read(&folder.join(image))?;
-        // SAFETY: the image ends where its own header says, or with a zero, and is aligned.
+        // SAFETY: the image has the length in its header or ends with a zero, and is aligned.
         let module = unsafe { result::module::load_data(image.words.as_ptr().cast()) }
             .map_err(gpu.failed("load a variant"))?;
         let function = |symbol: &str| -> std::result::Result<sys::CUfunction, DriverError> {
@@ -117,7 +117,7 @@ pub(super) fn bad_file(path: &Path, why: impl Display) -> Error {
     Error::File { file: path.display().to_string(), why: why.to_string() }
 }
 
-/// A file of at most so many bytes; no link, folder, pipe or device.
+/// Reads a regular file of at most `most` bytes. Links, folders, pipes and devices are errors.
 fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     let found = fs::symlink_metadata(path).map_err(io("read", path))?;
     if !found.is_file() {
@@ -129,9 +129,9 @@ fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     fs::read(path).map_err(io("read", path))
 }
 
-/// A fat binary or PTX, which the driver is given without its length.
+/// A fat binary or PTX. The driver takes a pointer without a length.
 struct Image {
-    /// With zeros behind the end, which is what ends PTX.
+    /// The bytes, followed by zeros, which terminate PTX.
     words: Vec<u128>,
 }
 
@@ -145,15 +145,17 @@ impl Image {
     }
 }
 
-/// Checks an image against the lengths in its headers, so that the driver does not read past its end.
+/// Checks an image against the lengths in its headers, so that the driver does not read out of
+/// bounds.
 fn check_image(bytes: &[u8]) -> std::result::Result<(), String> {
     const FAT_BINARY: u64 = 0xba55_ed50;
     if number(bytes, 0, 4) == Some(FAT_BINARY) {
         let end = part(bytes, 0, (6, 2)).filter(|end| *end == bytes.len());
-        end.ok_or("a fat binary of another length than its header says")?;
+        end.ok_or("a fat binary whose length differs from that in its header")?;
         let mut at = FAT_HEADER;
         while at < bytes.len() {
-            at = part(bytes, at, (4, 4)).ok_or("a fat binary with a part that ends outside")?;
+            at = part(bytes, at, (4, 4))
+                .ok_or("a fat binary with a part that ends after the file")?;
         }
         return Ok(());
     }
@@ -161,14 +163,15 @@ fn check_image(bytes: &[u8]) -> std::result::Result<(), String> {
         return Err("neither a fat binary nor PTX".into());
     }
     let text = bytes.strip_suffix(b"\0").unwrap_or(bytes);
-    if text.contains(&0) { Err("PTX with a zero in it".into()) } else { Ok(()) }
+    if text.contains(&0) { Err("PTX with a zero byte before its end".into()) } else { Ok(()) }
 }
 
-/// Bytes of a fat binary's own header; that of a part is longer.
+/// Bytes of a fat binary's header; that of a part is longer.
 const FAT_HEADER: usize = 16;
 
-/// Where a header at `at` and its content end, if both are inside. `length` is where the header has its own
-/// length, and in how many bytes; the content's is in the eight bytes from 8 on.
+/// Returns the end of a header at `at` and its content, if both are within the image. `length` is
+/// the offset and size of the field with the header's length; the content's length is at offset 8,
+/// in eight bytes.
 fn part(bytes: &[u8], at: usize, length: (usize, usize)) -> Option<usize> {
     let header = usize::try_from(number(bytes, at + length.0, length.1)?).ok()?;
     let content = usize::try_from(number(bytes, at + 8, 8)?).ok()?;
@@ -176,7 +179,7 @@ fn part(bytes: &[u8], at: usize, length: (usize, usize)) -> Option<usize> {
     (header >= FAT_HEADER && end <= bytes.len()).then_some(end)
 }
 
-/// An unsigned number of `len` bytes, the lowest first.
+/// Reads an unsigned little-endian integer of `len` bytes.
 fn number(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     let digits = bytes.get(at..at.checked_add(len)?)?;
     Some(digits.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))

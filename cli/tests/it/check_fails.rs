@@ -1,5 +1,5 @@
-//! `check` where a result is wrong: the verdict, exit status 1, and the line that reproduces it. The software device makes
-//! the results of a kernel wrong.
+//! `check` with a wrong result: the verdict, exit status 1, and the command that reproduces it. The
+//! software device injects the fault.
 
 use crate::common::{Done, program_in};
 
@@ -13,33 +13,32 @@ fn check(fault: Option<&str>, ops: &str, case: &[&str]) -> Done {
     program_in(&environment, &arguments)
 }
 
-/// The verdict on an operation in f32.
+/// The verdict of an operation in f32.
 fn verdict<'a>(done: &'a Done, op: &str) -> &'a str {
     let row = done.stdout.lines().find(|line| line.split_whitespace().take(2).eq([op, "f32"]));
     row.and_then(|row| row.split_whitespace().last()).unwrap_or("no row")
 }
 
-/// The lines that reproduce failures, without the program's name and what stands before it.
+/// The arguments of the printed commands that reproduce failures.
 fn reproductions(done: &Done) -> Vec<Vec<&str>> {
     let lines = done.stdout.lines().filter_map(|line| line.split_once("moe-kernels check "));
     lines.map(|(_, arguments)| arguments.split_whitespace().collect()).collect()
 }
 
-/// Each operation notices that a kernel of its own is wrong.
 #[test]
-fn every_operation_can_fail() {
+fn flipped_bit_fails_each_operation() {
     for (op, kernel) in [
         ("router_gemm", "moe_router_gemm_fwd_few_f32"),
         ("route", "moe_route_fwd_plain_narrow_f32"),
         ("noise", "moe_noise_fwd"),
         ("jitter", "moe_jitter_fwd_f32"),
         ("capacity", "moe_capacity_fwd_select"),
-        ("expert-choice", "moe_expert_choice_fwd_f32"),
+        ("expert_choice", "moe_expert_choice_fwd_f32"),
         ("plan", "moe_plan_fwd_single"),
         ("permute", "moe_permute_fwd_f32"),
-        ("grouped-gemm", "moe_grouped_gemm_fwd_f32"),
-        ("gate-up", "moe_grouped_gemm_fwd_gate_up_f32"),
-        ("rms-norm", "moe_rms_norm_fwd_f32"),
+        ("grouped_gemm", "moe_grouped_gemm_fwd_f32"),
+        ("gate_up", "moe_grouped_gemm_fwd_gate_up_f32"),
+        ("rms_norm", "moe_rms_norm_fwd_f32"),
         ("combine", "moe_combine_fwd_f32"),
         ("layer", "moe_combine_fwd_f32"),
     ] {
@@ -52,9 +51,10 @@ fn every_operation_can_fail() {
     }
 }
 
-/// The line fails alike as long as the fault is there, and not without it; other operations are right.
+/// The command fails with the same message while the fault is injected, and passes without it.
+/// Other operations pass.
 #[test]
-fn the_line_reproduces_the_failure() {
+fn printed_command_reproduces_failure() {
     let kernel = "flip:moe_combine_fwd_f32";
     let done = check(Some(kernel), "permute,combine", &CASE);
     assert_eq!(done.status, Some(1), "{done:?}");
@@ -73,9 +73,8 @@ fn the_line_reproduces_the_failure() {
     assert!(reproductions(&without).is_empty(), "{}", without.stdout);
 }
 
-/// The table stays in sight.
 #[test]
-fn failures_past_the_tenth_are_counted() {
+fn prints_ten_failures_and_counts_the_rest() {
     let many = ["--shapes", "T5H33I7E7K3", "--dtypes", "f32", "--seeds", "0,1,2"];
     let done = check(Some("flip:moe_permute_fwd_f32"), "permute", &many);
     assert_eq!(done.status, Some(1), "{done:?}");
@@ -83,9 +82,9 @@ fn failures_past_the_tenth_are_counted() {
     assert!(done.stdout.contains("and 5 more failures"), "{}", done.stdout);
 }
 
-/// A kernel that does not end well: what the device says of it, and nothing after it.
+/// After a failed launch the device cannot be used, so that nothing else is checked.
 #[test]
-fn a_kernel_that_fails_ends_the_check() {
+fn failed_launch_ends_the_check() {
     let many = ["--shapes", "T5H33I7E7K3", "--dtypes", "f32", "--seeds", "0,1,2"];
     let done = check(Some("fail:moe_combine_fwd_f32"), "permute,combine", &many);
     assert_eq!(done.status, Some(1), "{done:?}");

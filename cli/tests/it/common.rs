@@ -1,4 +1,4 @@
-//! Folders to break things in, safetensors to break them with, and the program.
+//! Temporary folders, safetensors files, and calls of the program.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-/// A folder of one test, removed in the end.
+/// A temporary folder, removed when it is dropped.
 pub struct Folder(PathBuf);
 
 impl Folder {
@@ -55,7 +55,7 @@ impl Folder {
         std::fs::write(self.path(file), text.replace(from, to)).unwrap();
     }
 
-    /// Cuts a file short.
+    /// Truncates a file.
     pub fn cut(&self, file: &str, bytes: usize) {
         let content = std::fs::read(self.path(file)).unwrap();
         std::fs::write(self.path(file), &content[..bytes]).unwrap();
@@ -65,7 +65,7 @@ impl Folder {
         read(&self.path(file))
     }
 
-    /// Changes the tensors of a file; its notes are lost.
+    /// Changes the tensors of a file. The metadata of its header is lost.
     pub fn change(&self, file: &str, change: impl FnOnce(&mut Vec<Stored>)) {
         let mut tensors = self.tensors(file);
         change(&mut tensors);
@@ -115,7 +115,7 @@ impl Stored {
             Dtype::BF16 => {
                 self.data.chunks(2).map(|b| half::bf16::from_bits(half(b)).into()).collect()
             }
-            other => panic!("{other:?} is not read by any test"),
+            other => panic!("{other:?} is used by no test"),
         }
     }
 }
@@ -130,7 +130,7 @@ pub fn read(path: &Path) -> Vec<Stored> {
         data: view.data().into(),
     };
     let mut tensors: Vec<Stored> = tensors.tensors().into_iter().map(store).collect();
-    // A file keeps them in an order of its own.
+    // The order in a file is not that of the names.
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
     tensors
 }
@@ -139,7 +139,7 @@ pub fn write(path: &Path, tensors: &[Stored]) {
     write_with(path, tensors, None);
 }
 
-/// With notes in the header.
+/// Writes a file with metadata in its header.
 pub fn write_with(path: &Path, tensors: &[Stored], notes: Option<HashMap<String, String>>) {
     let views = tensors.iter().map(|tensor| {
         (&tensor.name, TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.data).unwrap())
@@ -163,7 +163,7 @@ pub fn distance(y: &[f64], wanted: &[f64]) -> f64 {
     (difference / norm).sqrt()
 }
 
-/// What the program did.
+/// The exit status and output of the program.
 #[derive(Debug)]
 pub struct Done {
     pub status: Option<i32>,
@@ -171,12 +171,12 @@ pub struct Done {
     pub stderr: String,
 }
 
-/// Runs the program in a folder that is not the repository.
+/// Runs the program in a folder outside of the repository.
 pub fn program(arguments: &[&str]) -> Done {
     program_in(&[], arguments)
 }
 
-/// The same with these environment variables.
+/// Runs the program with these environment variables.
 pub fn program_in(environment: &[(&str, &str)], arguments: &[&str]) -> Done {
     let output = Command::new(env!("CARGO_BIN_EXE_moe-kernels"))
         .args(arguments)
@@ -191,7 +191,8 @@ pub fn program_in(environment: &[(&str, &str)], arguments: &[&str]) -> Done {
     }
 }
 
-/// `run` on a folder that has a checkpoint and recorded.safetensors; the output is y.safetensors in it.
+/// Runs a layer of a folder with a checkpoint on its recorded.safetensors. Writes y.safetensors
+/// there.
 pub fn run(folder: &Folder, layer: usize, more: &[&str]) -> Done {
     let (input, output) = (folder.path("recorded.safetensors"), folder.path("y.safetensors"));
     let layer = layer.to_string();
@@ -202,14 +203,15 @@ pub fn run(folder: &Folder, layer: usize, more: &[&str]) -> Done {
     program(&arguments)
 }
 
-/// Runs layer 1 of the folder and checks that it fails with these words.
+/// Runs layer 1 of the folder. Checks that it fails with these words and writes no file.
 #[track_caller]
 pub fn fails(folder: &Folder, words: &[&str]) {
     let before = folder.names();
     check_failure(&run(folder, 1, &["--device", "cpu"]), words);
-    assert_eq!(folder.names(), before, "something was written");
+    assert_eq!(folder.names(), before, "a file was written");
 }
 
+/// Checks exit status 2 and the words in stderr.
 #[track_caller]
 pub fn check_failure(done: &Done, words: &[&str]) {
     assert_eq!(done.status, Some(2), "{done:?}");

@@ -1,4 +1,5 @@
-//! Messages about a driver older than the kernels' toolkit; the software device can report such a driver.
+//! Messages for a driver that is older than the kernels' toolkit. The software device can report
+//! one.
 
 use std::process::Command;
 
@@ -8,25 +9,26 @@ fn run(arguments: &[&str]) -> (Option<i32>, String) {
         .env("MOE_EMULATOR_DRIVER", "12020")
         .output()
         .unwrap();
-    let said = [done.stdout, done.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
-    (done.status.code(), said.concat())
+    let output =
+        [done.stdout, done.stderr].map(|output| String::from_utf8_lossy(&output).into_owned());
+    (done.status.code(), output.concat())
 }
 
 #[test]
-fn an_older_driver() {
-    let (status, said) = run(&["info", "--device", "emulator"]);
-    assert_eq!(status, Some(0), "{said}");
-    assert!(said.contains("driver for CUDA 12.2"), "{said}");
+fn older_driver_is_reported_and_refused() {
+    let (status, output) = run(&["info", "--device", "emulator"]);
+    assert_eq!(status, Some(0), "{output}");
+    assert!(output.contains("driver for CUDA 12.2"), "{output}");
 
-    let (status, said) = run(&["check", "--device", "emulator", "--shapes", "T3H8I8E2K1"]);
+    let (status, output) = run(&["check", "--device", "emulator", "--shapes", "T3H8I8E2K1"]);
     match moe_kernels::kernel_toolkit() {
         // The images are read by any driver.
-        None => assert_eq!(status, Some(0), "{said}"),
-        Some((12, _)) => assert_eq!(status, Some(0), "{said}"),
+        None => assert_eq!(status, Some(0), "{output}"),
+        Some((12, _)) => assert_eq!(status, Some(0), "{output}"),
         Some((major, minor)) => {
-            assert_eq!(status, Some(2), "{said}");
+            assert_eq!(status, Some(2), "{output}");
             let wanted = format!("for CUDA 12.2, and nvcc {major}.{minor} compiled the kernels");
-            assert!(said.contains(&wanted), "{said}");
+            assert!(output.contains(&wanted), "{output}");
         }
     }
 }

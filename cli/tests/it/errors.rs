@@ -1,4 +1,4 @@
-//! What does not work, and says so: exit status 2, a sentence with the words that help, and no output.
+//! Errors: exit status 2, a message that names the cause, and no output file.
 
 use safetensors::Dtype;
 
@@ -9,7 +9,7 @@ use crate::common::{
 const EXPERT: &str = "model.layers.1.block_sparse_moe.experts.3.w2.weight";
 
 #[test]
-fn config() {
+fn rejects_invalid_config_values() {
     let cases: [(&str, &str, &[&str]); 11] = [
         (
             "\"mixtral\"",
@@ -25,7 +25,7 @@ fn config() {
         ),
         ("\"hidden_size\": 40", "\"hidden_size\": -40", &["`hidden_size` is -40"]),
         ("\"hidden_size\": 40", "\"hidden_size\": 40.5", &["`hidden_size` is 40.5"]),
-        // An absent key is the default of transformers' class.
+        // An absent key has the default of transformers' class.
         (
             "\"hidden_size\"",
             "\"other_size\"",
@@ -59,7 +59,7 @@ fn config() {
 }
 
 #[test]
-fn files_that_are_not_there() {
+fn missing_files_are_errors() {
     let folder = Folder::of("mixtral-tiny");
     std::fs::remove_file(folder.path("model.safetensors")).unwrap();
     fails(&folder, &["model.safetensors: no such file", "model.safetensors.index.json"]);
@@ -74,12 +74,12 @@ fn files_that_are_not_there() {
     std::fs::remove_file(folder.path("recorded.safetensors")).unwrap();
     fails(&folder, &["cannot open", "recorded.safetensors"]);
 
-    let nowhere = folder.path("nowhere").display().to_string();
+    let missing = folder.path("missing").display().to_string();
     check_failure(
         &program(&[
             "run",
             "--checkpoint",
-            &nowhere,
+            &missing,
             "--layer",
             "0",
             "--input",
@@ -87,18 +87,18 @@ fn files_that_are_not_there() {
             "--output",
             "y",
         ]),
-        &[&nowhere, "no such folder"],
+        &[&missing, "no such folder"],
     );
 }
 
 #[test]
-fn files_that_are_cut_short() {
+fn truncated_files_are_errors() {
     for (file, bytes) in
         [("model.safetensors", 100_000), ("model.safetensors", 100), ("model.safetensors", 3)]
     {
         let folder = Folder::of("mixtral-tiny");
         folder.cut(file, bytes);
-        fails(&folder, &[file, "not a whole safetensors file", &format!("{bytes} bytes")]);
+        fails(&folder, &[file, "not a complete safetensors file", &format!("{bytes} bytes")]);
     }
     let folder = Folder::of("mixtral-tiny");
     folder.cut("recorded.safetensors", 0);
@@ -109,7 +109,7 @@ fn files_that_are_cut_short() {
 }
 
 #[test]
-fn layers_that_are_not_there() {
+fn layers_without_moe_block_are_errors() {
     let folder = Folder::of("qwen3-moe-tiny");
     let whys = [
         "`mlp_only_layers` is [0], which makes layer 0 dense",
@@ -117,18 +117,19 @@ fn layers_that_are_not_there() {
     ];
     for (layer, why) in [0, 2].into_iter().zip(whys) {
         let done = run(&folder, layer, &["--device", "cpu"]);
-        check_failure(&done, &["config.json", why, "layers that have one: 1"]);
+        check_failure(&done, &["config.json", why, "layers with MoE blocks: 1"]);
     }
     folder.edit("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
     let done = run(&folder, 2, &["--device", "cpu"]);
-    check_failure(&done, &["layer 2 has no qwen3_moe block", "layers that have one: 1"]);
+    check_failure(&done, &["layer 2 has no qwen3_moe block", "layers with MoE blocks: 1"]);
     let folder = Folder::of("mixtral-tiny");
-    check_failure(&run(&folder, 9, &["--device", "cpu"]), &["layers that have one: 0-1"]);
+    check_failure(&run(&folder, 9, &["--device", "cpu"]), &["layers with MoE blocks: 0-1"]);
 }
 
-/// The words of Python's JSON that others do not have, where no key of the block is.
+/// Python writes Infinity and NaN, which are no JSON. They are accepted in keys that the block
+/// ignores.
 #[test]
-fn infinity_is_read() {
+fn infinity_in_unused_config_key_is_accepted() {
     let folder = Folder::of("mixtral-tiny");
     let more = "\"hidden_size\": 40, \"limits\": [-Infinity, Infinity, NaN, \"NaN\"]";
     folder.edit("config.json", "\"hidden_size\": 40", more);
@@ -136,7 +137,7 @@ fn infinity_is_read() {
     assert_eq!(done.status, Some(0), "{done:?}");
 }
 
-/// Writes the Mixtral checkpoint with one tensor changed.
+/// A copy of the Mixtral checkpoint with one changed tensor.
 fn with_tensor(change: impl Fn(&mut Stored)) -> Folder {
     let folder = Folder::of("mixtral-tiny");
     let mut tensors = folder.tensors("model.safetensors");
@@ -147,7 +148,7 @@ fn with_tensor(change: impl Fn(&mut Stored)) -> Folder {
 }
 
 #[test]
-fn weights_that_do_not_fit() {
+fn rejects_weights_of_wrong_shape_type_or_name() {
     let folder = with_tensor(|tensor| tensor.shape.reverse());
     fails(&folder, &["model.safetensors", EXPERT, "is [20, 40], wanted [40, 20]"]);
     let folder = with_tensor(|tensor| tensor.dtype = Dtype::I32);
@@ -156,9 +157,9 @@ fn weights_that_do_not_fit() {
     fails(&folder, &["model.safetensors", &format!("no tensor `{EXPERT}`, wanted [40, 20]")]);
 }
 
-/// FP8 weights have scales beside them, of blocks that config.json has to say the size of.
+/// FP8 weights need scales, for blocks of the size in config.json.
 #[test]
-fn weights_in_8_bits() {
+fn rejects_fp8_weights_without_valid_scales() {
     let quantised = || {
         with_tensor(|tensor| {
             tensor.dtype = Dtype::F8_E4M3;
@@ -181,7 +182,7 @@ fn weights_in_8_bits() {
 }
 
 #[test]
-fn an_index_that_lies() {
+fn rejects_index_outside_folder() {
     let name = "model.layers.1.mlp.experts.0.up_proj.weight";
     let line = |file: &str| format!("\"{name}\": \"{file}\"");
     let index = "model.safetensors.index.json";
@@ -193,7 +194,7 @@ fn an_index_that_lies() {
 
     let folder = Folder::of("qwen3-moe-tiny");
     folder.edit(index, &right, &line("../model-00004-of-00004.safetensors"));
-    fails(&folder, &[index, name, "wanted the name of a file beside it"]);
+    fails(&folder, &[index, name, "wanted the name of a file in the same folder"]);
 
     let folder = Folder::of("qwen3-moe-tiny");
     folder.edit(index, "\"weight_map\"", "\"weights\"");
@@ -201,7 +202,7 @@ fn an_index_that_lies() {
 }
 
 #[test]
-fn inputs_that_do_not_fit() {
+fn rejects_inputs_of_wrong_shape_type_or_name() {
     let x = |shape: &[usize]| Stored::f32("x", shape, &vec![0.5; shape.iter().product()]);
     let integers = Stored { dtype: Dtype::I32, ..x(&[4, 40]) };
     let renamed = Stored { name: "hidden_states".into(), ..x(&[4, 40]) };
@@ -219,9 +220,9 @@ fn inputs_that_do_not_fit() {
     }
 }
 
-/// Some blocks read more than the tokens.
+/// Some blocks read more than `x`.
 #[test]
-fn inputs_that_are_missing() {
+fn missing_router_inputs_are_errors() {
     for (fixture, tensor) in [
         ("gemma4-tiny", "router_input"),
         ("zaya-tiny", "logits"),
@@ -236,9 +237,8 @@ fn inputs_that_are_missing() {
     }
 }
 
-/// A recording is checked like any other file.
 #[test]
-fn recordings_that_do_not_fit() {
+fn rejects_recordings_of_wrong_shape() {
     let folder = Folder::of("switch-transformers-tiny");
     let right = folder.tensors("recorded.safetensors");
     type Case = (&'static str, fn(&mut Stored), &'static str);
@@ -262,11 +262,11 @@ fn recordings_that_do_not_fit() {
     }
     let empty = Folder::new();
     let done = program(&["run", "--recorded", empty.dir().to_str().unwrap(), "--device", "cpu"]);
-    check_failure(&done, &["no recorded.safetensors, and no folder with one"]);
+    check_failure(&done, &["neither recorded.safetensors nor a folder with one"]);
 }
 
 #[test]
-fn outputs_that_cannot_be() {
+fn rejects_output_paths_that_are_no_files() {
     let folder = Folder::of("mixtral-tiny");
     let output = folder.path("no/such/y.safetensors").display().to_string();
     check_failure(
@@ -280,15 +280,15 @@ fn outputs_that_cannot_be() {
         &program(&[&arguments[..], &[&output, "--device", "cpu"]].concat()),
         &["--output", "no/such"],
     );
-    // A folder stands where the file should be.
+    // The output is a folder.
     check_failure(
         &program(&[&arguments[..], &[&dir, "--device", "cpu"]].concat()),
         &["--output", &dir],
     );
-    // The input would be lost.
+    // The output would overwrite the input.
     check_failure(
         &program(&[&arguments[..], &[&input, "--device", "cpu"]].concat()),
-        &["--output", "is the input"],
+        &["--output", "is the input file"],
     );
     #[cfg(unix)]
     {
@@ -306,15 +306,14 @@ fn outputs_that_cannot_be() {
 }
 
 #[test]
-fn a_gpu_that_is_not_there() {
-    // The driver, if there is one, sees no GPU.
+fn missing_gpu_is_an_error() {
+    // Hides GPUs from the driver, if there is one.
     let hidden = [("CUDA_VISIBLE_DEVICES", "")];
     check_failure(&program_in(&hidden, &["run", "--device", "cuda"]), &["device cuda: "]);
 }
 
-/// `info` and `run` agree on whether there is a GPU.
 #[test]
-fn a_gpu_that_is_there() {
+fn run_finds_a_gpu_exactly_if_info_does() {
     let info = program(&["info"]).stdout;
     let line = info.lines().find(|line| line.starts_with("cuda ")).unwrap();
     let done = program(&["run", "--device", "cuda"]);
@@ -325,7 +324,7 @@ fn a_gpu_that_is_there() {
 }
 
 #[test]
-fn options_that_do_not_fit() {
+fn invalid_options_are_errors() {
     for arguments in [
         &["run", "--layer", "0"][..],
         &["run", "--checkpoint", "."],

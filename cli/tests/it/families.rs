@@ -1,23 +1,23 @@
-//! Every family that the library reads: its block, run on each device, against the recording of transformers' own.
+//! Runs a block of every family on each device, and compares it with the recording of transformers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use moe_kernels::hf;
+use moe_kernels_hf::model_types;
 use serde_json::Value;
 
 use crate::common::{Done, program};
 
-// The configuration of each fixture as a line; a test of the library holds them.
+// The configuration of each fixture as a line; a test of moe-kernels-hf checks them.
 #[allow(dead_code)]
-#[path = "../../../tests/it/hf/lines.rs"]
+#[path = "../../../hf/tests/it/lines.rs"]
 mod lines;
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The recordings in fixtures/, and those of them that are near to what a device makes.
+/// The recordings in fixtures/, and those whose outputs are within the limit on a device.
 fn run(device: &str, dtype: &str) -> (BTreeSet<String>, BTreeSet<String>) {
     let fixtures = repository().join("fixtures").display().to_string();
     let arguments = ["run", "--recorded", &fixtures, "--device", device, "--dtype", dtype];
@@ -52,7 +52,7 @@ fn devices() -> Vec<&'static str> {
 }
 
 #[test]
-fn every_family_is_near_to_its_recording() {
+fn every_family_is_close_to_its_recording() {
     let with_capacity = ["nllb-moe-tiny (capacity)", "switch-transformers-tiny (capacity)"];
     let mut wanted: BTreeSet<String> = fixtures().into_iter().collect();
     wanted.extend(with_capacity.map(str::to_string));
@@ -66,7 +66,7 @@ fn every_family_is_near_to_its_recording() {
     }
 }
 
-/// What a block computes, without the sizes of its fixture.
+/// Describes the computation of a block, without the sizes of its fixture.
 fn without_sizes(line: &str) -> String {
     let is_size = |word: &str| {
         let digits = word.trim_end_matches(',').trim_start_matches(['H', 'I', 'E', 'K']);
@@ -77,10 +77,10 @@ fn without_sizes(line: &str) -> String {
     words.join(" ").replace('|', "and")
 }
 
-/// The families of each line of computing, as a table.
+/// A table of the families, by the computation of their blocks.
 fn table(good: &BTreeSet<String>) -> String {
     let mut rows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let mut left: BTreeSet<&str> = hf::model_types().into_iter().collect();
+    let mut left: BTreeSet<&str> = model_types().into_iter().collect();
     for fixture in fixtures().iter().filter(|name| good.contains(*name)) {
         let config = repository().join("fixtures").join(fixture).join("config.json");
         let config: Value = serde_json::from_slice(&std::fs::read(config).unwrap()).unwrap();
@@ -109,23 +109,24 @@ fn table(good: &BTreeSet<String>) -> String {
     text
 }
 
-/// README.md says what runs. After a change: `MOE_UPDATE=1 cargo test -p moe-kernels-cli --test it families`.
+/// The table in docs/families.md is generated. After a change: `MOE_UPDATE=1 cargo test
+/// -p moe-kernels-cli --test it families`.
 #[test]
-fn the_readme_lists_what_runs() {
+fn families_page_lists_tested_families() {
     const MARKS: [&str; 2] = ["<!-- families: begin -->\n", "<!-- families: end -->"];
     let mut good: BTreeSet<String> = fixtures().into_iter().collect();
     for device in devices() {
         let (_, here) = run(device, "f32");
         good.retain(|name| here.contains(name));
     }
-    let path = repository().join("README.md");
-    let readme = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = readme.split_once(MARKS[0]).unwrap();
+    let path = repository().join("docs/families.md");
+    let page = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = page.split_once(MARKS[0]).unwrap();
     let (_, after) = rest.split_once(MARKS[1]).unwrap();
     let fresh = format!("{before}{}{}{}{after}", MARKS[0], table(&good), MARKS[1]);
     if std::env::var_os("MOE_UPDATE").is_some() {
         std::fs::write(&path, &fresh).unwrap();
     }
-    let readme = std::fs::read_to_string(&path).unwrap();
-    assert!(readme == fresh, "README.md is stale; this test's comment says how to refresh it");
+    let page = std::fs::read_to_string(&path).unwrap();
+    assert!(page == fresh, "docs/families.md is stale; this test's comment says how to refresh it");
 }

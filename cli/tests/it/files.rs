@@ -1,4 +1,4 @@
-//! Files that are no files, that lie about themselves, or that are larger than anything should be.
+//! Files that are not regular, have invalid headers, or are too large.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -15,7 +15,7 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const SHARD: &str = "model-00003-of-00004.safetensors";
 
-/// Runs layer 1, and fails where that takes longer than any file of the tests should.
+/// Runs layer 1 with a time limit.
 fn run_in_time(folder: &Folder) -> Done {
     let [dir, input, output] =
         ["", "recorded.safetensors", "y.safetensors"].map(|file| folder.path(file));
@@ -46,9 +46,9 @@ fn run_in_time(folder: &Folder) -> Done {
     }
 }
 
-/// Each kind of thing that is no file, in the place of each file.
+/// Each kind of path that is not a regular file, in place of each file.
 #[test]
-fn what_is_no_file_is_not_read() {
+fn rejects_paths_that_are_not_regular_files() {
     let fifo = |path: &Path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
     let socket = |path: &Path| drop(std::os::unix::net::UnixListener::bind(path).unwrap());
     let device = |path: &Path| symlink("/dev/zero", path).unwrap();
@@ -71,9 +71,9 @@ fn what_is_no_file_is_not_read() {
     }
 }
 
-/// The Hub's cache is links to files elsewhere.
+/// The cache of the Hugging Face Hub consists of links.
 #[test]
-fn links_are_followed() {
+fn input_links_are_followed() {
     let (folder, elsewhere) = (Folder::of("mixtral-tiny"), Folder::new());
     for file in folder.names() {
         std::fs::rename(folder.path(&file), elsewhere.path(&file)).unwrap();
@@ -84,15 +84,15 @@ fn links_are_followed() {
     std::fs::remove_file(elsewhere.path(SINGLE)).unwrap();
     std::fs::remove_file(folder.path("y.safetensors")).unwrap();
     fails(&folder, &[SINGLE, "no such file"]);
-    // A link that leads to itself.
+    // A link to itself.
     std::fs::remove_file(folder.path(SINGLE)).unwrap();
     symlink(folder.path(SINGLE), folder.path(SINGLE)).unwrap();
     fails(&folder, &[SINGLE]);
 }
 
-/// An output that is a link is replaced, and not written through.
+/// The link is replaced; its target is not written.
 #[test]
-fn an_output_that_is_a_link() {
+fn output_link_is_replaced() {
     let folder = Folder::of("mixtral-tiny");
     std::fs::write(folder.path("precious"), "text").unwrap();
     symlink(folder.path("precious"), folder.path("y.safetensors")).unwrap();
@@ -102,13 +102,13 @@ fn an_output_that_is_a_link() {
     assert!(!folder.path("y.safetensors").is_symlink());
 }
 
-/// A file of a length, without bytes of its own.
+/// A sparse file of this length.
 fn sparse(path: &Path, bytes: u64) {
     std::fs::File::create(path).unwrap().set_len(bytes).unwrap();
 }
 
 #[test]
-fn texts_that_are_too_long() {
+fn rejects_json_files_above_size_limit() {
     let folder = Folder::of("mixtral-tiny");
     sparse(&folder.path("config.json"), (16 << 20) + 1);
     fails(&folder, &["config.json: has 16777217 bytes, wanted at most 16777216"]);
@@ -117,13 +117,13 @@ fn texts_that_are_too_long() {
     fails(&folder, &[INDEX, "has 100000001 bytes, wanted at most 100000000"]);
 }
 
-/// A file with this header, whose length is `said`, and `data` bytes behind it.
+/// A file with this header, `said` as the header's length, and `data` bytes after it.
 fn headed(said: u64, header: &str, data: usize) -> Vec<u8> {
     [&said.to_le_bytes(), header.as_bytes(), &vec![0; data]].concat()
 }
 
 #[test]
-fn headers_that_lie() {
+fn rejects_invalid_safetensors_headers() {
     let entry = |shape: &str, begin: u64, end: u64| {
         format!("{{\"dtype\":\"F32\",\"shape\":{shape},\"data_offsets\":[{begin},{end}]}}")
     };
@@ -155,18 +155,17 @@ fn headers_that_lie() {
         std::fs::write(folder.path(SINGLE), headed(header.len() as u64, &header, data)).unwrap();
         let done = run_in_time(&folder);
         assert_eq!(done.status, Some(2), "{what}: {done:?}");
-        assert!(done.stderr.contains("not a whole safetensors file"), "{what}: {}", done.stderr);
+        assert!(done.stderr.contains("not a complete safetensors file"), "{what}: {}", done.stderr);
     }
     for said in [3, 100, 100_000_000, 100_000_001, 1 << 40, u64::MAX - 7, u64::MAX] {
         let folder = Folder::of("mixtral-tiny");
         std::fs::write(folder.path(SINGLE), headed(said, "{}", 0)).unwrap();
-        fails(&folder, &[SINGLE, "not a whole safetensors file"]);
+        fails(&folder, &[SINGLE, "not a complete safetensors file"]);
     }
 }
 
-/// What a terminal would obey is spelled out.
 #[test]
-fn names_are_escaped() {
+fn control_characters_in_messages_are_escaped() {
     const EVIL: &str = "\u{1b}[2J\u{9b}31m\r\nerror: none\u{202e}";
     let spelled = "\\u{1b}[2J\\u{9b}31m\\r\\nerror: none\\u{202e}";
     #[track_caller]
@@ -182,7 +181,7 @@ fn names_are_escaped() {
         let name = format!("model.layers.1.block_sparse_moe.{EVIL}");
         tensors.push(Stored::f32(&name, &[1], &[1.0]));
     });
-    clean(&folder, &[spelled, "would stay unread"]);
+    clean(&folder, &[spelled, "unused: "]);
     let folder = Folder::of("mixtral-tiny");
     write(&folder.path("recorded.safetensors"), &[Stored::f32(EVIL, &[1], &[1.0])]);
     clean(&folder, &[spelled, "no tensor `x`"]);
@@ -193,7 +192,7 @@ fn names_are_escaped() {
     clean(&folder, &[spelled, "no such file"]);
     let folder = Folder::of("qwen3-moe-tiny");
     folder.edit(INDEX, &format!("\"{SHARD}\""), &file.replace("error", "/"));
-    clean(&folder, &["wanted the name of a file beside it"]);
+    clean(&folder, &["wanted the name of a file in the same folder"]);
     // Values of config.json.
     let folder = Folder::of("mixtral-tiny");
     let value = serde_json::to_string(EVIL).unwrap();
@@ -211,9 +210,9 @@ fn names_are_escaped() {
     assert!(done.stderr.contains("\\u{1b}[2J.gguf") && !done.stderr.contains('\u{1b}'), "{done:?}");
 }
 
-/// A narrow input of 256 MB, which takes no place on disk, asks for 2^39 slots: more memory than there is.
+/// A sparse input of 256 MB with one value per token would need 2^39 slots, more than any memory.
 #[test]
-fn logits_are_counted_before_they_are_allocated() {
+fn rejects_inputs_with_too_many_logits_before_allocation() {
     for (top_k, tokens) in [(4096, 1 << 27), (4096, (1 << 16) + 1), (1, 1 << 26)] {
         of_one_number_each(top_k, tokens);
     }
@@ -247,9 +246,9 @@ fn of_one_number_each(top_k: usize, tokens: usize) {
     fails(&folder, &[&format!("`x` is of {tokens} tokens, {wanted}")]);
 }
 
-/// One line for all tensors with numbers that are none, and the output all the same.
+/// One warning for all tensors; the output is written.
 #[test]
-fn numbers_that_are_not_finite() {
+fn weights_that_are_not_finite_are_a_warning() {
     let of = |expert: usize| format!("model.layers.1.block_sparse_moe.experts.{expert}.w2.weight");
     let set = |folder: &Folder, name: &str, element: usize, value: f32| {
         folder.change(SINGLE, |tensors| {
@@ -263,16 +262,13 @@ fn numbers_that_are_not_finite() {
     set(&folder, &of(3), 70, f32::NEG_INFINITY);
     // Finite, and too large for f16.
     set(&folder, &of(4), 1, 70_000.0);
-    for (dtype, more) in [("f32", ""), ("f16", "; so have 1 more")] {
+    for (dtype, more) in [("f32", ""), ("f16", "; other tensors with some: 1")] {
         let done = run(&folder, 1, &["--device", "cpu", "--dtype", dtype]);
         assert_eq!(done.status, Some(0), "{done:?}");
-        let line = format!(
-            "warning: tensor `{}` has NaN or infinities, 2 of them in {dtype}{more}",
-            of(3)
-        );
+        let line = format!("warning: tensor `{}` has infinities or NaN: 2 in {dtype}{more}", of(3));
         let (first, rest) = done.stderr.split_once('\n').unwrap();
         assert_eq!(first, line);
-        // One more, about the output of tokens that had this expert.
+        // Another warning, for the output of tokens with this expert.
         assert!(rest.contains("numbers of y are infinite or NaN") && rest.lines().count() == 1);
     }
     // A scale that is NaN.
@@ -281,7 +277,6 @@ fn numbers_that_are_not_finite() {
     set(&folder, &format!("{name}_scale_inv"), 1, f32::NAN);
     let done = run(&folder, 1, &["--device", "cpu"]);
     assert_eq!(done.status, Some(0), "{done:?}");
-    let line =
-        format!("warning: tensor `{name}_scale_inv` has NaN or infinities, 1 of them in f32\n");
+    let line = format!("warning: tensor `{name}_scale_inv` has infinities or NaN: 1 in f32\n");
     assert!(done.stderr.starts_with(&line), "{}", done.stderr);
 }

@@ -1,5 +1,5 @@
-//! Quantised checkpoints under the names and in the types that released files have: the layer is that of the same
-//! numbers in f32, bit for bit.
+//! Quantised checkpoints, with the names and types of published files. The output has the bits of
+//! the same weights in f32.
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::common::{Done, Folder, Stored, find, run};
 use crate::model::{Model, bytes};
 
-/// The definition, in f64: a sign, an exponent with its bias, a fraction.
+/// Decodes a float of a sign, an exponent with a bias, and a fraction, in f64.
 fn defined(code: u8, exponent_bits: u32, bias: i32, fraction_bits: u32) -> f64 {
     let fraction = u32::from(code) & ((1 << fraction_bits) - 1);
     let exponent = (u32::from(code) >> fraction_bits) & ((1 << exponent_bits) - 1);
@@ -20,7 +20,7 @@ fn defined(code: u8, exponent_bits: u32, bias: i32, fraction_bits: u32) -> f64 {
     if sign == 1 { -magnitude } else { magnitude }
 }
 
-/// How a scale is written.
+/// The type of a scale on disk.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Scale {
     F32,
@@ -30,16 +30,16 @@ enum Scale {
     U8,
 }
 
-/// One way to store a matrix, or a stack of them.
+/// A scheme for storing a matrix, or a stack of matrices.
 #[derive(Clone, Copy, Debug)]
 struct Scheme {
-    /// The end of the scales' name; with a dot, behind the module instead of behind `weight`.
+    /// The suffix of the scales' name. With a dot it follows the module's name, otherwise `weight`.
     name: &'static str,
     fp4: bool,
     scale: Scale,
     /// The rows and columns that share a scale; `usize::MAX` for all.
     block: [usize; 2],
-    /// How many dimensions the scales have beside those of the stack.
+    /// The number of dimensions of the scales, without that of the stack.
     dimensions: usize,
 }
 
@@ -49,7 +49,7 @@ const FP4: Scheme =
     Scheme { name: ".scale", fp4: true, scale: Scale::E8m0, block: [1, 32], dimensions: 2 };
 const ALL: usize = usize::MAX;
 
-/// The codes and scales of random numbers, and the numbers.
+/// Random codes and scales, and the values that they represent.
 fn quantise(
     model: &mut Model,
     name: &str,
@@ -135,8 +135,8 @@ fn y(folder: &Folder, layer: usize) -> (Done, Vec<u8>) {
     (done, find(&output, "y").data.clone())
 }
 
-/// Runs a model whose tensors with `part` in their names are quantised by the first scheme that applies, and the same
-/// numbers in f32.
+/// Runs a model with quantised tensors, and the same model in f32. A tensor uses the first scheme
+/// whose text is part of its name.
 #[track_caller]
 fn same_as_wide(model: &Model, layer: usize, schemes: &[(&str, Scheme)]) -> Done {
     let (mut quantised, mut wide) = (model.clone(), model.clone());
@@ -166,7 +166,7 @@ fn fp8_config(block: &[usize]) -> Value {
     json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block})
 }
 
-/// OLMoE's layer, with last blocks that are not full.
+/// OLMoE's layer. The last blocks of its matrices are partial.
 fn olmoe(quantization: Option<Value>) -> Model {
     let mut model = Model::of("olmoe-tiny", &[(28, 160), (12, 136)]);
     if let Some(quantization) = quantization {
@@ -176,7 +176,7 @@ fn olmoe(quantization: Option<Value>) -> Model {
 }
 
 #[test]
-fn scales_of_blocks() {
+fn reads_fp8_with_block_scales() {
     for (block, scale, name) in [
         ([128, 128], Scale::F32, "_scale_inv"),
         ([128, 128], Scale::E8m0, "_scale_inv"),
@@ -199,9 +199,9 @@ fn scales_of_blocks() {
     same_as_wide(&olmoe(Some(groups)), 1, &[("experts", scheme)]);
 }
 
-/// One scale for a matrix, and one for each row: as compressed-tensors, ModelOpt and FBGEMM have them.
+/// A scale for a matrix and a scale for each row, as in compressed-tensors, ModelOpt and FBGEMM.
 #[test]
-fn scales_of_matrices_and_rows() {
+fn reads_fp8_with_matrix_and_row_scales() {
     let weights = |strategy: &str| json!({"num_bits": 8, "type": "float", "strategy": strategy});
     let config = |strategy: &str| {
         let groups = json!({"group_0": {"weights": weights(strategy)}});
@@ -226,9 +226,9 @@ fn scales_of_matrices_and_rows() {
     }
 }
 
-/// `quantization_config` may stand in the part's own configuration.
+/// `quantization_config` may be in the configuration of the text model.
 #[test]
-fn a_nested_configuration() {
+fn reads_nested_quantization_config() {
     for at in [&["text_config"][..], &[]] {
         let mut model = Model::of("qwen3-5-moe-tiny", &[(20, 160), (12, 136), (10, 136)]);
         let object = at.iter().fold(&mut model.config, |value, key| &mut value[*key]);
@@ -237,9 +237,10 @@ fn a_nested_configuration() {
     }
 }
 
-/// Experts in packed FP4 with E8M0 scales, the shared expert in FP8 with E8M0 scales; and experts in FP8.
+/// Experts in packed FP4 with E8M0 scales, the shared expert in FP8 with E8M0 scales; and experts
+/// in FP8.
 #[test]
-fn deepseek_v4_as_published() {
+fn reads_published_deepseek_v4() {
     let mut model = Model::of("deepseek-v4-tiny", &[(22, 160), (12, 192)]);
     model.config["quantization_config"] = json!({
         "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128],
@@ -253,10 +254,10 @@ fn deepseek_v4_as_published() {
     same_as_wide(&model, 1, &[("ffn.experts", floats), ("shared_experts", BLOCKS)]);
 }
 
-/// FP8 with a scale for each output feature, and experts by themselves, as the quantisation of matrices leaves them; square
-/// ones, whose scales would fit either way.
+/// FP8 with a scale for each output feature and a tensor for each expert. The matrices are square,
+/// so that the shape of the scales fits both orders.
 #[test]
-fn llama_4_in_fp8() {
+fn reads_published_llama_4_in_fp8() {
     let mut model = Model::of("llama4-tiny", &[(24, 40), (14, 40), (28, 80)]);
     let [tokens, inner] = [40, 40];
     model.store("experts.gate_up_proj", |model, name, _| {
@@ -283,7 +284,7 @@ fn llama_4_in_fp8() {
 }
 
 #[test]
-fn mistral_large_4_as_published() {
+fn reads_published_mistral_large_4() {
     let mut model = Model::of("mistral-large4-tiny", &[(26, 160), (10, 136)]);
     model.config["quantization_config"] = fp8_config(&[128, 128]);
     same_as_wide(&model, 1, &[("experts", Scheme { name: ".qscale_weight", ..BLOCKS })]);
@@ -292,9 +293,9 @@ fn mistral_large_4_as_published() {
     same_as_wide(&model, 1, &[("experts", scheme)]);
 }
 
-/// FP8 with a scale for 32 numbers, exponents in bytes; gate and up in turn.
+/// FP8 with an E8M0 scale for 32 values; gate and up are interleaved.
 #[test]
-fn inkling_2_as_published() {
+fn reads_published_inkling_2() {
     let mut model = Model::of("inkling2-tiny", &[(24, 96), (12, 48)]);
     let config = json!({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [1, 32]});
     model.config["text_config"]["quantization_config"] = config;
@@ -302,9 +303,9 @@ fn inkling_2_as_published() {
     same_as_wide(&model, 1, &[("w13_weight", scheme), ("w2_weight", scheme)]);
 }
 
-/// What a quantised model rounds its inputs with stands beside the weights, and is not used.
+/// Scales that a quantised model applies to its inputs are ignored.
 #[test]
-fn scales_of_inputs_are_not_read() {
+fn input_scales_are_ignored() {
     let mut model = olmoe(Some(fp8_config(&[128, 128])));
     let mut tensors = vec![];
     for tensor in model.tensors.clone() {

@@ -1,16 +1,16 @@
-//! Experts that are stacked in one FP8 tensor `[E, n, k]`, with scales `[E, n / 128, k / 128]`, rounded up: each number gets
-//! the scale of its own expert and block.
+//! Experts in one FP8 tensor `[E, out, in]` with scales `[E, out / 128, in / 128]`, rounded up:
+//! each value has the scale of its expert and block.
 
 use safetensors::Dtype;
 
 use crate::common::{Folder, Stored, run, write};
 
-/// Neither width is a multiple of 128, and all of them have more than one block in one of the matrices.
+/// No width is a multiple of 128, and each has several blocks in one of the matrices.
 const HIDDEN: usize = 136;
 const INTERMEDIATE: usize = 130;
 const EXPERTS: usize = 3;
 
-/// The value of a code, as E4M3 is defined: 4 bits of exponent with bias 7, 3 bits of fraction.
+/// Decodes E4M3: 4 bits of exponent with bias 7, 3 bits of fraction.
 fn value(code: u8) -> f32 {
     let (exponent, fraction) = (i32::from(code >> 3 & 15), f32::from(code & 7));
     let magnitude = match exponent {
@@ -20,14 +20,14 @@ fn value(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// A stack of matrices in FP8: its codes, its scales, and the numbers that they mean.
+/// A stack of matrices in FP8: codes, scales, and decoded values.
 fn stack(name: &str, n: usize, k: usize, first: f32) -> [Stored; 3] {
     let (rows, columns) = (n.div_ceil(128), k.div_ceil(128));
     // Every exponent up to 2, both signs, no NaN.
     let codes: Vec<u8> = (0..EXPERTS * n * k)
         .map(|i| (i * 29 % 67) as u8 | if i % 3 == 0 { 0x80 } else { 0 })
         .collect();
-    // No two blocks have one scale.
+    // Every block has a different scale.
     let scales: Vec<f32> = (0..EXPERTS * rows * columns).map(|i| first + 0.03 * i as f32).collect();
     let scale = |expert: usize, row: usize, column: usize| {
         scales[(expert * rows + row / 128) * columns + column / 128]
@@ -44,7 +44,7 @@ fn stack(name: &str, n: usize, k: usize, first: f32) -> [Stored; 3] {
     ]
 }
 
-/// A layer of such weights: in FP8, and the same numbers in f32.
+/// A layer with FP8 weights, and the same layer with the decoded values in f32.
 fn folders() -> [Folder; 2] {
     let layer = "model.layers.1.mlp";
     let ramp = |len: usize| (0..len).map(|i| (i * 7 % 23) as f32 / 11.0 - 1.0).collect::<Vec<_>>();
@@ -82,7 +82,7 @@ fn folders() -> [Folder; 2] {
 }
 
 #[test]
-fn each_expert_has_its_own_scales() {
+fn each_expert_uses_its_own_scales() {
     let y = folders().map(|folder| {
         let done = run(&folder, 1, &["--device", "cpu", "--dtype", "f32"]);
         assert_eq!(done.status, Some(0), "{done:?}");
@@ -92,9 +92,9 @@ fn each_expert_has_its_own_scales() {
     assert_eq!(y[0], y[1], "the same numbers in FP8 and in f32");
 }
 
-/// Scales of one matrix, of fewer blocks, or in another order do not pass.
+/// Scales of a single matrix, of fewer blocks, or transposed are errors.
 #[test]
-fn scales_that_do_not_fit() {
+fn rejects_scales_of_wrong_shape() {
     let n = 2 * INTERMEDIATE;
     for shape in [vec![3, 2], vec![1, 3, 2], vec![3, 2, 2], vec![3, 2, 3], vec![3, n, HIDDEN]] {
         let [folder, _] = folders();
@@ -113,9 +113,9 @@ fn scales_that_do_not_fit() {
     }
 }
 
-/// Experts that are `[in, out]`, as many inputs as outputs: the scale of an output feature belongs to a column.
+/// Square experts of `[in, out]`: the scale of an output feature applies to a column.
 #[test]
-fn scales_of_output_features_of_transposed_experts() {
+fn output_feature_scales_of_transposed_experts_apply_to_columns() {
     const WIDTH: usize = 24; // H and 2I
     let inner = WIDTH / 2;
     let ramp = |len: usize| (0..len).map(|i| (i * 7 % 23) as f32 / 11.0 - 1.0).collect::<Vec<_>>();
@@ -174,7 +174,7 @@ fn scales_of_output_features_of_transposed_experts() {
         folder.tensors("y.safetensors").into_iter().find(|stored| stored.name == "y").unwrap()
     };
     let wanted = y(None);
-    // A size of 0 is left out.
+    // A size of 0 is ignored.
     let shapes: [fn(usize) -> [usize; 3]; 3] = [
         |outputs| [EXPERTS, 1, outputs],
         |outputs| [EXPERTS, outputs, 1],

@@ -1,4 +1,4 @@
-//! Ids from files that are of no expert, of no row of a table and of no block: an error with their place.
+//! Ids in files that are out of range: the error names the element.
 
 use std::collections::HashMap;
 
@@ -24,7 +24,7 @@ fn with(fixture: &str, file: &str, name: &str, element: usize, id: i64) -> Folde
 }
 
 #[test]
-fn a_token_id_has_a_row_in_the_table() {
+fn rejects_token_id_outside_of_table() {
     let [vocabulary, _] = shape_of(&Folder::of(HASH), "model.safetensors", TABLE)[..] else {
         panic!("a table is a matrix");
     };
@@ -38,7 +38,7 @@ fn a_token_id_has_a_row_in_the_table() {
 }
 
 #[test]
-fn a_table_has_ids_of_experts() {
+fn rejects_table_with_invalid_expert_id() {
     let folder = Folder::of(HASH);
     let [_, top_k] = shape_of(&folder, "model.safetensors", TABLE)[..] else {
         panic!("a table is a matrix");
@@ -58,7 +58,7 @@ fn a_table_has_ids_of_experts() {
 }
 
 #[test]
-fn a_token_has_a_block() {
+fn rejects_token_type_without_block() {
     for kind in [-1, 2] {
         let folder = with("ernie4-5-vl-moe-tiny", INPUT, "token_types", 0, kind);
         let words = format!("`token_types` is {kind} at [0]");
@@ -66,9 +66,9 @@ fn a_token_has_a_block() {
     }
 }
 
-/// Ids of a recording are whole numbers of 4 or 8 bytes, whatever their bytes are.
+/// Ids of a recording have to be integers of 4 or 8 bytes.
 #[test]
-fn a_recording_has_ids_of_a_known_type() {
+fn rejects_recorded_ids_of_unsupported_type() {
     for dtype in [safetensors::Dtype::F64, safetensors::Dtype::U64] {
         let folder = Folder::of("mixtral-tiny");
         let mut tensors = folder.tensors(INPUT);
@@ -81,9 +81,8 @@ fn a_recording_has_ids_of_a_known_type() {
     }
 }
 
-/// The ids of a recording, and its kept slots.
 #[test]
-fn a_recording_has_ids_of_experts() {
+fn rejects_recorded_ids_and_kept_flags_out_of_range() {
     let cases = [
         ("mixtral-tiny", "expert_ids", 5, "ids of experts, from 0 and below 5"),
         ("longcat-flash-tiny", "expert_ids", 99, "ids of experts"),

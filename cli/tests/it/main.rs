@@ -1,4 +1,4 @@
-//! The program, from outside: what it prints, what it writes, and its exit status.
+//! Tests of the program as a process: its output, its files and its exit status.
 
 #![allow(missing_docs)]
 

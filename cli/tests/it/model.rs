@@ -1,4 +1,4 @@
-//! Checkpoints of any size and storage, made from the small ones of fixtures/.
+//! Generates checkpoints of any size and storage format from those of fixtures/.
 
 use safetensors::Dtype;
 use serde_json::Value;
@@ -15,8 +15,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// The layer of a fixture with other sizes: `sizes` are pairs of an old one and a new one, the first pair that of
-    /// the tokens' width. Numbers are random.
+    /// The layer of a fixture with other sizes and random values. `sizes` are pairs of an old and a
+    /// new size; the first pair is the hidden size.
     pub fn of(fixture: &str, sizes: &[(usize, usize)]) -> Self {
         let folder = Folder::of(fixture);
         let config = std::fs::read_to_string(folder.path("config.json")).unwrap();
@@ -51,17 +51,18 @@ impl Model {
         self.random >> 33
     }
 
-    /// Numbers between `-size` and `size`.
+    /// Random values from `-size` to `size`.
     pub fn numbers(&mut self, count: usize, size: f32) -> Vec<f32> {
         (0..count).map(|_| (self.next() as f32 / (1u64 << 30) as f32 - 1.0) * size).collect()
     }
 
-    /// Any bytes.
+    /// Random bytes.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         (0..count).map(|_| (self.next() >> 8) as u8).collect()
     }
 
-    /// Replaces each tensor whose name has `part` in it by those that `store` makes of its name and shape.
+    /// Replaces each tensor with `part` in its name by the tensors that `store` returns for its
+    /// name and shape.
     pub fn store(
         &mut self,
         part: &str,
@@ -76,7 +77,7 @@ impl Model {
         }
     }
 
-    /// A folder with the checkpoint, and some tokens as recorded.safetensors.
+    /// A folder with the checkpoint, and tokens in recorded.safetensors.
     pub fn write(&self) -> Folder {
         let folder = Folder::new();
         std::fs::write(folder.path("config.json"), self.config.to_string()).unwrap();

@@ -1,4 +1,5 @@
-//! Formats that are not read: the message names the format, the tensor that is missing and what stands in its place.
+//! Unsupported formats: the message names the format, the missing tensor and the tensors in its
+//! place.
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -8,7 +9,7 @@ use crate::model::{Model, zeros};
 
 const GATE: &str = "model.layers.1.mlp.experts.0.gate_proj";
 
-/// OLMoE's layer, whose expert matrices `[n, k]` are replaced, and which says how it is quantised.
+/// OLMoE's layer with replaced expert matrices `[out, in]` and this `quantization_config`.
 fn with(config: Option<Value>, store: impl Fn(&str, usize, usize) -> Vec<Stored>) -> Folder {
     let mut model = Model::of("olmoe-tiny", &[(28, 64), (12, 32)]);
     if let Some(config) = config {
@@ -20,7 +21,7 @@ fn with(config: Option<Value>, store: impl Fn(&str, usize, usize) -> Vec<Stored>
     model.write()
 }
 
-/// The missing tensor, its shape, and what is in its place.
+/// The missing tensor, its shape, and the tensors in its place.
 fn missing(in_place: &[&str]) -> Vec<String> {
     let mut words = vec![format!("no tensor `{GATE}.weight`, wanted [32, 64]; in its place: ")];
     words.extend(in_place.iter().map(|name| format!("`{GATE}.{name}`")));
@@ -29,16 +30,16 @@ fn missing(in_place: &[&str]) -> Vec<String> {
 
 #[track_caller]
 fn refused(folder: &Folder, mut words: Vec<String>, kind: &str) {
-    // The end of the format's name as well.
+    // Checks the end of the format's name as well.
     let end = if words[0].starts_with("no tensor") { ";" } else { ", wanted" };
     words.push(format!(", {kind}{end}"));
-    words.push("; quantised weights are read as f8_e4m3 with scales, packed FP4".into());
+    words.push("; supported quantised formats: f8_e4m3 with scales, packed FP4".into());
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     fails(folder, &words);
 }
 
 #[test]
-fn gptq_and_awq() {
+fn rejects_gptq_and_awq() {
     let store = |index: bool| {
         move |name: &str, n: usize, k: usize| {
             let mut stored = vec![
@@ -66,7 +67,7 @@ fn gptq_and_awq() {
 }
 
 #[test]
-fn compressed_tensors() {
+fn rejects_compressed_tensors() {
     let config = |format: &str, kind: &str, bits: usize| {
         let weights = json!({"num_bits": bits, "type": kind, "strategy": "group"});
         Some(json!({
@@ -114,7 +115,7 @@ fn compressed_tensors() {
 }
 
 #[test]
-fn bitsandbytes() {
+fn rejects_bitsandbytes() {
     let four = |name: &str, n: usize, k: usize| {
         vec![
             zeros(&format!("{name}.weight"), Dtype::U8, &[n * k / 2, 1]),
@@ -142,9 +143,9 @@ fn bitsandbytes() {
     refused(&with(None, eight), words(), "whose format is bitsandbytes in 8 bits");
 }
 
-/// NVFP4 has the shape of packed FP4, with scales of another type for 16 numbers.
+/// NVFP4 has the shape of packed FP4, and scales of another type for 16 values.
 #[test]
-fn nvfp4() {
+fn rejects_nvfp4() {
     let store = |name: &str, n: usize, k: usize| {
         vec![
             zeros(&format!("{name}.weight"), Dtype::U8, &[n, k / 2]),
@@ -159,7 +160,7 @@ fn nvfp4() {
 }
 
 #[test]
-fn mlx() {
+fn rejects_mlx() {
     let store = |name: &str, n: usize, k: usize| {
         vec![
             zeros(&format!("{name}.weight"), Dtype::U32, &[n, k / 8]),
@@ -172,7 +173,7 @@ fn mlx() {
         vec![format!("`{GATE}.weight` is u32 [32, 8]")],
         "whose format is MLX",
     );
-    // All experts in one tensor, under a name of its own.
+    // All experts in one tensor, under another name.
     let mut model = Model::of("olmoe-tiny", &[(28, 64), (12, 32)]);
     model.config["quantization"] = json!({"group_size": 32, "bits": 4});
     model.store("experts.", |_, name, _| match name.split_once("experts.0.") {
@@ -192,7 +193,7 @@ fn mlx() {
 }
 
 #[test]
-fn an_adapter_that_is_not_merged() {
+fn rejects_unmerged_adapter() {
     let store = |name: &str, n: usize, k: usize| {
         vec![
             zeros(&format!("{name}.base_layer.weight"), Dtype::BF16, &[n, k]),
@@ -203,9 +204,9 @@ fn an_adapter_that_is_not_merged() {
     refused(&with(None, store), words, "of an adapter that is not merged into the weights");
 }
 
-/// Other kinds of FP8 are other numbers.
+/// The codes of other FP8 types have other values.
 #[test]
-fn other_kinds_of_fp8() {
+fn rejects_other_fp8_types() {
     for (dtype, name) in [(Dtype::F8_E5M2, "f8_e5m2"), (Dtype::F8_E4M3FNUZ, "f8_e4m3fnuz")] {
         let store = |name: &str, n: usize, k: usize| {
             vec![
@@ -219,9 +220,9 @@ fn other_kinds_of_fp8() {
     }
 }
 
-/// The scales' own shape is what is asked for.
+/// The message has the shape of the scales.
 #[test]
-fn fp8_without_scales() {
+fn rejects_fp8_without_scales() {
     let codes = |name: &str, n: usize, k: usize| {
         vec![zeros(&format!("{name}.weight"), Dtype::F8_E4M3, &[n, k])]
     };
@@ -239,7 +240,7 @@ fn fp8_without_scales() {
         ];
         fails(&with(config, codes), &words);
     }
-    // A block that is none.
+    // An invalid block size.
     for block in [json!([128]), json!([0, 128]), json!("128"), json!([128, -1])] {
         let words = [
             format!("`quantization_config.weight_block_size` is {block}"),
@@ -250,9 +251,9 @@ fn fp8_without_scales() {
     }
 }
 
-/// Packed FP4 whose scales do not fit, and none at all.
+/// Packed FP4 with scales of the wrong shape, and without scales.
 #[test]
-fn fp4_without_its_scales() {
+fn rejects_fp4_without_valid_scales() {
     let store = |scales: Option<(Dtype, usize)>| {
         move |name: &str, n: usize, k: usize| {
             let mut stored = vec![zeros(&format!("{name}.weight"), Dtype::I8, &[n, k / 2])];
@@ -267,7 +268,7 @@ fn fp4_without_its_scales() {
     fails(&with(None, store(None)), &[&format!("`{GATE}.weight` is i8"), "packed FP4"]);
     let folder = with(None, store(Some((Dtype::F8_E8M0, 16))));
     fails(&folder, &[&format!("{of_scales} [32, 4], wanted [32, 2]")]);
-    // Numbers as scales are those of integers of 4 bits, whatever config.json says of them.
+    // Scales in a float type are those of 4-bit integers, regardless of config.json.
     let int = json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
         "weights": {"num_bits": 4, "type": "int"}}}});
     for config in [None, Some(int), Some(json!({"quant_method": "quanto"}))] {
@@ -280,7 +281,7 @@ fn fp4_without_its_scales() {
 }
 
 #[test]
-fn weights_in_other_files() {
+fn rejects_weights_in_other_file_formats() {
     for (file, format) in [
         ("model-q4_k_m.gguf", "GGUF"),
         ("pytorch_model.bin", "pickled tensors of PyTorch"),
@@ -289,10 +290,10 @@ fn weights_in_other_files() {
     ] {
         let folder = Folder::of("mixtral-tiny");
         std::fs::rename(folder.path("model.safetensors"), folder.path(file)).unwrap();
-        let in_place = format!("in its place: `{file}`, which is {format} and not read");
+        let in_place = format!("in its place: `{file}`, which is {format} and not supported");
         fails(&folder, &["model.safetensors: no such file", &in_place]);
     }
     let folder = Folder::of("mixtral-tiny");
     std::fs::remove_file(folder.path("model.safetensors")).unwrap();
-    fails(&folder, &["`recorded.safetensors`, which is another set of names and not read"]);
+    fails(&folder, &["`recorded.safetensors`, which is another set of names and not supported"]);
 }

@@ -1,4 +1,4 @@
-//! What works.
+//! `run`: outputs, comparison with recordings, and warnings.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use crate::common::{
 };
 
 #[test]
-fn without_arguments_every_device_is_compared() {
+fn without_arguments_compares_every_device() {
     let Done { status, stdout, stderr } = program(&["run"]);
     assert_eq!(status, Some(0), "{stdout}{stderr}");
     let mut devices = vec!["cpu"];
@@ -30,14 +30,14 @@ fn without_arguments_every_device_is_compared() {
     }
 }
 
-/// The line that the comparison ends with names a command that the program accepts.
+/// The last line of the comparison is a command that the program accepts.
 #[test]
-fn the_comparison_ends_with_the_next_command() {
+fn comparison_ends_with_a_valid_command() {
     let Done { status, stdout, .. } = program(&["run", "--device", "cpu", "--dtype", "f32"]);
     assert_eq!(status, Some(0), "{stdout}");
     let last = stdout.lines().last().unwrap();
     let (words, command) = last.split_once(": cargo moe ").unwrap_or_else(|| panic!("{stdout}"));
-    assert_eq!(words, "A layer of your own checkpoint");
+    assert_eq!(words, "To run a layer of a checkpoint");
     assert_eq!(stdout.matches("cargo moe").count(), 1, "{stdout}");
 
     let folder = Folder::of("mixtral-tiny");
@@ -50,7 +50,7 @@ fn the_comparison_ends_with_the_next_command() {
     assert_eq!(done.status, Some(0), "{done:?}");
     assert!(folder.names().contains(&"y.safetensors".into()), "{:?}", folder.names());
 
-    // A folder of recordings is the user's own already.
+    // With --recorded the line is not printed.
     let recorded = folder.dir().to_str().unwrap();
     let Done { status, stdout, .. } = program(&["run", "--recorded", recorded, "--device", "cpu"]);
     assert_eq!(status, Some(0), "{stdout}");
@@ -58,7 +58,7 @@ fn the_comparison_ends_with_the_next_command() {
 }
 
 #[test]
-fn one_device_and_one_type() {
+fn device_and_dtype_select_rows_of_the_comparison() {
     let Done { status, stdout, .. } = program(&["run", "--device", "cpu", "--dtype", "f16"]);
     assert_eq!(status, Some(0), "{stdout}");
     assert_eq!(stdout.lines().filter(|line| line.starts_with("cpu ")).count(), 2, "{stdout}");
@@ -67,9 +67,9 @@ fn one_device_and_one_type() {
     );
 }
 
-/// Both checkpoints, one file and shards, f32 and bf16 on disk.
+/// One checkpoint is a single file, the other has shards; one is f32 on disk, the other bf16.
 #[test]
-fn a_folder_is_run() {
+fn checkpoint_output_is_close_to_recording() {
     for (fixture, tokens, hidden, experts) in
         [("mixtral-tiny", 21, 40, 5), ("qwen3-moe-tiny", 23, 36, 16)]
     {
@@ -93,7 +93,11 @@ fn a_folder_is_run() {
             );
 
             assert!(done.stdout.contains("device  cpu: the reference in f32"), "{}", done.stdout);
-            assert!(done.stdout.contains(&format!(" over {experts}, min ")), "{}", done.stdout);
+            assert!(
+                done.stdout.contains(&format!(" rows, {experts} experts, min ")),
+                "{}",
+                done.stdout
+            );
             for step in
                 ["open the checkpoint", "read the weights", "layer forward", "write the output"]
             {
@@ -105,7 +109,7 @@ fn a_folder_is_run() {
 
 #[cfg(feature = "emulator")]
 #[test]
-fn a_folder_is_run_on_the_emulator() {
+fn checkpoint_output_on_the_emulator_is_close_to_recording() {
     let folder = Folder::of("qwen3-moe-tiny");
     let done = run(&folder, 1, &["--device", "emulator"]);
     assert_eq!(done.status, Some(0), "{done:?}");
@@ -115,9 +119,9 @@ fn a_folder_is_run_on_the_emulator() {
     assert!(far < 1e-5, "{far}");
 }
 
-/// The layer in the names that transformers' own modules have: the same numbers, so the same bits.
+/// The same weights under the names of transformers' own modules give the same bits.
 #[test]
-fn fused_experts_are_the_same_layer() {
+fn fused_expert_tensors_give_the_same_bits() {
     for (fixture, layout) in [
         ("mixtral-tiny", ("block_sparse_moe", ["w1", "w3", "w2"])),
         ("qwen3-moe-tiny", ("mlp", ["gate_proj", "up_proj", "down_proj"])),
@@ -139,11 +143,11 @@ fn fused_experts_are_the_same_layer() {
         write(&folder.path("model.safetensors"), &fuse(&tensors, layout));
         let done = run(&folder, 1, &["--device", "cpu"]);
         assert_eq!(done.status, Some(0), "{done:?}");
-        assert!(folder.tensors("y.safetensors") == separate, "other numbers");
+        assert!(folder.tensors("y.safetensors") == separate, "the outputs differ");
     }
 }
 
-/// Layer 1 of a checkpoint with two tensors for all experts, and without the prefix of a whole model.
+/// Layer 1 of a checkpoint with two tensors for all experts, and without the prefix `model.`.
 fn fuse(tensors: &[Stored], (block, names): (&str, [&str; 3])) -> Vec<Stored> {
     let expert = |e: usize, name: &str| {
         find(tensors, &format!("model.layers.1.{block}.experts.{e}.{name}.weight")).clone()
@@ -168,9 +172,9 @@ fn fuse(tensors: &[Stored], (block, names): (&str, [&str; 3])) -> Vec<Stored> {
     ]
 }
 
-/// Qwen3-MoE divides by the sum of the chosen weights only if its config says so.
+/// Qwen3-MoE divides by the sum of the selected weights if `norm_topk_prob` is true.
 #[test]
-fn the_config_decides_about_renormalisation() {
+fn norm_topk_prob_sets_renormalisation() {
     let folder = Folder::of("qwen3-moe-tiny");
     folder.edit("config.json", "\"norm_topk_prob\": true", "\"norm_topk_prob\": false");
     let done = run(&folder, 1, &["--device", "cpu"]);
@@ -179,7 +183,7 @@ fn the_config_decides_about_renormalisation() {
     let y = find(&folder.tensors("y.safetensors"), "y").values();
     let recorded = folder.tensors("recorded.safetensors");
     let wanted = find(&recorded, "y").values();
-    // Row by row it is the recording times the share of the chosen experts.
+    // Each row is the recorded one times the sum of the selected probabilities.
     let logits = find(&recorded, "logits").values();
     for (token, logits) in logits.chunks(16).enumerate() {
         let mut p: Vec<f64> = logits.iter().map(|logit| logit.exp()).collect();
@@ -191,9 +195,9 @@ fn the_config_decides_about_renormalisation() {
     }
 }
 
-/// Outputs beyond the range of f16 are reported; an input that is infinite itself is no news.
+/// Outputs beyond the range of f16 are a warning, unless the input is not finite either.
 #[test]
-fn outputs_that_are_not_finite() {
+fn overflow_of_outputs_is_a_warning() {
     let folder = Folder::of("mixtral-tiny");
     let mut tensors = folder.tensors("recorded.safetensors");
     let x = tensors.iter_mut().find(|tensor| tensor.name == "x").unwrap();
@@ -218,9 +222,9 @@ fn outputs_that_are_not_finite() {
     assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
 }
 
-/// Logits or an input beyond the range of f16, which y need not show: experts that the router would not choose.
+/// Logits or inputs beyond the range of f16 are a warning, even if y is finite.
 #[test]
-fn logits_and_inputs_beyond_f16() {
+fn overflow_of_logits_and_inputs_is_a_warning() {
     let gate = "model.layers.1.block_sparse_moe.gate.weight";
     let folder = Folder::of("mixtral-tiny");
     folder.change("model.safetensors", |tensors| {
@@ -251,7 +255,7 @@ fn logits_and_inputs_beyond_f16() {
 
 /// A tensor that the layer does not read may have any type and any values.
 #[test]
-fn an_unused_tensor_is_ignored() {
+fn unused_input_tensor_is_ignored() {
     let folder = Folder::of("mixtral-tiny");
     folder.change("recorded.safetensors", |tensors| {
         find_mut(tensors, "logits").dtype = safetensors::Dtype::I64;
@@ -260,9 +264,9 @@ fn an_unused_tensor_is_ignored() {
     assert_eq!((done.status, &done.stderr[..]), (Some(0), ""), "{done:?}");
 }
 
-/// A device that is far from a recording says by what, and the exit status is 1.
+/// The verdict names the difference from the recording, and the exit status is 1.
 #[test]
-fn a_recording_that_is_missed() {
+fn output_far_from_recording_fails() {
     let folder = Folder::of("mixtral-tiny");
     let right = folder.tensors("recorded.safetensors");
     let compare = |dtype, change: fn(&mut [Stored])| {
@@ -289,13 +293,13 @@ fn a_recording_that_is_missed() {
     ends(compare("f32", |tensors| scale_y(tensors, f32::NAN)), (1, " EXCEEDED"));
     ends(
         compare("f32", |tensors| {
-            // Another one for the last slot of the last token.
+            // Another expert in the last slot of the last token.
             let ids = find_mut(tensors, "expert_ids");
             let (size, last) = (ids.data.len() / 42, ids.data.len() - ids.data.len() / 42);
             let taken = [ids.data[last - size], ids.data[last]];
             ids.data[last] = (0..5).find(|id| !taken.contains(id)).unwrap();
         }),
-        (1, " 1 TOKENS HAVE OTHER EXPERTS"),
+        (1, " 1 TOKENS WITH OTHER EXPERTS"),
     );
     ends(
         compare("f16", |tensors| {
@@ -303,12 +307,12 @@ fn a_recording_that_is_missed() {
             let values: Vec<f32> = x.values().iter().map(|x| *x as f32 * 3000.0).collect();
             *x = Stored::f32("x", &[21, 40], &values);
         }),
-        (1, " NUMBERS ARE NOT FINITE"),
+        (1, " VALUES NOT FINITE"),
     );
 }
 
 #[test]
-fn an_output_that_is_there_is_replaced() {
+fn existing_output_file_is_replaced() {
     let folder = Folder::of("mixtral-tiny");
     std::fs::write(folder.path("y.safetensors"), "something else").unwrap();
     let done = run(&folder, 0, &["--device", "cpu"]);

@@ -1,11 +1,11 @@
-//! `tune` on the emulator, which runs its own kernels whatever an image holds: a variant is then good
-//! exactly if it is launched as the built-in kernel is.
+//! `tune` on the emulator, which ignores the images and runs its own kernels: a variant has the
+//! right bits if it is launched with the constants of the built-in kernels.
 
 use serde_json::{Value, json};
 
 use crate::common::{Folder, program};
 
-/// A folder with one variant, whose grid is right if its blocks have the 128 columns of the built-in.
+/// A folder with one variant. Its grid is right if `block_n` is 128 as in the built-in kernels.
 fn variant(block_n: usize) -> Folder {
     let folder = Folder::new();
     let constants = json!({
@@ -21,7 +21,7 @@ fn variant(block_n: usize) -> Folder {
     folder
 }
 
-/// The exit status, what was printed, and tune.json.
+/// Runs `tune`. Returns the exit status, the output, and tune.json.
 fn tune(folder: &Folder, more: &[&str]) -> (Option<i32>, String, Value) {
     let path = folder.dir().to_str().unwrap();
     let output = folder.path("out");
@@ -33,10 +33,10 @@ fn tune(folder: &Folder, more: &[&str]) -> (Option<i32>, String, Value) {
 }
 
 #[test]
-fn a_variant_with_the_same_bits_is_timed() {
-    let (status, said, written) = tune(&variant(128), &[]);
-    assert_eq!(status, Some(0), "{said}");
-    assert!(said.contains("1 rows, 0 not reached"), "{said}");
+fn variant_with_equal_bits_is_timed() {
+    let (status, printed, written) = tune(&variant(128), &[]);
+    assert_eq!(status, Some(0), "{printed}");
+    assert!(printed.contains("1 rows, 0 not reached"), "{printed}");
     let row = &written["rows"][0];
     assert_eq!((&row["variant"], &row["same_bits"]), (&json!("one"), &json!(true)), "{row}");
     assert_eq!((&row["model"], &row["tokens"]), (&json!("mixtral-8x7b-div32"), &json!(9)), "{row}");
@@ -44,45 +44,44 @@ fn a_variant_with_the_same_bits_is_timed() {
     assert_eq!(row["built_in_seconds"]["samples"], 14, "{row}");
 }
 
-/// A name may not steer the terminal.
 #[test]
-fn a_name_is_escaped() {
+fn control_characters_in_names_are_escaped() {
     let folder = variant(128);
     folder.edit("variants.json", "\"name\":\"one\"", "\"name\":\"\\u001b[31m\\u009b1m\"");
-    let (status, said, _) = tune(&folder, &[]);
-    assert_eq!(status, Some(0), "{said}");
-    assert!(said.contains("\\u{1b}[31m\\u{9b}1m"), "{said}");
-    assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{said}");
+    let (status, printed, _) = tune(&folder, &[]);
+    assert_eq!(status, Some(0), "{printed}");
+    assert!(printed.contains("\\u{1b}[31m\\u{9b}1m"), "{printed}");
+    assert!(!printed.contains(|c: char| c.is_control() && c != '\n'), "{printed}");
 }
 
 #[test]
-fn a_variant_with_other_bits_is_not() {
-    let (status, said, written) = tune(&variant(1024), &[]);
-    assert_eq!(status, Some(1), "{said}");
-    assert!(said.contains("other bits"), "{said}");
+fn variant_with_other_bits_is_not_timed() {
+    let (status, printed, written) = tune(&variant(1024), &[]);
+    assert_eq!(status, Some(1), "{printed}");
+    assert!(printed.contains("other bits"), "{printed}");
     let row = &written["rows"][0];
     assert_eq!((&row["same_bits"], &row["seconds"]), (&json!(false), &json!(null)), "{row}");
 }
 
 #[test]
-fn a_time_limit_leaves_variants_out() {
-    let (status, said, _) = tune(&variant(128), &["--time-limit", "0"]);
-    assert_eq!(status, Some(0), "{said}");
-    assert!(said.contains("0 rows, 1 not reached"), "{said}");
+fn time_limit_of_zero_times_nothing() {
+    let (status, printed, _) = tune(&variant(128), &["--time-limit", "0"]);
+    assert_eq!(status, Some(0), "{printed}");
+    assert!(printed.contains("0 rows, 1 not reached"), "{printed}");
 }
 
-/// Each with a part of its message; the program ends before it loads anything.
+/// Each case with a part of its message. The program ends before it loads an image.
 #[test]
-fn what_cannot_be_tuned() {
+fn rejects_invalid_variant_lists() {
     let refused = |folder: &Folder, wanted: &str| {
-        let (status, said, written) = tune(folder, &[]);
-        assert_eq!((status, written), (Some(2), Value::Null), "{wanted}: {said}");
-        assert!(said.contains(wanted), "{wanted}: {said}");
+        let (status, printed, written) = tune(folder, &[]);
+        assert_eq!((status, written), (Some(2), Value::Null), "{wanted}: {printed}");
+        assert!(printed.contains(wanted), "{wanted}: {printed}");
     };
     let edited = |from: &str, to: &str, wanted: &str| {
         let folder = variant(128);
         folder.edit("variants.json", from, to);
-        // A file above the folder, which is no part of what was asked for.
+        // A file above the folder, which a name in the list must not reach.
         std::fs::create_dir(folder.path("in")).unwrap();
         std::fs::rename(folder.path("variants.json"), folder.path("in/variants.json")).unwrap();
         std::fs::copy(folder.path("one.image"), folder.path("in/one.image")).unwrap();
@@ -91,11 +90,15 @@ fn what_cannot_be_tuned() {
         let output = folder.path("out");
         let shape = ["--output", output.to_str().unwrap(), "--tokens", "9"];
         let done = program(&[&arguments[..], &shape].concat());
-        let said = done.stdout + &done.stderr;
-        assert_eq!(done.status, Some(2), "{wanted}: {said}");
-        assert!(said.contains(wanted) && !output.exists(), "{wanted}: {said}");
+        let printed = done.stdout + &done.stderr;
+        assert_eq!(done.status, Some(2), "{wanted}: {printed}");
+        assert!(printed.contains(wanted) && !output.exists(), "{wanted}: {printed}");
     };
-    edited("\"GEMM_BLOCK_M\":128", "\"GEMM_BLOCK_M\":64", "while the plan's tiles have 128 rows");
+    edited(
+        "\"GEMM_BLOCK_M\":128",
+        "\"GEMM_BLOCK_M\":64",
+        "GEMM_BLOCK_M is 64, wanted 128, the rows of the plan's tiles",
+    );
     for (constant, value, bad) in [
         ("GEMM_BLOCK_N", "128", ["0", "7", "1e3", "4098", "-2"]),
         ("GEMM_TILE_GROUP", "8", ["0", "4097", "\"8\"", "null", "18446744073709551615"]),
@@ -109,12 +112,12 @@ fn what_cannot_be_tuned() {
         }
     }
     for image in ["../one.image", "", ".", "..", "/dev/null", "./one.image", "x/../one.image"] {
-        let wanted = format!("its image {image:?} is not the name of a file in the folder");
+        let wanted = format!("`image` is {image:?}, wanted the name of a file in the folder");
         edited("\"one.image\"", &format!("{image:?}"), &wanted);
     }
-    edited("\"one.image\"", "7", "is not the name of a file in the folder");
-    edited("\"name\":\"one\"", "\"name\":1", "it has no name");
-    edited("\"variants\"", "\"others\"", "without a list `variants`");
+    edited("\"one.image\"", "7", "wanted the name of a file in the folder");
+    edited("\"name\":\"one\"", "\"name\":1", "no `name`");
+    edited("\"variants\"", "\"others\"", "no list `variants`");
     edited("\"one.image\"", "\"absent.image\"", "cannot read");
 
     let folder = variant(128);
@@ -126,7 +129,7 @@ fn what_cannot_be_tuned() {
     std::os::unix::fs::symlink(folder.path("other"), folder.path("one.image")).unwrap();
     refused(&folder, "not a regular file");
 
-    // One byte too many, which is on no disk.
+    // One byte more than the limit, in a sparse file.
     for (file, most) in [("variants.json", 16 << 20), ("one.image", 256 << 20)] {
         let folder = variant(128);
         let longer = std::fs::OpenOptions::new().write(true).open(folder.path(file)).unwrap();
@@ -134,11 +137,11 @@ fn what_cannot_be_tuned() {
         refused(&folder, &format!("{} bytes, wanted at most {most}", most + 1));
     }
 
-    let (status, said, _) = tune(&variant(128), &["--model", "absent"]);
-    assert_eq!(status, Some(2), "{said}");
+    let (status, printed, _) = tune(&variant(128), &["--model", "absent"]);
+    assert_eq!(status, Some(2), "{printed}");
 }
 
-/// A fat binary of parts with these lengths, of which its own header says `total`.
+/// A fat binary with parts of these lengths, and `total` as the length in its header.
 fn fat_binary(total: u64, parts: &[u64]) -> Vec<u8> {
     let mut image = 0xba55_ed50_u32.to_le_bytes().to_vec();
     image.extend([1, 0, 16, 0]);
@@ -151,33 +154,39 @@ fn fat_binary(total: u64, parts: &[u64]) -> Vec<u8> {
     image
 }
 
-/// The driver gets an image without its length, so that the lengths in its headers have to be true.
+/// The driver takes an image without its length, and reads as much as its headers state.
 #[test]
-fn images_are_as_long_as_their_headers_say() {
+fn rejects_images_with_wrong_lengths() {
     let outcome = |image: &[u8]| {
         let folder = variant(128);
         std::fs::write(folder.path("one.image"), image).unwrap();
-        let (status, said, _) = tune(&folder, &[]);
-        (status, said)
+        let (status, printed, _) = tune(&folder, &[]);
+        (status, printed)
     };
     for (image, wanted) in [
-        (fat_binary(129, &[40, 40]), "a fat binary of another length than its header says"),
-        (fat_binary(127, &[40, 40]), "a fat binary of another length than its header says"),
-        (fat_binary(u64::MAX, &[40, 40]), "a fat binary of another length than its header says"),
-        (fat_binary(128, &[40, 41]), "a fat binary with a part that ends outside"),
-        (fat_binary(128, &[40, u64::MAX]), "a fat binary with a part that ends outside"),
-        (fat_binary(128, &[39, 40]), "a fat binary with a part that ends outside"),
-        (fat_binary(0, &[])[..10].to_vec(), "a fat binary of another length than its header says"),
-        (b".version 7.0\n\0.target sm_80\n\0".to_vec(), "PTX with a zero in it"),
+        (fat_binary(129, &[40, 40]), "a fat binary whose length differs from that in its header"),
+        (fat_binary(127, &[40, 40]), "a fat binary whose length differs from that in its header"),
+        (
+            fat_binary(u64::MAX, &[40, 40]),
+            "a fat binary whose length differs from that in its header",
+        ),
+        (fat_binary(128, &[40, 41]), "a fat binary with a part that ends after the file"),
+        (fat_binary(128, &[40, u64::MAX]), "a fat binary with a part that ends after the file"),
+        (fat_binary(128, &[39, 40]), "a fat binary with a part that ends after the file"),
+        (
+            fat_binary(0, &[])[..10].to_vec(),
+            "a fat binary whose length differs from that in its header",
+        ),
+        (b".version 7.0\n\0.target sm_80\n\0".to_vec(), "PTX with a zero byte before its end"),
         (b"\x7fELF\x02\x01\x01".to_vec(), "neither a fat binary nor PTX"),
         (Vec::new(), "neither a fat binary nor PTX"),
     ] {
-        let (status, said) = outcome(&image);
-        assert_eq!(status, Some(2), "{wanted}: {said}");
-        assert!(said.contains(wanted), "{wanted}: {said}");
+        let (status, printed) = outcome(&image);
+        assert_eq!(status, Some(2), "{wanted}: {printed}");
+        assert!(printed.contains(wanted), "{wanted}: {printed}");
     }
     for image in [fat_binary(128, &[40, 40]), b".version 7.0\n.target sm_80\n".to_vec()] {
-        let (status, said) = outcome(&image);
-        assert_eq!(status, Some(0), "{said}");
+        let (status, printed) = outcome(&image);
+        assert_eq!(status, Some(0), "{printed}");
     }
 }

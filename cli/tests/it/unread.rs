@@ -1,11 +1,11 @@
-//! Tensors of a block that config.json knows nothing of: an error by name. Of modules beside the block only those named
-//! after experts are looked at.
+//! Tensors of a block that the configuration does not use are an error that names them. Modules
+//! outside of the block are checked only if their name refers to experts.
 
 use crate::common::{Folder, Stored, fails, run};
 
 const FILE: &str = "model.safetensors";
 
-/// A fixture with more tensors in its file.
+/// A fixture with additional tensors in its file.
 fn with(fixture: &str, names: &[&str]) -> Folder {
     let folder = Folder::of(fixture);
     folder.change(FILE, |tensors| {
@@ -17,7 +17,7 @@ fn with(fixture: &str, names: &[&str]) -> Folder {
     folder
 }
 
-/// Families of every shape of names.
+/// Additional tensors for families of each naming scheme.
 const UNREAD: &[(&str, &str)] = &[
     ("deepseek-v3-tiny", "model.layers.1.mlp.experts.0.gate_proj.weight_scale_inv"),
     ("deepseek-v3-tiny", "model.layers.1.mlp.experts.8.gate_proj.weight"),
@@ -49,7 +49,7 @@ const UNREAD: &[(&str, &str)] = &[
     ("zaya-tiny", "model.layers.1.mlp.gate.balancing_biases_scale_inv"),
     ("zaya-tiny", "model.layers.1.mlp.gate.router_mlp.fc3.weight"),
     ("dbrx-tiny", "transformer.blocks.1.ffn.experts.mlp.bias"),
-    // Modules beside the block's.
+    // Modules outside of the block.
     ("olmoe-tiny", "model.layers.1.shared_experts.gate_proj.weight"),
     ("deepseek-v3-tiny", "model.layers.1.shared_mlp.input_linear.weight"),
     ("mixtral-tiny", "model.layers.1.residual_mlp.w1.weight"),
@@ -58,29 +58,28 @@ const UNREAD: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn a_tensor_that_would_stay_unread() {
+fn rejects_unused_tensors_of_a_block() {
     for (fixture, name) in UNREAD {
         let folder = with(fixture, &[name]);
-        fails(&folder, &[FILE, &format!("`{name}` would stay unread"), "a block without it"]);
+        fails(&folder, &[FILE, &format!("unused: `{name}`; "), "a block without it"]);
     }
     let two = [UNREAD[1].1, UNREAD[2].1];
     let words = [&format!("`{}`", two[0]), &format!("`{}`", two[1])[..], "a block without them"];
     fails(&with(UNREAD[1].0, &two), &words);
 }
 
-/// A shared expert that the configuration has no width for.
 #[test]
-fn a_shared_expert_that_config_does_not_know() {
+fn rejects_shared_expert_without_configured_width() {
     let folder = Folder::of("granitemoeshared-tiny");
     folder.edit("config.json", "\"granitemoeshared\"", "\"granitemoe\"");
-    fails(&folder, &["shared_mlp.input_linear.weight`", "would stay unread"]);
+    fails(&folder, &["shared_mlp.input_linear.weight`", "unused: "]);
     let folder = Folder::of("deepseek-v3-tiny");
     folder.edit("config.json", "\"n_shared_experts\": 1", "\"n_shared_experts\": 0");
-    fails(&folder, &["mlp.shared_experts.", "would stay unread"]);
+    fails(&folder, &["mlp.shared_experts.", "unused: "]);
 }
 
 #[test]
-fn an_index_is_held_against_the_block() {
+fn rejects_index_with_unused_tensors_of_a_block() {
     let folder = Folder::of("qwen3-moe-tiny");
     let stray = "model.layers.1.mlp.shared_expert_gate.weight";
     let file = "model-00001-of-00004.safetensors";
@@ -89,12 +88,12 @@ fn an_index_is_held_against_the_block() {
         "\"weight_map\": {",
         &format!("\"weight_map\": {{ \"{stray}\": \"{file}\","),
     );
-    fails(&folder, &["model.safetensors.index.json", &format!("`{stray}` would stay unread")]);
+    fails(&folder, &["model.safetensors.index.json", &format!("unused: `{stray}`; ")]);
 }
 
 /// transformers reads every tensor of a file that the index names.
 #[test]
-fn a_tensor_that_the_index_does_not_list() {
+fn rejects_tensor_missing_from_index() {
     let (stray, file) = ("experts.0.gate_proj.bias", "model-00003-of-00004.safetensors");
     let folder = Folder::of("qwen3-moe-tiny");
     let with = |name: &str| {
@@ -103,12 +102,12 @@ fn a_tensor_that_the_index_does_not_list() {
     with("model.layers.1.self_attn.stray.weight");
     assert_eq!(run(&folder, 1, &["--device", "cpu"]).status, Some(0));
     with(&format!("model.layers.1.mlp.{stray}"));
-    fails(&folder, &[file, &format!("mlp.{stray}` would stay unread"), "index.json has no such"]);
+    fails(&folder, &[file, &format!("mlp.{stray}`; not listed in"), "index.json"]);
 }
 
-/// Norms, attention, dense branches, other layers, and what a family's files have and its block does not need.
+/// Norms, attention, dense branches, other layers, and known tensors that the block does not need.
 #[test]
-fn what_is_beside_a_block() {
+fn accepts_tensors_outside_of_the_block() {
     for (fixture, names) in [
         (
             "deepseek-v3-tiny",
@@ -144,19 +143,23 @@ fn what_is_beside_a_block() {
     }
 }
 
-/// Weights beside the checkpoint's own: a line that says so.
+/// Weight files that the checkpoint does not use are a warning.
 #[test]
-fn weights_beside_the_checkpoint() {
+fn additional_weight_files_are_a_warning() {
     for (fixture, beside, words) in [
         ("mixtral-tiny", "adapter_config.json", "an adapter, which is not applied"),
         ("mixtral-tiny", "adapter_model.safetensors", "an adapter, which is not applied"),
-        ("mixtral-tiny", "consolidated.safetensors", "model.safetensors is read alone"),
-        ("mixtral-tiny", "model.safetensors.index.json", "model.safetensors is read alone"),
-        ("mixtral-tiny", "pytorch_model-00001-of-00002.bin", "model.safetensors is read alone"),
-        ("mixtral-tiny", "mixtral.Q4_K_M.gguf", "model.safetensors is read alone"),
-        ("qwen3-moe-tiny", "consolidated-00001.safetensors", "index.json is read alone"),
-        ("qwen3-moe-tiny", "model-00001-of-00002.safetensors", "index.json is read alone"),
-        ("qwen3-moe-tiny", "original", "index.json is read alone"),
+        ("mixtral-tiny", "consolidated.safetensors", "model.safetensors is loaded; ignored: "),
+        ("mixtral-tiny", "model.safetensors.index.json", "model.safetensors is loaded; ignored: "),
+        (
+            "mixtral-tiny",
+            "pytorch_model-00001-of-00002.bin",
+            "model.safetensors is loaded; ignored: ",
+        ),
+        ("mixtral-tiny", "mixtral.Q4_K_M.gguf", "model.safetensors is loaded; ignored: "),
+        ("qwen3-moe-tiny", "consolidated-00001.safetensors", "index.json is loaded; ignored: "),
+        ("qwen3-moe-tiny", "model-00001-of-00002.safetensors", "index.json is loaded; ignored: "),
+        ("qwen3-moe-tiny", "original", "index.json is loaded; ignored: "),
     ] {
         let folder = Folder::of(fixture);
         match beside {

@@ -1,4 +1,5 @@
-//! What works on rows and tokens, not on experts: combine's look-ups, the norm and the projection.
+//! Operations on rows and tokens, not on experts: combine's look-ups, the norm and the router's
+//! product.
 
 use std::sync::Arc;
 
@@ -56,14 +57,14 @@ impl Case {
     }
 }
 
-/// Bytes from memory are at least `ideal`, and at most `times` as many.
+/// Checks that the bytes from memory are at least `ideal`, and at most `times` as many.
 #[track_caller]
 fn assert_near(traffic: &Traffic, got: u64, ideal: usize, times: f64) {
     let ratio = got as f64 / ideal as f64;
     assert!((1.0..=times).contains(&ratio), "{}: {got} of {ideal}, {ratio:.4}", traffic.symbol);
 }
 
-/// A warp looks up all slots of its token at once: beside the rows themselves two loads.
+/// A warp looks up all slots of its token at once: two loads in addition to the rows.
 #[test]
 fn combine_looks_slots_up_once() {
     let case = Case::new();
@@ -99,14 +100,15 @@ fn rms_norm_reads_rows_twice_and_writes_them_once() {
     });
     let bytes = 2 * rows * hidden;
     assert_near(&traffic, traffic.dram_bytes(), 2 * bytes + 2 * hidden, 1.01);
-    // The second time, and the weights for each row, are for L1.
+    // The second read, and the weights for each row, hit in L1.
     assert_eq!(traffic.global_read.sectors as usize * 32, 3 * bytes);
     assert_eq!(traffic.global_read.sectors_per_request(), 16.0);
     assert_eq!(traffic.global_write.sectors_per_request(), 16.0);
     assert_eq!(traffic.bank_conflicts(), 0);
 }
 
-/// What a product with `blocks` of `rows` moves, for elements of `sizes`, each for tokens and experts.
+/// The traffic of a product with `blocks` of `rows`, for elements of `sizes`, each for tokens and
+/// experts.
 struct Product {
     shape: RouterGemmShape,
     blocks: [usize; 2],
@@ -128,8 +130,8 @@ impl Product {
             blocks * (bytes(0) + bytes(1))
         };
         assert_near(traffic, traffic.global_read.bytes, read([1, 1]), 1.0);
-        // A lane's run of f32 is two loads, and the second one's sectors are in L1 already. A tile comes
-        // in whole lines.
+        // A lane loads its consecutive f32 values in two loads; the sectors of the second are
+        // already in L1. A tile is loaded in whole lines.
         let tile = traffic.symbol.contains("tile");
         let loads = self.sizes.map(|size| if size == 4 && !tile { 2 } else { 1 });
         assert_near(traffic, 32 * traffic.global_read.sectors, read(loads), 1.0);
@@ -137,7 +139,7 @@ impl Product {
 }
 
 #[test]
-fn projections_move_what_their_blocks_need() {
+fn router_gemm_moves_the_bytes_of_its_blocks() {
     let case = Case::new();
     let of = |num_tokens, num_experts| RouterGemmShape { num_tokens, num_experts, hidden: 1024 };
     let (one, few, tile) = (of(1, 24), of(16, 24), of(128, 64));

@@ -1,4 +1,4 @@
-//! Which device a process has, and what stands in its table.
+//! The choice between the two variants of the device, and the table of counts.
 
 use moe_emulator::{Choice, ChooseError, Driver, InstallError};
 
@@ -6,13 +6,16 @@ use crate::common::{Shape, address};
 use crate::measure::Counting;
 
 #[test]
-fn a_process_has_one_of_the_two() {
+fn second_variant_is_refused() {
     let _counting = Counting::new();
     assert_eq!(moe_emulator::install_counting(), Ok(()));
     assert!(moe_emulator::is_installed());
-    let refused = moe_emulator::install().expect_err("the other one is there");
+    let refused = moe_emulator::install().expect_err("the counting variant is installed");
     assert!(matches!(refused, InstallError::DriverAlreadyLoaded(_)), "{refused}");
-    assert!(refused.to_string().ends_with("the one that counts is loaded already"), "{refused}");
+    assert!(
+        refused.to_string().ends_with("the counting software device is already loaded"),
+        "{refused}"
+    );
     assert_eq!("counting".parse(), Ok(Choice::Counting));
     assert_eq!(moe_emulator::choose(Choice::Counting), Ok(Driver::Emulator));
     assert_eq!(moe_emulator::choose(Choice::Emulator), Ok(Driver::Emulator));
@@ -48,7 +51,7 @@ fn failed_launches_do_not_count() {
         counting.launch("emu_count_words", Shape([1, 1, 1], [32, 1, 1], 0), &[at, at, first, 1]);
     };
     let traffic = counting.traffic_of(|| {
-        // Lane 31 reads just past the end, after the others have read and written.
+        // Lane 31 reads just past the end, after the other lanes have read and written.
         start(1024 - 31);
         assert!(counting.stream.synchronize().is_err());
         moe_emulator::clear_errors();

@@ -1,4 +1,4 @@
-//! Kernels of kernels/counting.cu, whose counts follow from their text.
+//! Kernels of kernels/counting.cu, whose counts follow from their source.
 
 use moe_emulator::{GlobalTraffic, SharedTraffic, Traffic, WarpOperations};
 
@@ -7,7 +7,7 @@ use crate::measure::{Counting, Schedule};
 
 const WARP: Shape = Shape([1, 1, 1], [32, 1, 1], 0);
 
-/// What a test needs: two buffers of zeros, for outputs and inputs.
+/// Calls `work` with two zeroed buffers, for outputs and inputs.
 fn with_buffers<R>(work: impl FnOnce(&Counting, u64, u64) -> R) -> R {
     let counting = Counting::new();
     let (y, x) = (counting.zeros(1 << 14), counting.zeros(1 << 14));
@@ -23,9 +23,9 @@ pub fn shared(requests: u64, wavefronts: u64, ideal_wavefronts: u64) -> SharedTr
 }
 
 #[test]
-fn words_in_every_pattern() {
+fn word_accesses_count_their_sectors() {
     with_buffers(|counting, y, x| {
-        // First word, stride, and the sectors that a warp's 32 words lie in.
+        // First word, stride, and the number of sectors of a warp's 32 words.
         for (first, stride, sectors) in [
             (0, 1, 4),
             (1, 1, 5),
@@ -52,7 +52,7 @@ fn words_in_every_pattern() {
 #[test]
 fn warps_add_up_and_share_sectors() {
     with_buffers(|counting, y, x| {
-        // Three blocks of two warps, the second of which has 16 lanes. All read one word.
+        // Three blocks of two warps; the second warp has 16 lanes. All read one word.
         let shape = Shape([3, 1, 1], [48, 1, 1], 0);
         let traffic = counting.count("emu_count_words", shape, &[y, x, 0, 0]);
         assert_eq!((traffic.blocks, traffic.warps), (3, 6));
@@ -76,7 +76,7 @@ fn sixteen_bytes_are_one_access() {
 }
 
 #[test]
-fn a_struct_moves_in_pieces_of_its_alignment() {
+fn struct_moves_in_pieces_of_its_alignment() {
     with_buffers(|counting, y, x| {
         let traffic = counting.count("emu_count_quads", WARP, &[y, x]);
         assert_eq!(traffic.global_read, global(512, 4, 4 * 16, 16));
@@ -85,32 +85,32 @@ fn a_struct_moves_in_pieces_of_its_alignment() {
 }
 
 #[test]
-fn lanes_may_take_different_numbers_of_turns() {
+fn lanes_may_take_different_numbers_of_iterations() {
     with_buffers(|counting, y, x| {
         let traffic = counting.count("emu_count_uneven", WARP, &[y, x]);
-        // 24, 16 and 8 lanes in the loop's turns, then all of them.
+        // 24, 16 and 8 lanes in the loop's iterations, then all of them.
         assert_eq!(traffic.global_read, global((24 + 16 + 8 + 32) * 4, 4, 16, 12));
         assert_eq!(traffic.global_write, global(128, 1, 4, 4));
         assert_eq!(traffic.operations.warp_barriers, 1);
     });
 }
 
-/// What the README says of divergent loops.
+/// Divergent loops, as documented in the README.
 #[test]
-fn a_meeting_of_the_warp_separates_requests() {
+fn rendezvous_of_the_warp_separates_requests() {
     with_buffers(|counting, y, x| {
-        let apart = counting.count("emu_count_turns", WARP, &[y, x, 1]);
-        assert_eq!(apart.global_read, global(128, 2, 8, 4));
-        assert_eq!(apart.global_write, global(128, 2, 8, 4));
-        let as_one = counting.count("emu_count_turns", WARP, &[y, x, 0]);
-        assert_eq!(as_one.global_read, global(128, 1, 4, 4));
+        let separate = counting.count("emu_count_iterations", WARP, &[y, x, 1]);
+        assert_eq!(separate.global_read, global(128, 2, 8, 4));
+        assert_eq!(separate.global_write, global(128, 2, 8, 4));
+        let joint = counting.count("emu_count_iterations", WARP, &[y, x, 0]);
+        assert_eq!(joint.global_read, global(128, 1, 4, 4));
     });
 }
 
 #[test]
-fn banks_conflict_as_the_stride_says() {
+fn bank_conflicts_follow_the_stride() {
     with_buffers(|counting, y, _| {
-        // Bytes of an element, its stride, wavefronts, and those without conflicts.
+        // Bytes of an element, its stride, wavefronts, and wavefronts without conflicts.
         for (bytes, stride, wavefronts, ideal) in [
             (2, 1, 1, 1),
             (2, 2, 1, 1),
@@ -146,7 +146,7 @@ fn banks_conflict_as_the_stride_says() {
 }
 
 #[test]
-fn asynchronous_copies_read_what_they_are_told_to() {
+fn async_copies_read_src_bytes() {
     with_buffers(|counting, y, x| {
         for (copied, requests) in [(0, 1), (5, 3), (32, 3)] {
             let traffic = counting.count("emu_count_cp_async", WARP, &[y, x, copied]);
@@ -186,7 +186,7 @@ fn sum_over_blocks(schedule: Schedule) -> Traffic {
 }
 
 #[test]
-fn shuffles_barriers_and_atomics() {
+fn shuffles_barriers_and_atomics_are_counted() {
     let traffic = sum_over_blocks(Schedule(0, 1));
     let expected = WarpOperations {
         shuffles: 15 * 5,
@@ -196,14 +196,14 @@ fn shuffles_barriers_and_atomics() {
         ..WarpOperations::default()
     };
     assert_eq!(traffic.operations, expected);
-    // The atomics' own sector is read and written back.
+    // The atomics' sector is read and written back.
     assert_eq!(traffic.global_read, global(480 * 4, 15, 60, 60 + 1));
     assert_eq!(traffic.global_write, global(0, 0, 0, 1));
     assert_eq!((traffic.shared_write, traffic.shared_read), (shared(5, 5, 5), shared(5, 5, 5)));
 }
 
 #[test]
-fn the_other_operations() {
+fn other_warp_operations_are_counted() {
     with_buffers(|counting, y, _| {
         let expected = WarpOperations {
             votes: 3,

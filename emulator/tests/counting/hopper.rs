@@ -1,4 +1,4 @@
-//! TMA, wgmma and stmatrix, on the kernels that test them elsewhere.
+//! TMA, wgmma and stmatrix, with the kernels of hopper_sm90.cu and golden_sm90.cu.
 
 use cudarc::driver::sys::{
     self, CUresult, CUtensorMapDataType as DataType, CUtensorMapSwizzle as Swizzle,
@@ -47,7 +47,7 @@ fn tensor_map(
 
 /// One tile of the GEMM of kernels/hopper_sm90.cu.
 #[test]
-fn bulk_copies_and_operands() {
+fn bulk_copies_and_operands_are_counted() {
     const M: usize = 128;
     const N: usize = 64;
     const K: usize = 128;
@@ -91,15 +91,15 @@ fn bulk_copies_and_operands() {
         let products = 2 * 2 * 4;
         assert_eq!(traffic.operations.matrix_multiplications, products * 4);
         assert_eq!(traffic.shared_read, shared(2 * products, 32 * products, 32 * products));
-        // c goes out in 32 stores by each of 8 warps: eight rows of four pairs' halves.
+        // c is written in 32 stores by each of 8 warps: eight rows of four pairs' halves.
         let bytes = (M * N * 4) as u64;
         assert_eq!(traffic.global_write, global(bytes, 32 * 8, 32 * 8 * 8, bytes / 32));
     }
 }
 
-/// Boxes of 8 rows of 32 words, the last of which has 4 rows inside of the matrix.
+/// Boxes of 8 rows of 32 words, the last of which has 4 rows inside the matrix.
 #[test]
-fn bulk_copies_move_what_lies_inside() {
+fn bulk_copies_count_bytes_inside_the_tensor() {
     const ROWS: u64 = 20;
     let Some(counting) = hopper() else { return };
     let memory = counting.stream.alloc_zeros::<u32>(2 * 32 * ROWS as usize).expect("memory");
@@ -118,7 +118,7 @@ fn bulk_copies_move_what_lies_inside() {
     });
     let expected = global(ROWS * 128, 3, ROWS * 4, ROWS * 4);
     assert_eq!((traffic[0].global_read, traffic[0].global_write), (expected, expected));
-    // What the threads do between the copies: 8 requests for the 256 words of a tile.
+    // The threads' own accesses between the copies: 8 requests for the 256 words of a tile.
     let expected = shared(3 * 8, 3 * 8, 3 * 8);
     assert_eq!((traffic[0].shared_read, traffic[0].shared_write), (expected, expected));
 }
@@ -130,6 +130,6 @@ fn stmatrix_writes_rows() {
     let at = address(&memory, &counting.stream);
     let warp = Shape([1, 1, 1], [32, 1, 1], 0);
     let traffic = counting.count("emu_golden_stmatrix_x4", warp, &[at, at + 2048]);
-    // All lanes name one row.
+    // All lanes give the address of one row.
     assert_eq!((traffic.operations.matrix_stores, traffic.shared_write), (1, shared(1, 4, 4)));
 }

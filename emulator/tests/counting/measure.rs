@@ -1,4 +1,4 @@
-//! Launches on the device that counts, and what they caused.
+//! Launches on the counting device, and their traffic.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -19,8 +19,8 @@ impl Schedule {
     }
 }
 
-/// A stream of the device that counts. Counts belong to the process, and tests run side by side:
-/// while a test has one of these, no other test has.
+/// A stream of the counting device. Counts are per process, and tests run in parallel: while a test
+/// has one of these, no other test has one.
 pub struct Counting {
     pub stream: Arc<CudaStream>,
     _alone: MutexGuard<'static, ()>,
@@ -35,7 +35,7 @@ impl Counting {
         // For the whole process: a primary context ends with its last owner.
         static CONTEXT: OnceLock<Arc<CudaContext>> = OnceLock::new();
         let context = CONTEXT.get_or_init(|| CudaContext::new(0).expect("there is a device"));
-        context.bind_to_thread().expect("the context lives");
+        context.bind_to_thread().expect("the context is valid");
         Self { stream: context.new_stream().expect("a stream"), _alone: alone }
     }
 
@@ -50,7 +50,7 @@ impl Counting {
         assert_eq!(launched, CUresult::CUDA_SUCCESS, "{kernel}");
     }
 
-    /// The traffic of what `work` enqueues on the stream, by kernel.
+    /// The traffic of the launches that `work` enqueues on the stream, by kernel.
     pub fn traffic_of(&self, work: impl FnOnce()) -> Vec<Traffic> {
         self.stream.synchronize().expect("nothing failed before");
         moe_emulator::reset_traffic();
@@ -60,14 +60,14 @@ impl Counting {
         moe_emulator::traffic()
     }
 
-    /// The traffic of what `work` enqueues, which is one launch.
+    /// The traffic of the one launch that `work` enqueues.
     pub fn traffic_of_one(&self, work: impl FnOnce()) -> Traffic {
         let mut traffic = self.traffic_of(work);
         assert_eq!((traffic.len(), traffic[0].launches), (1, 1), "{traffic:?}");
         traffic.remove(0)
     }
 
-    /// The traffic of one launch, as above.
+    /// The traffic of one launch.
     pub fn count(&self, kernel: &str, shape: Shape, arguments: &[u64]) -> Traffic {
         let traffic = self.traffic_of_one(|| self.launch(kernel, shape, arguments));
         assert_eq!(traffic.symbol, kernel);

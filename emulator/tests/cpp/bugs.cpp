@@ -1,5 +1,5 @@
-// Each planted bug must be reported, or must show in the results of a stated share of the
-// schedules; each correct twin must be right in all of them.
+// Each planted bug must be reported, or must give wrong results in a stated share of the schedules;
+// each correct twin must be right in all of them.
 #include <functional>
 
 #include "testing.h"
@@ -14,7 +14,7 @@ using testing::Shape;
 
 constexpr int BLOCK = 64;
 
-// What 50 schedules of one kernel came to.
+// The outcome of the schedules of one kernel.
 struct Outcome {
   uint64_t runs = 0, reported = 0, wrong = 0;
   std::string report;  // the first one
@@ -61,9 +61,9 @@ void must_report(const char* symbol, const Shape& shape, const std::vector<std::
   }
 }
 
-// At least `percent` of the schedules must go wrong, by a report or by the results.
+// At least `percent` of the schedules must fail, by a report or by wrong results.
 void must_catch(const char* symbol, const Outcome& outcome, uint64_t percent) {
-  if (testing::UNDER_TSAN) return;  // There the race itself is the finding.
+  if (testing::UNDER_TSAN) return;  // The sanitizer reports the race itself.
   CHECK(outcome.caught() * 100 >= outcome.runs * percent, "%s: caught in %llu of %llu schedules",
         symbol, static_cast<unsigned long long>(outcome.caught()),
         static_cast<unsigned long long>(outcome.runs));
@@ -104,7 +104,7 @@ TEST(bug_mixed_operations) {
               {"divergent warp operation", "__shfl_sync", "__ballot_sync", "bugs.cu:"});
 }
 TEST(bug_mask_without_caller) {
-  must_report("emu_bug_mask_without_caller", ONE_BLOCK, {"does not name the calling lane"});
+  must_report("emu_bug_mask_without_caller", ONE_BLOCK, {"does not contain the calling lane"});
 }
 TEST(bug_spin) {
   Buffer<int> out(1);
@@ -185,7 +185,7 @@ TEST(ok_syncthreads) {
   must_pass("syncthreads",
             try_seeds("emu_ok_syncthreads", with_shared(ONE_BLOCK, 256), BLOCK, reversed));
 }
-// Nothing but the race checker can see these; a plain run must at least get through.
+// Only the race checker can find these; a plain run must complete.
 TEST(race_shuffle_for_syncwarp) {
   try_seeds("emu_bug_shuffle_for_syncwarp", with_shared(ONE_WARP, 128), 32, anything);
 }
@@ -313,9 +313,9 @@ TEST(refused_launches) {
   simt::set_device_limits({9, 0, 227 * 1024, true, true, true});
 }
 
-// The order in which threads win a race is the schedule's: equal seeds repeat it, unequal ones
-// vary.
-TEST(same_seed_same_run) {
+// The schedule decides which thread wins a race: equal seeds repeat the order, different ones vary
+// it.
+TEST(equal_seeds_repeat_the_schedule) {
   if (testing::UNDER_TSAN || testing::os_threads > 1) return;
   std::vector<int> distinct;
   for (uint64_t seed = 0; seed < 40; seed++) {

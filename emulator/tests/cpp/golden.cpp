@@ -17,7 +17,7 @@ static std::vector<Case> all_cases() {
   return cases;
 }
 
-// What the emulator makes of a case. Outputs start as zeros.
+// The emulator's output for a case. Outputs start as zeros.
 static std::vector<uint32_t> emulate(const Case& c, uint64_t seed) {
   testing::Buffer<uint32_t> in(c.in), out(std::vector<uint32_t>(c.want.size(), 0));
   const testing::Shape shape = {dim3(c.cluster), dim3(c.threads), c.shared_bytes, seed,
@@ -63,7 +63,7 @@ TEST(golden_wgmma) {
 }
 
 // Every golden entry has a case.
-TEST(golden_complete) {
+TEST(golden_has_a_case_for_every_entry) {
   size_t count;
   const simt::Kernel* const* kernels = simt::all_kernels(&count);
   const std::vector<Case> cases = all_cases();
@@ -89,18 +89,20 @@ static uint64_t hash_of(const std::vector<uint32_t>& words) {
   return hash;
 }
 
-// Every record in emulator/golden/: a line a case, its name and the hash of what that GPU made of it.
-// As long as there is none, the plain loops above are all that the emulator is held against, and the
-// test's line of the output says so.
-TEST(golden_recorded) {
+// Compares with every record in emulator/golden/: one line per case, with its name and the hash of
+// that GPU's output. Without a record, the emulator is checked only against the plain loops above,
+// and the test's line of output says so.
+TEST(golden_matches_gpu_records) {
   std::map<std::string, uint64_t> emulated;
   const std::filesystem::path folder = "emulator/golden";
   CHECK(std::filesystem::is_directory(folder.parent_path()),
-        "records are looked for from the repository's root, which %s is not",
+        "records are read relative to the repository's root, and %s is not the root",
         std::filesystem::current_path().c_str());
   size_t records = 0;
   for (const Case& c : all_cases()) emulated[c.symbol + c.name] = hash_of(emulate(c, 0));
-  if (!std::filesystem::is_directory(folder)) return testing::say("no record of a GPU to compare with");
+  if (!std::filesystem::is_directory(folder)) {
+    return testing::note("no record of a GPU to compare with");
+  }
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     if (entry.path().extension() != ".txt") continue;
     records++;
@@ -113,15 +115,15 @@ TEST(golden_recorded) {
       std::istringstream words(line);
       CHECK(words >> name >> std::hex >> hash && (words >> std::ws).eof(),
             "%s: line %zu is not a case and a hash", entry.path().c_str(), lines);
-      CHECK(emulated.count(name) == 1, "%s records %s, which is no case", entry.path().c_str(),
+      CHECK(emulated.count(name) == 1, "%s records an unknown case %s", entry.path().c_str(),
             name.c_str());
-      CHECK(emulated[name] == hash, "%s: the GPU made something else of %s", entry.path().c_str(),
+      CHECK(emulated[name] == hash, "%s: the GPU's output differs for %s", entry.path().c_str(),
             name.c_str());
     }
     CHECK(lines > 0, "%s is empty", entry.path().c_str());
   }
-  testing::say(records > 0 ? std::to_string(records) + " records compared"
-                           : "no record of a GPU to compare with");
+  testing::note(records > 0 ? std::to_string(records) + " records compared"
+                            : "no record of a GPU to compare with");
 }
 
 // ---- Files ----

@@ -1,5 +1,5 @@
-// The golden cases: operands for each primitive, drawn from a fixed seed, and what a plain loop
-// over the documented semantics says must come out. `write_all` stores them as files, so that a
+// The golden cases: operands for each primitive, drawn from a fixed seed, and the outputs that a
+// plain loop over the documented semantics computes. `write_all` stores them as files, so that a
 // program with a GPU can run the same entries on the same operands.
 #pragma once
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace golden {
 
-// The tensor map of an entry that takes one: over the words of `in` behind its header, or over
+// The tensor map of an entry that takes one: over the words of `in` after its header, or over
 // `out`.
 struct Map {
   bool used = false, over_out = false;
@@ -33,7 +33,7 @@ std::vector<Case> wgmma_cases();     // golden_wgmma.cpp
 
 constexpr size_t HEADER = 64;  // words in front of the data of `in`
 
-// Random numbers that are the same everywhere, which <random>'s distributions are not.
+// Portable random numbers: the distributions of <random> differ between implementations.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15ull + 1) {}
@@ -55,8 +55,7 @@ inline uint32_t float_bits(float value) {
   return __float_as_uint(value);
 }
 
-// The operands of a case as files in `directory`, the emulator's outputs beside them, and
-// cases.txt.
+// Writes the operands of a case, the emulator's outputs and cases.txt to `directory`.
 bool write_all(const char* directory);
 
 }  // namespace golden

@@ -2,7 +2,7 @@
 
 namespace golden {
 
-// A tensor, a box in it, and where the box starts.
+// A tensor, a box in it, and the coordinates of the box.
 struct Tile {
   int element_bytes, data_type, swizzle;
   std::vector<uint64_t> dim;
@@ -15,7 +15,7 @@ static const std::vector<Tile>& tiles() {
   constexpr int U8 = 0, U16 = 1, U32 = 2;
   static const std::vector<Tile> all = {
       {2, U16, 3, {100, 40}, {64, 16}, {0, 0}, 208},
-      {2, U16, 3, {100, 40}, {64, 16}, {64, 32}, 208},  // over both ends
+      {2, U16, 3, {100, 40}, {64, 16}, {64, 32}, 208},  // past both ends
       {2, U16, 3, {100, 40}, {64, 8}, {-8, -3}, 208},   // before both starts
       {2, U16, 2, {50, 20}, {32, 16}, {24, 10}, 112},
       {2, U16, 1, {50, 20}, {16, 16}, {40, 0}, 112},
@@ -68,8 +68,8 @@ static void for_each_byte(const Tile& tile, F f) {
       }
     }
     offset += linear % tile.element_bytes;
-    // A swizzle exchanges 16-byte units within groups of 8, 4 or 2 by the number of their 128
-    // bytes.
+    // A swizzle permutes the 16-byte units within groups of 8, 4 or 2, by the index of their
+    // 128-byte row.
     const uint64_t unit = linear / 16, group = (1u << tile.swizzle) - 1;
     f((unit ^ (unit / 8 & group)) * 16 + linear % 16, inside ? static_cast<int64_t>(offset) : -1);
   }
@@ -123,7 +123,7 @@ static Case store_case(const Tile& tile, size_t number) {
   return c;
 }
 
-// Block r of the cluster loads the box one row further down than block r - 1; both get both.
+// Block r of the cluster loads the box one row below that of block r - 1; both blocks receive both.
 static Case multicast_case() {
   Tile tile = tiles()[0];
   Case c = load_case(tile, 0);

@@ -2,8 +2,8 @@
 
 namespace golden {
 
-// How an operand lies in shared memory: the tile that a TMA load with this swizzle would leave
-// there, or core matrices one after another without one.
+// The layout of an operand in shared memory: the tile as a TMA load with this swizzle writes it, or
+// consecutive core matrices without a swizzle.
 struct Layout {
   int swizzle;    // 0 none, 1 32 bytes, 2 64 bytes, 3 128 bytes
   bool mn_major;  // M or N innermost instead of K
@@ -12,8 +12,8 @@ struct Layout {
 // Bits 62 and 63 of a descriptor, by swizzle.
 static constexpr uint64_t SWIZZLE_CODE[] = {0, 3, 2, 1};
 
-// The byte of element (mn, k) in an operand of `rows` rows, and the operand's size. A tile is one
-// swizzle atom wide: 64, 32 or 16 elements along its major dimension.
+// The byte offset of element (mn, k) in an operand of `rows` rows, and the operand's size. A tile
+// is one swizzle atom wide: 64, 32 or 16 elements along its major dimension.
 struct Placement {
   uint64_t descriptor;
   std::vector<uint32_t> byte;  // [rows][16]
@@ -36,7 +36,7 @@ static Placement place(const Layout& layout, int rows, int slice) {
   const uint32_t width = 16u << layout.swizzle;  // bytes of a row of the tile
   uint32_t leading, stride;
   if (layout.swizzle == 0) {
-    // Core matrices of 128 bytes: along mn first, then along k, or the other way round.
+    // Core matrices of 128 bytes: along mn first, then along k, or the reverse.
     leading = layout.mn_major ? 128 : rows / 8 * 128;
     stride = layout.mn_major ? 256 : 128;
     p.bytes = rows * 32;

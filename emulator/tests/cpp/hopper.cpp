@@ -1,4 +1,4 @@
-// TMA, mbarriers, wgmma and clusters working together, and mistakes with them.
+// TMA, mbarriers, wgmma and clusters in combination, and mistakes with them.
 #include "testing.h"
 
 namespace {
@@ -44,7 +44,7 @@ Problem make_problem(int m, int n, int k, unsigned seed) {
   return p;
 }
 
-// The report of a run, or "wrong result", or nothing.
+// The report of a run, "wrong result", or an empty string.
 std::string run_gemm(const char* symbol, const Problem& p, uint64_t seed) {
   constexpr int BF16 = 9;
   Buffer<__nv_bfloat16> a(p.a), b(p.b);
@@ -70,16 +70,16 @@ TEST(ok_gemm_sm90) {
 void must_catch_gemm(const char* symbol, uint64_t percent, const char* words) {
   const Problem p = make_problem(128, 64, 448, 1);
   uint64_t caught = 0;
-  bool said = false;
+  bool reported = false;
   for (uint64_t seed = 0; seed < seeds(50); seed++) {
     const std::string report = run_gemm(symbol, p, seed);
     caught += !report.empty();
-    said |= contains(report, words);
+    reported |= contains(report, words);
   }
-  if (testing::UNDER_TSAN) return;  // There the race itself is the finding.
+  if (testing::UNDER_TSAN) return;  // The sanitizer reports the race itself.
   CHECK(caught * 100 >= percent * seeds(50), "%s: caught in %llu of %llu schedules", symbol,
         static_cast<unsigned long long>(caught), static_cast<unsigned long long>(seeds(50)));
-  CHECK(said, "%s: nothing said '%s'", symbol, words);
+  CHECK(reported, "%s: no outcome contains '%s'", symbol, words);
 }
 TEST(bug_gemm_no_empty_wait) {
   must_catch_gemm("emu_bug_gemm_no_empty_wait", 90, "more arrivals than the count");
@@ -168,8 +168,8 @@ TEST(other_devices) {
   const std::string no_hopper = run_gemm("emu_ok_gemm_sm90", p, 0);
   const std::string no_tma = run_add_one("emu_ok_add_one_sm90", 0);
   simt::set_device_limits({9, 0, 227 * 1024, true, true, true});
-  CHECK(contains(no_wgmma, "compute capability 12.0 does not have it"), "%s", no_wgmma.c_str());
-  CHECK(contains(no_hopper, "compute capability 8.0 does not have it"), "%s", no_hopper.c_str());
+  CHECK(contains(no_wgmma, "not supported on compute capability 12.0"), "%s", no_wgmma.c_str());
+  CHECK(contains(no_hopper, "not supported on compute capability 8.0"), "%s", no_hopper.c_str());
   CHECK(contains(no_tma, "mbarrier at"), "%s", no_tma.c_str());
 }
 

@@ -1,5 +1,6 @@
-// Runs the tests whose names contain the first argument, all without one. Tests called crash_* and
-// race_* end in a report of the sanitizer that they are for; under one, they run only if asked for.
+// Runs the tests whose names contain the first argument; without one, all tests. Tests called
+// crash_* and race_* end in a report of the corresponding sanitizer; under that sanitizer they run
+// only on request.
 //   emulator-tests [--threads N] [--write-golden DIR] [NAME]
 #include <cstdarg>
 #include <cstdlib>
@@ -20,9 +21,9 @@ void fail(const char* file, int line, const char* condition, const char* format,
   throw Failure{std::string(file) + ":" + std::to_string(line) + ": " + condition + ": " + text};
 }
 
-static std::string said;
+static std::string notes;
 
-void say(const std::string& text) { said += (said.empty() ? "" : "; ") + text; }
+void note(const std::string& text) { notes += (notes.empty() ? "" : "; ") + text; }
 
 static int run_all(const char* filter) {
   int ran = 0, failed = 0;
@@ -33,7 +34,7 @@ static int run_all(const char* filter) {
     if (is_finding && (UNDER_ASAN || UNDER_TSAN) && filter[0] == '\0') continue;
     ran++;
     std::string message;
-    said.clear();
+    notes.clear();
     try {
       test.run();
       if (const char* damage = simt::take_memory_error()) message = damage;
@@ -41,7 +42,7 @@ static int run_all(const char* filter) {
       message = failure.message;
     }
     const bool ok = message.empty();
-    const std::string& text = ok ? said : message;
+    const std::string& text = ok ? notes : message;
     std::printf("%s %s%s%s\n", ok ? "ok    " : "FAILED", test.name, text.empty() ? "" : ": ",
                 text.c_str());
     std::fflush(stdout);

@@ -15,7 +15,7 @@ std::string read(const std::string& path) {
 }
 
 // "type name(parameters)" for each function of namespace ptx, on one line and without the twin's
-// parameter for the place of the call.
+// parameter for the call site.
 std::set<std::string> signatures(const std::string& path, const std::string& keyword) {
   std::string text = read(path);
   text = text.substr(text.find("namespace ptx {"));

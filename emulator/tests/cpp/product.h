@@ -1,4 +1,4 @@
-// What the tests of the product's kernels share: random operands in any element type, and routings.
+// Shared by the tests of the shipped kernels: random operands in any element type, and routings.
 // Each operation has a file product_<stem>.cpp, whose reference is a plain loop.
 #pragma once
 #include <algorithm>

@@ -5,6 +5,11 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
+template <class T>
+unsigned long long address_of(const Buffer<T>& buffer) {
+  return reinterpret_cast<unsigned long long>(buffer.get());
+}
+
 struct Plan {
   Buffer<int> expert_offsets, row_of_slot, token_of_row, tile_offsets, counts;
   Buffer<GemmTile> tiles;
@@ -17,25 +22,22 @@ struct Plan {
         tiles(max_tiles) {}
 };
 
-void run_plan(const Plan& plan, const uint32_t* ids, const PlanArgs& args, uint64_t seed) {
+void run_plan(const Plan& plan, const Buffer<uint32_t>& ids, const PlanArgs& args, uint64_t seed) {
   const int warps = std::min(PLAN_MAX_COUNTERS / args.num_experts, PLAN_THREADS / 32);
   const dim3 grid(args.num_blocks), place_block(32 * warps);
   const size_t count_bytes = 4 * args.num_experts, place_bytes = warps * count_bytes;
+  const PlanParams params = {
+      address_of(plan.expert_offsets), address_of(plan.row_of_slot),
+      address_of(plan.token_of_row),   address_of(plan.tiles),
+      address_of(plan.tile_offsets),   address_of(plan.counts),
+      address_of(ids),                 args};
   if (args.num_blocks == 1) {
-    testing::run_ok("moe_plan_fwd_single", {grid, place_block, place_bytes, seed},
-                    plan.expert_offsets.get(), plan.row_of_slot.get(), plan.token_of_row.get(),
-                    plan.tiles.get(), plan.tile_offsets.get(), plan.counts.get(), ids, args);
+    testing::run_ok("moe_plan_fwd_single", {grid, place_block, place_bytes, seed}, params);
     return;
   }
-  testing::run_ok("moe_plan_fwd_count", {grid, dim3(PLAN_THREADS), count_bytes, seed},
-                  plan.counts.get(), ids, args);
-  testing::run_ok("moe_plan_fwd_scan", {dim3(1), dim3(PLAN_SCAN_THREADS), 0, seed},
-                  plan.expert_offsets.get(), plan.tile_offsets.get(), plan.counts.get(), args);
-  testing::run_ok("moe_plan_fwd_place", {grid, place_block, place_bytes, seed},
-                  plan.row_of_slot.get(), plan.token_of_row.get(), plan.tiles.get(), ids,
-                  static_cast<const int*>(plan.expert_offsets.get()),
-                  static_cast<const int*>(plan.tile_offsets.get()),
-                  static_cast<const int*>(plan.counts.get()), args);
+  testing::run_ok("moe_plan_fwd_count", {grid, dim3(PLAN_THREADS), count_bytes, seed}, params);
+  testing::run_ok("moe_plan_fwd_scan", {dim3(1), dim3(PLAN_SCAN_THREADS), 0, seed}, params);
+  testing::run_ok("moe_plan_fwd_place", {grid, place_block, place_bytes, seed}, params);
 }
 
 void check(uint64_t seed, int blocks) {
@@ -50,7 +52,7 @@ void check(uint64_t seed, int blocks) {
                          block_slots,  0};
   const Plan plan(r, max_tiles, args.num_blocks);
   const Buffer<uint32_t> ids(r.expert_ids);
-  run_plan(plan, ids.get(), args, seed);
+  run_plan(plan, ids, args, seed);
 
   std::vector<GemmTile> tiles = r.tiles;
   tiles.resize(max_tiles, GemmTile{0, 0, 0, 0});

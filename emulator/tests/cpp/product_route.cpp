@@ -8,6 +8,11 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
+template <class T>
+unsigned long long address_of(const Buffer<T>& buffer) {
+  return reinterpret_cast<unsigned long long>(buffer.get());
+}
+
 // The logit as selection sees it: NaN counts as -inf.
 float ordered(float logit) {
   return logit == logit ? logit : -std::numeric_limits<float>::infinity();
@@ -72,13 +77,16 @@ void check(uint64_t seed, int experts, int top_k) {
   const testing::Shape shape = {dim3(sort ? tokens : (tokens + TOKENS - 1) / TOKENS),
                                 dim3(sort ? ROUTE_SORT_THREADS : ROUTE_PICK_THREADS), shared, seed};
   if (plain) {
-    testing::run_ok(std::string("moe_route_fwd_plain_") + body + suffix<Elem>(), shape, ids.get(),
-                    weights.get(), logits_device.get(), args);
+    const RoutePlainParams params = {address_of(ids), address_of(weights),
+                                     address_of(logits_device), args, 0};
+    testing::run_ok(std::string("moe_route_fwd_plain_") + body + suffix<Elem>(), shape, params);
   } else {
-    RouteAddresses inputs = {};
-    inputs.logits = reinterpret_cast<unsigned long long>(logits_device.get());
-    testing::run_ok(std::string("moe_route_fwd_") + body, shape, ids.get(), weights.get(), inputs,
-                    args);
+    RouteParams params = {};
+    params.expert_ids = address_of(ids);
+    params.routing_weights = address_of(weights);
+    params.logits = address_of(logits_device);
+    params.args = args;
+    testing::run_ok(std::string("moe_route_fwd_") + body, shape, params);
   }
 
   for (int token = 0; token < tokens; token++) {
@@ -120,8 +128,8 @@ TEST(product_route) {
   }
 }
 
-// Options at random: what they compute is held against the reference elsewhere; here sanitizers look
-// at every path, and ids must be distinct and weights numbers.
+// Random options. Other tests compare the results with the reference; here sanitizers run every
+// path, ids must be distinct, and no weight is NaN.
 void check_options(uint64_t seed, int experts, int top_k) {
   Random random(seed);
   const int tokens = random.between(1, 6);
@@ -158,9 +166,9 @@ void check_options(uint64_t seed, int experts, int top_k) {
   std::vector<uint32_t> given_rows(7 * static_cast<size_t>(top_k));
   for (uint32_t& id : given_rows) id = static_cast<uint32_t>(random.between(0, experts));
   args.given_rows = 7;
-  const auto address = [&](const auto& buffer) {
-    const bool there = random.between(0, 1);
-    return there ? reinterpret_cast<unsigned long long>(buffer.get()) : 0;
+  const auto optional = [&](const auto& buffer) {
+    const bool is_given = random.between(0, 1);
+    return is_given ? address_of(buffer) : 0;
   };
   const Buffer<float> logits_device(logits), bias(random.vector<float>(choices)),
       scale(random.vector<float>(experts)), noise(random.vector<float>(logits.size())),
@@ -169,20 +177,20 @@ void check_options(uint64_t seed, int experts, int top_k) {
       midpoint_draws(random.vector<float>(static_cast<size_t>(tokens) * top_k));
   const Buffer<uint32_t> given(given_rows);
   const Buffer<uint8_t> active(std::vector<uint8_t>(tokens, 1));
-  RouteAddresses inputs = {};
-  inputs.logits = reinterpret_cast<unsigned long long>(logits_device.get());
-  inputs.selection_bias = address(bias);
-  inputs.expert_scale = address(scale);
-  inputs.noise = address(noise);
-  inputs.noise_logits = address(noise_logits);
-  if (is_given) inputs.given_ids = reinterpret_cast<unsigned long long>(given.get());
-  inputs.active = address(active);
-  // Given ids and sparsemixer do not meet.
+  RouteParams params = {};
+  params.logits = address_of(logits_device);
+  params.selection_bias = optional(bias);
+  params.expert_scale = optional(scale);
+  params.noise = optional(noise);
+  params.noise_logits = optional(noise_logits);
+  if (is_given) params.given_ids = address_of(given);
+  params.active = optional(active);
+  // Sparsemixer takes no given ids.
   if (is_given && args.score == ROUTE_SPARSEMIXER) args.score = ROUTE_SOFTMAX;
   // Sparsemixer of training has neither sinks nor a divisor.
   if (args.score == ROUTE_SPARSEMIXER && args.num_sinks == 0 && random.between(0, 1)) {
-    inputs.selection_noise = reinterpret_cast<unsigned long long>(selection_noise.get());
-    inputs.midpoint_draws = reinterpret_cast<unsigned long long>(midpoint_draws.get());
+    params.selection_noise = address_of(selection_noise);
+    params.midpoint_draws = address_of(midpoint_draws);
   }
 
   const bool sort = top_k > ROUTE_PICK_MAX_TOP_K || experts > ROUTE_WIDE_MAX_EXPERTS;
@@ -196,8 +204,10 @@ void check_options(uint64_t seed, int experts, int top_k) {
   const Buffer<float> weights(tokens * top_k);
   const testing::Shape shape = {dim3(sort ? tokens : (tokens + TOKENS - 1) / TOKENS),
                                 dim3(sort ? ROUTE_SORT_THREADS : ROUTE_PICK_THREADS), shared, seed};
-  testing::run_ok(std::string("moe_route_fwd_") + body, shape, ids.get(), weights.get(), inputs,
-                  args);
+  params.expert_ids = address_of(ids);
+  params.routing_weights = address_of(weights);
+  params.args = args;
+  testing::run_ok(std::string("moe_route_fwd_") + body, shape, params);
   for (int token = 0; token < tokens; token++) {
     std::vector<bool> seen(experts);
     for (int k = 0; k < top_k; k++) {

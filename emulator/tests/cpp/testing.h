@@ -1,5 +1,5 @@
-// A test harness of a page: tests register themselves, launches go through find_kernel, and a
-// failed check stops its test and not the program.
+// A minimal test harness: tests register themselves, launches use find_kernel, and a failed check
+// stops its test and not the program.
 #pragma once
 #include <cstdio>
 #include <cstring>
@@ -37,10 +37,10 @@ struct Failure {
 [[noreturn]] void fail(const char* file, int line, const char* condition, const char* format, ...)
     __attribute__((format(printf, 4, 5)));
 
-// Adds to the line that the output has of the running test.
-void say(const std::string& text);
+// Appends text to the running test's line of output.
+void note(const std::string& text);
 
-// How many operating system threads launches use, and whether the race checker looks on.
+// The number of operating system threads of a launch, and whether the race checker is active.
 extern unsigned os_threads;
 #if defined(SIMT_TSAN)
 constexpr bool UNDER_TSAN = true;
@@ -52,7 +52,7 @@ constexpr bool UNDER_ASAN = true;
 #else
 constexpr bool UNDER_ASAN = false;
 #endif
-// How many of `seeds` to try: sanitizers are slow.
+// The number of `seeds` to try: fewer under sanitizers, which are slow.
 constexpr uint64_t seeds(uint64_t wanted) {
   return UNDER_TSAN || UNDER_ASAN ? (wanted + 4) / 5 : wanted;
 }
@@ -86,7 +86,7 @@ struct Shape {
   dim3 cluster = dim3(1);
 };
 
-// Runs a kernel. The empty string, or the report.
+// Runs a kernel. Returns the report, or an empty string.
 template <class... A>
 std::string run(const std::string& symbol, const Shape& shape, A... arguments) {
   const simt::Kernel* const kernel = simt::find_kernel(symbol.c_str());

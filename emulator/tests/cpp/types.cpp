@@ -7,7 +7,7 @@
 
 namespace {
 
-// What a format of `exponent` and `mantissa` bits says, by its definition.
+// The value of a bit pattern with `exponent` and `mantissa` bits, by definition.
 double value_of(uint16_t bits, int exponent, int mantissa) {
   const int e = bits >> mantissa & ((1 << exponent) - 1), m = bits & ((1 << mantissa) - 1);
   const int bias = (1 << (exponent - 1)) - 1;
@@ -32,16 +32,16 @@ TEST(all_halves_widen_exactly) {
     CHECK(std::isnan(f16) ? std::isnan(got_f16) : got_f16 == f16, "f16 %04x", bits);
     CHECK(std::signbit(got_bf16) == (bits >> 15) && std::signbit(got_f16) == (bits >> 15),
           "the sign of %04x", bits);
-    // What was widened narrows to itself.
+    // A widened value narrows to itself.
     if (!std::isnan(bf16)) {
-      CHECK(__float2bfloat16_rn(got_bf16).bits == bits, "bf16 %04x does not come back", bits);
+      CHECK(__float2bfloat16_rn(got_bf16).bits == bits, "bf16 %04x does not round-trip", bits);
     }
     if (!std::isnan(f16)) CHECK(__float2half_rn(got_f16).bits == bits, "f16 %04x", bits);
   }
 }
 
-// Of the two neighbours of a float, the nearer one, and the even one of two that are equally near.
-// `infinity` stands for the first value too large to have a pattern.
+// The nearer of a float's two neighbours, or the even one if both are equally near. `infinity` is
+// the first value too large to represent.
 uint16_t nearest(float f, int exponent, int mantissa) {
   const uint16_t infinity = static_cast<uint16_t>(((1 << exponent) - 1) << mantissa);
   const auto magnitude = [&](uint16_t bits) {
@@ -60,8 +60,8 @@ uint16_t nearest(float f, int exponent, int mantissa) {
 }
 
 TEST(floats_round_to_nearest_even) {
-  // A step that is no multiple of a power of two meets every exponent and all kinds of mantissas;
-  // the floats halfway between neighbours are visited on their own.
+  // A step that is not a multiple of a power of two reaches every exponent and all kinds of
+  // mantissas; the floats halfway between neighbours are tested separately.
   const uint64_t step = testing::UNDER_ASAN || testing::UNDER_TSAN ? 40009 : 4001;
   const auto check = [](uint32_t bits) {
     const float f = __uint_as_float(bits);
@@ -105,9 +105,9 @@ TEST(device_memory) {
     CHECK(!simt::device_contains(p, bytes + 1) && !simt::device_contains(p - 1, 1), "outside");
     p[bytes - 1] = 1;
     simt::device_free(p);
-    CHECK(!simt::device_contains(p, 1), "still there");
+    CHECK(!simt::device_contains(p, 1), "the freed allocation is still live");
   }
-  CHECK(simt::take_memory_error() == nullptr, "damage where there is none");
+  CHECK(simt::take_memory_error() == nullptr, "damage reported without an overrun");
   if (testing::UNDER_ASAN) return;
   unsigned char* const p = static_cast<unsigned char*>(simt::device_alloc(100));
   p[102] = 7;
@@ -117,7 +117,7 @@ TEST(device_memory) {
   CHECK(simt::take_memory_error() == nullptr, "reported twice");
 }
 
-// Far more than the machine has; only what is touched costs anything.
+// Far more than the machine has; only touched pages use memory.
 TEST(large_allocations) {
   if (testing::UNDER_ASAN || testing::UNDER_TSAN) return;
   const size_t bytes = size_t{40} << 30;

@@ -1,4 +1,4 @@
-//! Stream capture: which streams take part, what is forbidden meanwhile, and how it ends.
+//! Stream capture: the streams that take part, the calls that a capture forbids, and its end.
 
 use std::ptr;
 
@@ -19,13 +19,13 @@ fn capturing() -> Stream {
 }
 
 #[test]
-fn capturing_runs_nothing() {
+fn capture_does_not_execute_work() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
     let stream = capturing();
     assert_eq!(stream.capture_status(), Status::CU_STREAM_CAPTURE_STATUS_ACTIVE);
-    // SAFETY: the log has room for it.
+    // SAFETY: the log is large enough.
     let captured = unsafe { sys::cuMemsetD32Async(at, 1, 1, stream.0) };
     assert_eq!(captured, CUresult::CUDA_SUCCESS);
     assert!(stream.end_capture().is_ok());
@@ -35,12 +35,12 @@ fn capturing_runs_nothing() {
 }
 
 #[test]
-fn waiting_while_capturing_is_refused_and_ends_the_capture() {
+fn waiting_during_a_capture_invalidates_it() {
     type Forbidden = fn(&Stream) -> CUresult;
     let forbidden: [(&str, Forbidden); 10] = [
         ("cuStreamSynchronize", |stream| stream.synchronize()),
         ("cuStreamQuery", |stream| stream.query()),
-        // SAFETY: the functions have no preconditions; what they allocate is nothing.
+        // SAFETY: the functions have no preconditions; they allocate nothing.
         ("cuCtxSynchronize", |_| unsafe { sys::cuCtxSynchronize() }),
         // SAFETY: as above.
         ("cuMemAlloc", |_| unsafe { sys::cuMemAlloc_v2(&mut 0, 4) }),
@@ -54,7 +54,7 @@ fn waiting_while_capturing_is_refused_and_ends_the_capture() {
         ("cuMemHostAlloc", |_| unsafe { sys::cuMemHostAlloc(&mut ptr::null_mut(), 4, 0) }),
         // SAFETY: as above.
         ("cuMemcpyDtoD", |_| unsafe { sys::cuMemcpyDtoD_v2(256, 256, 4) }),
-        // SAFETY: as above; a null image is never looked at.
+        // SAFETY: as above; a null image is not read.
         ("cuModuleLoadData", |_| unsafe {
             sys::cuModuleLoadData(&mut ptr::null_mut(), ptr::null())
         }),
@@ -70,9 +70,9 @@ fn waiting_while_capturing_is_refused_and_ends_the_capture() {
     context.synchronize().expect("nothing failed");
 }
 
-/// A module may load a kernel when it is first looked up. One that is known may be looked up at any time.
+/// The first look-up of a kernel may load it. A known kernel may be looked up at any time.
 #[test]
-fn the_first_look_up_of_a_function_is_refused_while_capturing() {
+fn first_function_look_up_is_refused_while_capturing() {
     let context = own_context();
     let module = load_module();
     let find = |name: &std::ffi::CStr| {
@@ -87,25 +87,25 @@ fn the_first_look_up_of_a_function_is_refused_while_capturing() {
     assert_eq!(find(c"emu_ok_append"), UNSUPPORTED);
     assert_eq!(stream.capture_status(), Status::CU_STREAM_CAPTURE_STATUS_INVALIDATED);
     assert_eq!(stream.end_capture(), INVALIDATED);
-    assert_eq!(find(c"emu_ok_append"), CUresult::CUDA_SUCCESS, "no capture goes on");
+    assert_eq!(find(c"emu_ok_append"), CUresult::CUDA_SUCCESS, "no capture in progress");
     let stream = capturing();
     std::thread::scope(|scope| {
         let (context, module) = (&context, module as usize);
         scope.spawn(move || {
-            context.bind_to_thread().expect("the context lives");
+            context.bind_to_thread().expect("the context is valid");
             let (mut function, name) = (ptr::null_mut(), c"emu_bug_write_at");
             // SAFETY: the module is loaded and the name is a C string.
             let found = unsafe {
                 sys::cuModuleGetFunction(&mut function, module as sys::CUmodule, name.as_ptr())
             };
-            assert_eq!(found, CUresult::CUDA_SUCCESS, "another thread's capture is its own");
+            assert_eq!(found, CUresult::CUDA_SUCCESS, "another thread's capture does not matter");
         });
     });
     assert!(stream.end_capture().is_ok());
 }
 
 #[test]
-fn an_invalid_capture_takes_nothing_more() {
+fn invalid_capture_refuses_further_work() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -117,14 +117,14 @@ fn an_invalid_capture_takes_nothing_more() {
     assert_eq!(stream.end_capture(), INVALIDATED);
 }
 
-/// Something to capture that needs no function to be looked up, which a capture forbids.
+/// Captures a fill, which needs no function look-up (a capture forbids those).
 fn fill(stream: &Stream, at: u64) -> CUresult {
-    // SAFETY: the log has room for it.
+    // SAFETY: the log is large enough.
     unsafe { sys::cuMemsetD8Async(at, 0, 4, stream.0) }
 }
 
 #[test]
-fn captured_events_cannot_be_waited_for_by_the_host() {
+fn host_cannot_wait_for_captured_events() {
     let _context = own_context();
     let stream = capturing();
     let event = Event::recorded(&stream);
@@ -134,11 +134,11 @@ fn captured_events_cannot_be_waited_for_by_the_host() {
     let event = Event::recorded(&stream);
     assert_eq!(event.synchronize(), CUresult::CUDA_ERROR_CAPTURED_EVENT);
     assert_eq!(stream.end_capture(), INVALIDATED);
-    assert_eq!(stream.wait(&event), CUresult::CUDA_ERROR_CAPTURED_EVENT, "of an ended capture");
+    assert_eq!(stream.wait(&event), CUresult::CUDA_ERROR_CAPTURED_EVENT, "the capture has ended");
 }
 
 #[test]
-fn waiting_for_an_event_from_outside_is_refused() {
+fn waiting_for_an_uncaptured_event_is_refused() {
     let _context = own_context();
     let other = Stream::non_blocking();
     let event = Event::recorded(&other);
@@ -149,7 +149,7 @@ fn waiting_for_an_event_from_outside_is_refused() {
 }
 
 #[test]
-fn a_fork_must_be_joined() {
+fn unjoined_fork_is_an_error() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -163,7 +163,7 @@ fn a_fork_must_be_joined() {
 }
 
 #[test]
-fn two_captures_do_not_meet() {
+fn captures_cannot_be_merged() {
     let _context = own_context();
     let (a, b) = (capturing(), capturing());
     let event = Event::recorded(&a);
@@ -173,7 +173,7 @@ fn two_captures_do_not_meet() {
 }
 
 #[test]
-fn a_capture_ends_where_it_began() {
+fn capture_must_end_on_its_own_stream() {
     let _context = own_context();
     let fork = Stream::non_blocking();
     assert_eq!(fork.end_capture(), Err(CUresult::CUDA_ERROR_ILLEGAL_STATE), "not capturing");
@@ -185,7 +185,7 @@ fn a_capture_ends_where_it_began() {
 }
 
 #[test]
-fn a_capture_ends_on_its_thread_unless_it_is_relaxed() {
+fn capture_must_end_on_its_thread_unless_relaxed() {
     let context = own_context();
     for (mode, expected) in [
         (Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, false),
@@ -197,7 +197,7 @@ fn a_capture_ends_on_its_thread_unless_it_is_relaxed() {
             let raw = stream.0 as usize;
             let context = &context;
             scope.spawn(move || {
-                context.bind_to_thread().expect("the context lives");
+                context.bind_to_thread().expect("the context is valid");
                 let stream = std::mem::ManuallyDrop::new(Stream(raw as sys::CUstream));
                 let ended = stream.end_capture();
                 assert_eq!(ended.is_ok(), expected, "{mode:?}");
@@ -213,7 +213,7 @@ fn a_capture_ends_on_its_thread_unless_it_is_relaxed() {
 }
 
 #[test]
-fn relaxed_captures_forbid_less() {
+fn relaxed_capture_forbids_fewer_calls() {
     let context = own_context();
     let stream = Stream::non_blocking();
     let relaxed = Mode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -221,7 +221,7 @@ fn relaxed_captures_forbid_less() {
     let module = load_module();
     // SAFETY: the module is loaded.
     assert_eq!(unsafe { sys::cuModuleUnload(module) }, CUresult::CUDA_SUCCESS);
-    assert_eq!(stream.synchronize(), UNSUPPORTED, "the stream itself cannot be waited for");
+    assert_eq!(stream.synchronize(), UNSUPPORTED, "the capturing stream cannot be waited for");
     assert_eq!(stream.end_capture(), INVALIDATED);
     let mut mode = relaxed;
     let stream = capturing();
@@ -238,7 +238,7 @@ fn relaxed_captures_forbid_less() {
 }
 
 #[test]
-fn the_legacy_stream_and_captures_exclude_each_other() {
+fn legacy_stream_conflicts_with_captures() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -250,7 +250,7 @@ fn the_legacy_stream_and_captures_exclude_each_other() {
     assert_eq!(fill(&legacy, at), implicit);
     assert_eq!(blocking.end_capture(), INVALIDATED);
     let stream = capturing();
-    assert_eq!(fill(&legacy, at), CUresult::CUDA_SUCCESS, "a non-blocking one is apart");
+    assert_eq!(fill(&legacy, at), CUresult::CUDA_SUCCESS, "a non-blocking stream is independent");
     assert!(stream.end_capture().is_ok());
     assert_eq!(append(ptr::null_mut(), at, 1), CUresult::CUDA_SUCCESS);
 }

@@ -1,5 +1,5 @@
-//! What the tests share: a context of their own, functions by name, and launches that return the
-//! driver's code.
+//! Shared by the tests: own contexts, functions by name, and launches that return the driver's
+//! code.
 
 use std::ffi::{CString, c_void};
 use std::ptr;
@@ -8,10 +8,10 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 
-/// A module image that the driver accepts and that holds no code.
+/// A module image that the driver accepts and that has no code.
 pub const EMPTY_PTX: &std::ffi::CStr = c".version 8.0\n.target sm_80\n.address_size 64\n";
 
-/// Every test starts with the plain schedule, whatever the environment says.
+/// Installs the device. Every test starts with the plain schedule, for any environment.
 pub fn install() {
     moe_emulator::install().expect("the software device installs");
     moe_emulator::set_seed(0);
@@ -23,11 +23,11 @@ pub fn shared_context() -> Arc<CudaContext> {
     CudaContext::new(0).expect("the software device has a context")
 }
 
-/// A context that no other test synchronises or captures in.
+/// A context in which no other test synchronises or captures.
 pub fn own_context() -> Arc<CudaContext> {
     install();
     let mut context = ptr::null_mut();
-    // SAFETY: the pointer is valid for the call, and the new context is handed on once.
+    // SAFETY: the pointer is valid for the call, and the new context has one owner.
     unsafe {
         assert_eq!(sys::cuInit(0), CUresult::CUDA_SUCCESS);
         let created = sys::cuCtxCreate_v4(&mut context, ptr::null_mut(), 0, 0);
@@ -67,7 +67,7 @@ pub fn launch(
     parameters: &mut [*mut c_void],
 ) -> CUresult {
     let Shape(grid, block, shared) = shape;
-    // SAFETY: the callers pass the parameters that the kernel has; the driver copies them here.
+    // SAFETY: the callers pass the kernel's parameters; the driver copies them here.
     unsafe {
         sys::cuLaunchKernel(
             function,
@@ -89,7 +89,7 @@ pub fn pointer_to<T>(value: &T) -> *mut c_void {
     ptr::from_ref(value).cast_mut().cast()
 }
 
-/// The address of a slice, for launches that cudarc does not see.
+/// The address of a slice, for launches that bypass cudarc.
 pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> sys::CUdeviceptr {
     slice.device_ptr(stream).0
 }
@@ -114,9 +114,9 @@ pub fn scale(stream: sys::CUstream, y: u64, x: u64, factor: f32, n: i32) -> CUre
     )
 }
 
-/// A log for [`append`], empty; with event tracking off, so that only the test orders streams.
+/// An empty log for [`append`], with event tracking off, so that only the test orders streams.
 pub fn new_log(context: &Arc<CudaContext>) -> CudaSlice<i32> {
-    // SAFETY: the tests order what they do themselves.
+    // SAFETY: the tests order their own accesses.
     unsafe { context.disable_event_tracking() };
     let stream = context.default_stream();
     let log = stream.alloc_zeros::<i32>(256).expect("a small allocation");
@@ -124,7 +124,7 @@ pub fn new_log(context: &Arc<CudaContext>) -> CudaSlice<i32> {
     log
 }
 
-/// The entries of a log, read through the default stream after everything has finished.
+/// The entries of a log, read through the default stream after all work has finished.
 pub fn entries(context: &Arc<CudaContext>, log: &CudaSlice<i32>) -> Vec<i32> {
     context.synchronize().expect("nothing failed");
     let all = context.default_stream().clone_dtoh(log).expect("a copy");
@@ -152,17 +152,17 @@ impl Stream {
     }
 
     pub fn synchronize(&self) -> CUresult {
-        // SAFETY: the stream lives.
+        // SAFETY: the stream is valid.
         unsafe { sys::cuStreamSynchronize(self.0) }
     }
 
     pub fn query(&self) -> CUresult {
-        // SAFETY: the stream lives.
+        // SAFETY: the stream is valid.
         unsafe { sys::cuStreamQuery(self.0) }
     }
 
     pub fn wait(&self, event: &Event) -> CUresult {
-        // SAFETY: both live.
+        // SAFETY: both are valid.
         unsafe { sys::cuStreamWaitEvent(self.0, event.0, 0) }
     }
 
@@ -171,13 +171,13 @@ impl Stream {
     }
 
     pub fn begin_capture_in(&self, mode: sys::CUstreamCaptureMode) -> CUresult {
-        // SAFETY: the stream lives.
+        // SAFETY: the stream is valid.
         unsafe { sys::cuStreamBeginCapture_v2(self.0, mode) }
     }
 
     pub fn end_capture(&self) -> Result<sys::CUgraph, CUresult> {
         let mut graph = ptr::null_mut();
-        // SAFETY: the stream lives.
+        // SAFETY: the stream is valid.
         match unsafe { sys::cuStreamEndCapture(self.0, &mut graph) } {
             CUresult::CUDA_SUCCESS => Ok(graph),
             error => {
@@ -189,16 +189,16 @@ impl Stream {
 
     pub fn capture_status(&self) -> sys::CUstreamCaptureStatus {
         let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        // SAFETY: the stream lives.
-        let asked = unsafe { sys::cuStreamIsCapturing(self.0, &mut status) };
-        assert_eq!(asked, CUresult::CUDA_SUCCESS);
+        // SAFETY: the stream is valid.
+        let result = unsafe { sys::cuStreamIsCapturing(self.0, &mut status) };
+        assert_eq!(result, CUresult::CUDA_SUCCESS);
         status
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: the stream is this one's own. A failure shows where the stream is used.
+        // SAFETY: this owns the stream. A failure shows where the stream is used.
         unsafe { sys::cuStreamDestroy_v2(self.0) };
     }
 }
@@ -221,24 +221,24 @@ impl Event {
     }
 
     pub fn record(&self, stream: sys::CUstream) -> CUresult {
-        // SAFETY: both live.
+        // SAFETY: both are valid.
         unsafe { sys::cuEventRecord(self.0, stream) }
     }
 
     pub fn query(&self) -> CUresult {
-        // SAFETY: the event lives.
+        // SAFETY: the event is valid.
         unsafe { sys::cuEventQuery(self.0) }
     }
 
     pub fn synchronize(&self) -> CUresult {
-        // SAFETY: the event lives.
+        // SAFETY: the event is valid.
         unsafe { sys::cuEventSynchronize(self.0) }
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: the event is this one's own.
+        // SAFETY: this owns the event.
         unsafe { sys::cuEventDestroy_v2(self.0) };
     }
 }

@@ -1,4 +1,4 @@
-//! The numbers of driver/cuda_types.h are those of cudarc's bindings.
+//! The values of driver/cuda_types.h match cudarc's bindings.
 
 use cudarc::driver::sys;
 
@@ -25,7 +25,7 @@ macro_rules! same {
 }
 
 #[test]
-fn enumerators_have_the_numbers_of_the_api() {
+fn enumerators_match_the_api() {
     same!(CUresult:
         CUDA_SUCCESS CUDA_ERROR_INVALID_VALUE CUDA_ERROR_OUT_OF_MEMORY CUDA_ERROR_NOT_INITIALIZED
         CUDA_ERROR_DEINITIALIZED CUDA_ERROR_NO_DEVICE CUDA_ERROR_INVALID_DEVICE

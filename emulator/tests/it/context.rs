@@ -13,7 +13,7 @@ fn attribute(attribute: Attribute) -> i32 {
 }
 
 #[test]
-fn the_device_is_what_the_environment_says() {
+fn device_follows_the_environment() {
     let context = shared_context();
     let wanted = std::env::var("MOE_EMULATOR_CC").unwrap_or_else(|_| "9.0".into());
     let (major, minor) = context.compute_capability().expect("attributes");
@@ -35,16 +35,16 @@ fn the_device_is_what_the_environment_says() {
 }
 
 #[test]
-fn the_version_is_13_0() {
+fn driver_version_is_13_0() {
     install();
     let mut version = 0;
     // SAFETY: the pointer is valid for the call.
-    let asked = unsafe { sys::cuDriverGetVersion(&mut version) };
-    assert_eq!((asked, version), (CUresult::CUDA_SUCCESS, 13000));
+    let result = unsafe { sys::cuDriverGetVersion(&mut version) };
+    assert_eq!((result, version), (CUresult::CUDA_SUCCESS, 13000));
 }
 
 #[test]
-fn there_is_one_device() {
+fn only_one_device_exists() {
     install();
     let error = CudaContext::new(1).expect_err("a second device");
     assert_eq!(error.0, CUresult::CUDA_ERROR_INVALID_DEVICE);
@@ -78,7 +78,7 @@ fn contexts_are_pushed_and_popped() {
     std::thread::spawn(|| {
         let (first, second) = (own_context(), own_context());
         let mut popped = ptr::null_mut();
-        // SAFETY: the contexts live and the pointer is valid for the calls.
+        // SAFETY: the contexts are valid and the pointer is valid for the calls.
         unsafe {
             assert_eq!(sys::cuCtxPushCurrent_v2(first.cu_ctx()), CUresult::CUDA_SUCCESS);
             assert_eq!(sys::cuCtxPopCurrent_v2(&mut popped), CUresult::CUDA_SUCCESS);
@@ -94,7 +94,7 @@ fn contexts_are_pushed_and_popped() {
 }
 
 #[test]
-fn a_destroyed_context_is_unusable_and_takes_its_memory_along() {
+fn destroyed_context_is_unusable_and_frees_its_memory() {
     let context = own_context();
     let stream = context.default_stream();
     let slice = stream.alloc_zeros::<u8>(1000).expect("memory");
@@ -103,7 +103,7 @@ fn a_destroyed_context_is_unusable_and_takes_its_memory_along() {
     drop(stream);
     drop(context);
     let mut size = 0;
-    // SAFETY: the handle is stale, which is what the driver must notice.
+    // SAFETY: the handle is stale on purpose; the driver must detect it.
     unsafe {
         assert_eq!(sys::cuCtxSetCurrent(raw), CUresult::CUDA_ERROR_INVALID_CONTEXT);
     }
@@ -114,7 +114,7 @@ fn a_destroyed_context_is_unusable_and_takes_its_memory_along() {
 }
 
 #[test]
-fn limits_are_kept() {
+fn limits_are_stored() {
     let context = own_context();
     context.set_limit(sys::CUlimit::CU_LIMIT_STACK_SIZE, 4096).expect("a known limit");
     assert_eq!(context.get_limit(sys::CUlimit::CU_LIMIT_STACK_SIZE).expect("a known limit"), 4096);
@@ -123,14 +123,14 @@ fn limits_are_kept() {
 }
 
 #[test]
-fn a_second_installation_is_the_first() {
+fn second_installation_has_no_effect() {
     install();
     assert_eq!(moe_emulator::install(), Ok(()));
     assert!(moe_emulator::is_installed());
 }
 
 #[test]
-fn the_plain_device_counts_no_traffic() {
+fn plain_device_counts_no_traffic() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -138,7 +138,7 @@ fn the_plain_device_counts_no_traffic() {
     assert_eq!(entries(&context, &log), [7]);
     assert_eq!(moe_emulator::traffic(), []);
     moe_emulator::reset_traffic();
-    let refused = InstallError::DriverAlreadyLoaded("the one that does not count");
+    let refused = InstallError::DriverAlreadyLoaded("the plain software device");
     assert_eq!(moe_emulator::install_counting(), Err(refused.clone()));
     let refused = Err(ChooseError::Install(refused));
     assert_eq!(moe_emulator::choose(Choice::Counting), refused);

@@ -1,4 +1,4 @@
-//! Events: their state, their time, and the order they make.
+//! Events: their state, their time, and the order that they impose.
 
 use std::ptr;
 
@@ -7,7 +7,7 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::common::{Event, Stream, address, append, entries, new_log, own_context};
 
 #[test]
-fn an_event_is_ready_after_its_work() {
+fn event_is_ready_after_its_work() {
     let context = own_context();
     let log = new_log(&context);
     let stream = Stream::non_blocking();
@@ -17,14 +17,14 @@ fn an_event_is_ready_after_its_work() {
     assert_eq!(event.synchronize(), CUresult::CUDA_SUCCESS, "never recorded");
     assert_eq!(append(stream.0, at, 1), CUresult::CUDA_SUCCESS);
     assert_eq!(event.record(stream.0), CUresult::CUDA_SUCCESS);
-    assert_eq!(event.query(), CUresult::CUDA_ERROR_NOT_READY, "nothing has waited for it");
+    assert_eq!(event.query(), CUresult::CUDA_ERROR_NOT_READY, "no thread has waited for it");
     assert_eq!(event.synchronize(), CUresult::CUDA_SUCCESS);
     assert_eq!(event.query(), CUresult::CUDA_SUCCESS);
     assert_eq!(entries(&context, &log), [1]);
 }
 
 #[test]
-fn polling_an_event_ends() {
+fn polling_an_event_terminates() {
     let context = own_context();
     let log = new_log(&context);
     let stream = Stream::non_blocking();
@@ -39,7 +39,7 @@ fn polling_an_event_ends() {
 }
 
 #[test]
-fn a_wait_means_the_record_before_it() {
+fn wait_uses_the_latest_earlier_record() {
     let context = own_context();
     for seed in 0..30 {
         moe_emulator::set_seed(seed);
@@ -50,7 +50,7 @@ fn a_wait_means_the_record_before_it() {
         let event = Event::recorded(&a);
         assert_eq!(b.wait(&event), CUresult::CUDA_SUCCESS);
         assert_eq!(append(b.0, at, 2), CUresult::CUDA_SUCCESS);
-        // A new record does not change what b waits for, which would be a deadlock here.
+        // A new record does not change the record that b waits for, which would be a deadlock here.
         assert_eq!(a.wait(&Event::recorded(&b)), CUresult::CUDA_SUCCESS);
         assert_eq!(event.record(a.0), CUresult::CUDA_SUCCESS);
         assert_eq!(append(a.0, at, 3), CUresult::CUDA_SUCCESS);
@@ -59,7 +59,7 @@ fn a_wait_means_the_record_before_it() {
 }
 
 #[test]
-fn waiting_for_an_event_that_was_never_recorded_is_nothing() {
+fn waiting_for_an_unrecorded_event_has_no_effect() {
     let _context = own_context();
     let stream = Stream::non_blocking();
     assert_eq!(stream.wait(&Event::new()), CUresult::CUDA_SUCCESS);
@@ -67,7 +67,7 @@ fn waiting_for_an_event_that_was_never_recorded_is_nothing() {
 }
 
 #[test]
-fn time_passes_between_events() {
+fn events_measure_elapsed_time() {
     let context = own_context();
     let stream = context.new_stream().expect("a stream");
     let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
@@ -80,7 +80,7 @@ fn time_passes_between_events() {
     let (first, second) = (Event::new(), Event::new());
     let elapsed = || {
         let mut milliseconds = 0.0;
-        // SAFETY: the events live and the pointer is valid for the call.
+        // SAFETY: the events are valid and the pointer is valid for the call.
         unsafe { sys::cuEventElapsedTime_v2(&mut milliseconds, first.0, second.0) }
     };
     assert_eq!(elapsed(), CUresult::CUDA_ERROR_INVALID_HANDLE, "never recorded");
@@ -97,7 +97,7 @@ fn handles_are_checked() {
     let refused = CUresult::CUDA_ERROR_INVALID_HANDLE;
     let (stale_event, stale_stream) = (Event::new().0, Stream::non_blocking().0);
     let (event, stream) = (Event::new(), Stream::non_blocking());
-    // SAFETY: the stale handles are what the driver must notice.
+    // SAFETY: the handles are stale on purpose; the driver must detect them.
     unsafe {
         assert_eq!(sys::cuEventRecord(stale_event, stream.0), refused);
         assert_eq!(sys::cuEventRecord(event.0, stale_stream), refused);

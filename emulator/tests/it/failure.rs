@@ -1,8 +1,10 @@
-//! Kernels that break the rules: the codes, the reports, and what stays usable.
+//! Kernels that break the rules: the codes, the reports, and the objects that stay usable.
 
 use std::ptr;
+use std::sync::Arc;
 
 use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaContext, CudaSlice};
 
 use crate::common::{
     Event, ONE_THREAD, Shape, Stream, address, append, entries, function, launch, new_log,
@@ -14,8 +16,35 @@ fn write_at(stream: &Stream, to: u64, index: i64) -> CUresult {
     launch(function("emu_bug_write_at"), stream.0, ONE_THREAD, &mut parameters)
 }
 
+/// A stream with a queued write out of bounds, and another stream. The members are dropped in this
+/// order.
+struct FailingStream {
+    stream: Stream,
+    other: Stream,
+    at: u64,
+    log: CudaSlice<i32>,
+    context: Arc<CudaContext>,
+}
+
+impl FailingStream {
+    fn new() -> Self {
+        let context = own_context();
+        let log = new_log(&context);
+        let at = address(&log, &context.default_stream());
+        let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
+        assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
+        Self { stream, other, at, log, context }
+    }
+
+    /// The entries of the log after the failure has been cleared.
+    fn entries(&self) -> Vec<i32> {
+        moe_emulator::clear_errors();
+        entries(&self.context, &self.log)
+    }
+}
+
 #[test]
-fn a_write_far_out_of_bounds_is_an_illegal_address() {
+fn write_far_out_of_bounds_is_an_illegal_address() {
     let context = own_context();
     let memory = context.default_stream().alloc_zeros::<i32>(1024).expect("memory");
     context.synchronize().expect("nothing failed");
@@ -24,14 +53,14 @@ fn a_write_far_out_of_bounds_is_an_illegal_address() {
     assert_eq!(write_at(&stream, at, 1023), CUresult::CUDA_SUCCESS);
     assert_eq!(stream.synchronize(), CUresult::CUDA_SUCCESS);
     assert_eq!(moe_emulator::last_error(), None);
-    assert_eq!(write_at(&stream, at, 1024), CUresult::CUDA_SUCCESS, "a launch finds nothing yet");
+    assert_eq!(write_at(&stream, at, 1024), CUresult::CUDA_SUCCESS, "the launch itself succeeds");
     assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
     let report = moe_emulator::last_error().expect("a report");
     assert!(report.contains("emu_bug_write_at"), "{report}");
 }
 
 #[test]
-fn a_write_just_past_an_allocation_is_found_after_the_launch() {
+fn write_just_past_an_allocation_is_reported_after_the_launch() {
     let context = own_context();
     let memory = context.default_stream().alloc_zeros::<i32>(10).expect("memory");
     context.synchronize().expect("nothing failed");
@@ -72,12 +101,12 @@ fn finds_a_write_just_past_an_allocation_whose_address_is_in_a_struct() {
 }
 
 #[test]
-fn an_instruction_that_the_device_lacks_is_illegal() {
-    crate::process::alone("failure::child_without_clusters", &[("MOE_EMULATOR_CC", "8.0")]);
+fn unsupported_instruction_is_illegal() {
+    crate::process::run_alone("failure::child_without_clusters", &[("MOE_EMULATOR_CC", "8.0")]);
 }
 
 #[test]
-#[ignore = "run by an_instruction_that_the_device_lacks_is_illegal"]
+#[ignore = "run by unsupported_instruction_is_illegal"]
 fn child_without_clusters() {
     let context = own_context();
     let memory = context.default_stream().alloc_zeros::<i32>(64).expect("memory");
@@ -92,7 +121,7 @@ fn child_without_clusters() {
 }
 
 #[test]
-fn a_misaligned_access_is_told_from_others() {
+fn misaligned_access_has_its_own_error() {
     let context = own_context();
     let memory = context.default_stream().alloc_zeros::<i32>(64).expect("memory");
     context.synchronize().expect("nothing failed");
@@ -106,7 +135,7 @@ fn a_misaligned_access_is_told_from_others() {
 }
 
 #[test]
-fn a_divergent_barrier_fails_the_launch() {
+fn divergent_barrier_fails_the_launch() {
     let context = own_context();
     let memory = context.default_stream().alloc_zeros::<i32>(64).expect("memory");
     context.synchronize().expect("nothing failed");
@@ -125,7 +154,7 @@ fn a_divergent_barrier_fails_the_launch() {
     assert!(report.contains("bugs.cu:"), "{report}");
 }
 
-/// The driver's description of an error, which messages print.
+/// The driver's description of an error, as messages print it.
 fn description(error: CUresult) -> String {
     cudarc::driver::DriverError(error).error_string().expect("a code").to_string_lossy().into()
 }
@@ -156,50 +185,47 @@ fn the_description_of_a_failure_ends_with_its_report() {
 }
 
 #[test]
-fn a_failure_sticks_to_its_stream() {
-    let context = own_context();
-    let log = new_log(&context);
-    let at = address(&log, &context.default_stream());
-    let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
+fn failure_sticks_to_its_stream() {
+    let failing = FailingStream::new();
+    let FailingStream { stream, other, at, context, .. } = &failing;
     let error = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
-    assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
-    assert_eq!(append(stream.0, at, 1), CUresult::CUDA_SUCCESS, "nobody knows yet");
-    let event = Event::recorded(&stream);
+    assert_eq!(append(stream.0, *at, 1), CUresult::CUDA_SUCCESS, "the failure is not known yet");
+    let event = Event::recorded(stream);
     assert_eq!(stream.synchronize(), error);
-    assert_eq!(stream.synchronize(), error, "it stays");
+    assert_eq!(stream.synchronize(), error, "the failure is sticky");
     assert_eq!(stream.query(), error);
     assert_eq!(event.query(), error);
     assert_eq!(event.synchronize(), error);
-    assert_eq!(append(stream.0, at, 2), error);
-    assert_eq!(context.synchronize().expect_err("the context knows").0, error);
-    assert_eq!(append(other.0, at, 3), CUresult::CUDA_SUCCESS);
+    assert_eq!(append(stream.0, *at, 2), error);
+    assert_eq!(context.synchronize().expect_err("the context reports it").0, error);
+    assert_eq!(append(other.0, *at, 3), CUresult::CUDA_SUCCESS);
     assert_eq!(other.synchronize(), CUresult::CUDA_SUCCESS, "another stream is usable");
-    let elsewhere = std::thread::scope(|scope| {
+    let other_thread = std::thread::scope(|scope| {
         scope.spawn(|| context.synchronize().is_ok()).join().expect("no panic")
     });
-    assert!(elsewhere, "another thread is told nothing");
+    assert!(other_thread, "another thread gets no error");
     moe_emulator::clear_errors();
     assert_eq!(moe_emulator::last_error(), None);
-    assert_eq!(append(stream.0, at, 4), CUresult::CUDA_SUCCESS);
-    assert_eq!(entries(&context, &log), [3, 4], "what came after the failure was not run");
+    assert_eq!(append(stream.0, *at, 4), CUresult::CUDA_SUCCESS);
+    assert_eq!(failing.entries(), [3, 4], "work after the failure did not run");
 }
 
 #[test]
-fn a_failure_goes_with_an_event() {
+fn failure_propagates_through_an_event() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
     let failure = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
     for seed in 0..10 {
-        // The plain schedule runs nothing early, so that the event is recorded before the kernel fails. What comes then
-        // is run in the order of the seed.
+        // The plain schedule executes nothing early, so the event is recorded before the kernel
+        // fails. The rest executes in the order of the seed.
         moe_emulator::set_seed(0);
         let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
         assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
         moe_emulator::set_seed(seed);
         let event = Event::recorded(&stream);
         assert_eq!(other.wait(&event), CUresult::CUDA_SUCCESS, "seed {seed}");
-        // The failure may be known by now.
+        // The failure may already be known.
         let appended = append(other.0, at, 1);
         assert!([CUresult::CUDA_SUCCESS, failure].contains(&appended), "seed {seed}: {appended:?}");
         assert_eq!(stream.synchronize(), failure, "seed {seed}");
@@ -210,47 +236,37 @@ fn a_failure_goes_with_an_event() {
     assert_eq!(entries(&context, &log), []);
 }
 
-/// After a failure nothing can be recorded, and who waits for such an event waits for nothing.
+/// After a failure no event can be recorded, and waiting for such an event has no effect.
 #[test]
-fn a_failure_keeps_events_from_being_recorded() {
-    let context = own_context();
-    let log = new_log(&context);
-    let at = address(&log, &context.default_stream());
+fn failed_stream_records_no_events() {
+    let failing = FailingStream::new();
     let failure = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
-    let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
-    assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
-    assert_eq!(stream.synchronize(), failure);
+    assert_eq!(failing.stream.synchronize(), failure);
     let event = Event::new();
-    assert_eq!(event.record(stream.0), failure);
-    assert_eq!(event.query(), CUresult::CUDA_SUCCESS, "as of any event that was not recorded");
-    assert_eq!(other.wait(&event), CUresult::CUDA_SUCCESS);
-    assert_eq!(append(other.0, at, 1), CUresult::CUDA_SUCCESS);
-    assert_eq!(other.synchronize(), CUresult::CUDA_SUCCESS);
-    moe_emulator::clear_errors();
-    assert_eq!(entries(&context, &log), [1]);
+    assert_eq!(event.record(failing.stream.0), failure);
+    assert_eq!(event.query(), CUresult::CUDA_SUCCESS, "an unrecorded event is ready");
+    assert_eq!(failing.other.wait(&event), CUresult::CUDA_SUCCESS);
+    assert_eq!(append(failing.other.0, failing.at, 1), CUresult::CUDA_SUCCESS);
+    assert_eq!(failing.other.synchronize(), CUresult::CUDA_SUCCESS);
+    assert_eq!(failing.entries(), [1]);
 }
 
-/// An event of a failure that is known already passes it on as well.
+/// An event also propagates a failure that is already known.
 #[test]
-fn a_failure_goes_with_an_event_that_has_happened() {
-    let context = own_context();
-    let log = new_log(&context);
-    let at = address(&log, &context.default_stream());
+fn failure_propagates_through_a_completed_event() {
+    let failing = FailingStream::new();
     let failure = CUresult::CUDA_ERROR_ILLEGAL_ADDRESS;
-    let (stream, other) = (Stream::non_blocking(), Stream::non_blocking());
-    assert_eq!(write_at(&stream, at, 1 << 40), CUresult::CUDA_SUCCESS);
-    let event = Event::recorded(&stream);
-    assert_eq!(stream.synchronize(), failure);
-    assert_eq!(event.query(), failure, "the event has happened");
-    assert_eq!(other.wait(&event), CUresult::CUDA_SUCCESS);
-    assert_eq!(append(other.0, at, 1), CUresult::CUDA_SUCCESS);
-    assert_eq!(other.synchronize(), failure);
-    moe_emulator::clear_errors();
-    assert_eq!(entries(&context, &log), []);
+    let event = Event::recorded(&failing.stream);
+    assert_eq!(failing.stream.synchronize(), failure);
+    assert_eq!(event.query(), failure, "the event has completed");
+    assert_eq!(failing.other.wait(&event), CUresult::CUDA_SUCCESS);
+    assert_eq!(append(failing.other.0, failing.at, 1), CUresult::CUDA_SUCCESS);
+    assert_eq!(failing.other.synchronize(), failure);
+    assert_eq!(failing.entries(), []);
 }
 
 #[test]
-fn the_default_stream_fails_for_one_thread() {
+fn default_stream_fails_for_one_thread() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -259,7 +275,7 @@ fn the_default_stream_fails_for_one_thread() {
     assert_eq!(legacy.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            context.bind_to_thread().expect("the context lives");
+            context.bind_to_thread().expect("the context is valid");
             assert_eq!(append(ptr::null_mut(), at, 1), CUresult::CUDA_SUCCESS);
             assert_eq!(entries(&context, &log), [1]);
             assert_eq!(moe_emulator::last_error(), None, "the report is the other thread's");
@@ -270,11 +286,11 @@ fn the_default_stream_fails_for_one_thread() {
 }
 
 #[test]
-fn a_copy_of_memory_that_was_freed_meanwhile_fails() {
+fn copy_of_freed_memory_fails() {
     let context = own_context();
     let (a, b) = (Stream::non_blocking(), Stream::non_blocking());
     let mut pointer = 0;
-    // SAFETY: the copy is wrong on purpose; the driver notices when it runs.
+    // SAFETY: the copy is wrong on purpose; the driver detects it when it runs.
     unsafe {
         use cudarc::driver::sys;
         assert_eq!(sys::cuMemAllocAsync(&mut pointer, 64, a.0), CUresult::CUDA_SUCCESS);

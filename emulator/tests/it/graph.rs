@@ -1,4 +1,4 @@
-//! Graphs: what a capture makes, and what its launches do.
+//! Graphs: the results of captures, and their launches.
 
 use std::collections::HashSet;
 use std::ffi::c_void;
@@ -17,20 +17,21 @@ impl Graph {
     fn captured(stream: &Stream) -> Self {
         let graph = stream.end_capture().expect("a valid capture");
         let mut exec = ptr::null_mut();
-        // SAFETY: the graph lives and the pointer is valid for the call.
+        // SAFETY: the graph is valid and the pointer is valid for the call.
         let instantiated = unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) };
         assert_eq!(instantiated, CUresult::CUDA_SUCCESS);
         Self { graph, exec }
     }
 
     fn launch(&self, stream: &Stream) -> CUresult {
-        // SAFETY: both live.
+        // SAFETY: both are valid.
         unsafe { sys::cuGraphLaunch(self.exec, stream.0) }
     }
 
     fn node_types(&self) -> Vec<NodeType> {
         let mut count = 0;
-        // SAFETY: the graph lives, and the second call has room for what the first one counted.
+        // SAFETY: the graph is valid, and the second call has room for the number of nodes that
+        // the first one returned.
         unsafe {
             let counted = sys::cuGraphGetNodes(self.graph, ptr::null_mut(), &mut count);
             assert_eq!(counted, CUresult::CUDA_SUCCESS);
@@ -49,7 +50,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: both are this one's own.
+        // SAFETY: this owns both.
         unsafe {
             assert_eq!(sys::cuGraphExecDestroy(self.exec), CUresult::CUDA_SUCCESS);
             assert_eq!(sys::cuGraphDestroy(self.graph), CUresult::CUDA_SUCCESS);
@@ -58,7 +59,7 @@ impl Drop for Graph {
 }
 
 #[test]
-fn a_replay_reads_memory_anew() {
+fn replay_reads_current_memory() {
     let context = own_context();
     // SAFETY: one stream orders everything.
     unsafe { context.disable_event_tracking() };
@@ -77,7 +78,7 @@ fn a_replay_reads_memory_anew() {
     let shape = crate::common::Shape([1, 1, 1], [8, 1, 1], 0);
     let launched = crate::common::launch(function, raw.0, shape, &mut parameters);
     assert_eq!(launched, CUresult::CUDA_SUCCESS);
-    factor = 1e6; // The graph keeps the value of the launch.
+    factor = 1e6; // The graph keeps the captured value.
     std::hint::black_box(factor);
     let graph = Graph::captured(&raw);
     let expected = [NodeType::CU_GRAPH_NODE_TYPE_MEMSET, NodeType::CU_GRAPH_NODE_TYPE_KERNEL];
@@ -111,7 +112,7 @@ fn cudarc_captures_and_launches() {
 }
 
 #[test]
-fn forks_are_drawn_in_every_order_and_joins_kept() {
+fn seed_draws_every_order_of_a_fork() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -147,7 +148,7 @@ fn forks_are_drawn_in_every_order_and_joins_kept() {
 }
 
 #[test]
-fn a_launch_is_one_place_in_its_stream() {
+fn graph_launch_is_ordered_in_its_stream() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -175,7 +176,7 @@ fn a_launch_is_one_place_in_its_stream() {
 }
 
 #[test]
-fn an_empty_capture_is_a_graph_without_nodes() {
+fn empty_capture_gives_a_graph_without_nodes() {
     let _context = own_context();
     let stream = Stream::non_blocking();
     assert_eq!(stream.begin_capture(), CUresult::CUDA_SUCCESS);
@@ -186,7 +187,7 @@ fn an_empty_capture_is_a_graph_without_nodes() {
 }
 
 #[test]
-fn a_graph_outlives_its_handles_while_it_runs() {
+fn running_graph_outlives_its_handles() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -207,7 +208,7 @@ fn handles_are_checked() {
     let stream = Stream::non_blocking();
     let refused = CUresult::CUDA_ERROR_INVALID_VALUE;
     let mut exec = ptr::null_mut();
-    // SAFETY: the stray handles are what the driver must notice.
+    // SAFETY: the stray handles must be detected by the driver.
     unsafe {
         assert_eq!(sys::cuGraphLaunch(stray.cast(), stream.0), refused);
         assert_eq!(sys::cuGraphInstantiateWithFlags(&mut exec, stray.cast(), 0), refused);

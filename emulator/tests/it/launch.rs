@@ -1,4 +1,4 @@
-//! Launches: what is refused, what is copied, and what is executed.
+//! Launches: refused configurations, copied arguments, and execution.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -12,7 +12,7 @@ use crate::common::{
 const REFUSED: CUresult = CUresult::CUDA_ERROR_INVALID_VALUE;
 
 #[test]
-fn a_kernel_runs() {
+fn kernel_computes_its_result() {
     let context = own_context();
     let stream = context.new_stream().expect("a stream");
     let x = stream.clone_htod(&[1f32, 2.0, 3.0]).expect("a copy");
@@ -40,7 +40,7 @@ fn grids_are_checked() {
 fn blocks_are_checked() {
     let context = own_context();
     let on = |name, block| {
-        // More than any of these kernels has; the refused launches do not read them.
+        // More parameters than any of these kernels has; refused launches do not read them.
         let mut parameters = [pointer_to(&0u64); 4];
         launch(function(name), ptr::null_mut(), Shape([1, 1, 1], block, 0), &mut parameters)
     };
@@ -57,7 +57,7 @@ fn blocks_are_checked() {
 }
 
 #[test]
-fn dynamic_shared_memory_beyond_48_kib_is_opted_into() {
+fn dynamic_shared_memory_beyond_48_kib_needs_opt_in() {
     let context = own_context();
     let stream = context.default_stream();
     let out = stream.alloc_zeros::<i32>(1).expect("memory");
@@ -68,7 +68,7 @@ fn dynamic_shared_memory_beyond_48_kib_is_opted_into() {
         launch(shared, ptr::null_mut(), shape, &mut [pointer_to(&to), pointer_to(&bytes)])
     };
     let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    // SAFETY: the function lives.
+    // SAFETY: the function is valid.
     let set = |bytes| unsafe { sys::cuFuncSetAttribute(shared, attribute, bytes) };
     let most = context
         .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
@@ -84,7 +84,7 @@ fn dynamic_shared_memory_beyond_48_kib_is_opted_into() {
 }
 
 #[test]
-fn arguments_are_those_of_the_launch() {
+fn arguments_are_copied_at_the_launch() {
     let context = own_context();
     let stream = Stream::non_blocking();
     let log = crate::common::new_log(&context);
@@ -109,7 +109,7 @@ struct MixedArgs {
 }
 
 #[test]
-fn parameters_of_all_sizes_arrive() {
+fn parameters_of_all_sizes_are_passed() {
     let context = own_context();
     let stream = context.default_stream();
     let out = stream.alloc_zeros::<f64>(4).expect("memory");
@@ -282,14 +282,14 @@ fn clusters_are_checked() {
     assert_eq!(on([4, 2, 1], 2, 2, 1), CUresult::CUDA_SUCCESS);
     assert_eq!(on([32, 1, 1], 8, 1, 1), CUresult::CUDA_SUCCESS);
     let attribute = Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
-    // SAFETY: the function lives.
+    // SAFETY: the function is valid.
     let allowed = unsafe { sys::cuFuncSetAttribute(nothing, attribute, 1) };
     assert_eq!(allowed, CUresult::CUDA_ERROR_NOT_SUPPORTED);
     context.synchronize().expect("nothing failed");
 }
 
 #[test]
-fn launch_attributes_are_known_or_refused() {
+fn unknown_launch_attributes_are_refused() {
     use sys::CUlaunchAttributeID as Id;
     let context = own_context();
     let nothing = function("emu_ok_nothing");

@@ -1,4 +1,4 @@
-//! The driver API of the software device, as cudarc and callers of the raw API see it.
+//! The driver API of the software device, used through cudarc and through the raw API.
 
 mod capture;
 mod common;

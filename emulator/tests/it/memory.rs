@@ -1,4 +1,4 @@
-//! Allocations, copies and fills, and which memory the host may touch when.
+//! Allocations, copies and fills, and when the host may access memory.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -8,7 +8,7 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::common::{Stream, address, own_context, shared_context};
 
 #[test]
-fn bytes_go_there_and_back() {
+fn copies_round_trip() {
     let context = shared_context();
     let stream = context.new_stream().expect("a stream");
     let values: Vec<f32> = (0..1000u16).map(f32::from).collect();
@@ -23,7 +23,7 @@ fn bytes_go_there_and_back() {
 #[test]
 fn fresh_memory_is_poisoned() {
     let stream = own_context().new_stream().expect("a stream");
-    // SAFETY: what is read back is bytes.
+    // SAFETY: every bit pattern is a valid byte.
     let memory = unsafe { stream.alloc::<u8>(333) }.expect("memory");
     assert!(stream.clone_dtoh(&memory).expect("a copy").iter().all(|byte| *byte == 0xff));
 }
@@ -97,7 +97,7 @@ fn allocations_are_checked() {
 }
 
 #[test]
-fn what_is_freed_in_stream_order_serves_what_came_before() {
+fn stream_ordered_free_follows_earlier_work() {
     let context = own_context();
     let stream = Stream::non_blocking();
     let (mut pointer, mut byte) = (0, 0u8);
@@ -114,7 +114,7 @@ fn what_is_freed_in_stream_order_serves_what_came_before() {
 }
 
 #[test]
-fn a_copy_from_pageable_memory_has_read_it_when_the_call_returns() {
+fn pageable_source_is_read_before_the_call_returns() {
     let context = own_context();
     let stream = Stream::non_blocking();
     let memory = context.default_stream().alloc_zeros::<u8>(4).expect("memory");
@@ -132,7 +132,7 @@ fn a_copy_from_pageable_memory_has_read_it_when_the_call_returns() {
 }
 
 #[test]
-fn pinned_memory_is_read_and_written_late() {
+fn pinned_memory_is_accessed_in_stream_order() {
     let context = own_context();
     let stream = Stream::non_blocking();
     let memory = context.default_stream().alloc_zeros::<u8>(4).expect("memory");
@@ -149,9 +149,9 @@ fn pinned_memory_is_read_and_written_late() {
         let back = bytes.add(4).cast();
         assert_eq!(sys::cuMemcpyDtoHAsync_v2(back, at, 4, stream.0), CUresult::CUDA_SUCCESS);
         bytes.add(4).write_bytes(3, 4);
-        assert_eq!(bytes.add(4).read(), 3, "nothing has run yet");
+        assert_eq!(bytes.add(4).read(), 3, "no work has run yet");
         assert_eq!(stream.synchronize(), CUresult::CUDA_SUCCESS);
-        assert_eq!(bytes.add(4).read(), 2, "what the source held when the stream ran");
+        assert_eq!(bytes.add(4).read(), 2, "the source's value when the stream ran");
         assert_eq!(sys::cuMemFreeHost(host), CUresult::CUDA_SUCCESS);
         assert_eq!(sys::cuMemFreeHost(host), CUresult::CUDA_ERROR_INVALID_VALUE);
     }
@@ -174,7 +174,7 @@ fn host_memory_is_registered_once() {
 }
 
 #[test]
-fn pointers_say_what_they_are() {
+fn pointer_attributes_are_reported() {
     use sys::CUpointer_attribute as Attribute;
     let context = own_context();
     let stream = context.default_stream();
@@ -183,9 +183,9 @@ fn pointers_say_what_they_are() {
     let ask = |attribute, pointer| {
         let mut value = 0u64;
         let to = ptr::from_mut(&mut value).cast();
-        // SAFETY: every attribute asked for fits eight bytes.
-        let asked = unsafe { sys::cuPointerGetAttribute(to, attribute, pointer) };
-        (asked == CUresult::CUDA_SUCCESS).then_some(value)
+        // SAFETY: every requested attribute fits in eight bytes.
+        let result = unsafe { sys::cuPointerGetAttribute(to, attribute, pointer) };
+        (result == CUresult::CUDA_SUCCESS).then_some(value)
     };
     assert_eq!(ask(Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, at + 7), Some(2));
     assert_eq!(ask(Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, at + 7), Some(at));
@@ -195,13 +195,13 @@ fn pointers_say_what_they_are() {
 }
 
 #[test]
-fn nothing_is_left_when_everything_is_dropped() {
+fn dropping_everything_frees_all_memory() {
     // Other tests allocate too, so this one counts in a process of its own.
-    crate::process::alone("memory::child_drops_everything", &[]);
+    crate::process::run_alone("memory::child_drops_everything", &[]);
 }
 
 #[test]
-#[ignore = "run by nothing_is_left_when_everything_is_dropped"]
+#[ignore = "run by dropping_everything_frees_all_memory"]
 fn child_drops_everything() {
     let context = shared_context();
     for seed in 0..20 {

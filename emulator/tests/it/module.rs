@@ -9,12 +9,12 @@ use crate::common::{function, load_module, own_context};
 
 fn load(image: &[u8]) -> CUresult {
     let mut module = ptr::null_mut();
-    // SAFETY: the images end with NUL, or begin with a number that says what they are.
+    // SAFETY: the images end with NUL, or begin with a number that identifies their format.
     unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) }
 }
 
 #[test]
-fn images_are_checked_for_being_one() {
+fn invalid_images_are_refused() {
     let _context = own_context();
     assert_eq!(load(b"\x7fELF\x02\x01\0\0"), CUresult::CUDA_SUCCESS);
     assert_eq!(load(&0xba55_ed50_u32.to_le_bytes()), CUresult::CUDA_SUCCESS);
@@ -37,7 +37,7 @@ fn functions_are_found_while_their_module_is_loaded() {
     let module = load_module();
     let find = |name: &CStr| {
         let mut function = ptr::null_mut();
-        // SAFETY: the name is a C string; a stale module is what the driver must notice.
+        // SAFETY: the name is a C string; a stale module must be detected by the driver.
         match unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) } {
             CUresult::CUDA_SUCCESS => Ok(function),
             error => Err(error),
@@ -69,9 +69,9 @@ fn functions_have_attributes() {
     let scale = function("emu_ok_scale");
     let get = |attribute| {
         let mut value = -99;
-        // SAFETY: the function lives and the pointer is valid for the call.
-        let asked = unsafe { sys::cuFuncGetAttribute(&mut value, attribute, scale) };
-        assert_eq!(asked, CUresult::CUDA_SUCCESS);
+        // SAFETY: the function is valid and the pointer is valid for the call.
+        let result = unsafe { sys::cuFuncGetAttribute(&mut value, attribute, scale) };
+        assert_eq!(result, CUresult::CUDA_SUCCESS);
         value
     };
     let (major, minor) = context.compute_capability().expect("attributes");
@@ -79,7 +79,7 @@ fn functions_have_attributes() {
     assert_eq!(get(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES), 48 << 10);
     assert_eq!(get(Attribute::CU_FUNC_ATTRIBUTE_BINARY_VERSION), major * 10 + minor);
     assert_eq!(get(Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT), -1);
-    // SAFETY: the function lives.
+    // SAFETY: the function is valid.
     let set = |attribute, value| unsafe { sys::cuFuncSetAttribute(scale, attribute, value) };
     let carveout = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
     assert_eq!(set(carveout, 50), CUresult::CUDA_SUCCESS);
@@ -95,11 +95,11 @@ fn occupancy_counts_threads_and_shared_memory() {
     let scale = function("emu_ok_scale");
     let blocks = |size, shared| {
         let mut blocks = -1;
-        // SAFETY: the function lives and the pointer is valid for the call.
-        let asked = unsafe {
+        // SAFETY: the function is valid and the pointer is valid for the call.
+        let result = unsafe {
             sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, scale, size, shared)
         };
-        (asked, blocks)
+        (result, blocks)
     };
     let threads = context
         .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)

@@ -1,4 +1,4 @@
-//! What a test can ask of launches: a log, a fault, and blocks that are left out.
+//! Test controls of launches: a log, a planted fault, and omitted blocks.
 
 use cudarc::driver::sys::CUresult;
 
@@ -6,11 +6,12 @@ use crate::common::{
     Shape, Stream, address, append, entries, function, launch, new_log, own_context, pointer_to,
     scale,
 };
-use crate::process::alone;
+use crate::process::run_alone;
 
 const FAILED: CUresult = CUresult::CUDA_ERROR_LAUNCH_FAILED;
 
-/// Only the last blocks of a grid run, under every schedule; and a launch without blocks fails.
+/// Only the last blocks of a grid run, under every schedule; a launch without remaining blocks
+/// fails.
 #[test]
 fn blocks_can_be_left_out() {
     let context = own_context();
@@ -43,25 +44,26 @@ fn blocks_can_be_left_out() {
     moe_emulator::clear_errors();
 }
 
-/// Each kernel that has run is logged once; one that was captured and never launched, or that failed, is not.
+/// Each executed kernel is logged once; a kernel that failed, or was captured and never launched,
+/// is not.
 #[test]
-fn kernels_that_ran_are_logged() {
+fn executed_kernels_are_logged_once() {
     let file = std::env::temp_dir().join(format!("moe-launches-{}", std::process::id()));
     std::fs::write(&file, "before\n").expect("a file");
     let path = file.to_str().expect("a name");
-    alone("observe::child_with_a_log", &[("MOE_EMULATOR_LAUNCHES", path)]);
+    run_alone("observe::child_with_a_log", &[("MOE_EMULATOR_LAUNCHES", path)]);
     let log = std::fs::read_to_string(&file).expect("a log");
     let _ = std::fs::remove_file(&file);
     let mut lines: Vec<&str> = log.lines().collect();
     assert_eq!(lines.remove(0), "before", "a log is appended to");
     lines.sort_unstable();
     assert_eq!(lines, ["emu_ok_append", "emu_ok_scale"]);
-    let nowhere = [("MOE_EMULATOR_LAUNCHES", "/nowhere/log")];
-    alone("observe::child_whose_launches_fail", &nowhere);
+    let invalid_path = [("MOE_EMULATOR_LAUNCHES", "/no/such/folder/log")];
+    run_alone("observe::child_whose_launches_fail", &invalid_path);
 }
 
 #[test]
-#[ignore = "run by kernels_that_ran_are_logged"]
+#[ignore = "run by executed_kernels_are_logged_once"]
 fn child_with_a_log() {
     let context = own_context();
     let log = new_log(&context);
@@ -84,15 +86,15 @@ fn child_with_a_log() {
 }
 
 #[test]
-fn results_can_be_made_wrong() {
-    alone("observe::child_with_a_flip", &[("MOE_EMULATOR_FAULT", "flip:emu_ok_scale")]);
+fn planted_faults_change_results_or_fail_launches() {
+    run_alone("observe::child_with_a_flip", &[("MOE_EMULATOR_FAULT", "flip:emu_ok_scale")]);
     for fault in ["fail:emu_ok_scale", "flip:no_such_kernel", "flip", "flap:emu_ok_scale"] {
-        alone("observe::child_whose_launches_fail", &[("MOE_EMULATOR_FAULT", fault)]);
+        run_alone("observe::child_whose_launches_fail", &[("MOE_EMULATOR_FAULT", fault)]);
     }
 }
 
 #[test]
-#[ignore = "run by results_can_be_made_wrong"]
+#[ignore = "run by planted_faults_change_results_or_fail_launches"]
 fn child_with_a_flip() {
     let context = own_context();
     let log = new_log(&context);

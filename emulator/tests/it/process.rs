@@ -1,4 +1,4 @@
-//! What needs a process of its own: the environment, and the time before cuInit.
+//! Tests that need a process of their own: the environment, and calls before cuInit.
 
 use std::process::Command;
 use std::ptr;
@@ -8,23 +8,23 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::common::{install, shared_context};
 
 /// Runs one ignored test of this binary in a new process with these variables.
-pub fn alone(test: &str, environment: &[(&str, &str)]) {
+pub fn run_alone(test: &str, environment: &[(&str, &str)]) {
     let output = Command::new(std::env::current_exe().expect("this binary has a path"))
         .args(["--exact", test, "--ignored", "--test-threads=1"])
         .envs(environment.iter().copied())
         .output()
         .expect("this binary starts");
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("1 passed"), "{environment:?}\n{said}");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && printed.contains("1 passed"), "{environment:?}\n{printed}");
 }
 
 #[test]
-fn nothing_works_before_initialisation() {
-    alone("process::child_before_initialisation", &[]);
+fn calls_before_initialisation_are_refused() {
+    run_alone("process::child_before_initialisation", &[]);
 }
 
 #[test]
-#[ignore = "run by nothing_works_before_initialisation"]
+#[ignore = "run by calls_before_initialisation_are_refused"]
 fn child_before_initialisation() {
     install();
     let (mut count, mut context, mut pointer) = (0, ptr::null_mut(), 0);
@@ -44,8 +44,8 @@ fn child_before_initialisation() {
 fn each_compute_capability_can_be_chosen() {
     for capability in ["8.0", "9.0", "12.0"] {
         let test = "process::child_of_a_capability";
-        alone(test, &[("MOE_EMULATOR_CC", capability)]);
-        let test = "context::the_device_is_what_the_environment_says";
+        run_alone(test, &[("MOE_EMULATOR_CC", capability)]);
+        let test = "context::device_follows_the_environment";
         let status = Command::new(std::env::current_exe().expect("this binary has a path"))
             .args(["--exact", test])
             .env("MOE_EMULATOR_CC", capability)
@@ -68,12 +68,12 @@ fn child_of_a_capability() {
 }
 
 #[test]
-fn an_unknown_compute_capability_is_no_device() {
-    alone("process::child_without_device", &[("MOE_EMULATOR_CC", "7.5")]);
+fn unknown_compute_capability_gives_no_device() {
+    run_alone("process::child_without_device", &[("MOE_EMULATOR_CC", "7.5")]);
 }
 
 #[test]
-#[ignore = "run by an_unknown_compute_capability_is_no_device"]
+#[ignore = "run by unknown_compute_capability_gives_no_device"]
 fn child_without_device() {
     install();
     // SAFETY: the function has no preconditions.
@@ -81,18 +81,18 @@ fn child_without_device() {
 }
 
 #[test]
-fn an_unknown_driver_version_is_no_device() {
+fn unknown_driver_version_gives_no_device() {
     for version in ["12.4", "10020", "13010", "new"] {
-        alone("process::child_without_device", &[("MOE_EMULATOR_DRIVER", version)]);
+        run_alone("process::child_without_device", &[("MOE_EMULATOR_DRIVER", version)]);
     }
 }
 
 #[test]
-fn an_older_driver_refuses_newer_images() {
-    alone("process::child_of_an_older_driver", &[("MOE_EMULATOR_DRIVER", "12040")]);
+fn older_driver_refuses_newer_images() {
+    run_alone("process::child_of_an_older_driver", &[("MOE_EMULATOR_DRIVER", "12040")]);
 }
 
-/// A fat binary of one part, machine code (kind 2) or PTX (kind 1) of this version.
+/// A fat binary of one part: machine code (kind 2) or PTX (kind 1) of this version.
 fn fat_binary(kind: u16, version: (u16, u16)) -> Vec<u8> {
     let mut image = 0xba55_ed50_u32.to_le_bytes().to_vec();
     image.extend([1, 0, 16, 0]);
@@ -108,7 +108,7 @@ fn fat_binary(kind: u16, version: (u16, u16)) -> Vec<u8> {
 }
 
 #[test]
-#[ignore = "run by an_older_driver_refuses_newer_images"]
+#[ignore = "run by older_driver_refuses_newer_images"]
 fn child_of_an_older_driver() {
     let _context = shared_context();
     let mut version = 0;
@@ -117,7 +117,7 @@ fn child_of_an_older_driver() {
     assert_eq!(version, 12040);
     let load = |image: &[u8]| {
         let mut module = ptr::null_mut();
-        // SAFETY: the images end with NUL, or where their headers say.
+        // SAFETY: the images end with NUL, or have a length in their headers.
         unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) }
     };
     let refused = CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
@@ -143,12 +143,12 @@ fn child_of_an_older_driver() {
 }
 
 #[test]
-fn the_last_release_of_the_primary_context_ends_it() {
-    alone("process::child_releases_the_primary_context", &[]);
+fn last_release_destroys_the_primary_context() {
+    run_alone("process::child_releases_the_primary_context", &[]);
 }
 
 #[test]
-#[ignore = "run by the_last_release_of_the_primary_context_ends_it"]
+#[ignore = "run by last_release_destroys_the_primary_context"]
 fn child_releases_the_primary_context() {
     let context = shared_context();
     let raw = context.cu_ctx();
@@ -159,28 +159,29 @@ fn child_releases_the_primary_context() {
     let mut pointer = 0;
     // SAFETY: the handle is known, if inactive; the pointer is valid for the call.
     unsafe {
-        let gone = CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED;
-        assert_eq!(sys::cuMemAlloc_v2(&mut pointer, 4), gone);
-        assert_eq!(sys::cuCtxSetCurrent(raw), gone);
+        let destroyed = CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED;
+        assert_eq!(sys::cuMemAlloc_v2(&mut pointer, 4), destroyed);
+        assert_eq!(sys::cuCtxSetCurrent(raw), destroyed);
     }
     assert_eq!(shared_context().cu_ctx(), raw);
 }
 
 #[test]
-fn a_context_that_is_released_and_retained_at_once_lives() {
-    alone("process::child_with_threads_that_come_and_go", &[]);
+fn concurrent_release_and_retain_keep_the_context() {
+    run_alone("process::child_with_short_lived_threads", &[]);
 }
 
-/// Threads drop the context with work under way, while others take it up again.
+/// Threads release the context with work in flight, while others retain it again.
 #[test]
-#[ignore = "run by a_context_that_is_released_and_retained_at_once_lives"]
-fn child_with_threads_that_come_and_go() {
+#[ignore = "run by concurrent_release_and_retain_keep_the_context"]
+fn child_with_short_lived_threads() {
     install();
-    // SAFETY: the device is there, each address is of a live variable or of memory that is long enough.
-    let come_and_go = || unsafe {
+    // SAFETY: the driver is initialised; each address is of a live variable or of memory that is
+    // long enough.
+    let retain_and_release = || unsafe {
         let (mut context, mut memory) = (ptr::null_mut(), 0);
         sys::cuDevicePrimaryCtxRetain(&mut context, 0).result().expect("a context");
-        sys::cuCtxSetCurrent(context).result().expect("a context that lives");
+        sys::cuCtxSetCurrent(context).result().expect("a valid context");
         sys::cuMemAlloc_v2(&mut memory, 1 << 20).result().expect("memory");
         sys::cuMemsetD8Async(memory, 0, 1 << 20, ptr::null_mut()).result().expect("a fill");
         sys::cuDevicePrimaryCtxRelease_v2(0).result().expect("a release");
@@ -189,7 +190,7 @@ fn child_with_threads_that_come_and_go() {
     unsafe { sys::cuInit(0) }.result().expect("a driver");
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| (0..300).for_each(|_| come_and_go()));
+            scope.spawn(|| (0..300).for_each(|_| retain_and_release()));
         }
     });
 }

@@ -1,4 +1,4 @@
-//! When work is done: late, in stream order, and otherwise as the seed draws.
+//! Execution order: late, in stream order, and otherwise as the seed draws.
 
 use std::collections::HashSet;
 use std::ffi::c_void;
@@ -10,7 +10,7 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::common::{Event, Stream, address, append, entries, new_log, own_context};
 
 #[test]
-fn nothing_runs_before_somebody_waits() {
+fn work_runs_only_when_a_thread_waits() {
     let context = own_context();
     let log = new_log(&context);
     let stream = Stream::non_blocking();
@@ -18,12 +18,12 @@ fn nothing_runs_before_somebody_waits() {
     assert_eq!(append(stream.0, at, 5), CUresult::CUDA_SUCCESS);
     assert_eq!(moe_emulator::counters().unfinished, 1);
     assert_eq!(stream.query(), CUresult::CUDA_ERROR_NOT_READY);
-    assert_eq!(stream.query(), CUresult::CUDA_SUCCESS, "a query lets time pass");
+    assert_eq!(stream.query(), CUresult::CUDA_SUCCESS, "a query executes work");
     assert_eq!(moe_emulator::counters().unfinished, 0);
     assert_eq!(entries(&context, &log), [5]);
 }
 
-/// The order in which two streams without any dependency get their work done.
+/// The order of the work of two independent streams.
 fn interleaving(seed: u64) -> Vec<i32> {
     let context = own_context();
     let log = new_log(&context);
@@ -41,12 +41,12 @@ fn interleaving(seed: u64) -> Vec<i32> {
 }
 
 #[test]
-fn the_seed_interleaves_streams() {
+fn seed_interleaves_streams() {
     assert_eq!(interleaving(0), [0, 1, 2, 3, 10, 11, 12, 13], "as late as possible");
     let mut seen = HashSet::new();
     for seed in 1..=40 {
         let order = interleaving(seed);
-        assert_eq!(order, interleaving(seed), "seed {seed} repeats itself");
+        assert_eq!(order, interleaving(seed), "seed {seed} repeats its order");
         for stream in [0, 10] {
             let own: Vec<i32> = order.iter().copied().filter(|v| v / 10 * 10 == stream).collect();
             assert_eq!(own, [stream, stream + 1, stream + 2, stream + 3], "seed {seed}");
@@ -57,7 +57,7 @@ fn the_seed_interleaves_streams() {
 }
 
 #[test]
-fn with_a_seed_some_work_is_early() {
+fn nonzero_seed_runs_some_work_early() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -73,13 +73,13 @@ fn with_a_seed_some_work_is_early() {
 }
 
 #[test]
-fn a_queue_is_finite() {
+fn queue_is_bounded() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
     let stream = Stream::non_blocking();
     for _ in 0..3000 {
-        // SAFETY: the log has room for it.
+        // SAFETY: the log is large enough.
         let set = unsafe { sys::cuMemsetD8Async(at, 0, 4, stream.0) };
         assert_eq!(set, CUresult::CUDA_SUCCESS);
     }
@@ -88,7 +88,7 @@ fn a_queue_is_finite() {
 }
 
 #[test]
-fn the_legacy_stream_waits_for_blocking_streams_and_they_for_it() {
+fn legacy_and_blocking_streams_wait_for_each_other() {
     let context = own_context();
     for seed in 0..40 {
         moe_emulator::set_seed(seed);
@@ -108,7 +108,7 @@ fn the_legacy_stream_waits_for_blocking_streams_and_they_for_it() {
 }
 
 #[test]
-fn a_destroyed_blocking_stream_still_counts() {
+fn legacy_stream_waits_for_destroyed_blocking_streams() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -116,13 +116,13 @@ fn a_destroyed_blocking_stream_still_counts() {
     assert_eq!(append(stream.0, at, 1), CUresult::CUDA_SUCCESS);
     drop(stream);
     assert_eq!(append(ptr::null_mut(), at, 2), CUresult::CUDA_SUCCESS);
-    // SAFETY: the legacy stream always lives.
+    // SAFETY: the legacy stream is always valid.
     assert_eq!(unsafe { sys::cuStreamSynchronize(ptr::null_mut()) }, CUresult::CUDA_SUCCESS);
     assert_eq!(entries(&context, &log), [1, 2]);
 }
 
 #[test]
-fn non_blocking_streams_pass_the_legacy_stream() {
+fn non_blocking_streams_ignore_the_legacy_stream() {
     let context = own_context();
     let log = new_log(&context);
     let at = address(&log, &context.default_stream());
@@ -134,7 +134,7 @@ fn non_blocking_streams_pass_the_legacy_stream() {
 }
 
 #[test]
-fn streams_know_themselves() {
+fn stream_properties_are_reported() {
     let context = own_context();
     let (mut least, mut greatest) = (0, 0);
     let (mut raw, mut priority, mut flags) = (ptr::null_mut(), 0, 0);

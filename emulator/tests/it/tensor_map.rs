@@ -1,4 +1,4 @@
-//! cuTensorMapEncodeTiled and what it refuses.
+//! cuTensorMapEncodeTiled and the maps that it refuses.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -55,7 +55,7 @@ fn encode(map: &Map) -> CUresult {
 }
 
 #[test]
-fn maps_are_checked() {
+fn invalid_tensor_maps_are_refused() {
     let context = own_context();
     let stream = context.default_stream();
     let memory = stream.alloc_zeros::<u16>(64 * 256).expect("memory");

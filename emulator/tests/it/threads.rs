@@ -1,4 +1,4 @@
-//! Many OS threads at once, as cargo runs tests.
+//! Many OS threads at once, as in a test harness.
 
 use std::sync::Barrier;
 
@@ -9,7 +9,7 @@ use crate::common::{
 };
 
 #[test]
-fn threads_with_streams_of_their_own_do_not_disturb_each_other() {
+fn threads_with_own_streams_are_independent() {
     let context = shared_context();
     std::thread::scope(|scope| {
         for thread in 0..8u16 {
@@ -42,7 +42,7 @@ fn threads_share_a_default_stream() {
         for thread in 0..6 {
             let (context, start) = (&context, &start);
             scope.spawn(move || {
-                context.bind_to_thread().expect("the context lives");
+                context.bind_to_thread().expect("the context is valid");
                 moe_emulator::set_seed(thread);
                 start.wait();
                 for value in 0..20 {
@@ -71,7 +71,8 @@ fn threads_wait_for_each_others_streams() {
         let log = new_log(&context);
         let at = address(&log, &context.default_stream());
         let streams: Vec<Stream> = (0..4).map(|_| Stream::non_blocking()).collect();
-        // Each stream waits for the one before it, so whoever synchronises one needs work of others.
+        // Each stream waits for the one before it, so a thread that synchronises one stream
+        // executes other threads' work.
         for (i, stream) in streams.iter().enumerate() {
             if i > 0 {
                 let event = crate::common::Event::recorded(&streams[i - 1]);
@@ -86,7 +87,7 @@ fn threads_wait_for_each_others_streams() {
             for stream in &streams {
                 let (raw, context) = (stream.0 as usize, &context);
                 scope.spawn(move || {
-                    context.bind_to_thread().expect("the context lives");
+                    context.bind_to_thread().expect("the context is valid");
                     moe_emulator::set_seed(seed);
                     let stream = std::mem::ManuallyDrop::new(Stream(raw as _));
                     assert_eq!(stream.synchronize(), CUresult::CUDA_SUCCESS);

@@ -1,8 +1,12 @@
-//! What happens to slots token by token: those without room ask elsewhere, and what is kept is normalised.
+//! Operations on the slots of each token: reassignment of dropped slots, and normalisation of kept
+//! ones.
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 
-use crate::abi::{CAPACITY_TOKEN_THREADS, CapacityAskArgs, CapacityNormalizeArgs};
+use crate::abi::{
+    CAPACITY_TOKEN_THREADS, CapacityNormalizeArgs, CapacityNormalizeParams, CapacityReassignArgs,
+    CapacityReassignParams,
+};
 use crate::config::{Normalization, kept_divisor};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream, optional,
@@ -12,17 +16,17 @@ use crate::dtype::DType;
 use crate::error::{Result, check_len, int, product};
 use crate::shape::RoutingShape;
 
-const ASK: &str = "capacity_ask_fwd";
+const REASSIGN: &str = "capacity_reassign_fwd";
 const NORMALIZE: &str = "capacity_normalize_fwd";
 
-/// Device addresses for [`capacity_ask_fwd_raw`].
+/// Device addresses for [`capacity_reassign_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
-pub struct CapacityAskBuffers {
+pub struct CapacityReassignBuffers {
     /// `[T, K]` `u32`, written whole.
     pub requests: CUdeviceptr,
-    /// `[T, K]` `f32`, written where a slot asks.
+    /// `[T, K]` `f32`, written for slots with a request.
     pub routing_weights: CUdeviceptr,
-    /// `[T]` `u32`, written whole; from the second time on it holds what the time before has left.
+    /// `[T]` `u32`, written whole; from the second round on also read.
     pub next_candidate: CUdeviceptr,
     /// `[T, K]` `u32`
     pub expert_ids: CUdeviceptr,
@@ -34,23 +38,25 @@ pub struct CapacityAskBuffers {
     pub candidate_weights: CUdeviceptr,
 }
 
-/// What the slots that found no room ask next: their token's next candidate.
+/// Requests the next candidate of its token for each dropped slot.
 ///
-/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights: what `route` gives
-/// with a larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` what the rounds so far have made of
-/// them. A slot without room asks the next candidate that is an expert and none of its token's own
-/// `expert_ids`, the slots of a token in order, and every candidate is asked once. `requests` `[T, K]` has
-/// that expert, `u32::MAX` where nothing is asked; `routing_weights` `[T, K]` takes the candidate's weight.
-/// `next_candidate` `[T]` remembers where each token is: with `first` it is written, later read too; a token whose
-/// number is `C` or more, any bits, asks for nothing.
-/// Asynchronous, ordered on `stream`; exact.
+/// `candidates` `[T, C]` are each token's experts in the order of scores, with their weights:
+/// `route`'s result with a larger `top_k`. `expert_ids` `[T, K]` are the router's, `kept_ids` those
+/// that the rounds so far have kept. A dropped slot requests the next candidate that is an expert
+/// and is not in its token's own `expert_ids`; the slots of a token in order, and each candidate at
+/// most once. `requests` `[T, K]` receives that expert, or `u32::MAX` without a request;
+/// `routing_weights` `[T, K]` receives the candidate's weight. `next_candidate` `[T]` is each
+/// token's position in its candidates: written in the `first` round, read and written in later
+/// ones; a token at `C` or beyond (any bits) makes no request. Asynchronous, ordered on `stream`;
+/// exact.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 #[allow(clippy::too_many_arguments)]
-pub fn capacity_ask_fwd_into(
+pub fn capacity_reassign_fwd_into(
     device: &Device,
     stream: &CudaStream,
     shape: RoutingShape,
@@ -64,9 +70,9 @@ pub fn capacity_ask_fwd_into(
     requests: &mut CudaViewMut<'_, u32>,
     routing_weights: &mut CudaViewMut<'_, f32>,
 ) -> Result<()> {
-    shape.check(ASK)?;
-    check_stream(ASK, device, stream)?;
-    let listed = product(ASK, "num_tokens * candidates", shape.num_tokens, num_candidates)?;
+    shape.check(REASSIGN)?;
+    check_stream(REASSIGN, device, stream)?;
+    let listed = product(REASSIGN, "num_tokens * candidates", shape.num_tokens, num_candidates)?;
     for (name, len, wanted) in [
         ("expert_ids", expert_ids.len(), shape.slots()),
         ("kept_ids", kept_ids.len(), shape.slots()),
@@ -76,18 +82,18 @@ pub fn capacity_ask_fwd_into(
         ("requests", requests.len(), shape.slots()),
         ("routing_weights", routing_weights.len(), shape.slots()),
     ] {
-        check_len(ASK, name, len, wanted)?;
+        check_len(REASSIGN, name, len, wanted)?;
     }
-    let (requests, _requests_guard) = writes(ASK, "requests", requests, stream)?;
+    let (requests, _requests_guard) = writes(REASSIGN, "requests", requests, stream)?;
     let (routing_weights, _weights_guard) =
-        writes(ASK, "routing_weights", routing_weights, stream)?;
-    let (next_candidate, _next_guard) = writes(ASK, "next_candidate", next_candidate, stream)?;
-    let (expert_ids, _ids_guard) = reads(ASK, "expert_ids", expert_ids, stream)?;
-    let (kept_ids, _kept_guard) = reads(ASK, "kept_ids", kept_ids, stream)?;
-    let (candidates, _candidates_guard) = reads(ASK, "candidates", candidates, stream)?;
-    let (candidate_weights, _of_candidates_guard) =
-        reads(ASK, "candidate_weights", candidate_weights, stream)?;
-    let buffers = CapacityAskBuffers {
+        writes(REASSIGN, "routing_weights", routing_weights, stream)?;
+    let (next_candidate, _next_guard) = writes(REASSIGN, "next_candidate", next_candidate, stream)?;
+    let (expert_ids, _ids_guard) = reads(REASSIGN, "expert_ids", expert_ids, stream)?;
+    let (kept_ids, _kept_guard) = reads(REASSIGN, "kept_ids", kept_ids, stream)?;
+    let (candidates, _candidates_guard) = reads(REASSIGN, "candidates", candidates, stream)?;
+    let (candidate_weights, _candidate_weights_guard) =
+        reads(REASSIGN, "candidate_weights", candidate_weights, stream)?;
+    let buffers = CapacityReassignBuffers {
         requests,
         routing_weights,
         next_candidate,
@@ -99,29 +105,29 @@ pub fn capacity_ask_fwd_into(
     let stream = stream.cu_stream();
     // SAFETY: the lengths were checked above. The guards order the launch after earlier uses of the
     // buffers and outlive it.
-    unsafe { capacity_ask_fwd_raw(device, stream, shape, num_candidates, first, buffers) }
+    unsafe { capacity_reassign_fwd_raw(device, stream, shape, num_candidates, first, buffers) }
 }
 
-/// [`capacity_ask_fwd_into`] on addresses.
+/// [`capacity_reassign_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`CapacityAskBuffers`] gives it, in memory of `device`'s context that
-/// stays valid until the kernel has run; none that is written overlaps another; `stream` is a stream of that
-/// context.
+/// Each buffer has the elements that [`CapacityReassignBuffers`] gives it, in memory of `device`'s
+/// context that stays valid until the kernel has run; none that is written overlaps another;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
-pub unsafe fn capacity_ask_fwd_raw(
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
+pub unsafe fn capacity_reassign_fwd_raw(
     device: &Device,
     stream: CUstream,
     shape: RoutingShape,
     num_candidates: usize,
     first: bool,
-    buffers: CapacityAskBuffers,
+    buffers: CapacityReassignBuffers,
 ) -> Result<()> {
-    shape.check(ASK)?;
-    let CapacityAskBuffers {
+    shape.check(REASSIGN)?;
+    let CapacityReassignBuffers {
         requests,
         routing_weights,
         next_candidate,
@@ -139,45 +145,57 @@ pub unsafe fn capacity_ask_fwd_raw(
         ("candidates", candidates),
         ("candidate_weights", candidate_weights),
     ] {
-        check_aligned(ASK, name, address, 4)?;
+        check_aligned(REASSIGN, name, address, 4)?;
     }
-    let args = CapacityAskArgs {
-        num_tokens: int(ASK, "num_tokens", shape.num_tokens)?,
-        num_experts: int(ASK, "num_experts", shape.num_experts)?,
-        top_k: int(ASK, "top_k", shape.top_k)?,
-        num_candidates: int(ASK, "candidates of a token", num_candidates)?,
+    let args = CapacityReassignArgs {
+        num_tokens: int(REASSIGN, "num_tokens", shape.num_tokens)?,
+        num_experts: int(REASSIGN, "num_experts", shape.num_experts)?,
+        top_k: int(REASSIGN, "top_k", shape.top_k)?,
+        num_candidates: int(REASSIGN, "candidates of a token", num_candidates)?,
         later: (!first).into(),
     };
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let arguments = [
-        Argument::of(&requests),
-        Argument::of(&routing_weights),
-        Argument::of(&next_candidate),
-        Argument::of(&expert_ids),
-        Argument::of(&kept_ids),
-        Argument::of(&candidates),
-        Argument::of(&candidate_weights),
-        Argument::of(&args),
-    ];
+    let params = CapacityReassignParams {
+        requests,
+        routing_weights,
+        next_candidate,
+        expert_ids,
+        kept_ids,
+        candidates,
+        candidate_weights,
+        args,
+        padding: 0,
+    };
     let launch = thread_per_token(shape);
-    // SAFETY: the arguments follow moe_capacity_fwd_ask in kernels/capacity.cu; the caller vouches for the
-    // buffers; the shape was checked above.
-    unsafe { device.launch(stream, Kernel::CapacityFwdAsk, DType::F32, launch, &arguments) }
+    // SAFETY: the parameter is that of moe_capacity_fwd_reassign in kernels/capacity.cu; the caller
+    // guarantees the buffers; the shape was checked above.
+    unsafe {
+        device.launch(
+            stream,
+            Kernel::CapacityFwdReassign,
+            DType::F32,
+            launch,
+            &[Argument::of(&params)],
+        )
+    }
 }
 
-/// Weights of what is kept: `weights[t, k]` divided by the sum over the token's kept slots, times `scale`, times the
-/// expert's entry of `expert_scale` `[E]`; 0 for other slots, and for what is no number then, of `0 / 0` or `inf / inf`.
+/// Normalises the weights of kept slots: `routing_weights[t, k]` divided by the sum over the
+/// token's kept slots, times `scale`, times the expert's element of `expert_scale` `[E]`; 0 for
+/// other slots, and for NaN (of `0 / 0` or `inf / inf`).
 ///
-/// `expert_ids` `[T, K]` are those that [`capacity_fwd_into`](crate::ops::capacity::capacity_fwd_into) has
-/// written. A slot counts where its id is less than `E`; sums are f32, in the order of `k`.
-/// [`Normalization::None`] divides by nothing. Asynchronous, ordered on `stream`; the same bits on every device.
+/// `expert_ids` `[T, K]` are those of
+/// [`capacity_fwd_into`](crate::ops::capacity::capacity_fwd_into). A slot is kept if its id is less
+/// than `E`; sums are f32, in the order of `k`. [`Normalization::None`] does not divide.
+/// Asynchronous, ordered on `stream`; the same bits on every device.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
-/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and what a launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn capacity_normalize_fwd_into(
     device: &Device,
@@ -216,7 +234,7 @@ pub fn capacity_normalize_fwd_into(
 pub struct CapacityNormalizeBuffers {
     /// `[T, K]` `f32`, written whole.
     pub normalized: CUdeviceptr,
-    /// `[E]` `f32`, or 0 (null): no scales.
+    /// `[E]` `f32`, or 0 (null) for no scales.
     pub expert_scale: CUdeviceptr,
     /// `[T, K]` `u32`
     pub expert_ids: CUdeviceptr,
@@ -227,12 +245,13 @@ pub struct CapacityNormalizeBuffers {
 /// [`capacity_normalize_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`CapacityNormalizeBuffers`] gives it, in memory of `device`'s context that stays
-/// valid until the kernel has run; `normalized` overlaps none of the others; `stream` is a stream of that context.
+/// Each buffer has the elements that [`CapacityNormalizeBuffers`] gives it, in memory of `device`'s
+/// context that stays valid until the kernel has run; `normalized` overlaps none of the others;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape out of range or a p-norm,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 pub unsafe fn capacity_normalize_fwd_raw(
     device: &Device,
     stream: CUstream,
@@ -261,17 +280,26 @@ pub unsafe fn capacity_normalize_fwd_raw(
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let arguments = [
-        Argument::of(&normalized),
-        Argument::of(&expert_scale),
-        Argument::of(&expert_ids),
-        Argument::of(&routing_weights),
-        Argument::of(&args),
-    ];
+    let params = CapacityNormalizeParams {
+        normalized,
+        expert_scale,
+        expert_ids,
+        routing_weights,
+        args,
+        padding: 0,
+    };
     let launch = thread_per_token(shape);
-    // SAFETY: the arguments follow moe_capacity_fwd_normalize in kernels/capacity.cu; the caller vouches for
-    // the buffers; the shape was checked above.
-    unsafe { device.launch(stream, Kernel::CapacityFwdNormalize, DType::F32, launch, &arguments) }
+    // SAFETY: the parameter is that of moe_capacity_fwd_normalize in kernels/capacity.cu; the
+    // caller guarantees the buffers; the shape was checked above.
+    unsafe {
+        device.launch(
+            stream,
+            Kernel::CapacityFwdNormalize,
+            DType::F32,
+            launch,
+            &[Argument::of(&params)],
+        )
+    }
 }
 
 fn thread_per_token(shape: RoutingShape) -> Launch {

@@ -1,10 +1,10 @@
-//! The number of every expert that a step of the router makes: `logits` `[T, E]` to `scores` `[T, E]`.
+//! The values of one step of the router for every expert: `logits` `[T, E]` to `scores` `[T, E]`.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 
-use crate::abi;
+use crate::abi::{ROUTE_PICK_THREADS, RouteParams};
 use crate::config::{RouteLengths, RouterConfig, RouterStep};
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
@@ -17,20 +17,22 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "route_scores_fwd";
 
-/// What that step of the router makes of the logits, in f32: the scores that
-/// [`expert_choice_fwd`](crate::ops::expert_choice) needs, or the logits that losses read.
+/// Writes the values of a step of the router in f32: the scores for
+/// [`expert_choice_fwd`](crate::ops::expert_choice), or the logits for losses.
 ///
-/// `scores` is `[T, E]`, of all `E` experts that the router sees, sinks among them. Of `inputs` this reads the logits,
-/// their noise, and which tokens are active: the row of one that is not is 0, or where logits are asked for `-inf`. The
-/// `K` of the shape is not used. Scores agree with [`reference::route_scores_fwd`](crate::reference::route_scores_fwd)
-/// in f32 bit for bit, on every device. Asynchronous, ordered on `stream`; one launch.
+/// `scores` is `[T, E]`, of all `E` experts of the router, sinks included. Of `inputs`, `logits`,
+/// `noise`, `noise_logits` and `active` are read. The row of an inactive token is 0, or `-inf` for
+/// logits. The `K` of the shape is unused. Scores agree with
+/// [`reference::route_scores_fwd`](crate::reference::route_scores_fwd) in f32 bit for bit, on every
+/// device. Asynchronous, ordered on `stream`; one launch.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, for noise logits without
-/// noise, and for scores that depend on which experts are chosen
-/// ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer); [`Error::Length`](crate::Error::Length) for
-/// a buffer that does not fit, [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context,
-/// and any launch error.
+/// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a router out of range, for
+/// noise logits without noise, and for scores that depend on which experts are chosen
+/// ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer);
+/// [`Error::Length`](crate::Error::Length) for a buffer that does not fit,
+/// [`Error::Context`](crate::Error::Context) for a stream or a buffer of another context, and any
+/// launch error.
 pub fn route_scores_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
@@ -58,7 +60,8 @@ pub fn route_scores_fwd_into<D: Dtype>(
 /// [`route_scores_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`route_scores_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`route_scores_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the
+/// allocation fails.
 pub fn route_scores_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
@@ -75,16 +78,18 @@ pub fn route_scores_fwd<D: Dtype>(
     Ok(scores)
 }
 
-/// [`route_scores_fwd_into`] on addresses. Of the buffers it reads `logits`, `noise`, `noise_logits` and `active`.
+/// [`route_scores_fwd_into`] on addresses. Of the buffers, `logits`, `noise`, `noise_logits` and
+/// `active` are read.
 ///
 /// # Safety
-/// `scores` has `[T, E]` `f32`; each of those buffers that is not 0 has the elements that [`RouteBuffers`] and `shape`
-/// give it, `logits` and `noise_logits` of `dtype`, in memory of `device`'s context that stays valid until the kernel
-/// has run; `scores` overlaps with none of them; `stream` is a stream of that context.
+/// `scores` has `[T, E]` `f32`; each of those buffers that is not 0 has the elements that
+/// [`RouteBuffers`] and `shape` give it, `logits` and `noise_logits` of `dtype`, in memory of
+/// `device`'s context that stays valid until the kernel has run; `scores` overlaps none of them;
+/// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) as for [`route_scores_fwd_into`],
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 #[allow(clippy::too_many_arguments, reason = "those of the operation")]
 pub unsafe fn route_scores_fwd_raw(
     device: &Device,
@@ -98,11 +103,11 @@ pub unsafe fn route_scores_fwd_raw(
 ) -> Result<()> {
     let RouteBuffers { logits, noise, noise_logits, active, .. } = buffers;
     shape.check(OP)?;
-    let there = |address: CUdeviceptr| (address != 0).then_some(shape.logits());
+    let given_len = |address: CUdeviceptr| (address != 0).then_some(shape.logits());
     let lengths = RouteLengths {
         logits: shape.logits(),
-        noise: there(noise),
-        noise_logits: there(noise_logits),
+        noise: given_len(noise),
+        noise_logits: given_len(noise_logits),
         active: (active != 0).then_some(shape.num_tokens),
         ..RouteLengths::default()
     };
@@ -122,15 +127,17 @@ pub unsafe fn route_scores_fwd_raw(
     let read = RouteBuffers { logits, noise, noise_logits, active, ..RouteBuffers::default() };
     let mut args = arguments(dtype, &shape, &router, &read)?;
     args.value = kind(score);
-    let addresses = read.addresses();
-    let warps = abi::ROUTE_PICK_THREADS as u32 / 32;
+    let params = RouteParams { scores, ..read.params(args) };
+    let threads = ROUTE_PICK_THREADS as u32;
+    let warps = threads / 32;
     let launch = Launch {
         grid: [(args.num_tokens as u32).div_ceil(warps), 1, 1],
-        threads: abi::ROUTE_PICK_THREADS as u32,
+        threads,
         shared_bytes: warps * args.row_words as u32 * 4,
     };
-    let arguments = [Argument::of(&scores), Argument::of(&addresses), Argument::of(&args)];
-    // SAFETY: the arguments follow moe_route_fwd_scores in kernels/route.cu; the caller vouches for the
-    // buffers; the shape was checked, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::RouteFwdScores, dtype, launch, &arguments) }
+    // SAFETY: the parameter is that of kernels/router.cuh; the caller guarantees the buffers; the
+    // shape was checked, so that num_tokens fits a grid.
+    unsafe {
+        device.launch(stream, Kernel::RouteFwdScores, dtype, launch, &[Argument::of(&params)])
+    }
 }

@@ -1,11 +1,16 @@
-//! Numbers with what f32 may make of them: the router computed in these is its own error bound.
+//! Intervals that contain every possible result in f32. A router computed in them yields its error
+//! bounds.
 
 use std::ops::{Add, Div, Mul, Sub};
 
-use super::U;
+use crate::dtype::DType;
 use crate::reference::route::exact::{Number, SHARE_UNIT};
 
-/// A number in f64, and the least and the most that the same operations give in f32.
+/// The unit roundoff of f32, the type of every sum.
+pub(super) const U: f64 = DType::F32.unit_roundoff();
+
+/// The result of operations in f64, with the smallest and the largest result of the same operations
+/// in f32.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Interval {
     pub(super) low: f64,
@@ -13,11 +18,11 @@ pub(super) struct Interval {
     pub(super) high: f64,
 }
 
-/// The distance of numbers below the normal ones.
+/// The distance of subnormal numbers of f32.
 const TINY: f64 = f64::from_bits((1023 - 149) << 52);
 
 impl Interval {
-    /// How far a number of f32 is from the middle at most.
+    /// The largest distance of a result in f32 from the one in f64.
     pub(super) fn bound(&self) -> f64 {
         if self.low == self.high {
             return 0.0;
@@ -25,23 +30,24 @@ impl Interval {
         (self.high - self.mid).max(self.mid - self.low)
     }
 
-    /// Between two ends, either of which is off by so many units of 2^-24, or of the smallest number, and may overflow.
+    /// Widens two ends by `units` times their unit roundoff, or times the smallest subnormal
+    /// number. Ends that exceed the range of f32 become infinite.
     fn around(mid: f64, [low, high]: [f64; 2], units: f64) -> Self {
         let low = low - units * (U * low.abs() + TINY);
         let high = high + units * (U * high.abs() + TINY);
-        // What is no number may be anything.
+        // A NaN end makes the interval unbounded.
         let low = if low >= -f64::from(f32::MAX) { low } else { f64::NEG_INFINITY };
         let high = if high <= f64::from(f32::MAX) { high } else { f64::INFINITY };
         Self { low, mid, high }
     }
 
-    /// A growing function of which f32 is off by so many units.
+    /// A monotonically increasing function with an error of `units` in f32.
     fn grown(self, function: impl Fn(f64) -> f64, units: f64) -> Self {
         let ends = [function(self.low), function(self.high)];
         Self::around(function(self.mid), ends, units)
     }
 
-    /// An operation whose extremes are at the ends.
+    /// The extremes of an operation that has them at the ends of its operands.
     fn corners(self, other: Self, operation: impl Fn(f64, f64) -> f64) -> [f64; 2] {
         let pairs = [
             (self.low, other.low),
@@ -51,19 +57,19 @@ impl Interval {
         ];
         let results = pairs.map(|(a, b)| operation(a, b));
         if results.iter().any(|result| result.is_nan()) {
-            return ANYTHING;
+            return UNBOUNDED;
         }
         [results.into_iter().fold(f64::NAN, f64::min), results.into_iter().fold(f64::NAN, f64::max)]
     }
 }
 
-const ANYTHING: [f64; 2] = [f64::NEG_INFINITY, f64::INFINITY];
+const UNBOUNDED: [f64; 2] = [f64::NEG_INFINITY, f64::INFINITY];
 
 impl Add for Interval {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        // The sum of opposite infinities, which only noise and biases make, counts as -inf next.
+        // The sum of opposite infinities, which only noise and biases cause, counts as -inf later.
         let ends = [self.low + other.low, self.high + other.high].map(f64::cleaned);
         Self::around(self.mid + other.mid, ends, 1.0)
     }
@@ -95,7 +101,7 @@ impl Div for Interval {
 
     fn div(self, other: Self) -> Self {
         let safe = other.low > 0.0 || other.high < 0.0;
-        let ends = if safe { self.corners(other, |a, b| a / b) } else { ANYTHING };
+        let ends = if safe { self.corners(other, |a, b| a / b) } else { UNBOUNDED };
         Self::around(self.mid / other.mid, ends, 1.0)
     }
 }
@@ -136,7 +142,7 @@ impl Number for Interval {
     }
 
     fn share(self, max: Self) -> Self {
-        // The difference of equal infinities is none.
+        // The NaN difference of equal infinities counts as 0.
         let exp = |difference: f64| if difference < 0.0 { difference.exp() } else { 1.0 };
         let ends = [self.low - max.high, self.high - max.low];
         let ends = [ends[0] - U * ends[0].abs(), ends[1] + U * ends[1].abs()].map(exp);
@@ -167,7 +173,7 @@ impl Number for Interval {
     }
 
     fn power(self, p: f32) -> Self {
-        // kernels/exact.cuh says how much it is off, and that small numbers count as 0.
+        // kernels/exact.cuh states the error, and that small numbers count as 0.
         let wide = f64::from(p);
         let end = |x: f64, sign: f64| {
             if x.is_nan() || x <= 0.0 {
@@ -194,7 +200,8 @@ mod tests {
     use crate::reference::sample::Sampler;
     use crate::shape::RoutingShape;
 
-    /// Where the values in f64 would choose another expert, f32 cannot tell the two apart; and that is rare.
+    /// Where the values in f64 select another expert, the intervals of the two experts overlap;
+    /// this is rare.
     #[test]
     fn ids_differ_from_those_of_f64_only_within_the_bound() {
         let shape = RoutingShape { num_tokens: 400, num_experts: 64, top_k: 6 };
@@ -218,9 +225,9 @@ mod tests {
                 for (ids, values) in routing.expert_ids.chunks(shape.top_k).zip(values) {
                     for (k, &id) in ids.iter().enumerate() {
                         let chosen = values[id as usize];
-                        let left =
+                        let remaining =
                             (0..shape.num_experts).filter(|&e| !ids[..k].contains(&(e as u32)));
-                        for other in left.map(|e| values[e]) {
+                        for other in remaining.map(|e| values[e]) {
                             assert!(
                                 chosen.high >= other.low,
                                 "{chosen:?} was chosen before {other:?}"
@@ -238,7 +245,7 @@ mod tests {
         }
     }
 
-    /// A bound that is met by chance alone is as bad as one that is not: it is a few units for what routers see.
+    /// The bounds of typical routers are a few units.
     #[test]
     fn bounds_are_tight() {
         let shape = RoutingShape { num_tokens: 100, num_experts: 64, top_k: 6 };

@@ -1,8 +1,9 @@
-//! The bounds of a whole layer: each operation stores its result, and hands on how far that may be off.
+//! The bounds of a layer: each operation stores its result, and its error is propagated to the next
+//! one.
 
 use super::super::combine::{CombineInputs, Identity, Shared, combine_fwd, sigmoid};
 use super::super::expert_weights::{GateUpWeights, LinearWeights};
-use super::super::layer::{Operations, Parts, RouterReads, experts_of_layer};
+use super::super::layer::{Operations, Parts, RouterLogits, experts_of_layer};
 use super::super::moe_layer_route_fwd;
 use super::super::plan::Plan;
 use super::super::rms_norm::RmsNormInputs;
@@ -13,14 +14,15 @@ use crate::config::{ExpertConfig, MoeConfig, Normalization, RmsNorm, kept_diviso
 use crate::dtype::{DType, Dtype};
 use crate::error::Result;
 use crate::shape::RoutingShape;
-use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_gate, no_noise_gate};
+use crate::tensors::{Host, MoeInputs, MoeWeights, Typed, no_noise_gate, no_router_gate};
 
-/// Errors are multiplied by each other as well, and rounded; 1 % is ample for those second orders.
+/// A factor for products of errors and for the rounding of errors; 1 % exceeds these second-order
+/// terms.
 const SECOND_ORDER: f64 = 1.01;
 
-/// [`moe_layer_fwd`](super::super::moe_layer_fwd) with what lies between its operations stored as `D`, and so
-/// its result. Logits that are not given are those of the reference: a device's own may choose other experts
-/// where two are near to each other.
+/// The bounds of [`moe_layer_fwd`](super::super::moe_layer_fwd) with intermediate tensors and
+/// result stored as `D`. Logits that are not given are those of the reference; logits of a device
+/// differ, and may select other experts if two values are near each other.
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`](super::super::moe_layer_fwd).
@@ -30,27 +32,29 @@ pub fn moe_layer<D: Dtype>(
     weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<Bounded> {
     if config.candidates() > 0 {
-        // Who is kept by which weight is a matter of f32, the same on every device.
+        // The kept slots and their weights are computed in f32, bit for bit the same on every
+        // device.
         let routing = moe_layer_route_fwd::<f32, D>(config, inputs, weights)?;
         let value: Vec<f64> = routing.weights.into_iter().map(f64::from).collect();
         let routing_weights = Bounded { bound: vec![0.0; value.len()], value };
         return moe_layer_experts(config, inputs.x, &routing.expert_ids, &routing_weights, weights);
     }
     let routing = moe_layer_route_fwd::<f64, D>(config, inputs, weights)?;
-    let read = RouterReads::new::<f64, D>(config, inputs, weights)?;
+    let router_logits = RouterLogits::new::<f64, D>(config, inputs, weights)?;
     let shape = config.routing(inputs.x.len() / config.hidden);
     let router = config.router_before_capacity();
-    let (before, mut errors) = route(&shape, &router, &read.of(&router, inputs, weights))?;
-    if let Some(by) = config.capacity.map(|capacity| capacity.normalization)
-        && by != Normalization::None
+    let inputs_of_route = router_logits.inputs(&router, inputs, weights);
+    let (unnormalized, mut errors) = route(&shape, &router, &inputs_of_route)?;
+    if let Some(normalization) = config.capacity.map(|capacity| capacity.normalization)
+        && normalization != Normalization::None
     {
         errors = normalized(
             &shape,
-            by,
+            normalization,
             config.router.scale,
             weights.router.expert_scale,
             &routing.expert_ids,
-            &before.routing_weights,
+            &unnormalized.routing_weights,
             &errors,
         )?;
     }
@@ -58,8 +62,8 @@ pub fn moe_layer<D: Dtype>(
     moe_layer_experts(config, inputs.x, &routing.expert_ids, &routing_weights, weights)
 }
 
-/// The router's logits, before the rounding that [`router_logits`](super::super::router_logits) makes, with what a norm
-/// before them is stored as `D`.
+/// The bounds of [`router_logits`](super::super::router_logits), whose values here are not rounded.
+/// The result of a norm is stored as `D`.
 ///
 /// # Errors
 /// Those of [`router_logits`](super::super::router_logits).
@@ -70,13 +74,13 @@ pub fn router_logits<D: Dtype>(
 ) -> Result<Bounded> {
     const OP: &str = "router_logits";
     let x = router_x(OP, config, inputs, weights)?;
-    let (gate, bias) = (weights.router.gate.as_ref(), weights.router.bias.as_ref());
-    let gate = gate.ok_or_else(|| no_gate(OP))?;
-    router_product(config, &x, gate, bias, config.projection.f32_logits)
+    let router_gate = weights.router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?;
+    let bias = weights.router.bias.as_ref();
+    router_product(config, &x, router_gate, bias, config.projection.f32_logits)
 }
 
-/// The noise's own logits, before the rounding that [`noise_logits`](super::super::noise_logits) makes, with what a norm
-/// before them is stored as `D`.
+/// The bounds of [`noise_logits`](super::super::noise_logits), whose values here are not rounded.
+/// The result of a norm is stored as `D`.
 ///
 /// # Errors
 /// Those of [`noise_logits`](super::super::noise_logits).
@@ -87,13 +91,13 @@ pub fn noise_logits<D: Dtype>(
 ) -> Result<Bounded> {
     const OP: &str = "noise_logits";
     let x = router_x(OP, config, inputs, weights)?;
-    let gate = weights.router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?;
+    let noise_gate = weights.router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?;
     let f32_logits = inputs.logits.as_ref().map(Typed::is_f32);
     let f32_logits = f32_logits.unwrap_or(config.projection.f32_logits);
-    router_product(config, &x, gate, None, f32_logits)
+    router_product(config, &x, noise_gate, None, f32_logits)
 }
 
-/// The tokens that the router reads, after its norm where it has one.
+/// The input of the router, after its norm if there is one.
 fn router_x<D: Dtype>(
     op: &'static str,
     config: &MoeConfig,
@@ -133,19 +137,15 @@ fn projected<G: Dtype>(
     bias: Option<&[G]>,
     out: DType,
 ) -> Result<Bounded> {
-    let own = router_gemm(
-        experts,
-        hidden,
-        &RouterGemmInputs { x: &x.value[..], router_gate: gate, bias },
-        out,
-    )?;
+    let rounded =
+        router_gemm(experts, hidden, &RouterGemmInputs { x: &x.value[..], router_gate: gate, bias }, out)?;
     let sizes = magnitudes(gate);
     let errors = RouterGemmInputs { x: &x.bound[..], router_gate: &sizes[..], bias: None };
-    Ok(own.with(&router_gemm_fwd::<f64>(experts, hidden, &errors)?))
+    Ok(rounded.with_input_errors(&router_gemm_fwd::<f64>(experts, hidden, &errors)?))
 }
 
-/// [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd) with what lies between its operations stored as
-/// `D`, and so its result.
+/// The bounds of [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd) with intermediate
+/// tensors and result stored as `D`.
 ///
 /// # Errors
 /// Those of [`moe_layer_experts_fwd`](super::super::moe_layer_experts_fwd).
@@ -159,35 +159,37 @@ pub fn moe_layer_experts<D: Dtype>(
     experts_of_layer(&WithBounds, config, x, expert_ids, routing_weights, weights)
 }
 
-/// The errors of weights that are divided by their sum: those of their own, and that of the sum.
+/// The errors of weights that are divided by their sum: their own errors and that of the sum.
 fn normalized(
     shape: &RoutingShape,
-    by: Normalization,
+    normalization: Normalization,
     scale: f32,
     expert_scale: Option<&[f32]>,
     expert_ids: &[u32],
     weights: &[f64],
     errors: &[f64],
 ) -> Result<Vec<f64>> {
-    let (_, epsilon, min) = kept_divisor("moe_layer", "capacity.normalization", by)?;
+    let (_, epsilon, min) = kept_divisor("moe_layer", "capacity.normalization", normalization)?;
     let kept = |slot: usize| (expert_ids[slot] as usize) < shape.num_experts;
     let error_of = |slot: usize| {
         let first = slot / shape.top_k * shape.top_k;
         let sum = |of: &[f64]| -> f64 {
             (first..first + shape.top_k).filter(|slot| kept(*slot)).map(|slot| of[slot]).sum()
         };
-        let (divisor, off) = ((sum(weights) + f64::from(epsilon)).max(f64::from(min)), sum(errors));
+        let divisor = (sum(weights) + f64::from(epsilon)).max(f64::from(min));
+        let sum_error = sum(errors);
         let value = weights[slot] / divisor;
-        let error = (errors[slot] + value.abs() * off) / (divisor.abs() - off).max(0.0);
-        let own = expert_scale.map_or(1.0, |scale| scale[expert_ids[slot] as usize].abs());
-        let error = f64::from(scale.abs()) * f64::from(own) * (error + 8.0 * U * value.abs());
-        // Of a sum that may be 0, the quotient may be anything.
+        let error = (errors[slot] + value.abs() * sum_error) / (divisor.abs() - sum_error).max(0.0);
+        let expert_scale = expert_scale.map_or(1.0, |scale| scale[expert_ids[slot] as usize].abs());
+        let error =
+            f64::from(scale.abs()) * f64::from(expert_scale) * (error + 8.0 * U * value.abs());
+        // If the sum may be 0, the quotient is unbounded.
         if error.is_nan() { f64::INFINITY } else { error }
     };
     Ok((0..shape.slots()).map(|slot| if kept(slot) { error_of(slot) } else { 0.0 }).collect())
 }
 
-/// The operations on numbers with bounds.
+/// The operations on numbers with error bounds.
 struct WithBounds;
 
 impl<D: Dtype> Operations<D> for WithBounds {
@@ -201,14 +203,16 @@ impl<D: Dtype> Operations<D> for WithBounds {
     fn linear(
         &self,
         plan: &Plan,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
         x: &Bounded,
         weights: LinearWeights<'_, D>,
     ) -> Result<Bounded> {
-        let own = grouped_gemm(plan, n, k, &x.value, weights, false, D::DTYPE)?;
-        let from_x = grouped_gemm_magnitude(plan, n, k, &x.bound, weights, false)?;
-        Ok(own.with(&from_x))
+        let rounded =
+            grouped_gemm(plan, out_features, in_features, &x.value, weights, false, D::DTYPE)?;
+        let from_x =
+            grouped_gemm_magnitude(plan, out_features, in_features, &x.bound, weights, false)?;
+        Ok(rounded.with_input_errors(&from_x))
     }
 
     fn weighted_linear(
@@ -245,36 +249,37 @@ impl<D: Dtype> Operations<D> for WithBounds {
         plan: Option<&Plan>,
     ) -> Result<Bounded> {
         let inputs = RmsNormInputs { x: &x.value[..], weight, plan };
-        let own = rms_norm(norm, hidden, &inputs, D::DTYPE)?;
-        // What of a row is normed, and how far that is off.
+        let rounded = rms_norm(norm, hidden, &inputs, D::DTYPE)?;
+        // The weights multiply either the input of the norm or its result.
         let factor = |h: usize| match weight {
             Some(weight) => (f64::from(norm.offset) + weight[h].to_f64()).abs(),
             None => 1.0,
         };
-        let before = |h| if norm.scale_first { factor(h) } else { 1.0 };
-        let after = |h| if norm.scale_first { 1.0 } else { factor(h) };
+        let input_factor = |h| if norm.scale_first { factor(h) } else { 1.0 };
+        let output_factor = |h| if norm.scale_first { 1.0 } else { factor(h) };
         let mut from_x = Vec::with_capacity(x.value.len());
         for (x, errors) in x.value.chunks(hidden).zip(x.bound.chunks(hidden)) {
             let scaled = |of: &[f64]| -> Vec<f64> {
-                of.iter().enumerate().map(|(h, v)| v.abs() * before(h)).collect()
+                of.iter().enumerate().map(|(h, v)| v.abs() * input_factor(h)).collect()
             };
             let (x, errors) = (scaled(x), scaled(errors));
             let mean = |of: &[f64]| of.iter().map(|v| v * v).sum::<f64>() / hidden as f64;
             let root = (mean(&x) + f64::from(norm.epsilon)).sqrt();
-            // A root of a sum of squares is a length: it is off by the length of the error at most.
+            // The root of a sum of squares is a Euclidean length, whose error is at most the length
+            // of the error vector.
             let root_error = mean(&errors).sqrt();
             let least = (root - root_error).max(f64::from(norm.epsilon).sqrt());
             for (h, (x, error)) in x.iter().zip(&errors).enumerate() {
                 from_x.push(match root_error == 0.0 {
                     true => 0.0,
-                    false => after(h) * (error + x / root * root_error) / least,
+                    false => output_factor(h) * (error + x / root * root_error) / least,
                 });
             }
         }
-        // Rows that nobody owns are 0, and exact.
+        // Unused rows are 0, without error.
         let used = plan.map_or(x.value.len(), |plan| plan.rows_in_use() * hidden);
         from_x[used..].fill(0.0);
-        Ok(own.with(&from_x))
+        Ok(rounded.with_input_errors(&from_x))
     }
 
     fn gate(&self, hidden: usize, x: &Bounded, gate: &[D]) -> Result<Bounded> {
@@ -303,13 +308,13 @@ impl<D: Dtype> Operations<D> for WithBounds {
                 average: shared.average,
             }),
         };
-        let own = combine(shape, plan, hidden, &values, D::DTYPE)?;
-        // What errors of rows make, with the weights as large as they may be.
-        let most = |b: &Bounded| -> Vec<f64> {
+        let rounded = combine(shape, plan, hidden, &values, D::DTYPE)?;
+        // The errors of the rows, times the largest weights within their bounds.
+        let largest = |b: &Bounded| -> Vec<f64> {
             b.value.iter().zip(&b.bound).map(|(value, error)| value.abs() + error).collect()
         };
         let average = shared.is_some_and(|shared| shared.average);
-        let sizes = weights.map(most);
+        let sizes = weights.map(largest);
         let from_rows = CombineInputs::<f64, f64, D> {
             yp: &yp.bound,
             routing_weights: sizes.as_deref(),
@@ -322,7 +327,7 @@ impl<D: Dtype> Operations<D> for WithBounds {
             }),
         };
         let mut errors = combine_fwd::<f64>(shape, plan, hidden, &from_rows)?;
-        // What errors of weights make of rows, unless those have them already, and of tokens.
+        // The errors of the weights, times rows (unless these include them already) and tokens.
         if let Some(weights) = weights.or(*identity_weights) {
             let rows = match identity_weights {
                 Some(_) => vec![0.0; yp.value.len()],
@@ -345,25 +350,25 @@ impl<D: Dtype> Operations<D> for WithBounds {
             let from_weights = combine_fwd::<f64>(shape, plan, hidden, &from_weights)?;
             errors.iter_mut().zip(from_weights).for_each(|(error, more)| *error += half * more);
         }
-        // A sigmoid's slope is the product of itself and what it lacks of 1, and no more than a quarter.
+        // The error of the sigmoid: the difference of its values at the ends of the bound.
         if let (Some(shared), Some(gate)) = (shared, gate) {
             let rows = errors.chunks_mut(hidden).zip(shared.y.value.chunks(hidden));
             let rows =
                 rows.zip(shared.y.bound.chunks(hidden)).zip(gate.value.iter().zip(&gate.bound));
             for (((errors, y), y_error), (gate, gate_error)) in rows {
-                let near = sigmoid(gate + gate_error).min(1.0) - sigmoid(gate - gate_error);
+                let difference = sigmoid(gate + gate_error).min(1.0) - sigmoid(gate - gate_error);
                 for ((error, y), y_error) in errors.iter_mut().zip(y).zip(y_error) {
-                    *error += near * (y.abs() + y_error);
+                    *error += difference * (y.abs() + y_error);
                 }
             }
         }
-        Ok(own.with(&errors))
+        Ok(rounded.with_input_errors(&errors))
     }
 }
 
 impl Bounded {
-    /// The same value, with what errors of its operands make of it. The result is stored again.
-    fn with(mut self, errors: &[f64]) -> Self {
+    /// Adds the errors that the errors of an operation's inputs cause in its result.
+    fn with_input_errors(mut self, errors: &[f64]) -> Self {
         self.bound.iter_mut().zip(errors).for_each(|(bound, error)| *bound += SECOND_ORDER * error);
         self
     }

@@ -1,4 +1,4 @@
-//! The layer's router: its products, and what the choice of experts reads.
+//! The router of a layer: its products, and the inputs of the operation `route`.
 
 use super::{OP, round};
 use crate::config::{MoeConfig, RouterConfig, RouterStep};
@@ -8,39 +8,43 @@ use crate::reference::accum::{Accum, Element};
 use crate::reference::rms_norm::{RmsNormInputs, rms_norm_fwd};
 use crate::reference::route::{RouteInputs, route_scores_fwd};
 use crate::reference::router_gemm::{RouterGemmInputs, router_gemm_fwd};
-use crate::tensors::{Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_gate, no_noise_gate};
+use crate::tensors::{
+    Host, Memory, MoeInputs, MoeWeights, Owned, Typed, no_noise_gate, no_router_gate,
+};
 
-/// The router's logits `[T, E']`, of a layer that has a gate, rounded to the type that the configuration says. They are
-/// those of the product, before noise, multiplier and soft-cap; [`router_scores`] has what follows.
+/// Computes the logits of the router `[T, E']`, rounded to their type in the configuration. They
+/// are those of the product, before noise, multiplier and soft-cap; [`router_scores`] has the later
+/// steps.
 ///
 /// # Errors
-/// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without a gate.
+/// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without a router gate.
 pub fn router_logits<A: Accum, D: Dtype>(
     config: &MoeConfig,
     inputs: &MoeInputs<Host<'_>, D>,
     weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<Typed<Owned, D>> {
-    let logits: Vec<A> = projected(config, inputs, weights, RouterGate::Logits)?;
+    let logits: Vec<A> = projected(config, inputs, weights, Product::Logits)?;
     Ok(typed(config.projection.f32_logits, &logits))
 }
 
-/// What the noise of a layer with a [`noise_gate`](crate::RouterProjection::noise_gate) is scaled by, before the
-/// `softplus`: `[T, E']`, rounded to the type that the logits of the pass have.
+/// Computes the noise logits `[T, E']` of a layer with a
+/// [`noise_gate`](crate::RouterProjection::noise_gate), rounded to the type of the logits of the
+/// pass. The router multiplies the noise by their `softplus`.
 ///
 /// # Errors
-/// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without such a gate.
+/// Those of [`moe_layer_fwd`](super::moe_layer_fwd), and weights without a noise gate.
 pub fn noise_logits<A: Accum, D: Dtype>(
     config: &MoeConfig,
     inputs: &MoeInputs<Host<'_>, D>,
     weights: &MoeWeights<Host<'_>, D>,
 ) -> Result<Typed<Owned, D>> {
-    let logits: Vec<A> = projected(config, inputs, weights, RouterGate::Noise)?;
+    let logits: Vec<A> = projected(config, inputs, weights, Product::NoiseLogits)?;
     let f32_logits = inputs.logits.as_ref().map(Typed::is_f32);
     Ok(typed(f32_logits.unwrap_or(config.projection.f32_logits), &logits))
 }
 
-/// What a step of the router makes of a layer's logits, `[T, E']`: those with their noise, those that experts are
-/// chosen by, or their scores, as [`route_scores_fwd`] has them.
+/// Computes a step of the router for the logits of a layer, `[T, E']`: the logits with noise, the
+/// logits after multiplier and soft-cap, or the scores; see [`route_scores_fwd`].
 ///
 /// # Errors
 /// Those of [`moe_layer_fwd`](super::moe_layer_fwd) and of [`route_scores_fwd`].
@@ -50,17 +54,17 @@ pub fn router_scores<A: Accum, D: Dtype>(
     weights: &MoeWeights<Host<'_>, D>,
     step: RouterStep,
 ) -> Result<Vec<A>> {
-    let read = RouterReads::new::<A, D>(config, inputs, weights)?;
+    let router_logits = RouterLogits::new::<A, D>(config, inputs, weights)?;
     let shape = config.routing(inputs.x.len() / config.hidden);
     let router = &config.router;
-    route_scores_fwd(&shape, router, step, &read.of(router, inputs, weights))
+    route_scores_fwd(&shape, router, step, &router_logits.inputs(router, inputs, weights))
 }
 
-/// Which product of the router.
+/// A product of the router.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum RouterGate {
+enum Product {
     Logits,
-    Noise,
+    NoiseLogits,
 }
 
 fn typed<A: Accum, D: Dtype>(f32_logits: bool, logits: &[A]) -> Typed<Owned, D> {
@@ -70,12 +74,12 @@ fn typed<A: Accum, D: Dtype>(f32_logits: bool, logits: &[A]) -> Typed<Owned, D> 
     }
 }
 
-/// What the router reads, times one of its matrices.
+/// Computes the router's norm and one of its products.
 fn projected<A: Accum, D: Dtype>(
     config: &MoeConfig,
     inputs: &MoeInputs<Host<'_>, D>,
     weights: &MoeWeights<Host<'_>, D>,
-    which: RouterGate,
+    product: Product,
 ) -> Result<Vec<A>> {
     weights.check(OP, config)?;
     inputs.check(OP, config)?;
@@ -84,9 +88,9 @@ fn projected<A: Accum, D: Dtype>(
         Some(norm) => {
             let inputs = RmsNormInputs { x, weight: weights.router.norm, plan: None };
             let x: Vec<A> = rms_norm_fwd(norm, config.hidden, &inputs)?;
-            router_gemm(config, &x, weights, which)
+            router_gemm(config, &x, weights, product)
         }
-        None => router_gemm(config, x, weights, which),
+        None => router_gemm(config, x, weights, product),
     }
 }
 
@@ -94,15 +98,19 @@ fn router_gemm<A: Accum, D: Dtype>(
     config: &MoeConfig,
     x: &[impl Element<A>],
     weights: &MoeWeights<Host<'_>, D>,
-    which: RouterGate,
+    product: Product,
 ) -> Result<Vec<A>> {
     let (experts, hidden, router) = (config.router_experts(), config.hidden, &weights.router);
-    let (gate, bias) = match which {
-        RouterGate::Logits => (router.gate.as_ref().ok_or_else(|| no_gate(OP))?, &router.bias),
-        RouterGate::Noise => (router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?, &None),
+    let (matrix, bias) = match product {
+        Product::Logits => {
+            (router.router_gate.as_ref().ok_or_else(|| no_router_gate(OP))?, &router.bias)
+        }
+        Product::NoiseLogits => {
+            (router.noise_gate.as_ref().ok_or_else(|| no_noise_gate(OP))?, &None)
+        }
     };
-    // Gate and bias are of one type, as was checked.
-    match gate {
+    // Matrix and bias have the same type, which was checked.
+    match matrix {
         Typed::Element(gate) => {
             let bias = bias.as_ref().and_then(Typed::element).copied();
             router_gemm_fwd(experts, hidden, &RouterGemmInputs { x, router_gate: gate, bias })
@@ -114,14 +122,15 @@ fn router_gemm<A: Accum, D: Dtype>(
     }
 }
 
-/// The numbers that the router reads, as f32, which holds those of every type.
-pub(in crate::reference) struct RouterReads {
+/// The logits that the router reads, as f32, which represents every element type exactly.
+pub(in crate::reference) struct RouterLogits {
     logits: Vec<f32>,
     noise_logits: Option<Vec<f32>>,
 }
 
-impl RouterReads {
-    /// The logits of this pass, those that it was given or those of the gate, once every tensor was checked.
+impl RouterLogits {
+    /// Checks every tensor, and returns the given logits of the pass, or else those of the router
+    /// gate.
     pub(in crate::reference) fn new<A: Accum, D: Dtype>(
         config: &MoeConfig,
         inputs: &MoeInputs<Host<'_>, D>,
@@ -154,8 +163,8 @@ impl RouterReads {
         Ok(Self { logits, noise_logits })
     }
 
-    /// What a router reads that chooses as the layer's does.
-    pub(in crate::reference) fn of<'a, 'i: 'a, 'w: 'a, D: Dtype>(
+    /// The inputs of `route` for a router that makes the layer's selection.
+    pub(in crate::reference) fn inputs<'a, 'i: 'a, 'w: 'a, D: Dtype>(
         &'a self,
         router: &RouterConfig,
         inputs: &MoeInputs<Host<'i>, D>,

@@ -25,7 +25,7 @@ fn swiglu(x: &[f64], gate_up: &[f32], down: &[f32]) -> Vec<f64> {
     down.chunks(intermediate).map(|w| dot(&act, w)).collect()
 }
 
-/// The routed experts without plan, rows or blocks: each token asks its experts.
+/// The routed experts token by token, without plan, rows or blocks.
 fn token_by_token(
     config: &MoeConfig,
     x: &[f32],
@@ -57,7 +57,7 @@ fn assert_near(got: &[f64], want: &[f64]) {
     assert!(got.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-12));
 }
 
-/// A plain layer's numbers.
+/// The tensors of a plain layer.
 struct Case {
     config: MoeConfig,
     x: Vec<f32>,
@@ -86,7 +86,7 @@ impl Case {
         MoeWeights::plain(&self.gate_up[..], &self.down[..])
     }
 
-    fn run(&self) -> Vec<f64> {
+    fn forward(&self) -> Vec<f64> {
         moe_layer_fwd(&self.config, &self.inputs(), &self.weights()).unwrap()
     }
 
@@ -99,12 +99,12 @@ impl Case {
 fn agrees_with_token_by_token() {
     for (num_tokens, num_experts, top_k) in [(9, 4, 2), (1, 1, 1), (5, 3, 3), (0, 4, 2)] {
         let case = Case::new(config(num_experts, top_k), num_tokens);
-        assert_near(&case.run(), &case.routed());
+        assert_near(&case.forward(), &case.routed());
     }
 }
 
 #[test]
-fn gate_gives_the_logits_in_their_type() {
+fn logits_are_rounded_to_their_type() {
     let mut config = config(4, 2);
     let mut sampler = Sampler::new(4);
     let x: Vec<bf16> = sampler.elements(6 * config.hidden);
@@ -112,7 +112,7 @@ fn gate_gives_the_logits_in_their_type() {
     let gate_up: Vec<bf16> = sampler.elements(config.gate_up_len());
     let down: Vec<bf16> = sampler.elements(config.down_len());
     let inputs = MoeInputs::<Host<'_>, bf16>::new(&x);
-    let weights = || MoeWeights::<Host<'_>, bf16>::plain(&gate_up, &down).with_gate(&gate);
+    let weights = || MoeWeights::<Host<'_>, bf16>::plain(&gate_up, &down).with_router_gate(&gate);
     let want = |at: usize| -> f64 {
         let (token, expert) = (at / config.num_experts, at % config.num_experts);
         let x = &x[token * config.hidden..][..config.hidden];
@@ -133,9 +133,8 @@ fn gate_gives_the_logits_in_their_type() {
     assert_eq!(logits.f32(), Some(&wide));
 }
 
-/// What stands beside the experts is added as it says.
 #[test]
-fn shared_and_identity_experts() {
+fn shared_and_identity_experts_are_added() {
     let mut sampler = Sampler::new(9);
     let (gate_up, down): (Vec<f32>, Vec<f32>) =
         (sampler.elements(2 * 3 * 7), sampler.elements(7 * 3));
@@ -168,10 +167,10 @@ fn shared_and_identity_experts() {
             let part = if sigmoid_gate { 1.0 / (1.0 + (-dot(&x, &gate)).exp()) } else { 1.0 };
             let half = if average { 0.5 } else { 1.0 };
             let shared = match biased {
-                // A bias is the weight of a feature that is always 1.
+                // A bias equals the weight of a feature that is always 1.
                 true => {
-                    let with = |w: &[f32], bias: &[f32], k: usize| -> Vec<f32> {
-                        let rows = w.chunks(k).zip(bias);
+                    let with = |w: &[f32], bias: &[f32], in_features: usize| -> Vec<f32> {
+                        let rows = w.chunks(in_features).zip(bias);
                         rows.flat_map(|(w, b)| [w, &[*b]].concat()).collect()
                     };
                     let x = [&x[..], &[1.0]].concat();
@@ -187,7 +186,7 @@ fn shared_and_identity_experts() {
         }
         assert_near(&got, &want);
     }
-    // Biases are there exactly where the configuration has them, and as long as it says.
+    // The presence and the length of biases are checked.
     let biased = SharedConfig { gate_up_bias: true, down_bias: true, ..SharedConfig::new(3) };
     let case = Case::new(MoeConfig { shared: Some(biased), ..config(4, 2) }, 5);
     let (good_gate_up, good_down) = (Some(&gate_up_bias[..]), Some(&down_bias[..]));
@@ -203,20 +202,20 @@ fn shared_and_identity_experts() {
         let error = moe_layer_fwd::<f64, f32>(&case.config, &case.inputs(), &weights);
         assert!(error.unwrap_err().to_string().contains(name));
     }
-    // All choose the one that returns its input, with all of the weight.
+    // All tokens select the zero expert, with a weight of 1.
     let zero = |output| Some(ZeroExperts { count: 1, output });
     for (output, part) in [(ZeroOutput::Identity, 1.0), (ZeroOutput::Zero, 0.0)] {
         let config = MoeConfig { zero_experts: zero(output), ..config(2, 1) };
         let mut case = Case::new(config, 4);
         case.logits = [0.0, 0.0, 9.0].repeat(4);
         let want: Vec<f64> = case.x.iter().map(|x| part * f64::from(*x)).collect();
-        assert_near(&case.run(), &want);
+        assert_near(&case.forward(), &want);
     }
 }
 
-/// Experts behind a projection that doubles see what they see without, if their own weights are halved.
+/// A projection that doubles the tokens has no effect if the weights of gate and up are halved.
 #[test]
-fn a_latent_width() {
+fn latent_width_projects_tokens_in_and_out() {
     let mut case = Case::new(config(3, 2), 5);
     let want: Vec<f64> = case.routed().iter().map(|y| 4.0 * y).collect();
     case.config.latent = Some(LatentConfig { hidden: 7, norm: None });
@@ -224,55 +223,55 @@ fn a_latent_width() {
     let times = |factor: f32| -> Vec<f32> {
         (0..49).map(|i| if i / 7 == i % 7 { factor } else { 0.0 }).collect()
     };
-    let (before, after) = (times(2.0), times(4.0));
+    let (proj_in, proj_out) = (times(2.0), times(4.0));
     let mut weights = case.weights();
-    weights.latent = Some(LatentWeights { proj_in: &before, norm: None, proj_out: &after });
+    weights.latent = Some(LatentWeights { proj_in: &proj_in, norm: None, proj_out: &proj_out });
     let got = moe_layer_fwd::<f64, f32>(&case.config, &case.inputs(), &weights).unwrap();
     assert_near(&got, &want);
 }
 
-/// Of three tokens that ask one expert it keeps the first, whose share of itself is 1.
+/// Of three tokens that select one expert the first is kept; its normalised weight is 1.
 #[test]
-fn capacity_drops() {
+fn capacity_drops_and_normalises() {
     let mut case = Case::new(config(2, 1), 3);
     case.config.router = RouterConfig::softmax_top_k(false);
     case.logits = [0.0, 1.0].repeat(3);
-    let (all, limit) = (case.run(), CapacityLimit::Rows { rows: 1 });
+    let (all, limit) = (case.forward(), CapacityLimit::Rows { rows: 1 });
     let keep_first = CapacityConfig::new(limit, Priority::Token);
     case.config.capacity = Some(keep_first);
-    assert_eq!(case.run(), [&all[..7], &[0.0; 14]].concat());
+    assert_eq!(case.forward(), [&all[..7], &[0.0; 14]].concat());
     let normalization = Normalization::Sum { epsilon: 0.0 };
     case.config.capacity = Some(CapacityConfig { normalization, ..keep_first });
     let whole: Vec<f64> = all.iter().map(|y| y * (1.0 + (-1f64).exp())).collect();
-    assert_near(&case.run(), &[&whole[..7], &[0.0; 14]].concat());
+    assert_near(&case.forward(), &[&whole[..7], &[0.0; 14]].concat());
     let inputs = MoeInputs { sequence_tokens: Some(1), ..case.inputs() };
     let got = moe_layer_fwd::<f64, f32>(&case.config, &inputs, &case.weights()).unwrap();
     assert_near(&got, &whole);
 }
 
 #[test]
-fn wrong_tensors() {
+fn errors_name_the_tensor() {
     let case = Case::new(config(4, 2), 2);
-    let run = |inputs: &MoeInputs<Host<'_>, f32>, weights: &MoeWeights<Host<'_>, f32>| {
+    let forward = |inputs: &MoeInputs<Host<'_>, f32>, weights: &MoeWeights<Host<'_>, f32>| {
         moe_layer_fwd::<f32, f32>(&case.config, inputs, weights).map(|y| y.len())
     };
-    assert_eq!(run(&case.inputs(), &case.weights()), Ok(14));
-    let told = |result: Result<usize>| result.unwrap_err().to_string();
+    assert_eq!(forward(&case.inputs(), &case.weights()), Ok(14));
+    let message = |result: Result<usize>| result.unwrap_err().to_string();
     let short = MoeInputs::with_logits(&case.x[1..], &case.logits[..]);
-    assert!(told(run(&short, &case.weights())).contains("`x`"));
+    assert!(message(forward(&short, &case.weights())).contains("`x`"));
     let short = MoeInputs::with_logits(&case.x[..], &case.logits[4..]);
-    assert!(told(run(&short, &case.weights())).contains("`logits`"));
+    assert!(message(forward(&short, &case.weights())).contains("`logits`"));
     let short = MoeWeights::plain(&case.gate_up[1..], &case.down[..]);
-    assert!(told(run(&case.inputs(), &short)).contains("`experts.gate_up`"));
+    assert!(message(forward(&case.inputs(), &short)).contains("`experts.gate_up`"));
     let short = MoeWeights::plain(&case.gate_up[..], &case.down[1..]);
-    assert!(told(run(&case.inputs(), &short)).contains("`experts.down`"));
-    let short = case.weights().with_gate(&case.x[..8]);
-    assert!(told(run(&case.inputs(), &short)).contains("`router.gate`"));
+    assert!(message(forward(&case.inputs(), &short)).contains("`experts.down`"));
+    let short = case.weights().with_router_gate(&case.x[..8]);
+    assert!(message(forward(&case.inputs(), &short)).contains("`router.router_gate`"));
     let without = MoeInputs::new(&case.x[..]);
-    assert!(told(run(&without, &case.weights())).contains("`router.gate`"));
-    let mut more = case.weights();
-    more.output_norm = Some(&case.x[..7]);
-    assert!(told(run(&case.inputs(), &more)).contains("`output_norm`"));
+    assert!(message(forward(&without, &case.weights())).contains("`router.router_gate`"));
+    let mut unneeded = case.weights();
+    unneeded.output_norm = Some(&case.x[..7]);
+    assert!(message(forward(&case.inputs(), &unneeded)).contains("`output_norm`"));
     let broken = MoeConfig { hidden: 0, ..case.config };
     assert!(moe_layer_fwd::<f32, f32>(&broken, &case.inputs(), &case.weights()).is_err());
 }

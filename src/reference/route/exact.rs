@@ -1,10 +1,10 @@
-//! Numbers that a router is computed in: f32, bit for bit as the kernel computes it, and f64, the truth.
+//! The number types of the router: f32, bit for bit as the kernel, and f64 as the exact value.
 
 #![allow(clippy::excessive_precision, reason = "constants are written as in kernels/exact.cuh")]
 
 use std::ops::{Add, Div, Mul, Sub};
 
-/// What the router's steps need of a number. Every function of f32 has the same bits on every device.
+/// The operations of the router's steps. Every function of f32 has the same bits on every device.
 pub trait Number:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self>
 {
@@ -14,15 +14,15 @@ pub trait Number:
     fn cleaned(self) -> Self;
     /// 0 for NaN.
     fn or_zero(self) -> Self;
-    /// The number itself where it is larger, else `other`; so `other` for NaN.
+    /// The number itself if it is larger, else `other`; `other` for NaN.
     fn or_larger(self, other: Self) -> Self;
     /// Without the sign.
     fn magnitude(self) -> Self;
-    /// Whether it is a number from 1 on.
+    /// True for numbers of at least 1.
     fn is_from_one_on(self) -> bool;
-    /// `exp(self - max)`; 1 where both are equal, so that infinite maxima share equally.
+    /// `exp(self - max)`; 1 if both are equal, the same infinity included.
     fn share(self, max: Self) -> Self;
-    /// The sum of numbers that [`share`](Self::share) made; it has no order.
+    /// The sum of results of [`share`](Self::share); it does not depend on their order.
     fn sum_of_shares(shares: &[Self]) -> Self;
     /// `1 / (1 + exp(-self))`
     fn sigmoid(self) -> Self;
@@ -47,7 +47,7 @@ impl Number for f32 {
     }
 
     fn cleaned(self) -> f32 {
-        // Adding +0 turns -0 into +0 and leaves every other number alone.
+        // Adding +0 turns -0 into +0 and keeps every other number.
         if self.is_nan() { f32::NEG_INFINITY } else { self + 0.0 }
     }
 
@@ -170,8 +170,8 @@ impl Number for f64 {
     }
 }
 
-// The text of kernels/exact.cuh, which says why the numbers are what they are and how much they are off. Rust never
-// contracts a product and a sum, so what is fused is written.
+// The functions of kernels/exact.cuh, which explains the constants and the errors. Rust never
+// contracts a product and a sum: fused operations are written as such.
 
 /// `exp(x)` for `x <= 0`.
 fn exp(x: f32) -> f32 {
@@ -212,14 +212,36 @@ fn log1p(t: f32) -> f32 {
     two_atanh(t / (2.0 + t))
 }
 
-/// `ln(x)` for positive normal `x`.
-fn log(x: f32) -> f32 {
+/// `n` and `f` of `x = 2^n * f` with `f` from `sqrt(1/2)` to `sqrt(2)`, for positive normal `x`.
+fn log_parts(x: f32) -> (f32, f32) {
     let bits = x.to_bits() as i32;
     let n = bits.wrapping_sub(0x3f35_04f3) >> 23;
-    let f = f32::from_bits(bits.wrapping_sub(n << 23) as u32);
+    (n as f32, f32::from_bits(bits.wrapping_sub(n << 23) as u32))
+}
+
+/// `ln(x)` for positive normal `x`.
+fn log(x: f32) -> f32 {
+    let (n, f) = log_parts(x);
     let r = two_atanh((f - 1.0) / (f + 1.0));
-    let whole = n as f32;
-    whole.mul_add(0.693147182, whole.mul_add(-1.90465430e-9, r))
+    n.mul_add(0.693147182, n.mul_add(-1.90465430e-9, r))
+}
+
+/// `ln(x)` for positive normal `x`, as noise is specified with it.
+pub(in crate::reference) fn precise_log(x: f32) -> f32 {
+    let (n, f) = log_parts(x);
+    let f = f - 1.0;
+    // ln(1 + f) = 2 atanh(s) with s = f / (2 + f).
+    let s = f / (2.0 + f);
+    let z = s * s;
+    let mut q = 0.233304679f32;
+    for c in [0.285508215, 0.400001228, 0.666666687] {
+        q = q.mul_add(z, c);
+    }
+    let half_square = 0.5 * (f * f);
+    let small = s * z.mul_add(q, half_square);
+    // ln 2 as a sum of two floats.
+    let tail = n.mul_add(1.42860677e-6, small);
+    n.mul_add(0.693145752, f - (half_square - tail))
 }
 
 /// `tanh(x)` for any number.
@@ -241,7 +263,8 @@ fn tanh(x: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// The largest error over every `step`-th number between two of one sign, in units of 2^-24 of the value.
+    /// The largest error over every `step`-th number between two of one sign, in units of 2^-24 of
+    /// the value.
     fn worst(
         from: f32,
         to: f32,
@@ -261,13 +284,14 @@ mod tests {
     }
 
     #[test]
-    fn functions_are_as_sharp_as_they_say() {
+    fn errors_are_within_their_bounds() {
         let tiny = f32::from_bits(1);
         let all = [
             ("exp", 1.6, worst(-tiny, -104.0, 997, exp, f64::exp)),
             ("two_atanh", 1.6, worst(tiny, 1.0 / 3.0, 997, two_atanh, |s| 2.0 * s.atanh())),
             ("log1p", 4.0, worst(tiny, 1.0, 997, log1p, f64::ln_1p)),
             ("log", 4.0, worst(f32::MIN_POSITIVE, f32::MAX, 997, log, f64::ln)),
+            ("precise_log", 1.5, worst(f32::MIN_POSITIVE, f32::MAX, 997, precise_log, f64::ln)),
             ("tanh", 4.0, worst(tiny, f32::MAX, 997, tanh, f64::tanh)),
             ("tanh below", 4.0, worst(-0.5, -0.6, 7, tanh, f64::tanh)),
             ("softplus", 4.0, worst(-tiny, -80.0, 997, Number::softplus, Number::softplus)),
@@ -278,13 +302,13 @@ mod tests {
         for (name, bound, worst) in all {
             println!("{name}: {worst:.3}");
             assert!(worst <= bound, "{name} is off by {worst} units, wanted {bound}");
-            // A bound that nothing comes near would hide a wrong coefficient.
+            // A loose bound would hide a wrong coefficient.
             assert!(worst >= 0.4 * bound, "{name} is off by {worst} units, and may be by {bound}");
         }
     }
 
     #[test]
-    fn powers_and_roots() {
+    fn powers_and_roots_are_within_their_bounds() {
         for p in [1.0f32, 1.3, 2.0, 3.0, 7.5, 40.0] {
             let wide = f64::from(p);
             for i in 1..4000 {
@@ -302,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn ends() {
+    fn values_at_the_ends_of_the_ranges() {
         let infinity = f32::INFINITY;
         assert_eq!((exp(0.0), exp(-infinity), exp(-103.9)), (1.0, 0.0, f32::from_bits(1)));
         assert_eq!((log1p(0.0), log1p(1.0)), (0.0, std::f32::consts::LN_2));

@@ -1,4 +1,4 @@
-//! The number of every expert that a step of the router makes.
+//! The values of one step of the router for every expert.
 
 use super::{RouteInputs, Token, weigh};
 use crate::config::{RouterConfig, RouterStep, Score};
@@ -7,14 +7,16 @@ use crate::error::Result;
 use crate::reference::accum::Accum;
 use crate::shape::RoutingShape;
 
-/// What that step of the router makes of the logits, `[T, E]`: what
-/// [`expert_choice_fwd`](crate::reference::expert_choice_fwd) and losses read. [`route_fwd`](super::route_fwd) states
-/// the steps; in f32 it is bit for bit the same on every device. Of the inputs it reads the logits, their noise, and
-/// which tokens are active: the row of one that is not has no score, 0, or where logits are asked for `-inf`.
+/// The values of a step of the router, `[T, E]`: the scores for
+/// [`expert_choice_fwd`](crate::reference::expert_choice_fwd), or the logits for losses.
+/// [`route_fwd`](super::route_fwd) states the steps; in f32 the bits are the same on every device.
+/// Of the inputs, `logits`, `noise`, `noise_logits` and `active` are read. The row of an inactive
+/// token is 0, or `-inf` for logits.
 ///
 /// # Errors
-/// A shape or a router out of range, a length that is not the shape's, noise logits without noise, and scores that
-/// depend on which experts are chosen ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer).
+/// A shape or a router out of range, a length that is not the shape's, noise logits without noise,
+/// and scores that depend on which experts are chosen
+/// ([`SoftmaxSelected`](crate::Scoring::SoftmaxSelected) and sparsemixer).
 pub fn route_scores_fwd<A: Accum, D: Dtype>(
     shape: &RoutingShape,
     router: &RouterConfig,
@@ -24,7 +26,7 @@ pub fn route_scores_fwd<A: Accum, D: Dtype>(
     const OP: &str = "route_scores_fwd";
     inputs.lengths().check_step(OP, shape, router)?;
     let (router, score) = router.score_of_step(OP, step)?;
-    let of_inactive = if score == Score::Logit { f32::NEG_INFINITY } else { 0.0 };
+    let inactive_score = if score == Score::Logit { f32::NEG_INFINITY } else { 0.0 };
     let mut scores = Vec::with_capacity(shape.logits());
     for t in 0..shape.num_tokens {
         let read = RouteInputs { given_ids: None, token_ids: None, ..*inputs };
@@ -33,7 +35,7 @@ pub fn route_scores_fwd<A: Accum, D: Dtype>(
             let z = weigh::logits::<A>(&router, &token);
             scores.extend(weigh::scores(score, &z, &z));
         } else {
-            scores.extend((0..shape.num_experts).map(|_| A::from_dtype(of_inactive)));
+            scores.extend((0..shape.num_experts).map(|_| A::from_dtype(inactive_score)));
         }
     }
     Ok(scores)

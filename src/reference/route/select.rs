@@ -1,12 +1,13 @@
-//! Which experts a token gets, from the values that they are chosen by. All of it is f32, whatever weights are
-//! computed in, so that every device and every precision has the same ids.
+//! The selection of a token's experts from their values. It is in f32 for weights of any precision,
+//! so that every device and every precision has the same ids.
 
 use std::cmp::Ordering;
 
 use super::exact::Number;
 use crate::config::{GroupScore, Groups, Masked};
 
-/// The ids of the `count` largest values, strongest first and ties to the lower id, after the groups have masked some.
+/// The ids of the `count` largest values, strongest first and ties to the lower id, after the
+/// groups have masked some.
 pub(super) fn choose(mut values: Vec<f32>, groups: Option<&Groups>, count: usize) -> Vec<usize> {
     if let Some(groups) = groups {
         mask(&mut values, groups);
@@ -30,11 +31,12 @@ fn largest(values: &[f32], count: usize) -> Vec<usize> {
     ids
 }
 
-/// Gives experts outside the best groups the masked value.
+/// Sets the values outside the best groups to the masked value.
 fn mask(values: &mut [f32], groups: &Groups) {
     let size = values.len() / groups.num_groups;
-    let worth: Vec<f32> = values.chunks(size).map(|group| worth(group, groups.score)).collect();
-    let best = largest(&worth, groups.top_groups);
+    let scores: Vec<f32> =
+        values.chunks(size).map(|group| group_score(group, groups.score)).collect();
+    let best = largest(&scores, groups.top_groups);
     let masked = match groups.masked {
         Masked::NegativeInfinity => f32::NEG_INFINITY,
         Masked::Zero => 0.0,
@@ -46,15 +48,15 @@ fn mask(values: &mut [f32], groups: &Groups) {
     }
 }
 
-/// What a group is worth; one of a single expert is worth its value.
-fn worth(group: &[f32], score: GroupScore) -> f32 {
-    let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+/// The score of a group; for a single expert its value.
+fn group_score(group: &[f32], score: GroupScore) -> f32 {
+    let (mut largest, mut next_largest) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
     for &value in group {
-        second = second.max(first.min(value));
-        first = first.max(value);
+        next_largest = next_largest.max(largest.min(value));
+        largest = largest.max(value);
     }
     match score {
-        GroupScore::TopTwoSum if group.len() > 1 => (first + second).cleaned(),
-        _ => first,
+        GroupScore::TopTwoSum if group.len() > 1 => (largest + next_largest).cleaned(),
+        _ => largest,
     }
 }

@@ -1,16 +1,16 @@
-//! Sparsemixer: choices one after the other, each of which sees the experts that are left and near.
+//! Sparsemixer: sequential choices, each among the remaining experts that are near the largest.
 
 use super::exact::Number;
 
-/// What a choice may be: experts that were not chosen before it and are near the largest of them.
+/// The candidates of a choice: remaining experts that are near the largest of them.
 struct Near {
-    /// The expert of the largest `z`, the lowest such one.
+    /// The lowest expert with the largest `z`.
     top: usize,
     experts: Vec<usize>,
 }
 
 impl Near {
-    /// Which experts take part is decided in f32, as ids are.
+    /// Nearness is decided in f32, as ids are.
     fn new(jitter: f32, z: &[f32], left: &[usize]) -> Self {
         let larger = |top: usize, &e: &usize| if z[e] > z[top] { e } else { top };
         let top = left.iter().fold(left[0], larger);
@@ -21,7 +21,7 @@ impl Near {
     }
 }
 
-/// The choices of training: `noise` `[K, E]` is added to `z` for each of them anew.
+/// The choices in training: row `k` of `noise` `[K, E]` is added to `z` for choice `k`.
 pub(super) fn sample(jitter: f32, z: &[f32], noise: &[f32]) -> Vec<u32> {
     let mut left: Vec<usize> = (0..z.len()).collect();
     let choose = |noise: &[f32]| {
@@ -35,14 +35,15 @@ pub(super) fn sample(jitter: f32, z: &[f32], noise: &[f32]) -> Vec<u32> {
     noise.chunks_exact(z.len()).map(choose).collect()
 }
 
-/// A choice that is not the largest keeps its score where its draw is above this.
+/// A choice other than the largest keeps its score if its draw is above this.
 const MIDPOINT_ABOVE: f32 = 0.75;
 
-/// Where it is not, the choice is weighed as a midpoint: a third, as Heun's third-order method has it.
+/// Otherwise its score is multiplied by this: a third, the weight of a midpoint in Heun's
+/// third-order method.
 const MIDPOINT_FACTOR: f32 = 0.3333;
 
-/// The score of each of these experts, in the order in which they were chosen: its share in a softmax over those that
-/// are left and near, and in training what its draw makes of that.
+/// The scores of these experts, in the order in which they were chosen: the share in a softmax over
+/// the remaining near experts, in training with the factor of its draw.
 pub(super) fn scores<N: Number>(
     jitter: f32,
     z: &[N],

@@ -1,4 +1,4 @@
-//! The specification by hand: each option on rows whose right answer can be seen.
+//! The specification by hand: each option on small rows with known answers.
 
 use half::{bf16, f16};
 
@@ -41,7 +41,7 @@ fn assert_close(got: &[f64], want: &[f64]) {
 }
 
 #[test]
-fn by_hand() {
+fn hand_computed_weights() {
     // p = 1/4, 1, 1/2, 1/8 of which the sum is 15/8.
     let ln2 = std::f32::consts::LN_2;
     let logits = [1.0 - 2.0 * ln2, 1.0, 1.0 - ln2, 1.0 - 3.0 * ln2];
@@ -67,7 +67,7 @@ fn ties_go_to_the_lower_id() {
 }
 
 #[test]
-fn nan_is_the_least() {
+fn nan_is_selected_last() {
     let (ids, weights) = route(PLAIN, 3, &[NAN, 0.0, -INF, 0.0]);
     assert_eq!(ids, [1, 3, 0]);
     assert_eq!(weights, [0.5, 0.5, 0.0]);
@@ -89,7 +89,7 @@ fn infinite_rows_are_defined() {
 }
 
 #[test]
-fn all_experts_and_one_expert() {
+fn selects_all_experts_or_one() {
     let (ids, weights) = route(PLAIN, 3, &[0.5, -1.0, 2.0]);
     assert_eq!(ids, [2, 0, 1]);
     assert_close(&[weights.iter().sum()], &[1.0]);
@@ -99,7 +99,7 @@ fn all_experts_and_one_expert() {
 }
 
 #[test]
-fn no_tokens_and_wrong_lengths() {
+fn accepts_no_tokens_and_rejects_wrong_lengths() {
     let router = PLAIN;
     let shape = RoutingShape { num_tokens: 0, num_experts: 4, top_k: 2 };
     let none = route_fwd::<f32, f32>(&shape, &router, &RouteInputs::new(&[])).unwrap();
@@ -110,9 +110,9 @@ fn no_tokens_and_wrong_lengths() {
     assert!(route_fwd::<f32, f32>(&shape, &router, &RouteInputs::new(&[0.0; 8])).is_err());
 }
 
-/// Any bits at all: ids are distinct, the same in f32 and f64, and weights are numbers.
+/// For logits of any bits, ids are distinct and the same in f32 and f64, and no weight is NaN.
 #[test]
-fn any_bits() {
+fn any_bits_give_distinct_ids_and_no_nan() {
     any_bits_of(f16::from_bits);
     any_bits_of(bf16::from_bits);
 }
@@ -146,7 +146,7 @@ fn sigmoid(z: f64) -> f64 {
 }
 
 #[test]
-fn every_scoring() {
+fn hand_computed_scores() {
     let logits = [0.5f32, -1.0, 2.0, -3.0];
     let with = |scoring| RouterConfig { scoring, ..PLAIN };
     let (ids, weights) = route(with(Scoring::Sigmoid), 2, &logits);
@@ -162,7 +162,7 @@ fn every_scoring() {
 
 /// Saturated scores tie where logits do not.
 #[test]
-fn selection_by_logit_and_by_score() {
+fn selects_by_logit_or_by_score() {
     let logits = [100.0f32, 101.0, 50.0];
     let sigmoid = RouterConfig { scoring: Scoring::Sigmoid, ..PLAIN };
     assert_eq!(route(sigmoid, 2, &logits).0, [0, 1]);
@@ -171,7 +171,7 @@ fn selection_by_logit_and_by_score() {
 }
 
 #[test]
-fn multiplier_and_softcap() {
+fn applies_multiplier_and_softcap() {
     let router = RouterConfig {
         logit_multiplier: 0.5,
         logit_softcap: Some(3.0),
@@ -185,9 +185,9 @@ fn multiplier_and_softcap() {
     assert_eq!(route(router, 4, &[1.0, -INF, 40.0, NAN]).1[3], -3.0);
 }
 
-/// A bias decides who is chosen, and weighs nothing.
+/// A bias changes the selection and not the weights.
 #[test]
-fn a_bias_selects_alone() {
+fn bias_changes_the_selection_alone() {
     let logits = [0.0f32, 1.0, 2.0, 3.0];
     for (scoring, selection) in
         [(Scoring::Sigmoid, Selection::Score), (Scoring::Sigmoid, Selection::Logit)]
@@ -222,20 +222,20 @@ fn groups_limit_the_choice() {
         let router = RouterConfig { groups: Some(groups), scoring: Scoring::Logit, ..PLAIN };
         route(router, 3, &logits).0
     };
-    // Of the first group alone; what is masked comes in the order of ids.
+    // The first group alone is unmasked; masked experts are in the order of ids.
     assert_eq!(route(groups), [0, 1, 2]);
     assert_eq!(route(Groups { score: GroupScore::TopTwoSum, ..groups }), [2, 3, 0]);
     assert_eq!(route(Groups { top_groups: 2, ..groups }), [0, 4, 1]);
     // A masked 0 wins against a negative value.
     assert_eq!(route(Groups { masked: Masked::Zero, ..groups }), [0, 2, 3]);
-    // Groups of one expert are worth it; all groups are no limit.
+    // The score of a single expert is its value; all groups are no limit.
     let single = Groups { num_groups: 6, top_groups: 3, score: GroupScore::TopTwoSum, ..groups };
     assert_eq!(route(single), [0, 4, 2]);
     assert_eq!(route(Groups { top_groups: 3, ..groups }), [0, 4, 2]);
 }
 
 #[test]
-fn every_normalization() {
+fn hand_computed_normalizations() {
     let logits = [3.0f32, 1.0, -2.0];
     let route = |normalization| {
         route(
@@ -256,9 +256,9 @@ fn every_normalization() {
     assert_close(&route(Normalization::PNorm { p: 3.0 }), &[3.0 / norm, 1.0 / norm, -2.0 / norm]);
 }
 
-/// 0 / 0 and inf / inf weigh 0.
+/// 0 / 0 and inf / inf give the weight 0.
 #[test]
-fn what_is_no_number_weighs_nothing() {
+fn nan_weights_become_zero() {
     let normalizations = [
         Normalization::Sum { epsilon: 0.0 },
         Normalization::PNorm { p: 1.0 },
@@ -280,9 +280,9 @@ fn what_is_no_number_weighs_nothing() {
     assert_eq!(route_with(router, 2, &inputs).1, [0.0, 0.0]);
 }
 
-/// A softmax that is divided by its own sum is one over the chosen, however little their share is.
+/// A softmax divided by its own sum is one over the chosen experts, however small their share.
 #[test]
-fn a_common_factor_cancels() {
+fn common_factors_cancel() {
     let logits = [200.0f32, 0.0, 1.0];
     let inputs =
         RouteInputs { selection_bias: Some(&[-9.0, 0.0, 0.0]), ..RouteInputs::new(&logits) };
@@ -292,21 +292,21 @@ fn a_common_factor_cancels() {
     assert_close(&weights, &[1.0 - sigmoid(1.0), sigmoid(1.0)]);
     let router = RouterConfig { normalization: Normalization::PNorm { p: 1.0 }, ..router };
     assert_close(&route_with(router, 2, &inputs).1, &weights);
-    // An epsilon does not cancel: exp(-200) is nothing beside it.
+    // An epsilon does not cancel: exp(-200) vanishes next to it.
     let router = RouterConfig { normalization: Normalization::Sum { epsilon: 1e-20 }, ..router };
     assert!(route_with(router, 2, &inputs).1.iter().all(|&weight| weight < 1e-60));
 }
 
 #[test]
-fn scales() {
+fn applies_scales() {
     let router = RouterConfig { scale: 0.5, expert_scale: true, ..AFTER };
     let inputs =
         RouteInputs { expert_scale: Some(&[3.0, 8.0, -1.0]), ..RouteInputs::new(&[0.0; 3]) };
     assert_eq!(route_with(router, 2, &inputs), (vec![0, 1], vec![0.75, 2.0]));
 }
 
-/// Inkling: weights are shares of the sigmoids of the chosen and the shared experts, which it computes as
-/// `exp(log_sigmoid - logsumexp)`.
+/// Inkling: weights are shares of the sigmoids of the chosen and the shared experts, which it
+/// computes as `exp(log_sigmoid - logsumexp)`.
 #[test]
 fn sinks_share_the_sum() {
     let logits = [1.0f32, -1.0, 2.0, 0.5, -0.5];
@@ -327,8 +327,8 @@ fn sinks_share_the_sum() {
     assert_close(&weights, &logs.map(|log| 3.0 * (log - sum.ln()).exp()));
 }
 
-/// In training each choice is a draw among those that are left and near, and a third of its share where it is not the
-/// largest of them, unless the midpoint's draw is above 0.75.
+/// In training each choice is drawn among the remaining near experts. Its weight is a third of its
+/// share if it is not the largest of them, unless the midpoint's draw is above 0.75.
 #[test]
 fn sparsemixer_in_training() {
     let scoring = Scoring::Sparsemixer { jitter: 0.1, training: true };
@@ -346,24 +346,26 @@ fn sparsemixer_in_training() {
     };
     let share = |d: f64| 1.0 / (1.0 + d.exp());
     let third = f64::from(0.3333f32);
-    // Expert 2 is drawn, and then 1, which is not near 2; noise of experts that are far is not looked at.
+    // Expert 2 is drawn, and then 1, which is not near 2; noise of experts that are not near is
+    // ignored.
     let (ids, weights) = run([0.0, 9.0, 0.5, 9.0, 0.0, 9.0, 9.0, 9.0], [0.75, 0.0]);
     assert_eq!(ids, [2, 0]);
     assert_close(&weights, &[third * share(0.25), 1.0]);
     let (_, weights) = run([0.0, 9.0, 0.5, 9.0, 0.0, 9.0, 9.0, 9.0], [0.76, 0.0]);
     assert_close(&weights, &[share(0.25), 1.0]);
-    // Of equal sums the lower id; a draw changes no weight of the largest one; the second choice has its own row.
+    // Of equal sums the lower id; a draw changes no weight of the largest one; the second choice
+    // has its own row.
     let (ids, weights) = run([0.0, 0.0, 0.25, 0.0, NAN, 0.5, 0.0, 0.0], [0.0, 0.1]);
     assert_eq!(ids, [0, 1]);
     assert_close(&weights, &[share(-0.25), third * share(0.25)]);
-    // A NaN counts as -inf; a draw that is none is not above 0.75.
+    // A NaN counts as -inf; a NaN draw is not above 0.75.
     let (ids, weights) = run([NAN, INF, -1e9, INF, -INF, NAN, NAN, 0.0], [NAN, NAN]);
     assert_eq!(ids, [2, 0]);
     assert_close(&weights, &[third * share(0.25), 1.0]);
 }
 
-/// Phi-MoE: each choice is weighed among what is left and near it; the distance is relative to the size of the other
-/// logit, or to the largest one left where that is more.
+/// Phi-MoE: the score of each choice is its share among the remaining near experts. The distance is
+/// relative to the larger of the other logit's magnitude and the largest remaining logit.
 #[test]
 fn sparsemixer() {
     let router =
@@ -373,7 +375,8 @@ fn sparsemixer() {
     let near = |d: f64| 1.0 / (1.0 + (-d).exp());
     let (z, y) = (f64::from(1.7f32), 1.5);
     assert_close(&weights(2, &[2.0, 1.5, 1.7, 0.1]), &[near(2.0 - z), near(z - y)]);
-    // Of negative logits the farther one is the measure: (-1 + 1.2) / 1.2 is near, (-1 + 1.3) / 1.3 is not.
+    // Of negative logits the farther one is the measure: (-1 + 1.2) / 1.2 is near, (-1 + 1.3) / 1.3
+    // is not.
     assert_close(
         &weights(1, &[-1.0, f32::from_bits(0xbf99_999a)]),
         &[near(f64::from(1.2f32) - 1.0)],
@@ -386,12 +389,12 @@ fn sparsemixer() {
 }
 
 #[test]
-fn noise_moves_the_choice() {
+fn noise_changes_the_selection() {
     let logits = [1.0f32, 2.0, 3.0, INF];
     let noise = [2.5f32, 0.0, -5.0, -INF];
     let router = RouterConfig { scoring: Scoring::Logit, ..PLAIN };
     let inputs = RouteInputs { noise: Some(&noise), ..RouteInputs::new(&logits) };
-    // inf - inf is no number, which counts as -inf.
+    // inf - inf is NaN, which counts as -inf.
     assert_eq!(
         route_with(router, 4, &inputs),
         (vec![0, 1, 2, 3], vec![3.5, 2.0, -2.0, -INF as f64])
@@ -404,7 +407,7 @@ fn noise_moves_the_choice() {
 }
 
 #[test]
-fn given_ids_are_weighed() {
+fn given_ids_have_weights() {
     let logits = [0.0f32, 1.0, 2.0, 0.0, 1.0, 2.0];
     let shape = RoutingShape { num_tokens: 2, num_experts: 3, top_k: 2 };
     let router = RouterConfig { selection: Selection::Given, ..AFTER };
@@ -413,7 +416,7 @@ fn given_ids_are_weighed() {
     let routing = run(inputs);
     assert_eq!(routing.expert_ids, [2, 0, u32::MAX, 1]);
     assert_close(&routing.routing_weights, &[sigmoid(2.0), sigmoid(-2.0), 0.0, 1.0]);
-    // Both tokens have the second row, then one that is not there.
+    // Both tokens have the second row, then a row out of range.
     let routing = run(RouteInputs { token_ids: Some(&[1, 9]), ..inputs });
     assert_eq!(routing.expert_ids, [u32::MAX, 1, u32::MAX, u32::MAX]);
     assert_eq!(routing.routing_weights, [0.0, 1.0, 0.0, 0.0]);
@@ -422,9 +425,9 @@ fn given_ids_are_weighed() {
     assert_eq!(routing.routing_weights, [0.0, 0.0, 0.0, 1.0]);
 }
 
-/// A buffer is there if the router asks for it, and of the length that the shape gives it.
+/// A buffer is given exactly if the router needs it, with the length of the shape.
 #[test]
-fn buffers_are_what_the_router_asks_for() {
+fn checks_presence_and_length_of_buffers() {
     let shape = RoutingShape { num_tokens: 2, num_experts: 3, top_k: 2 };
     let (logits, ids, flags) = ([0.0f32; 7], [0u32; 7], [1u8; 3]);
     let bare = RouteInputs::new(&logits[..6]);
@@ -436,37 +439,37 @@ fn buffers_are_what_the_router_asks_for() {
     let (some, draws) = (Some(&logits[..3]), Some(&[0.0; 12][..]));
     let cases = [
         (PLAIN, RouteInputs { logits: &logits[..5], ..bare }, "`logits`"),
-        (biased, bare, "`selection_bias` is none"),
-        (PLAIN, RouteInputs { selection_bias: some, ..bare }, "`selection_bias` is a buffer"),
+        (biased, bare, "`selection_bias` is missing"),
+        (PLAIN, RouteInputs { selection_bias: some, ..bare }, "`selection_bias` is given"),
         (biased, RouteInputs { selection_bias: Some(&logits), ..bare }, "`selection_bias` has 7"),
-        (scaled, bare, "`expert_scale` is none"),
-        (PLAIN, RouteInputs { expert_scale: some, ..bare }, "`expert_scale` is a buffer"),
+        (scaled, bare, "`expert_scale` is missing"),
+        (PLAIN, RouteInputs { expert_scale: some, ..bare }, "`expert_scale` is given"),
         (PLAIN, RouteInputs { noise: some, ..bare }, "`noise` has 3"),
-        (PLAIN, RouteInputs { noise_logits: Some(&logits[..6]), ..bare }, "`noise_logits` is a"),
-        (sampled, bare, "`selection_noise` is none"),
-        (sampled, RouteInputs { selection_noise: draws, ..bare }, "`midpoint_draws` is none"),
+        (PLAIN, RouteInputs { noise_logits: Some(&logits[..6]), ..bare }, "`noise_logits` is given without"),
+        (sampled, bare, "`selection_noise` is missing"),
+        (sampled, RouteInputs { selection_noise: draws, ..bare }, "`midpoint_draws` is missing"),
         (sampled, RouteInputs { selection_noise: some, ..bare }, "`selection_noise` has 3"),
         (
             sampled,
             RouteInputs { selection_noise: draws, midpoint_draws: some, ..bare },
             "`midpoint_draws` has 3",
         ),
-        (PLAIN, RouteInputs { selection_noise: draws, ..bare }, "`selection_noise` is a buffer"),
-        (PLAIN, RouteInputs { midpoint_draws: draws, ..bare }, "`midpoint_draws` is a buffer"),
-        (given, bare, "`given_ids` is none"),
-        (PLAIN, RouteInputs { given_ids: Some(&ids[..4]), ..bare }, "`given_ids` is a buffer"),
+        (PLAIN, RouteInputs { selection_noise: draws, ..bare }, "`selection_noise` is given"),
+        (PLAIN, RouteInputs { midpoint_draws: draws, ..bare }, "`midpoint_draws` is given"),
+        (given, bare, "`given_ids` is missing"),
+        (PLAIN, RouteInputs { given_ids: Some(&ids[..4]), ..bare }, "`given_ids` is given"),
         (given, RouteInputs { given_ids: Some(&ids[..6]), ..bare }, "`given_ids` has 6"),
         (
             given,
             RouteInputs { given_ids: Some(&ids), token_ids: Some(&ids[..2]), ..bare },
             "`given_ids` has 7",
         ),
-        (PLAIN, RouteInputs { token_ids: Some(&ids[..2]), ..bare }, "`token_ids` is a buffer"),
+        (PLAIN, RouteInputs { token_ids: Some(&ids[..2]), ..bare }, "`token_ids` is given"),
         (PLAIN, RouteInputs { active: Some(&flags), ..bare }, "`active` has 3"),
         (RouterConfig { num_sinks: 2, ..PLAIN }, bare, "`router.num_sinks`"),
     ];
     for (router, inputs, wanted) in cases {
         let message = route_fwd::<f32, f32>(&shape, &router, &inputs).unwrap_err().to_string();
-        assert!(message.contains(wanted), "{message} does not say {wanted}");
+        assert!(message.contains(wanted), "{message} lacks {wanted}");
     }
 }

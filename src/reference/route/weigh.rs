@@ -1,4 +1,4 @@
-//! What the chosen experts weigh.
+//! The weights of the chosen experts.
 
 use super::Token;
 use super::exact::Number;
@@ -24,7 +24,7 @@ pub(super) fn logits<N: Number>(router: &RouterConfig, token: &Token<'_>) -> Vec
     (0..token.logits.len()).map(logit).collect()
 }
 
-/// The scores of some experts, of which `all` are the `z`.
+/// The scores of experts with these `z`; `all` are those of every expert.
 pub(super) fn scores<N: Number>(score: Score, all: &[N], z: &[N]) -> Vec<N> {
     match score {
         Score::Logit => z.to_vec(),
@@ -32,7 +32,7 @@ pub(super) fn scores<N: Number>(score: Score, all: &[N], z: &[N]) -> Vec<N> {
         Score::SoftmaxChosen => softmax(z, z),
         Score::Sigmoid => z.iter().map(|z| z.sigmoid()).collect(),
         Score::SqrtSoftplus => z.iter().map(|z| z.softplus().root_of_two()).collect(),
-        // Its scores depend on the order of choices.
+        // Scores depend on the order of choices: `sparsemixer::scores` computes them.
         Score::Sparsemixer { .. } => Vec::new(),
     }
 }
@@ -45,7 +45,7 @@ fn softmax<N: Number>(all: &[N], z: &[N]) -> Vec<N> {
     z.iter().map(|z| z.share(max) / sum).collect()
 }
 
-/// Divides scores by what the normalisation makes of all of them. What is no number then is so for good.
+/// Divides scores by their sum or norm, as `by` states. NaN propagates.
 pub(super) fn normalize<N: Number>(by: Normalization, scores: &mut [N]) {
     let divisor = match by {
         Normalization::None => return,
@@ -57,14 +57,15 @@ pub(super) fn normalize<N: Number>(by: Normalization, scores: &mut [N]) {
             scores.iter_mut().for_each(|score| *score = *score / most);
             let powers: Vec<N> = scores.iter().map(|score| score.magnitude().power(p)).collect();
             let sum = sum_of_slots(&powers);
-            // It is a number from 1 on unless the largest score is 0 or infinite.
+            // At least 1 unless the largest score is 0 or infinite.
             if sum.is_from_one_on() { sum.root(p) } else { sum }
         }
     };
     scores.iter_mut().for_each(|score| *score = *score / divisor);
 }
 
-/// A sum over the slots of a token: 32 of them by halves, 0 for those that are missing, and then from 32 to 32.
+/// A sum over the slots of a token: chunks of 32 slots are summed by halves, with 0 for missing
+/// slots, and then added in order.
 fn sum_of_slots<N: Number>(numbers: &[N]) -> N {
     let by_halves = |numbers: &[N]| {
         let mut sums = [N::of(0.0); 32];

@@ -1,9 +1,9 @@
-//! Random routings and values, all from one seed.
+//! Random routings and values from a seed.
 
 use moe_kernels::{Dtype, RoutingShape};
 use proptest::prelude::*;
 
-/// SplitMix64: small, and the same on every machine.
+/// A SplitMix64 generator, with the same numbers on every machine.
 pub struct Rng(u64);
 
 impl Rng {
@@ -30,22 +30,22 @@ impl Rng {
     }
 }
 
-/// How tokens spread over experts.
+/// The distribution of tokens over experts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Skew {
-    /// Every expert alike.
+    /// Every expert with the same probability.
     Uniform,
-    /// Expert `e` is drawn in proportion to `1 / (e + 1)`.
+    /// Expert `e` with a probability proportional to `1 / (e + 1)`.
     Zipf,
-    /// Expert 0 is everybody's first choice.
+    /// Expert 0 is the first choice of every token.
     OneHot,
-    /// Experts with odd numbers get nothing, as far as `K` allows.
+    /// Experts with odd ids get no tokens, as far as `K` allows.
     Empty,
-    /// Uniform, but every third slot belongs to no expert.
+    /// Uniform, but every third slot has the id of no expert.
     Inactive,
 }
 
-/// Any skew.
+/// A random skew.
 pub fn skew() -> impl Strategy<Value = Skew> {
     proptest::sample::select(vec![
         Skew::Uniform,
@@ -56,31 +56,31 @@ pub fn skew() -> impl Strategy<Value = Skew> {
     ])
 }
 
-/// Expert ids `[T, K]`, distinct within a token but for inactive slots.
+/// Expert ids `[T, K]`, distinct within a token except for inactive slots.
 pub fn routing_ids(shape: RoutingShape, skew: Skew, seed: u64) -> Vec<u32> {
     let mut rng = Rng::new(seed);
     let mut ids = Vec::with_capacity(shape.slots());
     for _ in 0..shape.num_tokens {
-        let mut left: Vec<usize> = (0..shape.num_experts).collect();
+        let mut remaining: Vec<usize> = (0..shape.num_experts).collect();
         for k in 0..shape.top_k {
             let at = match skew {
-                Skew::Uniform | Skew::Inactive => rng.below(left.len()),
-                Skew::Zipf => zipf(&left, &mut rng),
+                Skew::Uniform | Skew::Inactive => rng.below(remaining.len()),
+                Skew::Zipf => zipf(&remaining, &mut rng),
                 Skew::OneHot if k == 0 => 0,
-                Skew::OneHot => rng.below(left.len()),
+                Skew::OneHot => rng.below(remaining.len()),
                 Skew::Empty => {
-                    let even = left.iter().filter(|expert| *expert % 2 == 0).count();
+                    let even = remaining.iter().filter(|expert| *expert % 2 == 0).count();
                     if even == 0 {
-                        rng.below(left.len())
+                        rng.below(remaining.len())
                     } else {
                         let nth = rng.below(even);
                         let mut even =
-                            left.iter().enumerate().filter(|(_, expert)| *expert % 2 == 0);
+                            remaining.iter().enumerate().filter(|(_, expert)| *expert % 2 == 0);
                         even.nth(nth).unwrap().0
                     }
                 }
             };
-            ids.push(left.remove(at) as u32);
+            ids.push(remaining.remove(at) as u32);
         }
     }
     if skew == Skew::Inactive {
@@ -92,19 +92,20 @@ pub fn routing_ids(shape: RoutingShape, skew: Skew, seed: u64) -> Vec<u32> {
     ids
 }
 
-fn zipf(left: &[usize], rng: &mut Rng) -> usize {
-    let total: f64 = left.iter().map(|expert| 1.0 / (expert + 1) as f64).sum();
+fn zipf(remaining: &[usize], rng: &mut Rng) -> usize {
+    let total: f64 = remaining.iter().map(|expert| 1.0 / (expert + 1) as f64).sum();
     let mut at = (rng.signed() + 1.0) / 2.0 * total;
-    for (index, expert) in left.iter().enumerate() {
+    for (index, expert) in remaining.iter().enumerate() {
         at -= 1.0 / (expert + 1) as f64;
         if at <= 0.0 {
             return index;
         }
     }
-    left.len() - 1
+    remaining.len() - 1
 }
 
-/// Uniform values in `-scale..scale`, rounded to `D` so that both sides see the same numbers.
+/// Uniform values in `-scale..scale`, rounded to `D` so that device and reference read the same
+/// numbers.
 pub fn values<D: Dtype>(len: usize, scale: f64, seed: u64) -> Vec<D> {
     let mut rng = Rng::new(seed);
     (0..len).map(|_| D::from_f64(rng.signed() * scale)).collect()

@@ -1,4 +1,4 @@
-//! The device that the tests run on, chosen once for the process.
+//! The device of the tests, selected once per process.
 
 use std::io::Write as _;
 use std::sync::{Arc, OnceLock};
@@ -7,48 +7,50 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, 
 use moe_kernels::Device;
 use proptest::test_runner::Config;
 
-struct Chosen {
+struct Selected {
     device: Device,
     name: String,
     emulated: bool,
 }
 
-/// The device, and a stream of the test's own.
+/// The device and a stream of the test.
 pub struct Gpu {
     pub device: Device,
     pub stream: Arc<CudaStream>,
     pub emulated: bool,
 }
 
-/// The device that MOE_DEVICE names; says so for the running test. Never skips: there is always one.
+/// The device that MOE_DEVICE selects. Prints it with the name of the test. There is always one, so
+/// no test is skipped.
 pub fn gpu() -> Gpu {
-    static CHOSEN: OnceLock<Chosen> = OnceLock::new();
-    let chosen = CHOSEN.get_or_init(|| {
+    static SELECTED: OnceLock<Selected> = OnceLock::new();
+    let selected = SELECTED.get_or_init(|| {
         let wanted = moe_emulator::Choice::from_env().unwrap_or_else(|why| panic!("{why}"));
         let driver = moe_emulator::choose(wanted).unwrap_or_else(|why| panic!("{why}"));
         let context = CudaContext::new(0).unwrap();
         let device = Device::new(&context).unwrap();
         let (major, minor) = device.capability();
         let name = format!("{} ({driver}, {major}.{minor})", context.name().unwrap());
-        Chosen { device, name, emulated: driver == moe_emulator::Driver::Emulator }
+        Selected { device, name, emulated: driver == moe_emulator::Driver::Emulator }
     });
     let thread = std::thread::current();
-    // Past the capture of the test harness, so that every run shows it.
-    let line = format!("{} runs on {}\n", thread.name().unwrap_or("a test"), chosen.name);
+    // Written directly to stderr, since the test harness captures other output.
+    let line = format!("{} runs on {}\n", thread.name().unwrap_or("a test"), selected.name);
     std::io::stderr().write_all(line.as_bytes()).unwrap();
-    let stream = chosen.device.context().new_stream().unwrap();
-    Gpu { device: chosen.device.clone(), stream, emulated: chosen.emulated }
+    let stream = selected.device.context().new_stream().unwrap();
+    Gpu { device: selected.device.clone(), stream, emulated: selected.emulated }
 }
 
 impl Gpu {
-    /// Draws another schedule for what this thread launches from now on; a real GPU needs no telling.
+    /// Selects another schedule of the software device for the later launches of this thread. No
+    /// effect on a GPU.
     pub fn reschedule(&self, seed: u64) {
         if self.emulated {
             moe_emulator::set_seed(seed);
         }
     }
 
-    /// Host data on the device.
+    /// Copies host data to the device.
     pub fn upload<T: DeviceRepr + bytemuck::Pod>(&self, data: &[T]) -> Buffer<T> {
         let padding = [T::zeroed()];
         let host = if data.is_empty() { &padding[..] } else { data };
@@ -56,14 +58,14 @@ impl Gpu {
         Buffer { slice, len: data.len() }
     }
 
-    /// A buffer of NaNs, or of -1: what an operation must overwrite.
+    /// A buffer of NaNs, or of -1, which an operation must overwrite.
     pub fn poisoned<T: DeviceRepr + bytemuck::Pod>(&self, len: usize) -> Buffer<T> {
         let mut host = vec![T::zeroed(); len];
         bytemuck::cast_slice_mut::<T, u8>(&mut host).fill(0xff);
         self.upload(&host)
     }
 
-    /// Device data on the host.
+    /// Copies device data to the host.
     pub fn download<T: DeviceRepr + bytemuck::Pod>(&self, data: &CudaView<'_, T>) -> Vec<T> {
         if data.is_empty() {
             return Vec::new();
@@ -74,7 +76,7 @@ impl Gpu {
     }
 }
 
-/// Device memory of any length, 0 among them, which the driver would refuse to allocate.
+/// Device memory of any length, including 0, which the driver does not allocate.
 pub struct Buffer<T> {
     slice: CudaSlice<T>,
     len: usize,
@@ -90,7 +92,7 @@ impl<T> Buffer<T> {
     }
 }
 
-/// How many random cases: `cases`, or PROPTEST_CASES.
+/// The number of random cases: PROPTEST_CASES, or else `cases`.
 fn cases(cases: u32) -> u32 {
     std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(cases)
 }

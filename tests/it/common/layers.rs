@@ -1,4 +1,4 @@
-//! Whole layers at random: configurations with every option, their weights and inputs.
+//! Random layers: configurations with every option, their weights and inputs.
 
 use moe_kernels::{
     Activation, ActivationFunction, CapacityConfig, CapacityLimit, Dtype, ExpertConfig,
@@ -12,7 +12,7 @@ use super::case::{Rng, values};
 use super::router::router;
 
 impl Rng {
-    /// True once in `n` times.
+    /// True with probability `1 / n`.
     fn once_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
@@ -21,13 +21,13 @@ impl Rng {
         values[self.below(values.len())]
     }
 
-    /// A number between the two.
+    /// A uniform number in `low..high`.
     fn between(&mut self, low: f64, high: f64) -> f32 {
         (low + (high - low) * (self.signed() + 1.0) / 2.0) as f32
     }
 }
 
-/// Any activation; up has an offset only beside a gate.
+/// A random activation; up has an offset only for gated experts.
 pub fn random_activation(rng: &mut Rng, gated: bool) -> Activation {
     let function = rng.one_of(&[
         ActivationFunction::Silu,
@@ -52,7 +52,7 @@ pub fn random_activation(rng: &mut Rng, gated: bool) -> Activation {
     }
 }
 
-/// Any experts.
+/// Random experts.
 pub fn random_experts(rng: &mut Rng) -> ExpertConfig {
     let gated = !rng.once_in(4);
     let layouts = [GateUpLayout::Concatenated, GateUpLayout::Interleaved, GateUpLayout::Separate];
@@ -84,9 +84,9 @@ fn random_norm(rng: &mut Rng) -> RmsNorm {
     }
 }
 
-/// Any layer that there can be, of at most `most` experts and widths.
-pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
-    let (hidden, intermediate) = (1 + rng.below(most), 1 + rng.below(most));
+/// A random layer of any options, with widths of at most `max_width`.
+pub fn random_config(rng: &mut Rng, max_width: usize) -> MoeConfig {
+    let (hidden, intermediate) = (1 + rng.below(max_width), 1 + rng.below(max_width));
     let num_experts = 1 + rng.below(12);
     let zero = rng.once_in(5).then(|| ZeroExperts {
         count: 1 + rng.below(3),
@@ -100,13 +100,13 @@ pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
     }
     let identity = zero.is_some_and(|zero| zero.output == ZeroOutput::Identity);
     let latent = (!identity && rng.once_in(6)).then(|| LatentConfig {
-        hidden: 1 + rng.below(most),
+        hidden: 1 + rng.below(max_width),
         norm: rng.once_in(2).then(|| random_norm(rng)),
     });
     let shared = rng.once_in(3).then(|| {
         let gated = !rng.once_in(4);
         SharedConfig {
-            intermediate: 1 + rng.below(most),
+            intermediate: 1 + rng.below(max_width),
             activation: random_activation(rng, gated),
             gated,
             gate_up_bias: rng.once_in(3),
@@ -167,20 +167,20 @@ pub fn random_config(rng: &mut Rng, most: usize) -> MoeConfig {
     config
 }
 
-/// Rows of the table of ids, where there is one.
+/// The number of rows of the table of ids.
 const TABLE: usize = 17;
 
-/// Numbers of a seed that only the generator knows.
+/// Random values of a random seed.
 fn draw<D: Dtype>(rng: &mut Rng, len: usize, scale: f64) -> Vec<D> {
     values(len, scale, rng.next())
 }
 
-/// In the layer's element type or in f32.
+/// Random values in the layer's element type or in f32.
 fn typed<D: Dtype>(rng: &mut Rng, f32: bool, len: usize, scale: f64) -> Typed<Owned, D> {
     if f32 { Typed::F32(draw(rng, len, scale)) } else { Typed::Element(draw(rng, len, scale)) }
 }
 
-/// Weights of such a layer, small enough that 16 bits hold what lies between.
+/// Random weights of a layer, small enough that intermediate values stay within the range of f16.
 pub fn random_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> MoeWeights<Owned, D> {
     let MoeConfig { hidden, num_experts, intermediate, experts, .. } = *config;
     let (inner, half) = (config.expert_hidden(), config.down_len());
@@ -230,7 +230,7 @@ fn random_router_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> RouterW
     let given = router.selection == Selection::Given;
     let bias = router.selection_bias && !given;
     RouterWeights {
-        gate: Some(typed(rng, f32_gate, experts * hidden, 3.0 / (hidden as f64).sqrt())),
+        router_gate: Some(typed(rng, f32_gate, experts * hidden, 3.0 / (hidden as f64).sqrt())),
         bias: projection.bias.then(|| typed(rng, f32_gate, experts, 0.5)),
         norm: projection.norm.map(|_| draw(rng, hidden, 0.5)),
         noise_gate: projection
@@ -238,12 +238,12 @@ fn random_router_weights<D: Dtype>(config: &MoeConfig, rng: &mut Rng) -> RouterW
             .then(|| typed(rng, f32_gate, experts * hidden, 2.0 / (hidden as f64).sqrt())),
         selection_bias: bias.then(|| draw(rng, experts - router.num_sinks, 0.5)),
         expert_scale: router.expert_scale.then(|| draw(rng, experts, 1.5)),
-        // Now and then an id that is no expert's.
+        // Some ids are those of no expert.
         table: given.then(|| (0..TABLE * top_k).map(|_| rng.below(experts + 1) as u32).collect()),
     }
 }
 
-/// Inputs of such a layer.
+/// Random inputs of a layer.
 pub fn random_inputs<D: Dtype>(
     config: &MoeConfig,
     num_tokens: usize,
@@ -253,7 +253,7 @@ pub fn random_inputs<D: Dtype>(
     let given = config.router.selection == Selection::Given;
     let by_token = given && rng.once_in(2);
     let (has_logits, has_noise) = (rng.once_in(3), rng.once_in(4));
-    // Given logits may be of either type, whatever the layer's own are of.
+    // Given logits may have either type, independent of the configuration.
     let f32_logits = if has_logits { rng.once_in(2) } else { config.projection.f32_logits };
     let given_ids = || -> Vec<u32> {
         (0..shape.slots()).map(|slot| (slot % shape.num_experts) as u32).collect()

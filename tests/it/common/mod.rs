@@ -1,4 +1,4 @@
-//! What all tests share: the device, random cases, poisoned buffers, comparisons.
+//! Shared parts of the tests: the device, random cases, poisoned buffers, comparisons.
 
 mod case;
 mod compare;

@@ -1,4 +1,4 @@
-//! Random routers, and all that one may read.
+//! Random routers and their inputs.
 
 use moe_kernels::reference::RouteInputs;
 use moe_kernels::{
@@ -8,13 +8,13 @@ use moe_kernels::{
 
 use super::Rng;
 
-/// Any bits at all.
+/// A value of random bits.
 pub fn any_bits<D: Dtype>(rng: &mut Rng) -> D {
     let bits = rng.next().to_le_bytes();
     bytemuck::pod_read_unaligned(&bits[..size_of::<D>()])
 }
 
-/// Any router that `num_experts` and `top_k` allow, each option as likely as not.
+/// A random router that `num_experts` and `top_k` allow.
 pub fn router(rng: &mut Rng, num_experts: usize, top_k: usize) -> RouterConfig {
     let plain = RouterConfig {
         noise_deviation: [1.0, 1.0, 0.25][rng.below(3)],
@@ -61,7 +61,7 @@ pub fn router(rng: &mut Rng, num_experts: usize, top_k: usize) -> RouterConfig {
     if rng.below(2) == 0 && router.selection != Selection::Given {
         router.groups = Some(groups(rng, num_experts - num_sinks));
     }
-    // Scores of the selected are not known before the selection.
+    // Scores over the selected experts depend on the selection.
     if scoring == Scoring::SoftmaxSelected && router.selection == Selection::Score {
         router.selection = Selection::Logit;
     }
@@ -79,7 +79,7 @@ fn groups(rng: &mut Rng, experts: usize) -> Groups {
     }
 }
 
-/// A router with the buffers that it asks for, and perhaps with those that it need not have.
+/// A router with its required inputs, and randomly with optional ones.
 #[derive(Debug, Clone)]
 pub struct RouterCase<D> {
     pub shape: RoutingShape,
@@ -97,7 +97,7 @@ pub struct RouterCase<D> {
 }
 
 impl<D: Dtype> RouterCase<D> {
-    /// Logits alone.
+    /// A case with logits only.
     pub fn bare(shape: RoutingShape, router: RouterConfig, logits: Vec<D>) -> Self {
         Self {
             shape,
@@ -115,7 +115,7 @@ impl<D: Dtype> RouterCase<D> {
         }
     }
 
-    /// Random buffers: numbers as they are usual, or one time in four of any bits.
+    /// Random inputs: values in `-1..1`, or with probability 1/4 values of random bits.
     pub fn random(
         rng: &mut Rng,
         shape: RoutingShape,
@@ -148,7 +148,7 @@ impl<D: Dtype> RouterCase<D> {
         if given {
             let by_token = rng.below(2) == 0;
             let rows = if by_token { rng.below(7) } else { num_tokens };
-            // Now and then an id that is none, and a token without a row.
+            // Some ids are those of no expert, and some tokens have no row.
             let far = if rng.below(3) == 0 { u32::MAX as usize } else { num_experts + 1 };
             case.given_ids = Some((0..rows * top_k).map(|_| rng.below(far) as u32).collect());
             case.token_ids =
@@ -160,7 +160,7 @@ impl<D: Dtype> RouterCase<D> {
         case
     }
 
-    /// As the reference takes them.
+    /// The inputs of the reference.
     pub fn inputs(&self) -> RouteInputs<'_, D> {
         RouteInputs {
             logits: &self.logits,

@@ -1,4 +1,4 @@
-//! noise and jitter: one number for each element.
+//! The element-wise operations noise and jitter.
 
 use cudarc::driver::DevicePtr;
 use half::f16;
@@ -9,10 +9,10 @@ use moe_kernels::{DType, NoiseDistribution};
 use super::{LIMIT, alone, end_of, ending_in, without_blocks};
 use crate::common::{bits, values};
 
-/// Elements of a buffer that no multiple of a block's share ends with.
+/// The number of elements, not a multiple of those of a block.
 const LEN: usize = LIMIT + 5003;
 
-/// So many elements of the end belong to the last two blocks; the first of them is an even one.
+/// The number of compared elements, which belong to the last two blocks and start at an even index.
 const END: usize = 1003;
 
 #[test]
@@ -33,14 +33,15 @@ fn noise_past_2_31_elements() {
     assert_eq!(bits(&end_of(&gpu, &noise, END)), bits(&near));
 }
 
-/// Tokens and random numbers share memory, which neither fills: all three buffers are more than the software device has.
+/// Tokens and random numbers share one allocation: three buffers exceed the memory of the software
+/// device.
 #[test]
 fn jitter_past_2_31_elements() {
     let (gpu, _turn) = alone();
     let (device, stream, epsilon) = (&gpu.device, &gpu.stream, 0.1);
     let (x, u) = (values::<f16>(END, 1.0, 1), values::<f32>(END, 1.0, 2));
     let mut read = ending_in(&gpu, LEN, &u);
-    // Two tokens' elements in the bits of each f32.
+    // Each f32 holds the bits of two f16 elements.
     let pair = |pair: &[f16]| {
         let high = pair.get(1).map_or(0, |x| x.to_bits());
         f32::from_bits(u32::from(pair[0].to_bits()) | u32::from(high) << 16)
@@ -51,7 +52,8 @@ fn jitter_past_2_31_elements() {
     let at = read.device_ptr(stream).0;
     let buffers = JitterBuffers { jittered: jittered.device_ptr(stream).0, x: at, u: at };
     let blocks = LEN.div_ceil(8 * 256);
-    // SAFETY: the memory is as long as the longer of both, and lives on; any bits are numbers.
+    // SAFETY: the allocation is as long as the longer of both and outlives the kernel; any bits are
+    // valid.
     without_blocks(&gpu, blocks - 2, || unsafe {
         jitter_fwd_raw(device, stream.cu_stream(), DType::F16, epsilon, LEN, buffers).unwrap();
     });

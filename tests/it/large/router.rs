@@ -41,7 +41,7 @@ fn router_gemm(
         bias: 0,
     };
     let (device, on) = (&gpu.device, stream.cu_stream());
-    // SAFETY: the buffers are as long as the shape says, and live until the kernel has run.
+    // SAFETY: the buffers have the lengths of the shape, and live until the kernel has run.
     without_blocks(gpu, left_out, || unsafe {
         router_gemm_fwd_with(device, on, body, types, shape, buffers)
     })?;
@@ -77,7 +77,7 @@ fn last_tokens(
 
 /// In vectors, and element by element.
 #[test]
-fn tokens_past_2_31_elements_are_projected() {
+fn tokens_past_2_31_elements_are_multiplied() {
     let (gpu, _turn) = alone();
     for hidden in [2056, 2057] {
         assert!(((1 << 20) - 64) * hidden > LIMIT);
@@ -94,16 +94,16 @@ fn logits_past_2_31_elements_are_stored() {
     for body in [RouterGemmBody::Few, RouterGemmBody::Tile] {
         last_tokens(&gpu, body, num_tokens, num_experts, hidden);
     }
-    // One has a block for each logit, and a grid has no more than 2^31 - 1.
+    // `one` has a block per logit, and a grid has at most 2^31 - 1 blocks.
     let shape = RouterGemmShape { num_tokens, num_experts, hidden };
     let small = gpu.stream.clone_htod(&[f16::ONE]).unwrap();
     let refused = router_gemm(&gpu, RouterGemmBody::One, shape, &small, &small, 0);
     assert!(matches!(refused, Err(Error::Unsupported { .. })));
 }
 
-/// The last expert's row of the gate, for one token.
+/// The last expert's row of the router gate, for one token.
 #[test]
-fn gates_past_2_31_elements_are_read() {
+fn router_gates_past_2_31_elements_are_read() {
     let (gpu, _turn) = alone();
     let (experts, hidden) = (4096, (1 << 19) + 136);
     assert!((experts - 1) * hidden > LIMIT);
@@ -123,10 +123,10 @@ fn gates_past_2_31_elements_are_read() {
     }
 }
 
-/// So many tokens are looked at.
+/// The number of tokens that are checked.
 const LAST: usize = 8;
 
-/// What a router reads for the last tokens.
+/// The inputs of a router for the last tokens.
 struct Read {
     logits: Vec<f16>,
     noise: Vec<f32>,
@@ -149,7 +149,7 @@ fn route(
     let mut inputs = RouteInputs::new(&logits);
     if !plain {
         inputs.noise = Some(&noise);
-        // One buffer serves for both: together they are more than the software device has.
+        // One buffer for both: two exceed the memory of the software device.
         inputs.noise_logits = Some(&logits);
         inputs.active = Some(&active);
     }
@@ -175,7 +175,8 @@ fn route_inputs(
     (end_of(gpu, &ids, count), bits(&end_of(gpu, &weights, count)))
 }
 
-/// Each body: a warp for a token with few and with many experts, plain and with options, and a block for a token.
+/// Each body: a warp per token with few and with many experts, plain and with options, and a block
+/// per token.
 #[test]
 fn logits_past_2_31_elements_are_routed() {
     let (gpu, _turn) = alone();
@@ -202,8 +203,8 @@ fn logits_past_2_31_elements_are_routed() {
     }
 }
 
-/// The noise of each choice of sparsemixer in training, `[T, K, E]`: it passes 2^31 before the logits do. Each body that
-/// reads it.
+/// The noise of each choice of sparsemixer in training, `[T, K, E]`, has more elements than the
+/// logits. Each body that reads it.
 #[test]
 fn selection_noise_past_2_31_elements_is_read() {
     let (gpu, _turn) = alone();
@@ -232,7 +233,7 @@ fn selection_noise_past_2_31_elements_is_read() {
     }
 }
 
-/// Of logits that are read in vectors, and element by element.
+/// For logits that are read in vectors, and element by element.
 #[test]
 fn scores_past_2_31_elements_are_stored() {
     let (gpu, _turn) = alone();
@@ -275,7 +276,7 @@ fn tables_past_2_31_elements_are_read() {
     let shape = RoutingShape::new(4, experts, top_k).unwrap();
     let logits = gpu.upload(&values::<f32>(shape.logits(), 2.0, 1));
     let router = RouterConfig { selection: Selection::Given, ..RouterConfig::default() };
-    // The last rows, and one past the end, in another order than that of the tokens.
+    // The last rows, and one past the end, not in the order of the tokens.
     let routed = |table: &CudaSlice<u32>| {
         let len = table.len() / top_k;
         let tokens: Vec<u32> = [1, 4, 0, 2].iter().map(|back| (len - back) as u32).collect();

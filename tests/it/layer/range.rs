@@ -1,4 +1,4 @@
-//! The range of f16: an expert's output may leave it before its weight brings it back.
+//! The range of f16: an expert's output may exceed it before its routing weight is applied.
 
 use half::f16;
 use moe_kernels::{
@@ -9,19 +9,19 @@ use moe_kernels::{
 use super::{Case, plain};
 use crate::common::gpu;
 
-/// What of the experts' outputs is added up.
+/// A part of the sum of the experts' outputs.
 #[derive(Clone, Copy)]
 enum Part {
-    /// All of it.
+    /// The whole sum.
     Whole,
-    /// What one of a token's choices adds, times its weight.
+    /// The term of one of a token's choices, times its weight.
     Weighted,
-    /// The same without its weight.
+    /// The term of one of a token's choices without its weight.
     Raw,
 }
 
 impl Case<f16> {
-    /// The largest number of such parts, in f64.
+    /// The largest magnitude of such a part, in f64.
     fn largest(&self, part: Part) -> f64 {
         let (config, inputs) = (&self.config, self.inputs.as_host());
         let config = MoeConfig { shared: None, output_norm: None, ..*config };
@@ -32,13 +32,13 @@ impl Case<f16> {
         let parts = if matches!(part, Part::Whole) { 1 } else { top_k };
         let mut largest = 0.0f64;
         for k in 0..parts {
-            let of_slot = |(slot, &weight): (usize, &f64)| match part {
+            let weight_of_slot = |(slot, &weight): (usize, &f64)| match part {
                 Part::Whole => weight,
                 _ if slot % top_k != k => 0.0,
                 Part::Weighted => weight,
                 Part::Raw => 1.0,
             };
-            let used: Vec<f64> = routing.weights.iter().enumerate().map(of_slot).collect();
+            let used: Vec<f64> = routing.weights.iter().enumerate().map(weight_of_slot).collect();
             let (x, ids) = (inputs.x, &routing.expert_ids);
             let y = reference::moe_layer_experts_fwd::<f64, f16>(&config, x, ids, &used, &weights);
             largest = y.unwrap().iter().fold(largest, |most, y| most.max(y.abs()));
@@ -46,17 +46,17 @@ impl Case<f16> {
         largest
     }
 
-    /// Scales the last projection until the largest output, and the largest that one expert adds to one, is 60000. Some
-    /// expert's own output is beyond f16's 65504 then.
+    /// Scales the last projection so that the largest output, or the largest weighted term of an
+    /// expert, is 60000. The unweighted output of some expert then exceeds 65504, the largest f16.
     fn scale(&mut self) {
-        // Activations of a few units, so that f16 holds the last projection.
+        // Activations of a few units keep the last projection within f16.
         if let GateUpTensors::Fused(gate_up) = &mut self.weights.experts.gate_up {
             gate_up.iter_mut().for_each(|w| *w = f16::from_f32(w.to_f32() * 8.0));
         }
         let by = 60_000.0 / self.largest(Part::Whole).max(self.largest(Part::Weighted));
         let (weights, is_latent) = (&mut self.weights, self.config.latent.is_some());
         let down = match &mut weights.latent {
-            // What the experts themselves return is small then; it is their sum that is projected.
+            // The last projection is that of the sum; the experts' outputs stay small.
             Some(latent) => &mut latent.proj_out,
             None => &mut weights.experts.down,
         };
@@ -71,7 +71,7 @@ impl Case<f16> {
 }
 
 #[test]
-fn outputs_beyond_f16_come_back_by_their_weights() {
+fn unweighted_outputs_may_exceed_f16() {
     let gpu = gpu();
     let router = RouterConfig::softmax_top_k(false);
     let base = MoeConfig { router, ..plain(32, 16, 4, 2) };
@@ -96,14 +96,15 @@ fn outputs_beyond_f16_come_back_by_their_weights() {
     }
 }
 
-/// A router's weights of one expert alone, as in published checkpoints whose outputs are large.
+/// A layer with one expert per token and large outputs, as in published checkpoints.
 #[test]
-fn sixty_thousand() {
+fn output_near_the_largest_f16_is_finite() {
     let gpu = gpu();
     let mut case = Case::<f16>::plain(MoeConfig::new(8, 1, 2, 1), 1, 3);
     case.inputs.x.fill(f16::ONE);
     case.weights.experts.gate_up = GateUpTensors::Fused(vec![f16::from_f32(4.0); 2 * 2 * 8]);
-    // silu(32) * 32 = 1024, times 100 is beyond f16; the weight of the one choice is 1 / (1 + exp(-0.2)) = 0.55.
+    // silu(32) * 32 = 1024; times 100 exceeds f16. The weight of the choice is 1 / (1 + exp(-0.2))
+    // = 0.55.
     case.weights.experts.down = vec![f16::from_f32(100.0); 2 * 8];
     case.inputs.logits = Some(Typed::F32(vec![0.2, 0.0]));
     let y = case.forward(&gpu);

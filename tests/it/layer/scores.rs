@@ -1,4 +1,4 @@
-//! What a layer's router makes of every expert, and experts that choose their tokens by it.
+//! Intermediate results of a layer's router, and expert choice by its scores.
 
 use half::bf16;
 use moe_kernels::ops::expert_choice::expert_choice_fwd;
@@ -13,13 +13,13 @@ use moe_kernels::Dtype;
 use moe_kernels::reference::bound::{self, Bounded};
 
 impl<D: Dtype> Case<D> {
-    /// Of the logits' type, as a pass has them.
+    /// The noise logits, of the type of the logits, as in a pass.
     pub(super) fn noise_logits(&self, gpu: &Gpu) -> Typed<Owned, D> {
         let len = self.config.routing(self.num_tokens()).logits();
-        let of_given = self.inputs.logits.as_ref().map(|logits| matches!(logits, Typed::F32(_)));
+        let f32_given = self.inputs.logits.as_ref().map(|logits| matches!(logits, Typed::F32(_)));
         self.on(gpu, |mut prepared| {
             let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
-            if of_given.unwrap_or(self.config.projection.f32_logits) {
+            if f32_given.unwrap_or(self.config.projection.f32_logits) {
                 let mut logits = gpu.poisoned::<f32>(len);
                 let to = &mut Typed::F32(logits.view_mut());
                 layer.noise_logits(&gpu.stream, inputs, weights, workspace, to).unwrap();
@@ -45,8 +45,8 @@ impl<D: Dtype> Case<D> {
     }
 }
 
-/// Logits of a device that are within their bounds, as slices.
-pub(super) fn lent_within<'l, D: Dtype>(
+/// Checks that logits of a device are within their bounds, and borrows them as slices.
+pub(super) fn slices_within<'l, D: Dtype>(
     logits: &'l Typed<Owned, D>,
     wanted: &Bounded,
     what: &str,
@@ -63,7 +63,7 @@ pub(super) fn lent_within<'l, D: Dtype>(
     }
 }
 
-/// A layer of noisy top-k: it has its own matrix for the noise, and the noise comes from the generator.
+/// A layer with noisy top-k, a noise gate, and noise of the generator.
 fn noisy(num_tokens: usize) -> Case<bf16> {
     let router = RouterConfig {
         scoring: Scoring::Sigmoid,
@@ -82,9 +82,9 @@ fn noisy(num_tokens: usize) -> Case<bf16> {
     case
 }
 
-/// Every step from the layer's own products, bit for bit what the reference makes of those.
+/// Every step agrees bit for bit with the reference for the same logits.
 #[test]
-fn scores_of_a_noisy_layer() {
+fn router_steps_of_a_noisy_layer_match_reference() {
     let gpu = gpu();
     let case = noisy(37);
     case.check(&gpu, "a noisy layer");
@@ -92,9 +92,9 @@ fn scores_of_a_noisy_layer() {
     let (logits, noise_logits) = (case.router_logits(&gpu), case.noise_logits(&gpu));
     let mut given = case.inputs.as_host();
     let wanted = bound::router_logits(&case.config, &host, &weights).unwrap();
-    given.logits = Some(lent_within(&logits, &wanted, "a noisy layer"));
+    given.logits = Some(slices_within(&logits, &wanted, "a noisy layer"));
     let wanted = bound::noise_logits(&case.config, &host, &weights).unwrap();
-    given.noise_logits = Some(lent_within(&noise_logits, &wanted, "the noise of a noisy layer"));
+    given.noise_logits = Some(slices_within(&noise_logits, &wanted, "the noise of a noisy layer"));
     for step in RouterStep::ALL {
         let want = reference::router_scores::<f32, bf16>(&case.config, &given, &weights, step);
         assert_eq!(
@@ -103,7 +103,7 @@ fn scores_of_a_noisy_layer() {
             "{step:?}"
         );
     }
-    // By hand, in f64: the noise is scaled by the softplus of its own logits.
+    // In f64: the noise is scaled by the softplus of the noise logits.
     let noise = case.inputs.noise.as_ref().unwrap();
     let got = case.router_scores(&gpu, RouterStep::NoisyLogits).unwrap();
     let (Typed::Element(logits), Typed::Element(scales)) = (&logits, &noise_logits) else {
@@ -114,40 +114,40 @@ fn scores_of_a_noisy_layer() {
         let want = logits[at].to_f64() + 0.5 * f64::from(noise[at]) * softplus;
         assert!((f64::from(*got) - want).abs() < 1e-5 * (1.0 + want.abs()), "{at}: {got} {want}");
     }
-    // Without noise the matrix is not looked at.
-    let mut still = noisy(37);
-    still.inputs.noise = None;
-    let before = still.forward(&gpu);
-    still.weights.router.noise_gate = Some(Typed::Element(vec![bf16::NAN; 6 * 40]));
-    assert_eq!(bits(&still.forward(&gpu)), bits(&before));
-    assert_ne!(bits(&before), bits(&case.forward(&gpu)));
+    // Without noise the noise gate is ignored.
+    let mut noiseless = noisy(37);
+    noiseless.inputs.noise = None;
+    let y = noiseless.forward(&gpu);
+    noiseless.weights.router.noise_gate = Some(Typed::Element(vec![bf16::NAN; 6 * 40]));
+    assert_eq!(bits(&noiseless.forward(&gpu)), bits(&y));
+    assert_ne!(bits(&y), bits(&case.forward(&gpu)));
 }
 
-/// The matrix is there exactly where the configuration has it.
 #[test]
-fn noise_gates_are_checked() {
+fn presence_and_length_of_the_noise_gate_are_checked() {
     let case = noisy(3);
-    let run = |case: &Case<bf16>| {
+    let forward = |case: &Case<bf16>| {
         let (inputs, weights) = (case.inputs.as_host(), case.weights.as_host());
         reference::moe_layer_fwd::<f32, bf16>(&case.config, &inputs, &weights).map(|_| ())
     };
-    assert_eq!(run(&case), Ok(()));
-    let mut without = noisy(3);
-    without.weights.router.noise_gate = None;
-    let mut beside = noisy(3);
-    beside.config.projection.noise_gate = false;
-    for case in [without, beside] {
-        let error = run(&case).unwrap_err().to_string();
+    assert_eq!(forward(&case), Ok(()));
+    let mut missing = noisy(3);
+    missing.weights.router.noise_gate = None;
+    let mut unneeded = noisy(3);
+    unneeded.config.projection.noise_gate = false;
+    for case in [missing, unneeded] {
+        let error = forward(&case).unwrap_err().to_string();
         assert!(error.contains("`router.noise_gate`"), "{error}");
     }
     let mut short = noisy(3);
     short.weights.router.noise_gate = Some(Typed::F32(vec![0.0; 6 * 40 - 1]));
-    assert!(matches!(run(&short), Err(Error::Length { argument: "router.noise_gate", .. })));
+    assert!(matches!(forward(&short), Err(Error::Length { argument: "router.noise_gate", .. })));
 }
 
-/// From tokens to the output of a layer whose experts choose: logits, scores, a choice, a plan of K = E, experts.
+/// A layer with expert choice, from tokens to output: logits, scores, the choice, a plan with K =
+/// E, the experts.
 #[test]
-fn experts_choose_by_the_scores_of_the_layer() {
+fn expert_choice_by_the_scores_of_the_layer() {
     let gpu = gpu();
     for scoring in [Scoring::Softmax, Scoring::Sigmoid, Scoring::SqrtSoftplus] {
         let router = RouterConfig { scoring, ..RouterConfig::softmax_top_k(false) };
@@ -161,17 +161,17 @@ fn experts_choose_by_the_scores_of_the_layer() {
         let ids = gpu.download(&choice.expert_ids.as_view());
         let weights = gpu.download(&choice.routing_weights.as_view());
         assert!((0..5).all(|expert| ids.iter().filter(|&&id| id == expert).count() == 13));
-        // The scores of the gate's logits, and the 13 largest of each expert.
+        // Each expert has chosen the tokens of its 13 largest scores.
         let (inputs, host) = (case.inputs.as_host(), case.weights.as_host());
         let truth =
             reference::router_scores::<f64, f32>(&config, &inputs, &host, RouterStep::Scores)
                 .unwrap();
         for expert in 0..5 {
-            let of = |token: usize| truth[token * 5 + expert];
+            let score = |token: usize| truth[token * 5 + expert];
             let chosen = |token: &usize| ids[token * 5 + expert] != u32::MAX;
-            let least = (0..50).filter(chosen).map(of).fold(f64::INFINITY, f64::min);
-            let most_left = (0..50).filter(|t| !chosen(t)).map(of).fold(0.0, f64::max);
-            assert!(least > most_left - 1e-6, "{scoring:?}: {least} {most_left}");
+            let least = (0..50).filter(chosen).map(score).fold(f64::INFINITY, f64::min);
+            let largest_other = (0..50).filter(|t| !chosen(t)).map(score).fold(0.0, f64::max);
+            assert!(least > largest_other - 1e-6, "{scoring:?}: {least} {largest_other}");
         }
         let routing = (ids, weights);
         let exact = Bounded {

@@ -1,14 +1,13 @@
-//! Layers of Phi-MoE in training: the draws of a pass reach its router.
+//! Layers of Phi-MoE in training: the router uses the draws that a pass is given.
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::{Dtype, Error, MoeConfig, NoiseDistribution, RouterConfig, Scoring, reference};
 
 use super::{Case, Prepared, plain};
 use crate::common::{Gpu, gpu};
 
-/// A layer of which each choice is drawn, with draws of the generator.
-fn case<D: Dtype + DeviceRepr>(num_tokens: usize, seed: u64) -> Case<D> {
+/// A layer whose choices are sampled, with draws of the generator.
+fn case<D: Dtype>(num_tokens: usize, seed: u64) -> Case<D> {
     let scoring = Scoring::Sparsemixer { jitter: 0.4, training: true };
     let router = RouterConfig { scoring, ..RouterConfig::default() };
     let config = MoeConfig { router, ..plain(40, 24, 6, 2) };
@@ -20,25 +19,26 @@ fn case<D: Dtype + DeviceRepr>(num_tokens: usize, seed: u64) -> Case<D> {
     case
 }
 
-/// From given logits and from the layer's own, in every type; other draws choose other experts.
+/// Checks given logits and logits of the router gate in every type, and that other draws select
+/// other experts.
 #[test]
-fn a_layer_takes_its_draws() {
-    fn one<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+fn a_layer_uses_its_draws() {
+    fn one<D: Dtype>(gpu: &Gpu) {
         let given = case::<D>(37, 3);
         given.check(gpu, "sparsemixer of training");
-        let mut made = case::<D>(37, 3);
-        made.inputs.logits = None;
-        made.check(gpu, "sparsemixer of training, with a gate");
+        let mut projected = case::<D>(37, 3);
+        projected.inputs.logits = None;
+        projected.check(gpu, "sparsemixer of training, with a router gate");
         let (ids, weights) = given.route(gpu);
         assert_ne!(ids, case::<D>(37, 4).route(gpu).0);
-        // Without noise the choices are those of evaluation, which no draw makes smaller.
-        let mut still = case::<D>(37, 3);
-        still.inputs.selection_noise = Some(vec![0.0; 37 * 2 * 6]);
+        // Without noise the choices and weights are those of evaluation, for any midpoint draw.
+        let mut noiseless = case::<D>(37, 3);
+        noiseless.inputs.selection_noise = Some(vec![0.0; 37 * 2 * 6]);
         let mut evaluated = case::<D>(37, 3);
         (evaluated.inputs.selection_noise, evaluated.inputs.midpoint_draws) = (None, None);
         let scoring = Scoring::Sparsemixer { jitter: 0.4, training: false };
         evaluated.config.router.scoring = scoring;
-        assert_eq!(still.route(gpu), evaluated.route(gpu));
+        assert_eq!(noiseless.route(gpu), evaluated.route(gpu));
         assert_ne!((ids, weights), evaluated.route(gpu));
     }
     let gpu = gpu();
@@ -47,11 +47,11 @@ fn a_layer_takes_its_draws() {
     one::<bf16>(&gpu);
 }
 
-/// Draws are there exactly where the router is that of training, and nothing is written otherwise.
+/// Draws are required exactly by a router of training; otherwise nothing is written.
 #[test]
-fn draws_are_checked() {
+fn presence_and_length_of_draws_are_checked() {
     let gpu = gpu();
-    let run = |case: &Case<f32>| {
+    let forward_error = |case: &Case<f32>| {
         case.on(&gpu, |mut prepared| {
             let mut y = gpu.poisoned::<f32>(case.inputs.x.len());
             let Prepared { layer, weights, inputs, workspace, .. } = &mut prepared;
@@ -61,17 +61,17 @@ fn draws_are_checked() {
             error
         })
     };
-    let mut without = case::<f32>(3, 1);
-    without.inputs.selection_noise = None;
-    let error = run(&without);
-    assert!(matches!(error, Error::Unsupported { argument: "selection_noise", .. }), "{error}");
-    let mut beside = case::<f32>(3, 1);
-    beside.config.router.scoring = Scoring::Softmax;
-    let error = run(&beside);
-    assert!(matches!(error, Error::Unsupported { argument: "selection_noise", .. }), "{error}");
+    let mut missing = case::<f32>(3, 1);
+    missing.inputs.selection_noise = None;
+    let error = forward_error(&missing);
+    assert!(matches!(error, Error::Presence { argument: "selection_noise", .. }), "{error}");
+    let mut unneeded = case::<f32>(3, 1);
+    unneeded.config.router.scoring = Scoring::Softmax;
+    let error = forward_error(&unneeded);
+    assert!(matches!(error, Error::Presence { argument: "selection_noise", .. }), "{error}");
     let mut short = case::<f32>(3, 1);
     short.inputs.midpoint_draws = Some(vec![0.0; 5]);
-    let error = run(&short);
+    let error = forward_error(&short);
     let wanted = Error::Length { op: "MoeLayer", argument: "midpoint_draws", wanted: 6, got: 5 };
     assert_eq!(error, wanted);
 }

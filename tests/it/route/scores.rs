@@ -1,4 +1,5 @@
-//! route_scores: what each step of the router makes of every expert, bit for bit the reference's in f32.
+//! route_scores: the values of each step of the router for every expert, bit for bit the
+//! reference's in f32.
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
@@ -13,7 +14,7 @@ use proptest::prelude::*;
 use super::{LOGITS, Logits, Uploaded, make};
 use crate::common::{Gpu, Rng, RouterCase, config, gpu, router};
 
-/// The scores of a case, of which every buffer starts `offset` elements into its own.
+/// The scores of a case whose views start `offset` elements into their buffers.
 fn run<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
     case: &RouterCase<D>,
@@ -41,7 +42,7 @@ fn run<D: Dtype + DeviceRepr>(
     Ok(gpu.download(&scores.view()).split_off(offset))
 }
 
-/// Whether the scores of all experts exist without a choice.
+/// True if the scores of all experts exist without a selection.
 fn have_scores(router: &RouterConfig) -> bool {
     !matches!(router.scoring, Scoring::SoftmaxSelected | Scoring::Sparsemixer { .. })
 }
@@ -90,7 +91,7 @@ proptest! {
 }
 
 #[test]
-fn rows_of_any_length() {
+fn rows_of_any_length_match_reference() {
     let gpu = gpu();
     for experts in [1, 31, 32, 33, 1024, 1025, 4096] {
         let shape = RoutingShape::new(5, experts, 1).unwrap();
@@ -105,7 +106,7 @@ fn rows_of_any_length() {
 
 /// In f64, step by step: noise, deviation, multiplier, soft-cap and a sigmoid.
 #[test]
-fn steps_by_hand() {
+fn hand_computed_steps() {
     let shape = RoutingShape::new(2, 2, 1).unwrap();
     let router = RouterConfig {
         scoring: Scoring::Sigmoid,

@@ -1,4 +1,5 @@
-//! Sparsemixer in training: the device against a direct model, and both against numbers of transformers.
+//! Sparsemixer in training: the device against a direct model, and both against values from
+//! transformers.
 
 mod recorded;
 
@@ -11,20 +12,21 @@ use recorded::{JITTER, RECORDED};
 use super::{check, run};
 use crate::common::{Gpu, Rng, RouterCase, config, gpu};
 
-/// A router of training with nothing beside it.
+/// A router of training without other options.
 fn router(jitter: f32) -> RouterConfig {
     let scoring = Scoring::Sparsemixer { jitter, training: true };
     RouterConfig { scoring, ..RouterConfig::default() }
 }
 
-/// The first of the largest numbers.
+/// The index of the first largest number.
 fn argmax(numbers: &[f32]) -> usize {
     (0..numbers.len()).rev().max_by(|&a, &b| numbers[a].total_cmp(&numbers[b])).unwrap()
 }
 
-/// One token as transformers computes it, mask by mask: ids from f32, weights in f64. `noise` is `[K, E]`.
+/// One token as transformers computes it, mask by mask: ids from f32, weights in f64. `noise` is
+/// `[K, E]`.
 fn model(scores: &[f32], noise: &[f32], draws: &[f32], jitter: f32) -> (Vec<u32>, Vec<f64>) {
-    // The scores with -inf in the place of what was chosen.
+    // The scores, with -inf for chosen experts.
     let mut masked = scores.to_vec();
     let mut choose = |noise: &[f32], draw: f32| {
         let max_ind = argmax(&masked);
@@ -45,7 +47,7 @@ fn model(scores: &[f32], noise: &[f32], draws: &[f32], jitter: f32) -> (Vec<u32>
     noise.chunks_exact(scores.len()).zip(draws).map(|(noise, &draw)| choose(noise, draw)).unzip()
 }
 
-/// Holds the device against the reference, and against the model of every token.
+/// Checks the device against the reference, and against the model of every token.
 fn check_model<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, jitter: f32, offset: usize) {
     check(gpu, case, offset);
     let RoutingShape { num_experts, top_k, .. } = case.shape;
@@ -66,7 +68,8 @@ fn check_model<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, jitter: f
     }
 }
 
-/// Logits and noise in few steps, so that sums and distances are exact and often equal; draws at and beside 0.75.
+/// Logits and noise in few steps, so that sums and distances are exact and often equal; draws at
+/// and next to 0.75.
 fn random_case<D: Dtype>(shape: RoutingShape, jitter: f32, seed: u64) -> RouterCase<D> {
     let mut rng = Rng::new(seed);
     let steps = [3, 24, 96][rng.below(3)];
@@ -91,9 +94,9 @@ fn check_dtypes(gpu: &Gpu, shape: RoutingShape, jitter: f32, seed: u64) {
 proptest! {
     #![proptest_config(config(64))]
 
-    /// Phi-MoE takes two; any number of choices is the same, one after the other.
+    /// Phi-MoE makes two choices; more choices follow in the same way.
     #[test]
-    fn is_the_model(
+    fn matches_the_model(
         tokens in 0usize..9, experts in 2usize..80, k in prop_oneof![3 => Just(2usize), 1 => 1usize..9],
         jitter in proptest::sample::select(vec![0.0f32, 0.01, 0.25, 0.5, 3.0]), seed in any::<u64>(),
     ) {
@@ -104,7 +107,7 @@ proptest! {
 
 /// Every body of the kernel: a warp per token, narrow or wide, and a block.
 #[test]
-fn every_body_is_the_model() {
+fn every_body_matches_the_model() {
     let gpu = gpu();
     for (experts, k) in [(16, 2), (256, 2), (257, 2), (1024, 3), (1025, 2), (40, 33), (70, 70)] {
         for seed in 0..3 {
@@ -114,9 +117,9 @@ fn every_body_is_the_model() {
     }
 }
 
-/// The numbers of transformers: the same experts, and weights that differ by rounding alone.
+/// Values from transformers: the same experts, and weights that differ by rounding alone.
 #[test]
-fn is_transformers() {
+fn matches_transformers() {
     let gpu = gpu();
     let shape = RoutingShape::new(RECORDED.len(), 6, 2).unwrap();
     let case = RouterCase {
@@ -139,7 +142,7 @@ fn is_transformers() {
     }
 }
 
-/// Draws of the generator choose near experts as often as the softmax says, where each is the first choice.
+/// With noise of the generator, the frequencies of first choices follow the softmax.
 #[test]
 fn choices_follow_the_softmax() {
     const TOKENS: usize = 20_000;

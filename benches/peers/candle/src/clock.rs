@@ -1,16 +1,16 @@
-//! Seconds per call.
+//! Measures the seconds of a call.
 
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Result, Tensor};
 
-/// A GPU needs as long to reach its clock; on a CPU the one call before the loop is enough.
+/// The time in which a GPU reaches its clock. On a CPU one call suffices.
 const WARM_UP: Duration = Duration::from_millis(200);
 
-/// A sample repeats the call until it lasts about this long, so that a clock's step is nothing in it.
+/// The least time of a sample, long against the clock's resolution.
 const SAMPLE_SECONDS: f64 = 0.01;
 
-/// Times `run(n)`, the n-th call, `samples` times, after calls that are not counted.
+/// Times `run(n)`, the n-th call, `samples` times, after a warm-up.
 pub fn seconds_per_call(
     device: &Device,
     samples: usize,

@@ -1,4 +1,4 @@
-//! candle's fused layer, as candle-transformers offers it to CUDA.
+//! The fused layer of candle-transformers, for CUDA.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use crate::input::Input;
 /// Copies the weights of `input` to `device`, under the names of a checkpoint.
 pub fn load(input: &Input, device: &Device, dtype: DType) -> Result<FusedMoe> {
     let shape = input.shape;
-    let mut tensors = HashMap::from([("gate.weight".to_owned(), input.gate.clone())]);
+    let mut tensors = HashMap::from([("gate.weight".to_owned(), input.router_gate.clone())]);
     for expert in 0..shape.experts {
         let both = input.gate_up.get(expert)?;
         let parts = [
@@ -34,7 +34,7 @@ pub fn load(input: &Input, device: &Device, dtype: DType) -> Result<FusedMoe> {
     FusedMoe::new(&config, VarBuilder::from_tensors(tensors, dtype, device), dtype)
 }
 
-/// From x and the gate; several tokens are what candle calls a prefill.
+/// Runs the layer with its router. Several tokens are a prefill to candle.
 pub fn from_x(layer: &FusedMoe, x: &Tensor) -> Result<Tensor> {
     let (tokens, _) = x.dims2()?;
     layer.forward(&x.unsqueeze(0)?, tokens > 1)?.squeeze(0)

@@ -1,4 +1,4 @@
-//! The input file: one layer, checked once, so that nothing after it has to ask.
+//! Reads the input file: one layer, whose tensors are all checked here.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -7,16 +7,16 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 
-/// The tensors of one layer, on the CPU and in the dtype of the file.
+/// The tensors of one layer on the CPU, in the dtype of the file.
 pub struct Input {
     pub x: Tensor,
-    pub gate: Tensor,
+    pub router_gate: Tensor,
     pub logits: Tensor,
     pub gate_up: Tensor,
     pub down: Tensor,
-    /// Experts of each token, by which "GEMM alone" groups.
+    /// The experts of each token, by which "GEMM alone" groups.
     pub expert_ids: Vec<Vec<u32>>,
-    /// Whether the weights of the selected are made to sum to one.
+    /// Whether the routing weights of a token are divided by their sum.
     pub renormalize: bool,
     pub shape: Shape,
 }
@@ -63,7 +63,7 @@ impl Input {
         let ids = ids.into_iter().map(|row| row.into_iter().map(expert).collect());
         Ok(Self {
             x: take("x", &[tokens, hidden], dtype)?,
-            gate: take("gate", &[experts, hidden], dtype)?,
+            router_gate: take("router_gate", &[experts, hidden], dtype)?,
             logits: take("logits", &[tokens, experts], dtype)?,
             gate_up: take("gate_up", &[experts, two_widths, hidden], dtype)?,
             down: take("down", &[experts, hidden, intermediate], dtype)?,
@@ -73,7 +73,7 @@ impl Input {
         })
     }
 
-    /// Bytes of weights that one call reads: those of experts that have a row.
+    /// The bytes of weights that one call reads: those of experts with a row.
     pub fn active_bytes(&self) -> usize {
         let mut active: Vec<u32> = self.expert_ids.iter().flatten().copied().collect();
         active.sort_unstable();
@@ -101,9 +101,9 @@ fn renormalize(bytes: &[u8]) -> Result<bool> {
 mod tests {
     use super::*;
 
-    // Truth and layer heed the same field, so no check of a result would see it misread.
+    // The truth and the layer read the same field: checks of a result do not detect a misreading.
     #[test]
-    fn renormalize_is_what_the_file_says() {
+    fn renormalize_is_read_from_the_metadata() {
         let file = |said: &str| {
             let metadata = HashMap::from([("renormalize".to_owned(), said.to_owned())]);
             let tensors: [(&str, safetensors::tensor::TensorView<'_>); 0] = [];

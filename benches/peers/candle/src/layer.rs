@@ -1,8 +1,8 @@
-//! The layer as candle has it.
+//! candle's sparse MoE block.
 //!
-//! candle-transformers keeps its sparse block for Qwen3-MoE private, so `Block` is built here from
-//! the tensor operations that it uses: softmax, sort, the ids read back to the host, and for each
-//! expert a selection of rows, three linears with SiLU, and an addition by index.
+//! The block of Qwen3-MoE in candle-transformers is private. `Block` has the same tensor operations:
+//! softmax, sort, a copy of the ids to the host, and for each expert a selection of rows, three
+//! linears with SiLU, and an addition by index.
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{Linear, ops};
@@ -10,7 +10,7 @@ use candle_nn::{Linear, ops};
 use crate::input::Input;
 
 pub struct Block {
-    gate: Linear,
+    router_gate: Linear,
     experts: Vec<Expert>,
     top_k: usize,
     renormalize: bool,
@@ -22,7 +22,7 @@ struct Expert {
     down_proj: Linear,
 }
 
-/// For each expert its tokens, and the weight of each.
+/// The tokens of one expert and their routing weights.
 #[derive(Default)]
 pub struct Group {
     pub tokens: Vec<u32>,
@@ -53,13 +53,13 @@ impl Block {
             })
         };
         let experts = (0..input.shape.experts).map(expert).collect::<Result<_>>()?;
-        let gate = linear(load(&input.gate)?);
+        let router_gate = linear(load(&input.router_gate)?);
         let (top_k, renormalize) = (input.shape.top_k, input.renormalize);
-        Ok(Self { gate, experts, top_k, renormalize })
+        Ok(Self { router_gate, experts, top_k, renormalize })
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.with_logits(x, &x.apply(&self.gate)?)
+        self.with_logits(x, &x.apply(&self.router_gate)?)
     }
 
     pub fn with_logits(&self, x: &Tensor, logits: &Tensor) -> Result<Tensor> {
@@ -77,7 +77,7 @@ impl Block {
         Ok(y)
     }
 
-    /// The rows of all experts, one after the other, where `tokens` has the rows of each.
+    /// Computes the rows of all experts in order; `tokens` has those of each expert with rows.
     pub fn products(&self, x: &Tensor, tokens: &[Option<Tensor>]) -> Result<Tensor> {
         let with_rows = self.experts.iter().zip(tokens);
         let rows = with_rows.filter_map(|(expert, tokens)| {

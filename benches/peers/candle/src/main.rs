@@ -1,4 +1,4 @@
-//! candle as a peer of moe-kernels' benches: JSON requests on stdin, one a line, and a reply to each.
+//! candle as a peer of moe-kernels' benches: replies to JSON requests on stdin, one a line.
 
 mod clock;
 #[cfg(feature = "cuda")]
@@ -25,16 +25,16 @@ const VERSION: &str = "candle 0.11";
 /// candle as a peer of moe-kernels' benches.
 #[derive(Parser)]
 struct Arguments {
-    /// Where to run.
+    /// The device.
     #[arg(long)]
-    device: Where,
+    device: DeviceKind,
     /// The layer and its input, as safetensors.
     #[arg(long)]
     inputs: PathBuf,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Where {
+enum DeviceKind {
     Cpu,
     Cuda,
 }
@@ -49,27 +49,29 @@ enum Request {
 fn main() {
     let arguments = Arguments::parse();
     let (first, peers) = match start(&arguments) {
-        Ok(peers) => (presentation(&peers), Some(peers)),
+        Ok(peers) => (greeting(&peers), Some(peers)),
         Err(error) => {
             (json!({ "peers": [], "unavailable": [], "error": format!("{error:#}") }), None)
         }
     };
-    say(&first);
+    send(&first);
     let Some(peers) = peers else { std::process::exit(2) };
     for line in std::io::stdin().lock().lines().map_while(std::result::Result::ok) {
-        say(&answer(&peers, &line).unwrap_or_else(|error| json!({ "error": format!("{error:#}") })));
+        send(
+            &answer(&peers, &line).unwrap_or_else(|error| json!({ "error": format!("{error:#}") })),
+        );
     }
 }
 
 fn start(arguments: &Arguments) -> Result<Peers> {
     let device = match arguments.device {
-        Where::Cpu => Device::Cpu,
-        Where::Cuda => Device::new_cuda(0)?,
+        DeviceKind::Cpu => Device::Cpu,
+        DeviceKind::Cuda => Device::new_cuda(0)?,
     };
     Ok(Peers::new(Input::read(&arguments.inputs)?, device))
 }
 
-fn presentation(peers: &Peers) -> Value {
+fn greeting(peers: &Peers) -> Value {
     let (mut able, mut unable) = (Vec::new(), Vec::new());
     for name in ["candle", "candle-fused"] {
         match peers.boundaries(name) {
@@ -106,7 +108,7 @@ fn answer(peers: &Peers, line: &str) -> Result<Value> {
     }
 }
 
-fn say(message: &Value) {
+fn send(message: &Value) {
     println!("{message}");
     std::io::stdout().flush().expect("stdout is open");
 }

@@ -9,9 +9,9 @@ use crate::truth::{self, Rows};
 
 pub const GEMM: &str = "GEMM alone";
 pub const FROM_LOGITS: &str = "layer from logits";
-pub const FROM_X: &str = "layer from x with the gate";
+pub const FROM_X: &str = "layer from x with the router";
 
-/// Weights that are read again and again stay in a GPU's L2; so many bytes of others push them out.
+/// Reads of as many other bytes evict weights from a GPU's L2.
 const COLD_BYTES: usize = 256 << 20;
 
 pub struct Peers {
@@ -20,12 +20,12 @@ pub struct Peers {
     dtype: DType,
 }
 
-/// A call that computes with one of several copies of the weights; the argument picks the copy.
+/// A call with one of several copies of the weights, which the argument selects.
 pub type Call = Box<dyn Fn(usize) -> candle_core::Result<Tensor>>;
 
 impl Peers {
     pub fn new(input: Input, device: Device) -> Self {
-        // As candle's examples choose it: on the CPU candle has no product of bf16.
+        // The choice of candle's examples: on the CPU candle has no bf16 product.
         let dtype = match input.x.dtype() {
             DType::BF16 => device.bf16_default_to_f32(),
             other => other,
@@ -40,18 +40,18 @@ impl Peers {
                 None => Ok(&[FROM_X]),
                 Some(why) => bail!("candle-fused is unavailable: {why}"),
             },
-            _ => bail!("there is no peer '{peer}'"),
+            _ => bail!("unknown peer '{peer}'"),
         }
     }
 
-    /// Why candle's fused layer cannot run.
+    /// Returns why candle's fused layer cannot run, `None` if it can.
     pub fn fused_lacks(&self) -> Option<&'static str> {
         if !cfg!(feature = "cuda") {
             Some("built without the feature 'cuda'")
         } else if !self.device.is_cuda() {
-            Some("it is for CUDA alone")
+            Some("it needs CUDA")
         } else if self.dtype == DType::F32 {
-            Some("it takes f16 and bf16 alone")
+            Some("it supports f16 and bf16 alone")
         } else {
             None
         }
@@ -59,10 +59,10 @@ impl Peers {
 
     pub fn note(&self) -> Option<&'static str> {
         let other = self.dtype != self.input.x.dtype();
-        other.then_some("candle has no bf16 product on the CPU: its examples, and this, take f32")
+        other.then_some("candle has no bf16 product on the CPU: f32 is used, as in its examples")
     }
 
-    /// Copies of the weights that calls go round, so that each reads what no cache holds.
+    /// The copies of the weights that calls use in turn, so that no call finds them in a cache.
     fn copies(&self) -> usize {
         if self.device.is_cuda() { COLD_BYTES.div_ceil(self.input.active_bytes()) } else { 1 }
     }
@@ -99,7 +99,7 @@ impl Peers {
         })
     }
 
-    /// What some rows of a call's result ought to be.
+    /// Computes the truth of some rows of a call's result.
     pub fn truth(&self, boundary: &str) -> Result<Rows> {
         match boundary {
             GEMM => {

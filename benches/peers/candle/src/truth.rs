@@ -1,4 +1,4 @@
-//! The layer in f64, for a few tokens, and how far a result is from it.
+//! The layer in f64 for a few tokens, and the relative error of a result.
 
 use std::collections::BTreeMap;
 
@@ -7,16 +7,16 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::input::Input;
 
-/// At most so many tokens, or rows, are held against the truth.
+/// The most tokens, or rows, that are compared with the truth.
 const CHECKED: usize = 16;
 
-/// Rows of a result (by index), and what they ought to be.
+/// Indices of rows of a result, and their truth.
 pub type Rows = Vec<(usize, Vec<f64>)>;
 
-/// The rows of y for some tokens, routed by `logits [T,E]`.
+/// Computes the rows of y for some tokens, routed by `logits [T,E]`.
 pub fn layer_rows(input: &Input, logits: &[Vec<f64>]) -> Result<Rows> {
-    // Two scores that are one rounding apart may be ordered either way by a peer that is right, so
-    // tokens whose choice is clear are taken, and where there are none, any.
+    // If two scores differ by a rounding, either order is right. Tokens with a clear choice are
+    // taken; if there are none, all tokens are candidates.
     let epsilon = match input.x.dtype() {
         DType::BF16 => 2f64.powi(-7),
         DType::F16 => 2f64.powi(-10),
@@ -39,7 +39,7 @@ pub fn layer_rows(input: &Input, logits: &[Vec<f64>]) -> Result<Rows> {
         let order = descending(&logits[token]);
         let chosen = &order[..input.shape.top_k];
         let score = |expert: usize| (logits[token][expert] - logits[token][order[0]]).exp();
-        // The weights of these sum to one.
+        // The weights over these experts sum to one.
         let among = if input.renormalize { chosen } else { &order };
         let sum: f64 = among.iter().map(|&e| score(e)).sum();
         pairs.extend(chosen.iter().map(|&e| (token, e, token, score(e) / sum)));
@@ -47,7 +47,7 @@ pub fn layer_rows(input: &Input, logits: &[Vec<f64>]) -> Result<Rows> {
     weighted_sums(input, &pairs)
 }
 
-/// Rows of a result whose row `r` is of `(token, expert)` number `r`.
+/// Computes some rows of a result whose row `r` has the `(token, expert)` of `rows[r]`.
 pub fn product_rows(input: &Input, rows: &[(usize, usize)]) -> Result<Rows> {
     let all: Vec<usize> = (0..rows.len()).collect();
     let pairs: Vec<_> =
@@ -55,15 +55,15 @@ pub fn product_rows(input: &Input, rows: &[(usize, usize)]) -> Result<Rows> {
     weighted_sums(input, &pairs)
 }
 
-/// `x gate^T` in f64, for logits that a peer computes by itself.
+/// Computes `x router_gate^T` in f64, for peers that compute the logits.
 pub fn logits_from_x(input: &Input) -> Result<Vec<Vec<f64>>> {
-    let (x, gate) = (doubles(&input.x)?, doubles(&input.gate)?);
+    let (x, gate) = (doubles(&input.x)?, doubles(&input.router_gate)?);
     let width = input.shape.hidden;
     let row = |x: &[f64]| gate.chunks(width).map(|gate| dot(x, gate)).collect();
     Ok(x.chunks(width).map(row).collect())
 }
 
-/// `||got - truth|| / ||truth||` over the rows; what is not finite is an error, never a number.
+/// Returns `||got - truth|| / ||truth||` over the rows. NaN and infinity are errors.
 pub fn relative_error(got: &Tensor, rows: &Rows) -> Result<f64> {
     let got = got.to_device(&Device::Cpu)?;
     let (mut error, mut norm) = (0.0, 0.0);
@@ -73,13 +73,13 @@ pub fn relative_error(got: &Tensor, rows: &Rows) -> Result<f64> {
         error += got.iter().zip(truth).map(|(got, truth)| (got - truth).powi(2)).sum::<f64>();
         norm += truth.iter().map(|truth| truth.powi(2)).sum::<f64>();
     }
-    ensure!(norm != 0.0, "the truth is all zeros: there is nothing to compare with");
+    ensure!(norm != 0.0, "the truth is all zeros");
     let relative = (error / norm).sqrt();
     ensure!(relative.is_finite(), "the result, or the truth, has NaN or infinity");
     Ok(relative)
 }
 
-/// Sums `weight * expert(x[token])` into rows, for `(row, expert, token, weight)`.
+/// Sums `weight * expert(x[token])` into rows, for each `(row, expert, token, weight)`.
 fn weighted_sums(input: &Input, pairs: &[(usize, usize, usize, f64)]) -> Result<Rows> {
     let width = input.shape.hidden;
     let mut by_expert: BTreeMap<usize, Vec<(usize, usize, f64)>> = BTreeMap::new();
@@ -111,7 +111,7 @@ fn spread(all: &[usize]) -> Vec<usize> {
     (0..taken).map(|index| all[index * (all.len() - 1) / (taken - 1).max(1)]).collect()
 }
 
-/// Indices by falling score; equal scores by rising index.
+/// Returns the indices in order of descending score; ties by ascending index.
 fn descending(scores: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));

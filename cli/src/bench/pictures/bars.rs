@@ -1,34 +1,34 @@
-//! Bars in groups, with a line across at what is full.
+//! A bar chart in groups, with a reference line.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::{COLOURS, Drawn, beside_legend, draw_legend, words};
+use super::{COLOURS, Drawn, draw_legend, error_text, split_legend};
 
 pub struct Bars {
     title: String,
-    /// What the height says.
+    /// The name of the vertical axis.
     axis: &'static str,
-    /// Where the line across goes.
-    full: f64,
-    /// The names of the bars of a group, the same for all.
+    /// The height of the reference line.
+    reference: f64,
+    /// The names of the bars of all groups.
     names: Vec<String>,
     pub groups: Vec<Group>,
 }
 
 pub struct Group {
     name: String,
-    /// Indices of names, and heights.
+    /// For each bar the index of its name, and its height.
     bars: Vec<(usize, f64)>,
 }
 
 impl Bars {
-    pub fn new(title: String, axis: &'static str, full: f64) -> Self {
-        Self { title, axis, full, names: Vec::new(), groups: Vec::new() }
+    pub fn new(title: String, axis: &'static str, reference: f64) -> Self {
+        Self { title, axis, reference, names: Vec::new(), groups: Vec::new() }
     }
 
-    /// Adds a bar to a group; a bar without a height is left out.
+    /// Adds a bar to a group. A bar without a finite height is ignored.
     pub fn add(&mut self, group: &str, name: &str, height: Option<f64>) {
         let Some(height) = height.filter(|height| height.is_finite()) else { return };
         let index = self.names.iter().position(|known| known == name).unwrap_or_else(|| {
@@ -43,19 +43,19 @@ impl Bars {
 
     pub fn draw<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>) -> Drawn {
         let groups = self.groups.len();
-        // Names of neighbours would run into each other.
+        // Horizontal names of adjacent groups would overlap.
         let crowded = groups > 6;
         let bars = || self.groups.iter().flat_map(|group| &group.bars);
-        let highest = bars().map(|bar| bar.1).fold(self.full, f64::max);
+        let highest = bars().map(|bar| bar.1).fold(self.reference, f64::max);
         let top = 1.1 * highest;
-        let (area, legend) = beside_legend(area);
+        let (area, legend) = split_legend(area);
         let mut chart = ChartBuilder::on(&area)
             .caption(&self.title, ("sans-serif", 20))
             .margin(14)
             .x_label_area_size(if crowded { 190 } else { 40 })
             .y_label_area_size(78)
             .build_cartesian_2d(0.0..groups as f64, 0.0..top)
-            .map_err(words)?;
+            .map_err(error_text)?;
         chart
             .configure_mesh()
             .disable_x_mesh()
@@ -67,7 +67,7 @@ impl Bars {
             .light_line_style(BLACK.mix(0.04))
             .bold_line_style(BLACK.mix(0.12))
             .draw()
-            .map_err(words)?;
+            .map_err(error_text)?;
         let width = 0.8 / self.names.len() as f64;
         for index in 0..self.names.len() {
             let style = COLOURS[index % COLOURS.len()].filled();
@@ -79,7 +79,7 @@ impl Bars {
                         Rectangle::new([(left, 0.0), (left + 0.92 * width, bar.1)], style)
                     })
                 });
-            chart.draw_series(of_this_name).map_err(words)?;
+            chart.draw_series(of_this_name).map_err(error_text)?;
         }
         let centred = |size: u32| {
             let anchor = Pos::new(HPos::Center, VPos::Top);
@@ -93,20 +93,20 @@ impl Bars {
             } else {
                 centred(15)
             };
-            area.draw(&Text::new(group.name.as_str(), (x, y + 8), style)).map_err(words)?;
-            // Where there are many bars, the axis says enough.
+            area.draw(&Text::new(group.name.as_str(), (x, y + 8), style)).map_err(error_text)?;
+            // With many groups the bars are too narrow for numbers.
             for (name, height) in group.bars.iter().filter(|_| !crowded) {
                 let x = index as f64 + 0.1 + (*name as f64 + 0.46) * width;
                 let (x, y) = chart.backend_coord(&(x, *height));
                 let digits = if *height < 10.0 { 2 } else { 0 };
                 let text = Text::new(format!("{height:.digits$}"), (x, y - 15), centred(12));
-                area.draw(&text).map_err(words)?;
+                area.draw(&text).map_err(error_text)?;
             }
         }
-        let across = [(0.0, self.full), (groups as f64, self.full)];
+        let line = [(0.0, self.reference), (groups as f64, self.reference)];
         chart
-            .draw_series(DashedLineSeries::new(across, 7, 5, BLACK.stroke_width(2)))
-            .map_err(words)?;
+            .draw_series(DashedLineSeries::new(line, 7, 5, BLACK.stroke_width(2)))
+            .map_err(error_text)?;
         draw_legend(&legend, self.names.iter().map(String::as_str).zip(COLOURS.into_iter().cycle()))
     }
 }

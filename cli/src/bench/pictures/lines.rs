@@ -1,23 +1,23 @@
-//! Times against numbers of tokens, both on logarithmic axes.
+//! A chart of time against the number of tokens, with logarithmic axes.
 
 use std::time::Duration;
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use super::{COLOURS, Drawn, beside_legend, draw_legend, words};
+use super::{COLOURS, Drawn, draw_legend, error_text, split_legend};
 use crate::text::time;
 
-/// One curve.
+/// One line of the chart.
 pub struct Line {
     pub name: String,
-    /// T and seconds.
+    /// Pairs of T and seconds.
     pub points: Vec<(f64, f64)>,
     pub dashed: bool,
 }
 
 impl Line {
-    /// Adds a point to the line of this name, which begins with it if there is none.
+    /// Adds a point to the line of this name. Creates the line if there is none.
     pub fn extend(lines: &mut Vec<Self>, name: &str, point: (f64, f64)) {
         match lines.iter_mut().find(|line| line.name == name) {
             Some(line) => line.points.push(point),
@@ -41,14 +41,14 @@ impl Lines {
         };
         let tokens = range(&mut points().map(|point| point.0), 1.3);
         let seconds = range(&mut points().map(|point| point.1), 1.6);
-        let (area, legend) = beside_legend(area);
+        let (area, legend) = split_legend(area);
         let mut chart = ChartBuilder::on(&area)
             .caption(&self.title, ("sans-serif", 20))
             .margin(14)
             .x_label_area_size(48)
             .y_label_area_size(78)
             .build_cartesian_2d(tokens.log_scale().base(2.0), seconds.log_scale())
-            .map_err(words)?;
+            .map_err(error_text)?;
         chart
             .configure_mesh()
             .x_desc("tokens (T)")
@@ -60,7 +60,7 @@ impl Lines {
             .light_line_style(BLACK.mix(0.04))
             .bold_line_style(BLACK.mix(0.12))
             .draw()
-            .map_err(words)?;
+            .map_err(error_text)?;
         let colour = |index: usize, line: &Line| {
             if line.dashed { BLACK } else { COLOURS[index % COLOURS.len()] }
         };
@@ -72,9 +72,9 @@ impl Lines {
             } else {
                 chart.draw_series(LineSeries::new(points.clone(), style))
             };
-            drawn.map_err(words)?;
+            drawn.map_err(error_text)?;
             let dots = points.map(|point| Circle::new(point, 4, colour.filled()));
-            chart.draw_series(dots).map_err(words)?;
+            chart.draw_series(dots).map_err(error_text)?;
         }
         let names = self.lines.iter().enumerate();
         draw_legend(&legend, names.map(|(index, line)| (line.name.as_str(), colour(index, line))))
