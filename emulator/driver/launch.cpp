@@ -87,8 +87,8 @@ CUresult classify(const std::string& report) {
 
 // The bytes between the end of an allocation and the next guard page belong to no allocation.
 // Comparing them before and after a launch finds writes too near for the guard page, and names the
-// kernel that made them. The allocations are those that an aligned 8-byte word of a parameter, be it
-// a pointer or a struct, points into.
+// kernel that made them. The allocations are those that an aligned 8-byte word of a parameter, a
+// pointer or a struct, points into.
 struct Tail {
   unsigned parameter;
   size_t offset;  // of the word, in bytes from the start of the parameter
