@@ -87,9 +87,11 @@ CUresult classify(const std::string& report) {
 
 // The bytes between the end of an allocation and the next guard page belong to no allocation.
 // Comparing them before and after a launch finds writes too near for the guard page, and names the
-// kernel that made them.
+// kernel that made them. The allocations are those that an aligned 8-byte word of a parameter, a
+// pointer or a struct, points into.
 struct Tail {
   unsigned parameter;
+  size_t offset;  // of the word, in bytes from the start of the parameter
   uintptr_t start;
   size_t size;
   std::vector<unsigned char> before;
@@ -107,14 +109,18 @@ std::vector<Tail> find_tails(const simt::Kernel& kernel, const Arguments& argume
   std::vector<Tail> tails;
   Lock lock(state().mutex);
   for (unsigned i = 0; i < kernel.num_parameters; i++) {
-    if (kernel.parameters[i].size != sizeof(CUdeviceptr)) continue;
-    CUdeviceptr address;
-    std::memcpy(&address, arguments.pointers[i], sizeof address);
-    uintptr_t start;
-    const Allocation* allocation = find_allocation(address, 0, &start, true);
-    if (!allocation) continue;
-    const unsigned char* tail = tail_of(start, allocation->size);
-    tails.push_back({i, start, allocation->size, {tail, tail + tail_bytes(allocation->size)}});
+    const auto* parameter = static_cast<const unsigned char*>(arguments.pointers[i]);
+    const size_t size = kernel.parameters[i].size;
+    for (size_t offset = 0; offset + sizeof(CUdeviceptr) <= size; offset += sizeof(CUdeviceptr)) {
+      CUdeviceptr address;
+      std::memcpy(&address, parameter + offset, sizeof address);
+      uintptr_t start;
+      const Allocation* allocation = find_allocation(address, 0, &start, true);
+      if (!allocation) continue;
+      const unsigned char* tail = tail_of(start, allocation->size);
+      tails.push_back(
+          {i, offset, start, allocation->size, {tail, tail + tail_bytes(allocation->size)}});
+    }
   }
   return tails;
 }
@@ -131,8 +137,8 @@ std::string find_overrun(const simt::Kernel& kernel, const std::vector<Tail>& ta
       if (now[i] == tail.before[i]) continue;
       return "kernel '" + std::string(kernel.symbol) + "' wrote byte " + std::to_string(i) +
              " past the end of an allocation of " + std::to_string(tail.size) +
-             " bytes, which its parameter " + std::to_string(tail.parameter) +
-             " points into (or another kernel did at the same time)";
+             " bytes, which its parameter " + std::to_string(tail.parameter) + " at byte " +
+             std::to_string(tail.offset) + " points into (or another kernel did at the same time)";
     }
   }
   return "";

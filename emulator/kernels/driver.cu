@@ -55,3 +55,17 @@ emu_bug_write_at(int* p, const long long index, const int value) {
   p[index] = value;
 }
 EXPORT_KERNEL(emu_bug_write_at, 32)
+
+struct WriteAtParams {
+  long long index;
+  int* p;
+  int value;
+  int padding;
+};
+
+// The same with one struct for all parameters.
+extern "C" __global__ void __launch_bounds__(32)
+emu_bug_write_at_of_struct(const WriteAtParams params) {
+  params.p[params.index] = params.value;
+}
+EXPORT_KERNEL(emu_bug_write_at_of_struct, 32)

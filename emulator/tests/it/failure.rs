@@ -72,7 +72,30 @@ fn write_just_past_an_allocation_is_reported_after_the_launch() {
     assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
     let report = moe_emulator::last_error().expect("a report");
     let expected = "kernel 'emu_bug_write_at' wrote byte 0 past the end of an allocation of 40 \
-        bytes, which its parameter 0 points into";
+        bytes, which its parameter 0 at byte 0 points into";
+    assert!(report.starts_with(expected), "{report}");
+    moe_emulator::clear_errors();
+}
+
+#[test]
+fn finds_a_write_just_past_an_allocation_whose_address_is_in_a_struct() {
+    let context = own_context();
+    let memory = context.default_stream().alloc_zeros::<i32>(10).expect("memory");
+    context.synchronize().expect("nothing failed");
+    let stream = Stream::non_blocking();
+    let at = address(&memory, &context.default_stream());
+    let write_at = |index: u64| {
+        let params = [index, at, 1];
+        let mut parameters = [pointer_to(&params)];
+        launch(function("emu_bug_write_at_of_struct"), stream.0, ONE_THREAD, &mut parameters)
+    };
+    assert_eq!(write_at(9), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_SUCCESS);
+    assert_eq!(write_at(10), CUresult::CUDA_SUCCESS);
+    assert_eq!(stream.synchronize(), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    let report = moe_emulator::last_error().expect("a report");
+    let expected = "kernel 'emu_bug_write_at_of_struct' wrote byte 0 past the end of an \
+        allocation of 40 bytes, which its parameter 0 at byte 8 points into";
     assert!(report.starts_with(expected), "{report}");
     moe_emulator::clear_errors();
 }
