@@ -193,7 +193,7 @@ typedef struct PermuteArgs {
 
 // ---- grouped_gemm -----------------------------------------------------------------------------
 
-// A tile's rows, the rows of weights beside them, and the stages of 128 bytes of K that both pass
+// A tile's rows, the rows of weights beside them, and the stages of 128 bytes of each that both pass
 // through: 97 KiB, so that one configuration fits every GPU since sm_80 (99 KiB a block at least).
 #define GEMM_BLOCK_M 128
 #define GEMM_BLOCK_N 128
@@ -203,7 +203,7 @@ typedef struct PermuteArgs {
 #define GEMM_THREADS_FMA 256  // f32
 
 // Tiles whose blocks run next to each other, so that they share weights in L2. The grid is
-// div_ceil(bound on tiles, GEMM_TILE_GROUP) * GEMM_TILE_GROUP * div_ceil(n, columns of a block),
+// div_ceil(bound on tiles, GEMM_TILE_GROUP) * GEMM_TILE_GROUP * div_ceil(out_features, columns of a block),
 // where a block has GEMM_BLOCK_N columns, half of that where a gate stands beside up.
 #define GEMM_TILE_GROUP 8
 
@@ -236,17 +236,17 @@ typedef struct ActivationArgs {
   float up_cap;        // SILU_SOFT_CAP
 } ActivationArgs;
 
-// Element (expert, feature, i) of weights lies expert * expert_stride + feature * feature_stride +
-// i * k_stride elements from their start.
+// Element (expert, out, in) of the weights is expert * expert_stride + out * out_stride +
+// in * in_stride elements from their start.
 typedef struct GroupedGemmArgs {
   long long expert_stride;
-  int feature_stride;
-  int k_stride;
+  int out_stride;
+  int in_stride;
   int rows;          // R, the rows of the output; expert_offsets[E] of them have an expert.
   int x_rows;        // The rows of x: T where they are gathered, else R.
   int max_tiles;     // At most so many tiles, whatever the routing.
-  int n;             // N, the columns of the output; I for gate_up.
-  int k;             // The depth: columns of x, inputs of a feature.
+  int out_features;  // The columns of the output; I for gate_up.
+  int in_features;   // The columns of x.
   int num_experts;   // E
   int vector_load;   // 1: every row of x and of weights starts at a 16-byte boundary.
   int vector_store;  // 1: every row of the output does.
@@ -255,7 +255,7 @@ typedef struct GroupedGemmArgs {
 typedef struct WeightedGemmArgs {
   GroupedGemmArgs gemm;
   int gather;  // 1: x has a row per token; 0: a row per row of the output.
-  int top_k;   // K of weights.
+  int top_k;   // K
 } WeightedGemmArgs;
 
 typedef struct GateUpArgs {
@@ -263,10 +263,10 @@ typedef struct GateUpArgs {
   ActivationArgs activation;
   int gated;                // 1: there is a gate beside up.
   int gather;               // 1: x has a row per token; 0: a row per row of the output.
-  int top_k;                // K of weights.
+  int top_k;                // K
   int weight_inside;        // 1: weights multiply what the activation returns; 0: the sums.
   int bias_expert_stride;   // As for weights; both biases have these.
-  int bias_feature_stride;
+  int bias_out_stride;
 } GateUpArgs;
 
 // ---- combine ----------------------------------------------------------------------------------

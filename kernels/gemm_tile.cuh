@@ -1,5 +1,5 @@
-// The products' main loop: 128 rows of x by 128 features of weights by 128 bytes of K, f32 sums in
-// registers. grouped_gemm.cu says which rows and features, and what becomes of the sums.
+// The products' main loop: 128 rows of x by 128 features of weights by 128 bytes of inputs, f32 sums
+// in registers. grouped_gemm.cu says which rows and features, and what becomes of the sums.
 //
 // Weights lie OUT_IN, a feature's inputs next to each other, or IN_OUT, an input's features next to
 // each other. Both pass through the same stages as they are in memory; a tile's features are two
@@ -8,7 +8,7 @@
 
 namespace gemm_tile {
 
-// A stage of the pipeline holds 128 bytes of K of every row of x, and of every feature of weights
+// A stage of the pipeline holds 128 bytes of inputs of every row of x, and of every feature of weights
 // that lie OUT_IN. Each row is eight 16-byte chunks; chunk c lies at place c ^ (row % 8), so that
 // eight rows' same chunk, which is what ldmatrix and the FMA loop read at once, lies in eight
 // different groups of banks.
@@ -37,13 +37,13 @@ static_assert(GEMM_BLOCK_M == 128 && GEMM_BLOCK_N == 128, "what the warp layouts
 // What a block multiplies.
 template <typename Elem>
 struct Problem {
-  const Elem* x;       // [T, K] with a map, else [R, K]
+  const Elem* x;       // [T, in] with a map, else [R, in]
   const Elem* w;       // the first feature of the tile
   int64_t second;      // where the 65th is, in elements from the first
   int features[2];     // of each half, how many there are; 64 count, and none from 0 down
-  int feature_stride;  // elements between neighbours in a half
-  int k_stride;        // elements between neighbours in K
-  int k;               // depth
+  int out_stride;      // elements between neighbours in a half
+  int in_stride;       // elements between inputs of a feature
+  int in_features;     // that k runs over
   int num_rows;        // of the tile
 };
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return row * ROW_BYTES + ((chunk ^ (row % 8)) * CHUNK_BYTES);
 }
 
-// A stage of weights that lie IN_OUT: a row for each of K, of all features. ldmatrix reads eight
+// A stage of weights that lie IN_OUT: a row for each input, of all features. ldmatrix reads eight
 // rows' same chunk, hence the swizzle; the FMA loop reads a row's neighbours, and needs none.
 template <typename Elem>
 struct InOutStage {
@@ -99,7 +99,7 @@ struct StageLoader {
 #pragma unroll VECTOR ? PASSES : 1
     for (int i = 0; i < PASSES; i++) {
       const int row = shared.x_row[thread_row + i * PASS_ROWS];
-      const Elem* x = problem.x + (int64_t)row * problem.k + k;
+      const Elem* x = problem.x + (int64_t)row * problem.in_features + k;
       copy(rows + offset + i * PASS_ROWS * ROW_BYTES, x, 1, row >= 0, k);
     }
   }
@@ -109,15 +109,15 @@ struct StageLoader {
     const int thread_row = threadIdx.x / ROW_CHUNKS, thread_chunk = threadIdx.x % ROW_CHUNKS;
     const int offset = chunk_offset(thread_row, thread_chunk);
     const int k = block * BLOCK_K + thread_chunk * Vec<Elem>::LEN;
-    const int k_stride = VECTOR ? 1 : problem.k_stride;
+    const int in_stride = VECTOR ? 1 : problem.in_stride;
     const Elem* w =
-        problem.w + (int64_t)thread_row * problem.feature_stride + (int64_t)k * k_stride;
+        problem.w + (int64_t)thread_row * problem.out_stride + (int64_t)k * in_stride;
 #pragma unroll VECTOR ? PASSES : 1
     for (int i = 0; i < PASSES; i++) {
       const int half = i >= PASSES / 2;
       const int step = (i - half * (PASSES / 2)) * PASS_ROWS;
-      const int64_t distance = (int64_t)step * problem.feature_stride + (half ? problem.second : 0);
-      copy(rows + offset + i * PASS_ROWS * ROW_BYTES, w + distance, k_stride,
+      const int64_t distance = (int64_t)step * problem.out_stride + (half ? problem.second : 0);
+      copy(rows + offset + i * PASS_ROWS * ROW_BYTES, w + distance, in_stride,
            thread_row + step < (half ? problem.features[1] : problem.features[0]), k);
     }
   }
@@ -134,11 +134,11 @@ struct StageLoader {
     const int offset = Rows::offset(thread_k, thread_chunk);
     const int k = block * BLOCK_K + thread_k;
     const Elem* w = problem.w + (half ? problem.second : 0) + feature;
-    w += (int64_t)k * problem.k_stride;
+    w += (int64_t)k * problem.in_stride;
 #pragma unroll
     for (int i = 0; i < BLOCK_K / PASS_K; i++) {
       const int step = i * PASS_K;
-      copy(rows + offset + step * Rows::PITCH, w + (int64_t)step * problem.k_stride, 1, inside,
+      copy(rows + offset + step * Rows::PITCH, w + (int64_t)step * problem.in_stride, 1, inside,
            k + step);
     }
   }
@@ -147,13 +147,13 @@ struct StageLoader {
   __device__ __forceinline__ void copy(unsigned char* target, const Elem* source, int stride,
                                        bool row_inside, int k) const {
     if constexpr (VECTOR) {
-      const bool inside = row_inside && k < problem.k;
+      const bool inside = row_inside && k < problem.in_features;
       ptx::cp_async16(ptx::smem_u32(target), inside ? source : problem.x, inside ? CHUNK_BYTES : 0);
     } else {
       Vec<Elem> chunk;
 #pragma unroll
       for (int i = 0; i < Vec<Elem>::LEN; i++) {
-        const bool inside = row_inside && k + i < problem.k;
+        const bool inside = row_inside && k + i < problem.in_features;
         chunk.at[i] = inside ? source[(int64_t)i * stride] : from_f32<Elem>(0.0f);
       }
       store_vec(reinterpret_cast<Elem*>(target), chunk);

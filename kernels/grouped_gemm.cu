@@ -1,18 +1,18 @@
 // grouped_gemm: each expert's weights times the rows that are its own, for groups of any length.
-//   fwd          y[r, n]   = sum_k row(r)[k] * w[e(r), n, k] + bias[e(r), n]
-//   fwd_weighted y[r, n]   = weight(r) * (sum_k row(r)[k] * w[e(r), n, k] + bias[e(r), n]), where
+//   fwd          y[r, o]   = sum_i row(r)[i] * w[e(r), o, i] + bias[e(r), o]
+//   fwd_weighted y[r, o]   = weight(r) * (sum_i row(r)[i] * w[e(r), o, i] + bias[e(r), o]), where
 //                weight(r) is the one that the routing gave r: for f16, whose range an output may
 //                leave before its weight brings it back.
-//   fwd_gate_up  act[r, i] = activation(gate, up), all in f32 (activation.cuh), where
-//                gate = p * (sum_k row(r)[k] * gate[e(r), i, k]) + gate_bias[e(r), i], up the same;
+//   fwd_gate_up  act[r, o] = activation(gate, up), all in f32 (activation.cuh), where
+//                gate = p * (sum_i row(r)[i] * gate[e(r), o, i]) + gate_bias[e(r), o], up the same;
 //                p = 1, or the weight that the routing gave r; or that weight multiplies act.
 //   row(r) is x[token_of_row[r]] where x has a row per token, so that a gather costs no pass of its
 //   own, else x[r]. Rows from expert_offsets[E] on are nobody's and become zero: outputs are
 //   written whole. Experts without a gate have activation(up).
-// Weights lie as strides say: [E, N, K], or [E, K, N] (the entries with in_out, whose main loop
+// Weights lie as strides say: [E, out, in], or [E, in, out] (the entries with in_out, whose main loop
 //         transposes on the way to the tensor cores); gate and up are two tensors, the halves of
 //         one, or its even and odd features. None is copied.
-// Tiles   128 rows of one expert (the plan's list) by 128 features by 128 bytes of K
+// Tiles   128 rows of one expert (the plan's list) by 128 features by 128 bytes of in
 // (gemm_tile.cuh).
 //         With a gate: 64 of its features and the 64 of up, which meet in shared memory.
 // Launch  grid (bound on tiles, in whole groups of GEMM_TILE_GROUP, times column tiles); block
@@ -22,13 +22,13 @@
 //         and the group's rows of x stay in L2 until its last column is done.
 // Blocks  two an SM on sm_90 and sm_100, one elsewhere (shared memory); f32: one (registers).
 // Types   f16, bf16: mma.sync m16n8k16, summed in f32. f32: FFMA, never TF32.
-// Floor   2*R*N*K FLOPs (with a gate: 4*R*I*K); bytes of the weights of experts with rows, of x and
+// Floor   2*R*in*out FLOPs (with a gate: 4*R*in*I); bytes of the weights of experts with rows, of x and
 //         y. T4096 H2048 I768 E128 K8 bf16, SwiGLU: 206 GFLOP, 872 MB (805 weights, 17 x, 50 act).
 // Padding a short tile costs MMAs for 32, 64 or 128 rows, whichever is enough, and reads no row
 //         that is not its own.
 // Bounds  what the plan holds is held against the sizes that the host knows: a plan that its kernels
 //         have not made yet has any bits, which then choose the wrong rows, and none outside.
-// Writers one thread per element, and k in order: deterministic, and a row's bits depend neither on
+// Writers one thread per element, and the inputs in order: deterministic, and a row's bits depend neither on
 //         the tile it is in, nor on the rows beside it, nor on how the weights lie.
 #include "kernel.cuh"
 
@@ -57,14 +57,14 @@ struct Chunks {
 };
 
 template <typename Elem>
-__device__ __forceinline__ void store_chunk(Elem* row, const Vec<Elem>& chunk, int column, int n,
-                                            bool vector) {
+__device__ __forceinline__ void store_chunk(Elem* row, const Vec<Elem>& chunk, int column,
+                                            int out_features, bool vector) {
   if (vector) {
-    if (column < n) store_vec(row + column, chunk);
+    if (column < out_features) store_vec(row + column, chunk);
   } else {
 #pragma unroll
     for (int i = 0; i < Vec<Elem>::LEN; i++) {
-      if (column + i < n) row[column + i] = chunk.at[i];
+      if (column + i < out_features) row[column + i] = chunk.at[i];
     }
   }
 }
@@ -77,9 +77,9 @@ __device__ __forceinline__ void store_outputs(Elem* y, const unsigned char* stag
   const Chunks<Elem> mine(GEMM_BLOCK_N);
   for (int row = mine.first_row; row < tile.num_rows; row += mine.pass_rows) {
     const int offset = Staging<Elem>::offset(row, mine.column);
-    store_chunk(y + (int64_t)(tile.first_row + row) * args.n,
+    store_chunk(y + (int64_t)(tile.first_row + row) * args.out_features,
                 load_vec(reinterpret_cast<const Elem*>(staging + offset)),
-                first_column + mine.column, args.n, args.vector_store);
+                first_column + mine.column, args.out_features, args.vector_store);
   }
 }
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ void clear_rows(Elem* y, int first_row, int first_col
   const Chunks<Elem> mine(columns);
   const int64_t start = first_row + (int64_t)part * mine.pass_rows + mine.first_row;
   for (int64_t row = start; row < args.rows; row += (int64_t)parts * mine.pass_rows) {
-    store_chunk(y + row * args.n, zero, first_column + mine.column, args.n, args.vector_store);
+    store_chunk(y + row * args.out_features, zero, first_column + mine.column, args.out_features, args.vector_store);
   }
 }
 
@@ -133,11 +133,11 @@ __device__ __forceinline__ void load_sums(float (&gate)[LEN], float (&up)[LEN],
 }
 
 template <int LEN, typename Elem>
-__device__ __forceinline__ void load_bias(float (&bias)[LEN], const Elem* source, int column, int n,
-                                          int stride) {
+__device__ __forceinline__ void load_bias(float (&bias)[LEN], const Elem* source, int column,
+                                          int out_features, int stride) {
 #pragma unroll
   for (int i = 0; i < LEN; i++) {
-    const bool inside = source && column + i < n;
+    const bool inside = source && column + i < out_features;
     bias[i] = inside ? to_f32(source[(int64_t)(column + i) * stride]) : 0.0f;
   }
 }
@@ -150,12 +150,13 @@ __device__ __forceinline__ void store_activations(Elem* act, const SharedStorage
   constexpr int LEN = Vec<Elem>::LEN;
   const unsigned char* staging = shared.stages[0].x;
   const Chunks<Elem> mine(args.gated ? HALF_FEATURES : GEMM_BLOCK_N);
-  const int n = args.gemm.n, column = first_column + mine.column;
+  const int out_features = args.gemm.out_features;
+  const int column = first_column + mine.column;
   float gate_bias[LEN], up_bias[LEN];
   // Without a gate the function is up's.
   const Elem* const first_bias = args.gated ? gate_up.gate_bias : gate_up.up_bias;
-  load_bias(gate_bias, first_bias, column, n, args.bias_feature_stride);
-  load_bias(up_bias, gate_up.up_bias, column, n, args.bias_feature_stride);
+  load_bias(gate_bias, first_bias, column, out_features, args.bias_out_stride);
+  load_bias(up_bias, gate_up.up_bias, column, out_features, args.bias_out_stride);
 
   for (int row = mine.first_row; row < tile.num_rows; row += mine.pass_rows) {
     float gate[LEN], up[LEN];
@@ -172,7 +173,7 @@ __device__ __forceinline__ void store_activations(Elem* act, const SharedStorage
     Vec<Elem> chunk;
 #pragma unroll
     for (int i = 0; i < LEN; i++) chunk.at[i] = from_f32<Elem>(after * gate[i]);
-    store_chunk(act + (int64_t)(tile.first_row + row) * n, chunk, column, n,
+    store_chunk(act + (int64_t)(tile.first_row + row) * out_features, chunk, column, out_features,
                 args.gemm.vector_store);
   }
 }
@@ -195,8 +196,8 @@ __device__ __forceinline__ float weight_of_row(const float* weights, const int* 
 struct Work {
   int tile, first_column, column_tiles;
 
-  __device__ __forceinline__ Work(int n, int columns) {
-    column_tiles = (n + columns - 1) / columns;
+  __device__ __forceinline__ Work(int out_features, int columns) {
+    column_tiles = (out_features + columns - 1) / columns;
     const int group_blocks = column_tiles * GEMM_TILE_GROUP;
     const int in_group = blockIdx.x % group_blocks;
     tile = blockIdx.x / group_blocks * GEMM_TILE_GROUP + in_group % GEMM_TILE_GROUP;
@@ -236,7 +237,7 @@ __device__ __forceinline__ void multiply_tile(const Problem<Elem>& problem, Shar
   using Tile = typename gemm_tile::TileOf<Elem, FRAGMENTS, IN_OUT>::Type;
   using Loader = gemm_tile::StageLoader<Elem, Tile::THREADS, IN_OUT, VECTOR>;
   Tile tile;
-  tile.multiply(Loader{problem, shared}, (problem.k + Loader::BLOCK_K - 1) / Loader::BLOCK_K);
+  tile.multiply(Loader{problem, shared}, (problem.in_features + Loader::BLOCK_K - 1) / Loader::BLOCK_K);
   if (bias) tile.add_bias(bias, columns);
   if constexpr (WEIGHTED) tile.scale_rows(shared.weight);
   // The stages' memory is free once every warp has read its last operands from it.
@@ -276,10 +277,10 @@ struct RowWeights {
 };
 
 template <bool IN_OUT, bool WEIGHTED = false, typename Elem>
-__device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // [R, N]
-                                                 const Elem* x,              // [T, K] or [R, K]
-                                                 const Elem* w,              // [E, N, K]; [E, K, N]
-                                                 const Elem* bias,           // [E, N] or nullptr
+__device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // [R, out]
+                                                 const Elem* x,              // [T, in]; [R, in]
+                                                 const Elem* w,              // [E, out, in]; IN_OUT
+                                                 const Elem* bias,           // [E, out] or nullptr
                                                  const int* token_of_row,    // [R] or nullptr
                                                  const int* expert_offsets,  // [E + 1]
                                                  const GemmTile* tiles,      // [num_tiles]
@@ -288,7 +289,7 @@ __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // 
                                                  const RowWeights& row_weights = {}) {
   SHARED_DYNAMIC(shared_bytes);
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
-  const Work work(args.n, GEMM_BLOCK_N);
+  const Work work(args.out_features, GEMM_BLOCK_N);
   if (clear_instead(y, work, GEMM_BLOCK_N, expert_offsets, num_tiles, args)) return;
 
   const GemmTile tile = tile_at(tiles, work.tile, args);
@@ -303,18 +304,18 @@ __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // 
   }
   __syncthreads();
 
-  const int columns = args.n - work.first_column;
+  const int columns = args.out_features - work.first_column;
   const Problem<Elem> problem = {
       x,
-      w + tile.expert * args.expert_stride + (int64_t)work.first_column * args.feature_stride,
-      (int64_t)HALF_FEATURES * args.feature_stride,
+      w + tile.expert * args.expert_stride + (int64_t)work.first_column * args.out_stride,
+      (int64_t)HALF_FEATURES * args.out_stride,
       {columns, columns - HALF_FEATURES},
-      args.feature_stride,
-      args.k_stride,
-      args.k,
+      args.out_stride,
+      args.in_stride,
+      args.in_features,
       tile.num_rows};
   const Elem* const tile_bias =
-      bias ? bias + (int64_t)tile.expert * args.n + work.first_column : nullptr;
+      bias ? bias + (int64_t)tile.expert * args.out_features + work.first_column : nullptr;
   multiply_any<Elem, IN_OUT, WEIGHTED>(problem, shared, args.vector_load, tile_bias, columns);
   store_outputs(y, shared.stages[0].x, tile, work.first_column, args);
 }
@@ -322,7 +323,7 @@ __device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // 
 template <bool IN_OUT, typename Elem>
 __device__ __forceinline__ void grouped_gemm_fwd_gate_up(
     Elem* act,                  // [R, I]
-    const Elem* x,              // [T, K] or [R, K]
+    const Elem* x,              // [T, in] or [R, in]
     const Elem* gate,           // the first of its features, or nullptr
     const Elem* up,             // the first of its features
     const Elem* gate_bias,      // the first, or nullptr
@@ -337,7 +338,7 @@ __device__ __forceinline__ void grouped_gemm_fwd_gate_up(
   SHARED_DYNAMIC(shared_bytes);
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
   const int block_columns = args.gated ? HALF_FEATURES : GEMM_BLOCK_N;
-  const Work work(args.gemm.n, block_columns);
+  const Work work(args.gemm.out_features, block_columns);
   if (clear_instead(act, work, block_columns, expert_offsets, num_tiles, args.gemm)) return;
 
   const GemmTile tile = tile_at(tiles, work.tile, args.gemm);
@@ -358,19 +359,19 @@ __device__ __forceinline__ void grouped_gemm_fwd_gate_up(
 
   // Interleaved features are apart by strides; where neighbours share a chunk, it is the epilogue
   // that parts them, and the tile is 128 neighbours.
-  const bool interleaved = IN_OUT && args.gated && args.gemm.feature_stride == 2;
-  const int stride = interleaved ? 1 : args.gemm.feature_stride;
+  const bool interleaved = IN_OUT && args.gated && args.gemm.out_stride == 2;
+  const int stride = interleaved ? 1 : args.gemm.out_stride;
   const int scale = interleaved ? 2 : 1;
   const bool apart = args.gated && !interleaved;
-  const int columns = (args.gemm.n - work.first_column) * scale;
+  const int columns = (args.gemm.out_features - work.first_column) * scale;
   const Problem<Elem> problem = {x,
                                  (args.gated ? gate : up) + tile.expert * args.gemm.expert_stride +
-                                     (int64_t)work.first_column * args.gemm.feature_stride,
+                                     (int64_t)work.first_column * args.gemm.out_stride,
                                  apart ? up - gate : (int64_t)HALF_FEATURES * stride,
                                  {columns, apart ? columns : columns - HALF_FEATURES},
                                  stride,
-                                 args.gemm.k_stride,
-                                 args.gemm.k,
+                                 args.gemm.in_stride,
+                                 args.gemm.in_features,
                                  tile.num_rows};
   multiply_any<float, IN_OUT>(problem, shared, args.gemm.vector_load);
 

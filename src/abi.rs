@@ -565,13 +565,13 @@ const _: () = {
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GroupedGemmArgs {
     pub expert_stride: ::core::ffi::c_longlong,
-    pub feature_stride: ::core::ffi::c_int,
-    pub k_stride: ::core::ffi::c_int,
+    pub out_stride: ::core::ffi::c_int,
+    pub in_stride: ::core::ffi::c_int,
     pub rows: ::core::ffi::c_int,
     pub x_rows: ::core::ffi::c_int,
     pub max_tiles: ::core::ffi::c_int,
-    pub n: ::core::ffi::c_int,
-    pub k: ::core::ffi::c_int,
+    pub out_features: ::core::ffi::c_int,
+    pub in_features: ::core::ffi::c_int,
     pub num_experts: ::core::ffi::c_int,
     pub vector_load: ::core::ffi::c_int,
     pub vector_store: ::core::ffi::c_int,
@@ -586,11 +586,11 @@ const _: () = {
         "Offset of field: GroupedGemmArgs::expert_stride",
     ][::core::mem::offset_of!(GroupedGemmArgs, expert_stride) - 0usize];
     [
-        "Offset of field: GroupedGemmArgs::feature_stride",
-    ][::core::mem::offset_of!(GroupedGemmArgs, feature_stride) - 8usize];
+        "Offset of field: GroupedGemmArgs::out_stride",
+    ][::core::mem::offset_of!(GroupedGemmArgs, out_stride) - 8usize];
     [
-        "Offset of field: GroupedGemmArgs::k_stride",
-    ][::core::mem::offset_of!(GroupedGemmArgs, k_stride) - 12usize];
+        "Offset of field: GroupedGemmArgs::in_stride",
+    ][::core::mem::offset_of!(GroupedGemmArgs, in_stride) - 12usize];
     [
         "Offset of field: GroupedGemmArgs::rows",
     ][::core::mem::offset_of!(GroupedGemmArgs, rows) - 16usize];
@@ -601,11 +601,11 @@ const _: () = {
         "Offset of field: GroupedGemmArgs::max_tiles",
     ][::core::mem::offset_of!(GroupedGemmArgs, max_tiles) - 24usize];
     [
-        "Offset of field: GroupedGemmArgs::n",
-    ][::core::mem::offset_of!(GroupedGemmArgs, n) - 28usize];
+        "Offset of field: GroupedGemmArgs::out_features",
+    ][::core::mem::offset_of!(GroupedGemmArgs, out_features) - 28usize];
     [
-        "Offset of field: GroupedGemmArgs::k",
-    ][::core::mem::offset_of!(GroupedGemmArgs, k) - 32usize];
+        "Offset of field: GroupedGemmArgs::in_features",
+    ][::core::mem::offset_of!(GroupedGemmArgs, in_features) - 32usize];
     [
         "Offset of field: GroupedGemmArgs::num_experts",
     ][::core::mem::offset_of!(GroupedGemmArgs, num_experts) - 36usize];
@@ -649,7 +649,7 @@ pub struct GateUpArgs {
     pub top_k: ::core::ffi::c_int,
     pub weight_inside: ::core::ffi::c_int,
     pub bias_expert_stride: ::core::ffi::c_int,
-    pub bias_feature_stride: ::core::ffi::c_int,
+    pub bias_out_stride: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -677,8 +677,8 @@ const _: () = {
         "Offset of field: GateUpArgs::bias_expert_stride",
     ][::core::mem::offset_of!(GateUpArgs, bias_expert_stride) - 96usize];
     [
-        "Offset of field: GateUpArgs::bias_feature_stride",
-    ][::core::mem::offset_of!(GateUpArgs, bias_feature_stride) - 100usize];
+        "Offset of field: GateUpArgs::bias_out_stride",
+    ][::core::mem::offset_of!(GateUpArgs, bias_out_stride) - 100usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -166,13 +166,13 @@ fn spread(samples: &Samples) -> Value {
 #[derive(Clone, Copy)]
 struct KernelArgs {
     expert_stride: i64,
-    feature_stride: i32,
-    k_stride: i32,
+    out_stride: i32,
+    in_stride: i32,
     rows: i32,
     x_rows: i32,
     max_tiles: i32,
-    n: i32,
-    k: i32,
+    out_features: i32,
+    in_features: i32,
     num_experts: i32,
     vector_load: i32,
     vector_store: i32,
@@ -346,13 +346,13 @@ impl<'a> Problem<'a> {
         let max_tiles = slots.min(slots.div_ceil(TILE_ROWS) + shape.num_experts);
         let args = |parts: usize, n: usize, k: usize, x_rows: usize| KernelArgs {
             expert_stride: (parts * n * k) as i64,
-            feature_stride: k as i32,
-            k_stride: 1,
+            out_stride: k as i32,
+            in_stride: 1,
             rows: slots as i32,
             x_rows: x_rows as i32,
             max_tiles: max_tiles as i32,
-            n: n as i32,
-            k: k as i32,
+            out_features: n as i32,
+            in_features: k as i32,
             num_experts: shape.num_experts as i32,
             // Named layers have widths of whole 16 bytes, and allocations start at 256.
             vector_load: 1,

@@ -1,5 +1,5 @@
-//! Each expert's weights times the rows that are its own: `[R, K]` to `[R, N]`, and, through the activation, the
-//! first half of an expert, `[R, K]` to `[R, I]`.
+//! Each expert's weights times the rows that are its own: `[R, in]` to `[R, out]`, and, through the activation, the
+//! first half of an expert, `[R, in]` to `[R, I]`.
 
 mod gate_up;
 mod weighted;
@@ -36,25 +36,25 @@ const OP: &str = "grouped_gemm_fwd";
 /// What `x` holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
-    /// A row per token, `[T, K]`: row `r` of the output reads that of its token. No `permute` is needed.
+    /// A row per token, `[T, in]`: row `r` of the output reads that of its token. No `permute` is needed.
     Gathered,
-    /// A row per row of the output, `[R, K]`, in expert order.
+    /// A row per row of the output, `[R, in]`, in expert order.
     Grouped,
 }
 
 /// The weights of a product for every expert, as a checkpoint has them.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearWeights<'a, D> {
-    /// `[E, N, K]`, or `[E, K, N]`, as `order` says.
+    /// `[E, out, in]`, or `[E, in, out]`, as `order` says.
     pub w: &'a CudaView<'a, D>,
-    /// `[E, N]`, added to the f32 sums.
+    /// `[E, out]`, added to the f32 sums.
     pub bias: Option<&'a CudaView<'a, D>>,
     /// Which dimension of `w` is contiguous.
     pub order: WeightOrder,
 }
 
 impl<'a, D> LinearWeights<'a, D> {
-    /// `w` `[E, N, K]`, and no bias.
+    /// `w` `[E, out, in]`, and no bias.
     pub fn new(w: &'a CudaView<'a, D>) -> Self {
         Self { w, bias: None, order: WeightOrder::OutIn }
     }
@@ -63,13 +63,13 @@ impl<'a, D> LinearWeights<'a, D> {
 /// Device addresses for [`grouped_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct GroupedGemmBuffers {
-    /// `[R, N]`; written whole.
+    /// `[R, out]`; written whole.
     pub y: CUdeviceptr,
-    /// `[T, K]` with `token_of_row`, else `[R, K]`.
+    /// `[T, in]` with `token_of_row`, else `[R, in]`.
     pub x: CUdeviceptr,
-    /// `[E, N, K]`, or `[E, K, N]`.
+    /// `[E, out, in]`, or `[E, in, out]`.
     pub w: CUdeviceptr,
-    /// `[E, N]`, or 0 (null): there is none.
+    /// `[E, out]`, or 0 (null): there is none.
     pub bias: CUdeviceptr,
     /// `[R]` `i32`, tokens below `T` for the rows in use; or 0 (null): `x` is in expert order.
     pub token_of_row: CUdeviceptr,
@@ -101,9 +101,9 @@ impl GroupedGemmBuffers {
 
 /// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` says what its row of `x` is.
 ///
-/// `y` is `[T * K, N]`; any `N` and `K` from 1. Sums are f32, in the order of `K`, whatever the order
+/// `y` is `[T * K, out]`; any widths from 1. Sums are f32, in the order of the inputs, whatever the order
 /// of the weights; rows that no slot owns become zero. Rows of 16-byte multiples that start at 16-byte
-/// boundaries move fastest, those of `[E, K, N]` too. Asynchronous, ordered on `stream`.
+/// boundaries move fastest, those of `[E, in, out]` too. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
@@ -115,8 +115,8 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
@@ -126,13 +126,18 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
     let LinearWeights { w, bias, order } = weights;
     check_stream(OP, device, stream)?;
     plan.check_stream(OP, stream)?;
-    check_rows(OP, shape, rows, k, x)?;
-    let features = product(OP, "num_experts * n", shape.num_experts, n)?;
-    check_len(OP, "w", w.len(), product(OP, "num_experts * n * k", features, k)?)?;
+    check_rows(OP, shape, rows, in_features, x)?;
+    let features = product(OP, "num_experts * out_features", shape.num_experts, out_features)?;
+    check_len(
+        OP,
+        "w",
+        w.len(),
+        product(OP, "num_experts * out_features * in_features", features, in_features)?,
+    )?;
     if let Some(bias) = bias {
         check_len(OP, "bias", bias.len(), features)?;
     }
-    check_len(OP, "y", y.len(), product(OP, "rows * n", shape.slots(), n)?)?;
+    check_len(OP, "y", y.len(), product(OP, "rows * out_features", shape.slots(), out_features)?)?;
     let (token_of_row, expert_offsets) = (plan.token_of_row(), plan.expert_offsets());
     let (tiles, num_tiles) = (plan.tiles(), plan.num_tiles());
     let (y, _y_guard) = writes(OP, "y", y, stream)?;
@@ -156,7 +161,16 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
     // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
     // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
-        grouped_gemm_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, n, k, order, buffers)
+        grouped_gemm_fwd_raw(
+            device,
+            stream.cu_stream(),
+            D::DTYPE,
+            shape,
+            out_features,
+            in_features,
+            order,
+            buffers,
+        )
     }
 }
 
@@ -169,16 +183,26 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
 ) -> Result<CudaSlice<D>> {
-    let len = product(OP, "rows * n", plan.shape().slots(), n)?;
+    let len = product(OP, "rows * out_features", plan.shape().slots(), out_features)?;
     // SAFETY: the operation writes every element.
     let mut y = unsafe { alloc::<D>(OP, stream, len) }?;
-    grouped_gemm_fwd_into(device, stream, plan, n, k, rows, x, weights, &mut y.as_view_mut())?;
+    grouped_gemm_fwd_into(
+        device,
+        stream,
+        plan,
+        out_features,
+        in_features,
+        rows,
+        x,
+        weights,
+        &mut y.as_view_mut(),
+    )?;
     Ok(y)
 }
 
@@ -199,8 +223,8 @@ pub unsafe fn grouped_gemm_fwd_raw(
     stream: CUstream,
     dtype: DType,
     shape: RoutingShape,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     order: WeightOrder,
     buffers: GroupedGemmBuffers,
 ) -> Result<()> {
@@ -208,16 +232,16 @@ pub unsafe fn grouped_gemm_fwd_raw(
     buffers.check_aligned(OP, dtype)?;
     let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } =
         buffers;
-    width(OP, "n", n)?;
-    width(OP, "k", k)?;
-    let layout = Layout { order, features: n, step: 1 };
-    let fast = layout.is_fast(dtype, k, &[x, w]);
+    width(OP, "out_features", out_features)?;
+    width(OP, "in_features", in_features)?;
+    let layout = Layout { order, out_features, step: 1 };
+    let fast = layout.is_fast(dtype, in_features, &[x, w]);
     let x_rows = if token_of_row == 0 { shape.slots() } else { shape.num_tokens };
-    let args = layout.args(OP, dtype, shape, x_rows, n, k, y, fast)?;
+    let args = layout.args(OP, dtype, shape, x_rows, out_features, in_features, y, fast)?;
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let launch = launch(OP, dtype, shape, n, GEMM_BLOCK_N as usize)?;
+    let launch = launch(OP, dtype, shape, out_features, GEMM_BLOCK_N as usize)?;
     let arguments = [
         Argument::of(&y),
         Argument::of(&x),
@@ -245,22 +269,22 @@ pub unsafe fn grouped_gemm_fwd_raw(
 struct Layout {
     order: WeightOrder,
     /// Features of an expert in the tensor.
-    features: usize,
+    out_features: usize,
     /// From a feature to the next of its kind: 2 where gate and up take turns.
     step: usize,
 }
 
 impl Layout {
     /// Whether rows of `x` and of the weights, in their own order, move in 16-byte pieces.
-    fn is_fast(self, dtype: DType, k: usize, addresses: &[CUdeviceptr]) -> bool {
+    fn is_fast(self, dtype: DType, in_features: usize, addresses: &[CUdeviceptr]) -> bool {
         let pitch = match self.order {
-            WeightOrder::OutIn => k,
-            WeightOrder::InOut => self.features,
+            WeightOrder::OutIn => in_features,
+            WeightOrder::InOut => self.out_features,
         };
-        [k, pitch].iter().all(|width| vector_rows(width * dtype.size(), addresses))
+        [in_features, pitch].iter().all(|width| vector_rows(width * dtype.size(), addresses))
     }
 
-    /// The arguments of a product with `n` outputs; `fast` as [`is_fast`](Self::is_fast) says.
+    /// The arguments of a product with `out_features` outputs; `fast` as [`is_fast`](Self::is_fast) says.
     #[allow(clippy::too_many_arguments, reason = "each is a field")]
     fn args(
         self,
@@ -268,29 +292,29 @@ impl Layout {
         dtype: DType,
         shape: RoutingShape,
         x_rows: usize,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
         y: CUdeviceptr,
         fast: bool,
     ) -> Result<GroupedGemmArgs> {
-        let Self { order, features, step } = self;
-        let (feature_stride, k_stride) = match order {
-            WeightOrder::OutIn => (product(op, "k", step, k)?, 1),
+        let Self { order, out_features: features, step } = self;
+        let (out_stride, in_stride) = match order {
+            WeightOrder::OutIn => (product(op, "in_features", step, in_features)?, 1),
             WeightOrder::InOut => (step, features),
         };
         Ok(GroupedGemmArgs {
             // Widths are at most 2^30, so that twice their product fits.
-            expert_stride: features as i64 * k as i64,
-            feature_stride: int(op, "k", feature_stride)?,
-            k_stride: int(op, "n", k_stride)?,
+            expert_stride: features as i64 * in_features as i64,
+            out_stride: int(op, "in_features", out_stride)?,
+            in_stride: int(op, "out_features", in_stride)?,
             rows: int(op, "num_tokens * top_k", shape.slots())?,
             x_rows: int(op, "rows of x", x_rows)?,
             max_tiles: int(op, "tiles", max_tiles(shape))?,
-            n: int(op, "n", n)?,
-            k: int(op, "k", k)?,
+            out_features: int(op, "out_features", out_features)?,
+            in_features: int(op, "in_features", in_features)?,
             num_experts: int(op, "num_experts", shape.num_experts)?,
             vector_load: fast.into(),
-            vector_store: vector_rows(n * dtype.size(), &[y]).into(),
+            vector_store: vector_rows(out_features * dtype.size(), &[y]).into(),
         })
     }
 }
@@ -300,14 +324,14 @@ fn check_rows<D>(
     op: &'static str,
     shape: RoutingShape,
     rows: Rows,
-    k: usize,
+    in_features: usize,
     x: &CudaView<'_, D>,
 ) -> Result<()> {
     let x_rows = match rows {
         Rows::Gathered => shape.num_tokens,
         Rows::Grouped => shape.slots(),
     };
-    check_len(op, "x", x.len(), product(op, "rows of x * k", x_rows, k)?)
+    check_len(op, "x", x.len(), product(op, "rows of x * in_features", x_rows, in_features)?)
 }
 
 /// As many tiles as any routing can make: a tile has a row at least, and every expert at most one that is short.
@@ -321,10 +345,11 @@ fn launch(
     op: &'static str,
     dtype: DType,
     shape: RoutingShape,
-    n: usize,
+    out_features: usize,
     columns: usize,
 ) -> Result<Launch> {
-    let blocks = max_tiles(shape).next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
+    let blocks = max_tiles(shape).next_multiple_of(GEMM_TILE_GROUP as usize)
+        * out_features.div_ceil(columns);
     let threads = match dtype {
         DType::F32 => GEMM_THREADS_FMA,
         DType::F16 | DType::BF16 => GEMM_THREADS_MMA,

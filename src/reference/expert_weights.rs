@@ -12,9 +12,9 @@ use crate::error::{Error, Result, check_len, product};
 /// The weights of a product for every expert.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearWeights<'a, D> {
-    /// `[E, N, K]`, or `[E, K, N]`, as `order` says.
+    /// `[E, out, in]`, or `[E, in, out]`, as `order` says.
     pub w: &'a [D],
-    /// `[E, N]`
+    /// `[E, out]`
     pub bias: Option<&'a [D]>,
     /// Which dimension of `w` is contiguous.
     pub order: WeightOrder,
@@ -33,9 +33,9 @@ pub struct GateUpWeights<'a, D> {
 /// One tensor, or two; [`ExpertConfig`] says which, and how they lie.
 #[derive(Debug, Clone, Copy)]
 pub enum GateUpTensors<'a, D> {
-    /// `[E, 2I, K]`, or `[E, I, K]` without a gate; `InOut`: `[E, K, 2I]`, or `[E, K, I]`.
+    /// `[E, 2I, in]`, or `[E, I, in]` without a gate; `InOut`: `[E, in, 2I]`, or `[E, in, I]`.
     Fused(&'a [D]),
-    /// Each `[E, I, K]`; `InOut`: `[E, K, I]`.
+    /// Each `[E, I, in]`; `InOut`: `[E, in, I]`.
     Separate {
         /// What the function is applied to.
         gate: &'a [D],
@@ -45,7 +45,7 @@ pub enum GateUpTensors<'a, D> {
 }
 
 impl<'a, D> LinearWeights<'a, D> {
-    /// `w` `[E, N, K]`, and no bias.
+    /// `w` `[E, out, in]`, and no bias.
     pub fn new(w: &'a [D]) -> Self {
         Self { w, bias: None, order: WeightOrder::OutIn }
     }
@@ -82,19 +82,24 @@ impl<'a, D: Dtype> Part<'a, D> {
     pub(super) fn of_linear(
         op: &'static str,
         plan: &Plan,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
         weights: LinearWeights<'a, D>,
     ) -> Result<Self> {
         plan.check(op)?;
         let LinearWeights { w, bias, order } = weights;
-        let features = product(op, "E * N", plan.num_experts(), n)?;
-        check_len(op, "w", w.len(), product(op, "E * N * K", features, k)?)?;
+        let features = product(op, "E * out_features", plan.num_experts(), out_features)?;
+        check_len(
+            op,
+            "w",
+            w.len(),
+            product(op, "E * out_features * in_features", features, in_features)?,
+        )?;
         if let Some(bias) = bias {
             check_len(op, "bias", bias.len(), features)?;
         }
-        let strides = strides(order, n, 1, k);
-        Ok(Self { w, first: 0, strides, bias, first_bias: 0, bias_strides: [n, 1] })
+        let strides = strides(order, out_features, 1, in_features);
+        Ok(Self { w, first: 0, strides, bias, first_bias: 0, bias_strides: [out_features, 1] })
     }
 
     /// Gate, if there is one, and up.
@@ -103,7 +108,7 @@ impl<'a, D: Dtype> Part<'a, D> {
         plan: &Plan,
         experts: &ExpertConfig,
         intermediate: usize,
-        k: usize,
+        in_features: usize,
         gate_up: GateUpWeights<'a, D>,
     ) -> Result<(Option<Self>, Self)> {
         plan.check(op)?;
@@ -114,10 +119,10 @@ impl<'a, D: Dtype> Part<'a, D> {
         must_be(op, "separate tensors", experts.gate_up == GateUpLayout::Separate, separate)?;
         let parts = if experts.gated { 2 } else { 1 };
         let features = product(op, "E * I", plan.num_experts(), intermediate)?;
-        let elements = product(op, "E * I * K", features, k)?;
+        let elements = product(op, "E * I * in_features", features, in_features)?;
         let (features, both) = (
             product(op, "2 * E * I", parts, features)?,
-            product(op, "2 * E * I * K", parts, elements)?,
+            product(op, "2 * E * I * in_features", parts, elements)?,
         );
         let (first, second) = match tensors {
             GateUpTensors::Fused(w) => {
@@ -140,7 +145,7 @@ impl<'a, D: Dtype> Part<'a, D> {
             GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
             GateUpLayout::Separate => (intermediate, 1, 0),
         };
-        let strides = strides(experts.gate_up_order, features, step, k);
+        let strides = strides(experts.gate_up_order, features, step, in_features);
         let bias_to_up = if separate { intermediate } else { to_up };
         let bias_strides = [parts * intermediate, step];
         let gate = Self { w: first, first: 0, strides, bias, first_bias: 0, bias_strides };
@@ -171,12 +176,12 @@ impl<'a, D: Dtype> Part<'a, D> {
 
 /// Weights of experts as `A`, of whatever type and in whatever order they are.
 pub(super) trait Panels<A>: Sync {
-    /// Some features of an expert, `[features, K]`; in `buffer` where they are not so already.
+    /// Some features of an expert, `[features, in]`; in `buffer` where they are not so already.
     fn panel<'s>(
         &'s self,
         expert: usize,
         features: Range<usize>,
-        k: usize,
+        in_features: usize,
         values: Values,
         buffer: &'s mut Vec<A>,
     ) -> &'s [A];
@@ -187,17 +192,17 @@ impl<A: Accum, D: Dtype> Panels<A> for Part<'_, D> {
         &'s self,
         expert: usize,
         features: Range<usize>,
-        k: usize,
+        in_features: usize,
         values: Values,
         buffer: &'s mut Vec<A>,
     ) -> &'s [A] {
         let [expert_stride, feature_stride, input_stride] = self.strides;
         let start = self.first + expert * expert_stride + features.start * feature_stride;
-        if feature_stride == k && input_stride == 1 {
-            return values.read(&self.w[start..][..features.len() * k], buffer);
+        if feature_stride == in_features && input_stride == 1 {
+            return values.read(&self.w[start..][..features.len() * in_features], buffer);
         }
-        buffer.resize(features.len() * k, A::ZERO);
-        for (feature, wide) in buffer.chunks_exact_mut(k).enumerate() {
+        buffer.resize(features.len() * in_features, A::ZERO);
+        for (feature, wide) in buffer.chunks_exact_mut(in_features).enumerate() {
             let start = start + feature * feature_stride;
             for (i, wide) in wide.iter_mut().enumerate() {
                 *wide = A::from_dtype(self.w[start + i * input_stride]);
@@ -209,10 +214,10 @@ impl<A: Accum, D: Dtype> Panels<A> for Part<'_, D> {
 }
 
 /// The strides of a tensor with so many features of each expert, of which every `step`-th is of one kind.
-fn strides(order: WeightOrder, features: usize, step: usize, k: usize) -> [usize; 3] {
+fn strides(order: WeightOrder, features: usize, step: usize, in_features: usize) -> [usize; 3] {
     match order {
-        WeightOrder::OutIn => [features * k, step * k, 1],
-        WeightOrder::InOut => [features * k, step, features],
+        WeightOrder::OutIn => [features * in_features, step * in_features, 1],
+        WeightOrder::InOut => [features * in_features, step, features],
     }
 }
 

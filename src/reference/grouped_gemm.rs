@@ -19,24 +19,24 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
 use crate::matmul::matmul_transposed;
 
-/// Rows of `x` times the weights of their expert, plus its bias: to `y` `[R, N]`. With `gather`, `x` is
-/// `[T, K]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, K]`. Rows past those in use
+/// Rows of `x` times the weights of their expert, plus its bias: to `y` `[R, out]`. With `gather`, `x` is
+/// `[T, in]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, in]`. Rows past those in use
 /// are zero.
 ///
 /// # Errors
 /// A length that is not the shape's, a width of 0, or a plan of other tokens.
 pub fn grouped_gemm_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     x: &[impl Element<A>],
     weights: LinearWeights<'_, D>,
     gather: bool,
 ) -> Result<Vec<A>> {
     let op = "grouped_gemm_fwd";
-    let part = Part::of_linear(op, plan, n, k, weights)?;
-    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
-    operands.multiply([part], n, |at, [y]| y + part.bias_at(at))
+    let part = Part::of_linear(op, plan, out_features, in_features, weights)?;
+    let operands = Operands { op, plan, in_features, x, gather, values: Values::Signed };
+    operands.multiply([part], out_features, |at, [y]| y + part.bias_at(at))
 }
 
 /// [`grouped_gemm_fwd`] with each row multiplied by its weight, the element of `routing_weights` `[T, K]` whose slot
@@ -46,18 +46,18 @@ pub fn grouped_gemm_fwd<A: Accum, D: Dtype>(
 /// Those of [`grouped_gemm_fwd`].
 pub fn grouped_gemm_weighted_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     x: &[impl Element<A>],
     weights: LinearWeights<'_, D>,
     routing_weights: &[impl Element<A>],
     gather: bool,
 ) -> Result<Vec<A>> {
     let op = "grouped_gemm_weighted_fwd";
-    let part = Part::of_linear(op, plan, n, k, weights)?;
+    let part = Part::of_linear(op, plan, out_features, in_features, weights)?;
     let of_rows: Vec<A> = of_rows(op, "routing_weights", plan, routing_weights)?;
-    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
-    operands.multiply([part], n, |at, [y]| of_rows[at.row] * (y + part.bias_at(at)))
+    let operands = Operands { op, plan, in_features, x, gather, values: Values::Signed };
+    operands.multiply([part], out_features, |at, [y]| of_rows[at.row] * (y + part.bias_at(at)))
 }
 
 /// The first half of an expert: `act` `[R, I]` = `activate(gate, up)`, where both are products as in
@@ -72,14 +72,14 @@ pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     x: &[impl Element<A>],
     gate_up: GateUpWeights<'_, D>,
     weights: Option<&[impl Element<A>]>,
     gather: bool,
 ) -> Result<Vec<A>> {
     let op = "grouped_gemm_gate_up_fwd";
-    let (gate, up) = Part::of_gate_up(op, plan, experts, intermediate, k, gate_up)?;
+    let (gate, up) = Part::of_gate_up(op, plan, experts, intermediate, in_features, gate_up)?;
     let weights = weights_of_rows(op, plan, experts, weights)?;
     let (before, after) = match experts.weight_position {
         WeightPosition::Inside => (None, weights.as_deref()),
@@ -92,7 +92,7 @@ pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
     let finish = |at: Place, gate: Option<A>, up: A| {
         times(after, at.row, activate(&experts.activation, gate, up))
     };
-    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
+    let operands = Operands { op, plan, in_features, x, gather, values: Values::Signed };
     let sum =
         |part: Part<'_, D>, at: Place, sum| times(before, at.row, sum) + part.bias_at::<A>(at);
     match gate {
@@ -107,13 +107,13 @@ pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
 pub(super) fn sums<D: Dtype>(
     plan: &Plan,
     width: usize,
-    k: usize,
+    in_features: usize,
     x: &[impl Element<f64>],
     part: Part<'_, D>,
     gather: bool,
     values: Values,
 ) -> Result<Vec<f64>> {
-    let operands = Operands { op: "grouped_gemm", plan, k, x, gather, values };
+    let operands = Operands { op: "grouped_gemm", plan, in_features, x, gather, values };
     operands.multiply([part], width, |_, [y]| y)
 }
 
@@ -128,7 +128,7 @@ pub(super) enum Values {
 struct Operands<'a, X> {
     op: &'static str,
     plan: &'a Plan,
-    k: usize,
+    in_features: usize,
     x: &'a [X],
     gather: bool,
     values: Values,
@@ -146,7 +146,7 @@ impl<X> Operands<'_, X> {
         X: Element<A>,
     {
         self.check(width)?;
-        let Self { op, plan, k, values, .. } = *self;
+        let Self { op, plan, in_features, values, .. } = *self;
         let mut y = vec![A::ZERO; product(op, "rows * width", plan.rows(), width)?];
         let blocks = blocks(plan, width, &mut y);
         let parts = parts.each_ref().map(|part| part as &dyn Panels<A>);
@@ -156,27 +156,35 @@ impl<X> Operands<'_, X> {
                 *y = epilogue(at, std::array::from_fn(|part| sums.get(part, i)));
             }
         };
-        Product { k, x: self, parts: &parts, values, width, epilogue: &epilogue }.write(blocks)?;
+        Product { in_features, x: self, parts: &parts, values, width, epilogue: &epilogue }
+            .write(blocks)?;
         Ok(y)
     }
 
     /// The parts have been held against the plan and the widths.
     fn check(&self, width: usize) -> Result<()> {
-        let Self { op, plan, k, .. } = *self;
-        for (argument, value) in [("width", width), ("k", k)] {
+        let Self { op, plan, in_features, .. } = *self;
+        for (argument, value) in [("width", width), ("in_features", in_features)] {
             if value == 0 {
                 let wanted = "at least 1".to_string();
                 return Err(Error::Unsupported { op, argument, wanted, got: value.to_string() });
             }
         }
         if !self.gather {
-            return check_len(op, "x", self.x.len(), product(op, "R * K", plan.rows(), k)?);
+            return check_len(
+                op,
+                "x",
+                self.x.len(),
+                product(op, "R * in_features", plan.rows(), in_features)?,
+            );
         }
-        let tokens = self.x.len() / k;
-        check_len(op, "x", self.x.len(), tokens * k)?;
+        let tokens = self.x.len() / in_features;
+        check_len(op, "x", self.x.len(), tokens * in_features)?;
         match plan.token_of_row.iter().max() {
             Some(&last) if i64::from(last) >= tokens as i64 => {
-                let why = format!("the plan has a token {last}, but `x` has {tokens} rows of {k}");
+                let why = format!(
+                    "the plan has a token {last}, but `x` has {tokens} rows of {in_features}"
+                );
                 Err(Error::Mismatch { op, why })
             }
             _ => Ok(()),
@@ -192,14 +200,14 @@ trait WideRows<A>: Sync {
 
 impl<A: Accum, X: Element<A>> WideRows<A> for Operands<'_, X> {
     fn rows<'s>(&'s self, first: usize, count: usize, buffer: &'s mut Vec<A>) -> &'s [A] {
-        let k = self.k;
+        let in_features = self.in_features;
         if !self.gather {
-            return self.values.read(&self.x[first * k..][..count * k], buffer);
+            return self.values.read(&self.x[first * in_features..][..count * in_features], buffer);
         }
-        buffer.resize(count * k, A::ZERO);
+        buffer.resize(count * in_features, A::ZERO);
         let tokens = &self.plan.token_of_row[first..][..count];
-        for (row, &token) in buffer.chunks_exact_mut(k).zip(tokens) {
-            X::widen_slice(&self.x[token as usize * k..][..k], row);
+        for (row, &token) in buffer.chunks_exact_mut(in_features).zip(tokens) {
+            X::widen_slice(&self.x[token as usize * in_features..][..in_features], row);
             self.values.apply(row);
         }
         buffer
@@ -254,7 +262,7 @@ type Epilogue<'a, A> = dyn Fn(Place, Sums<'_, A>, &mut [A]) + Sync + 'a;
 /// A product whose operands come by reference, whatever their element types: its loops are compiled
 /// once for each `A`, not for each combination.
 struct Product<'a, A> {
-    k: usize,
+    in_features: usize,
     x: &'a dyn WideRows<A>,
     parts: &'a [&'a dyn Panels<A>],
     values: Values,
@@ -268,7 +276,7 @@ impl<A: Accum> Product<'_, A> {
     }
 
     fn write_block(&self, block: Block<'_, A>) -> Result<()> {
-        let Self { k, width, .. } = *self;
+        let Self { in_features, width, .. } = *self;
         let Block { expert, first_row, y } = block;
         let num_rows = y.len() / width;
         let mut buffer = Vec::new();
@@ -293,10 +301,10 @@ impl<A: Accum> Product<'_, A> {
                 products.resize(self.parts.len() * tile, A::ZERO);
                 for (part, products) in self.parts.iter().zip(products.chunks_mut(tile)) {
                     let features = first..first + columns;
-                    let w = part.panel(expert, features, k, self.values, weights);
+                    let w = part.panel(expert, features, in_features, self.values, weights);
                     // Weights times `x`, hence [columns, rows]: the crate is faster at it that way
                     // round.
-                    matmul_transposed([columns, num_rows, k], w, x, products)?;
+                    matmul_transposed([columns, num_rows, in_features], w, x, products)?;
                 }
                 let products = &products[..];
                 for (row, piece) in pieces.into_iter().enumerate() {

@@ -35,9 +35,9 @@ pub struct GateUpWeights<'a, D> {
 /// One tensor, or two; [`ExpertConfig`] says which, and how they lie.
 #[derive(Debug, Clone, Copy)]
 pub enum GateUpTensors<'a, D> {
-    /// `[E, 2I, K]`, or `[E, I, K]` without a gate; `InOut`: `[E, K, 2I]`, or `[E, K, I]`.
+    /// `[E, 2I, in]`, or `[E, I, in]` without a gate; `InOut`: `[E, in, 2I]`, or `[E, in, I]`.
     Fused(&'a CudaView<'a, D>),
-    /// Each `[E, I, K]`; `InOut`: `[E, K, I]`.
+    /// Each `[E, I, in]`; `InOut`: `[E, in, I]`.
     Separate {
         /// What the function is applied to.
         gate: &'a CudaView<'a, D>,
@@ -58,7 +58,7 @@ impl<'a, D> GateUpWeights<'a, D> {
 pub struct GateUpBuffers {
     /// `[R, I]`; written whole.
     pub act: CUdeviceptr,
-    /// `[T, K]` or `[R, K]`.
+    /// `[T, in]` or `[R, in]`.
     pub x: CUdeviceptr,
     /// The one tensor; for separate ones, gate.
     pub gate_up: CUdeviceptr,
@@ -85,7 +85,7 @@ pub struct GateUpBuffers {
 ///
 /// Of `experts`, this reads the activation, and all that is said of gate and up. `routing_weights` are the
 /// routing's, `[T, K]`, if and only if they multiply the input (the sums, which is the same but for
-/// rounding) or `act`. `act` is `[T * K, I]`; any `I` and `K` from 1. Rows that no slot owns become
+/// rounding) or `act`. `act` is `[T * K, I]`; any widths from 1. Rows that no slot owns become
 /// zero. See [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into) for the rest.
 ///
 /// # Errors
@@ -99,7 +99,7 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     plan: &RoutingPlan<'_>,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     gate_up: GateUpWeights<'_, D>,
@@ -109,11 +109,11 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     let shape = plan.shape();
     check_stream(OP, device, stream)?;
     plan.check_stream(OP, stream)?;
-    check_rows(OP, shape, rows, k, x)?;
+    check_rows(OP, shape, rows, in_features, x)?;
     let parts = if experts.gated { 2 } else { 1 };
     let features = product(OP, "num_experts * intermediate", shape.num_experts, intermediate)?;
-    let matrices = product(OP, "num_experts * intermediate * k", features, k)?;
-    let all = product(OP, "parts * num_experts * intermediate * k", parts, matrices)?;
+    let matrices = product(OP, "num_experts * intermediate * in_features", features, in_features)?;
+    let all = product(OP, "parts * num_experts * intermediate * in_features", parts, matrices)?;
     let (first_name, first, up) = match gate_up.tensors {
         GateUpTensors::Fused(gate_up) => {
             check_len(OP, "gate_up", gate_up.len(), all)?;
@@ -178,7 +178,7 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
             shape,
             experts,
             intermediate,
-            k,
+            in_features,
             rows,
             buffers,
         )
@@ -196,7 +196,7 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
     plan: &RoutingPlan<'_>,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     gate_up: GateUpWeights<'_, D>,
@@ -212,7 +212,7 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
         plan,
         experts,
         intermediate,
-        k,
+        in_features,
         rows,
         x,
         gate_up,
@@ -241,7 +241,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     shape: RoutingShape,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     rows: Rows,
     buffers: GateUpBuffers,
 ) -> Result<()> {
@@ -267,7 +267,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
         check_aligned(OP, name, address, bytes)?;
     }
     width(OP, "intermediate", intermediate)?;
-    width(OP, "k", k)?;
+    width(OP, "in_features", in_features)?;
     let weighted = experts.weight_position != WeightPosition::Output;
     let gather = rows == Rows::Gathered;
     must_be("a separate `up`", experts.gate_up == GateUpLayout::Separate, up)?;
@@ -279,23 +279,23 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
         must_be("`token_of_row`", gather || weighted || token_of_row != 0, token_of_row)?;
     }
 
-    let parts = Parts::new(experts, intermediate, k);
+    let parts = Parts::new(experts, intermediate, in_features);
     let up = if experts.gate_up == GateUpLayout::Separate { up } else { parts.up(gate_up, dtype) };
     let up_bias = if bias == 0 { 0 } else { parts.up_bias(bias, dtype) };
     let layout = parts.layout;
     // Up that begins between two boundaries is as good as the pairs of which it is a half.
     let first_up = if layout.step == 2 { gate_up } else { up };
-    let fast = layout.is_fast(dtype, k, &[x, gate_up, first_up]);
+    let fast = layout.is_fast(dtype, in_features, &[x, gate_up, first_up]);
     let x_rows = if gather { shape.num_tokens } else { shape.slots() };
     let args = GateUpArgs {
-        gemm: layout.args(OP, dtype, shape, x_rows, intermediate, k, act, fast)?,
+        gemm: layout.args(OP, dtype, shape, x_rows, intermediate, in_features, act, fast)?,
         activation: activation_args(&experts.activation),
         gated: experts.gated.into(),
         gather: gather.into(),
         top_k: int(OP, "top_k", shape.top_k)?,
         weight_inside: (experts.weight_position == WeightPosition::Inside).into(),
         bias_expert_stride: int(OP, "intermediate", parts.bias_features)?,
-        bias_feature_stride: layout.step as i32,
+        bias_out_stride: layout.step as i32,
     };
     if shape.num_tokens == 0 {
         return Ok(());
@@ -348,18 +348,18 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(experts: &ExpertConfig, intermediate: usize, k: usize) -> Self {
+    fn new(experts: &ExpertConfig, intermediate: usize, in_features: usize) -> Self {
         let bias_features = if experts.gated { 2 * intermediate } else { intermediate };
         let order = experts.gate_up_order;
-        let input_distance = if order == WeightOrder::OutIn { k } else { 1 };
-        let (features, step, features_to_up) = match experts.gate_up {
+        let input_distance = if order == WeightOrder::OutIn { in_features } else { 1 };
+        let (out_features, step, features_to_up) = match experts.gate_up {
             _ if !experts.gated => (intermediate, 1, 0),
             GateUpLayout::Concatenated => (2 * intermediate, 1, intermediate),
             GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
             GateUpLayout::Separate => (intermediate, 1, intermediate),
         };
         Self {
-            layout: Layout { order, features, step },
+            layout: Layout { order, out_features, step },
             up: features_to_up * input_distance,
             up_bias: features_to_up,
             bias_features,

@@ -46,8 +46,8 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
@@ -59,14 +59,19 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     check_dtype(D::DTYPE)?;
     check_stream(OP, device, stream)?;
     plan.check_stream(OP, stream)?;
-    check_rows(OP, shape, rows, k, x)?;
-    let features = product(OP, "num_experts * n", shape.num_experts, n)?;
-    check_len(OP, "w", w.len(), product(OP, "num_experts * n * k", features, k)?)?;
+    check_rows(OP, shape, rows, in_features, x)?;
+    let features = product(OP, "num_experts * out_features", shape.num_experts, out_features)?;
+    check_len(
+        OP,
+        "w",
+        w.len(),
+        product(OP, "num_experts * out_features * in_features", features, in_features)?,
+    )?;
     if let Some(bias) = bias {
         check_len(OP, "bias", bias.len(), features)?;
     }
     check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
-    check_len(OP, "y", y.len(), product(OP, "rows * n", shape.slots(), n)?)?;
+    check_len(OP, "y", y.len(), product(OP, "rows * out_features", shape.slots(), out_features)?)?;
     let (row_of_slot, token_of_row) = (plan.row_of_slot(), plan.token_of_row());
     let (expert_offsets, tiles) = (plan.expert_offsets(), plan.tiles());
     let num_tiles = plan.num_tiles();
@@ -86,7 +91,17 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
     // guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
-        grouped_gemm_weighted_fwd_raw(device, stream, dtype, shape, n, k, rows, order, buffers)
+        grouped_gemm_weighted_fwd_raw(
+            device,
+            stream,
+            dtype,
+            shape,
+            out_features,
+            in_features,
+            rows,
+            order,
+            buffers,
+        )
     }
 }
 
@@ -99,14 +114,14 @@ pub fn grouped_gemm_weighted_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
     routing_weights: &CudaView<'_, f32>,
 ) -> Result<CudaSlice<D>> {
-    let len = product(OP, "rows * n", plan.shape().slots(), n)?;
+    let len = product(OP, "rows * out_features", plan.shape().slots(), out_features)?;
     // SAFETY: the operation writes every element.
     let mut y = unsafe { alloc::<D>(OP, stream, len) }?;
     let to = &mut y.as_view_mut();
@@ -114,8 +129,8 @@ pub fn grouped_gemm_weighted_fwd<D: Dtype>(
         device,
         stream,
         plan,
-        n,
-        k,
+        out_features,
+        in_features,
         rows,
         x,
         weights,
@@ -142,8 +157,8 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
     stream: CUstream,
     dtype: DType,
     shape: RoutingShape,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     order: WeightOrder,
     buffers: WeightedGemmBuffers,
@@ -155,13 +170,13 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
     gemm.check_aligned(OP, dtype)?;
     check_aligned(OP, "routing_weights", routing_weights, 4)?;
     check_aligned(OP, "row_of_slot", row_of_slot, 4)?;
-    width(OP, "n", n)?;
-    width(OP, "k", k)?;
-    let layout = Layout { order, features: n, step: 1 };
-    let fast = layout.is_fast(dtype, k, &[x, w]);
+    width(OP, "out_features", out_features)?;
+    width(OP, "in_features", in_features)?;
+    let layout = Layout { order, out_features, step: 1 };
+    let fast = layout.is_fast(dtype, in_features, &[x, w]);
     let x_rows = if rows == Rows::Gathered { shape.num_tokens } else { shape.slots() };
     let args = WeightedGemmArgs {
-        gemm: layout.args(OP, dtype, shape, x_rows, n, k, y, fast)?,
+        gemm: layout.args(OP, dtype, shape, x_rows, out_features, in_features, y, fast)?,
         gather: (rows == Rows::Gathered).into(),
         top_k: int(OP, "top_k", shape.top_k)?,
     };
@@ -172,7 +187,7 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
         let why = "the routing weights, or the maps that find a row's, are null".into();
         return Err(Error::Mismatch { op: OP, why });
     }
-    let launch = launch(OP, dtype, shape, n, GEMM_BLOCK_N as usize)?;
+    let launch = launch(OP, dtype, shape, out_features, GEMM_BLOCK_N as usize)?;
     let arguments = [
         Argument::of(&y),
         Argument::of(&x),

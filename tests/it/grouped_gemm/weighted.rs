@@ -231,7 +231,7 @@ fn errors_come_before_any_launch() {
         raw(DType::F16, 6, odd),
         Err(Error::Alignment { argument: "routing_weights", .. })
     ));
-    assert!(matches!(raw(DType::F16, 0, good), Err(Error::Unsupported { argument: "n", .. })));
+    assert!(matches!(raw(DType::F16, 0, good), Err(Error::Unsupported { argument: "out_features", .. })));
     for dtype in [DType::F32, DType::BF16] {
         let error = raw(dtype, 6, good);
         assert!(matches!(error, Err(Error::Unsupported { argument: "dtype", .. })), "{error:?}");
