@@ -1,4 +1,4 @@
-//! grouped_gemm: the experts' products, each alone and both in a row.
+//! grouped_gemm: the experts' products, each alone and one after the other.
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::ops::grouped_gemm::{
@@ -13,7 +13,7 @@ use crate::common::values::normal;
 use crate::plan::{planned, planned_on_cpu};
 use crate::{Draw, Model, Op, Workload};
 
-/// The seed of what the second product reads where the first one does not run.
+/// The seed of the second product's input if the first one does not run.
 const ACT: u64 = 102;
 
 pub(crate) fn on_gpu<'a, D: Element>(

@@ -138,3 +138,7 @@ __device__ __forceinline__ void select_smallest(uint64_t* last, int* wanted, int
   }
   __syncthreads();
 }
+
+// A kernel's parameter struct with typed pointers has the layout of the struct in abi.h.
+#define ASSERT_SAME_OFFSET(Twin, Params, field) \
+  static_assert(offsetof(Twin, field) == offsetof(Params, field), "the same layout")

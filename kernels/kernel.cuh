@@ -56,3 +56,4 @@
 #include "router.cuh"
 #include "activation.cuh"
 #include "gemm_tile.cuh"
+#include "gemm_epilogue.cuh"

@@ -76,7 +76,6 @@ pub mod hf;
 mod images;
 mod kernels;
 mod layer;
-mod matmul;
 pub mod ops;
 pub mod reference;
 mod routing_plan;

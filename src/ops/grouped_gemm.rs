@@ -1,5 +1,5 @@
-//! Each expert's weights times the rows that are its own: `[R, in]` to `[R, out]`, and, through the activation, the
-//! first half of an expert, `[R, in]` to `[R, I]`.
+//! Multiplies each row by the weights of its expert: `[R, in]` to `[R, out]`, or, for gate and up with the
+//! activation, `[R, in]` to `[R, I]`.
 
 mod gate_up;
 mod weighted;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use crate::abi::{
     GEMM_BLOCK_M, GEMM_BLOCK_N, GEMM_THREADS_FMA, GEMM_THREADS_MMA, GEMM_TILE_GROUP,
-    GROUPED_GEMM_SMEM_BYTES, GroupedGemmArgs,
+    GROUPED_GEMM_SMEM_BYTES, GroupedGemmArgs, GroupedGemmParams,
 };
 use crate::config::WeightOrder;
 use crate::device::{
@@ -33,19 +33,19 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "grouped_gemm_fwd";
 
-/// What `x` holds.
+/// The rows of `x`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
-    /// A row per token, `[T, in]`: row `r` of the output reads that of its token. No `permute` is needed.
+    /// A row per token, `[T, in]`: row `r` of the output reads the row of its token. No `permute` is needed.
     Gathered,
     /// A row per row of the output, `[R, in]`, in expert order.
     Grouped,
 }
 
-/// The weights of a product for every expert, as a checkpoint has them.
+/// The weights of all experts for one product, in the checkpoint's order.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearWeights<'a, D> {
-    /// `[E, out, in]`, or `[E, in, out]`, as `order` says.
+    /// `[E, out, in]` or `[E, in, out]`, by `order`.
     pub w: &'a CudaView<'a, D>,
     /// `[E, out]`, added to the f32 sums.
     pub bias: Option<&'a CudaView<'a, D>>,
@@ -63,21 +63,21 @@ impl<'a, D> LinearWeights<'a, D> {
 /// Device addresses for [`grouped_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct GroupedGemmBuffers {
-    /// `[R, out]`; written whole.
+    /// `[R, out]`; every element is written.
     pub y: CUdeviceptr,
     /// `[T, in]` with `token_of_row`, else `[R, in]`.
     pub x: CUdeviceptr,
-    /// `[E, out, in]`, or `[E, in, out]`.
+    /// `[E, out, in]` or `[E, in, out]`.
     pub w: CUdeviceptr,
-    /// `[E, out]`, or 0 (null): there is none.
+    /// `[E, out]`, or 0 (null): no bias.
     pub bias: CUdeviceptr,
     /// `[R]` `i32`, tokens below `T` for the rows in use; or 0 (null): `x` is in expert order.
     pub token_of_row: CUdeviceptr,
     /// `[E + 1]` `i32`; the last is the number of rows in use.
     pub expert_offsets: CUdeviceptr,
-    /// Four `i32` a tile: expert, first row, number of rows (1 to 128), nothing.
+    /// Four `i32` per tile: expert, first row, number of rows (1 to 128), unused.
     pub tiles: CUdeviceptr,
-    /// One `i32`: how many tiles there are.
+    /// One `i32`, the number of tiles.
     pub num_tiles: CUdeviceptr,
 }
 
@@ -97,19 +97,25 @@ impl GroupedGemmBuffers {
         }
         Ok(())
     }
+
+    /// The kernel's parameters.
+    fn params(self, args: GroupedGemmArgs) -> GroupedGemmParams {
+        let Self { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } = self;
+        GroupedGemmParams { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args }
+    }
 }
 
-/// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` says what its row of `x` is.
+/// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` selects its row of `x`.
 ///
-/// `y` is `[T * K, out]`; any widths from 1. Sums are f32, in the order of the inputs, whatever the order
-/// of the weights; rows that no slot owns become zero. Rows of 16-byte multiples that start at 16-byte
-/// boundaries move fastest, those of `[E, in, out]` too. Asynchronous, ordered on `stream`.
+/// `y` is `[T * K, out]`; any widths from 1. Sums are f32, in the order of the inputs, for any order
+/// of the weights. Unused rows of `y` (from `expert_offsets[E]` on) are zeroed. Copies are fastest if all rows,
+/// those of `[E, in, out]` too, start at 16-byte boundaries. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a width out of range,
-/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another, and what a
-/// launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another context, and any launch
+/// error.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd_into<D: Dtype>(
     device: &Device,
@@ -158,7 +164,7 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
         tiles,
         num_tiles,
     };
-    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a RoutingPlan, whose
     // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_fwd_raw(
@@ -209,14 +215,14 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
 /// [`grouped_gemm_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`GroupedGemmBuffers`] and `shape` give it, of `dtype` or `i32`,
+/// Each buffer has the elements that [`GroupedGemmBuffers`] and `shape` state, of `dtype` or `i32`,
 /// in memory of `device`'s context that stays valid until the kernel has run; `token_of_row`,
 /// `expert_offsets`, `tiles` and `num_tiles` are those of one plan for `shape`; `y` overlaps none of
 /// the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a width out of range,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn grouped_gemm_fwd_raw(
     device: &Device,
@@ -230,8 +236,7 @@ pub unsafe fn grouped_gemm_fwd_raw(
 ) -> Result<()> {
     shape.check_rows(OP)?;
     buffers.check_aligned(OP, dtype)?;
-    let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } =
-        buffers;
+    let GroupedGemmBuffers { y, x, w, token_of_row, .. } = buffers;
     width(OP, "out_features", out_features)?;
     width(OP, "in_features", in_features)?;
     let layout = Layout { order, out_features, step: 1 };
@@ -242,40 +247,30 @@ pub unsafe fn grouped_gemm_fwd_raw(
         return Ok(());
     }
     let launch = launch(OP, dtype, shape, out_features, GEMM_BLOCK_N as usize)?;
-    let arguments = [
-        Argument::of(&y),
-        Argument::of(&x),
-        Argument::of(&w),
-        Argument::of(&bias),
-        Argument::of(&token_of_row),
-        Argument::of(&expert_offsets),
-        Argument::of(&tiles),
-        Argument::of(&num_tiles),
-        Argument::of(&args),
-    ];
+    let params = buffers.params(args);
     let kernel = match order {
         WeightOrder::InOut if fast => Kernel::GroupedGemmFwdInOut,
         _ => Kernel::GroupedGemmFwd,
     };
-    // SAFETY: the arguments follow moe_grouped_gemm_fwd and moe_grouped_gemm_fwd_in_out in
-    // kernels/grouped_gemm.cu; the caller vouches for the buffers; shape and widths were checked.
-    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+    // SAFETY: moe_grouped_gemm_fwd and moe_grouped_gemm_fwd_in_out in kernels/grouped_gemm.cu take
+    // GroupedGemmParams; the caller guarantees the buffers; shape and widths were checked.
+    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
 }
 
-// ---- What both products have in common ----------------------------------------------------------
+// ---- Common to all products ----------------------------------------------------------------------
 
-/// How the weights of an expert lie in their tensor.
+/// The layout of an expert's weights in their tensor.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
     order: WeightOrder,
     /// Features of an expert in the tensor.
     out_features: usize,
-    /// From a feature to the next of its kind: 2 where gate and up take turns.
+    /// Features from one of gate (or up) to the next: 2 for interleaved ones, else 1.
     step: usize,
 }
 
 impl Layout {
-    /// Whether rows of `x` and of the weights, in their own order, move in 16-byte pieces.
+    /// True if all rows of `x` and of the weights start at 16-byte boundaries.
     fn is_fast(self, dtype: DType, in_features: usize, addresses: &[CUdeviceptr]) -> bool {
         let pitch = match self.order {
             WeightOrder::OutIn => in_features,
@@ -284,7 +279,7 @@ impl Layout {
         [in_features, pitch].iter().all(|width| vector_rows(width * dtype.size(), addresses))
     }
 
-    /// The arguments of a product with `out_features` outputs; `fast` as [`is_fast`](Self::is_fast) says.
+    /// The arguments of a product with `out_features` outputs; `fast` is [`is_fast`](Self::is_fast).
     #[allow(clippy::too_many_arguments, reason = "each is a field")]
     fn args(
         self,
@@ -303,7 +298,7 @@ impl Layout {
             WeightOrder::InOut => (step, features),
         };
         Ok(GroupedGemmArgs {
-            // Widths are at most 2^30, so that twice their product fits.
+            // Widths are at most 2^30, so twice their product fits.
             expert_stride: features as i64 * in_features as i64,
             out_stride: int(op, "in_features", out_stride)?,
             in_stride: int(op, "out_features", in_stride)?,
@@ -319,7 +314,7 @@ impl Layout {
     }
 }
 
-/// Holds `x` against what `rows` says of it.
+/// Checks the length of `x` for `rows`.
 fn check_rows<D>(
     op: &'static str,
     shape: RoutingShape,
@@ -334,13 +329,13 @@ fn check_rows<D>(
     check_len(op, "x", x.len(), product(op, "rows of x * in_features", x_rows, in_features)?)
 }
 
-/// As many tiles as any routing can make: a tile has a row at least, and every expert at most one that is short.
+/// The bound on tiles for any routing: a tile has at least one row, and an expert at most one short tile.
 fn max_tiles(shape: RoutingShape) -> usize {
     let slots = shape.slots();
     slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts)
 }
 
-/// Blocks of `columns` outputs for that many tiles, in whole groups.
+/// The launch for at most [`max_tiles`], rounded up to whole groups, with `columns` outputs per block.
 fn launch(
     op: &'static str,
     dtype: DType,

@@ -1,18 +1,18 @@
-//! The experts' weights: where each element of them lies, in whatever order a checkpoint has them.
+//! The experts' weights: the place of each element, in any layout of a checkpoint.
 
 use std::ops::Range;
 
-use super::accum::{Accum, Element};
-use super::grouped_gemm::Values;
+use super::accum::{Accum, Element, widened};
 use super::plan::Plan;
 use crate::config::{ExpertConfig, GateUpLayout, WeightOrder, WeightPosition};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
+pub use crate::tensors::GateUpTensors;
 
-/// The weights of a product for every expert.
+/// The weights of all experts for one product.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearWeights<'a, D> {
-    /// `[E, out, in]`, or `[E, in, out]`, as `order` says.
+    /// `[E, out, in]` or `[E, in, out]`, by `order`.
     pub w: &'a [D],
     /// `[E, out]`
     pub bias: Option<&'a [D]>,
@@ -24,24 +24,10 @@ pub struct LinearWeights<'a, D> {
 #[derive(Debug, Clone, Copy)]
 pub struct GateUpWeights<'a, D> {
     /// The weights.
-    pub tensors: GateUpTensors<'a, D>,
+    pub tensors: GateUpTensors<&'a [D]>,
     /// `[E, 2I]`, or `[E, I]` without a gate, in the order of the weights' features; for separate
-    /// tensors first all of gate, then all of up.
+    /// tensors gate's biases, then up's.
     pub bias: Option<&'a [D]>,
-}
-
-/// One tensor, or two; [`ExpertConfig`] says which, and how they lie.
-#[derive(Debug, Clone, Copy)]
-pub enum GateUpTensors<'a, D> {
-    /// `[E, 2I, in]`, or `[E, I, in]` without a gate; `InOut`: `[E, in, 2I]`, or `[E, in, I]`.
-    Fused(&'a [D]),
-    /// Each `[E, I, in]`; `InOut`: `[E, in, I]`.
-    Separate {
-        /// What the function is applied to.
-        gate: &'a [D],
-        /// What its result multiplies.
-        up: &'a [D],
-    },
 }
 
 impl<'a, D> LinearWeights<'a, D> {
@@ -58,7 +44,7 @@ impl<'a, D> GateUpWeights<'a, D> {
     }
 }
 
-/// The weights behind one number of an output: element `(expert, feature, i)` is at
+/// The weights of one product: element `(expert, feature, i)` is at
 /// `first + expert * strides[0] + feature * strides[1] + i * strides[2]`.
 #[derive(Clone, Copy)]
 pub(super) struct Part<'a, D> {
@@ -102,7 +88,7 @@ impl<'a, D: Dtype> Part<'a, D> {
         Ok(Self { w, first: 0, strides, bias, first_bias: 0, bias_strides: [out_features, 1] })
     }
 
-    /// Gate, if there is one, and up.
+    /// Gate, if the experts have one, and up.
     pub(super) fn of_gate_up(
         op: &'static str,
         plan: &Plan,
@@ -114,9 +100,9 @@ impl<'a, D: Dtype> Part<'a, D> {
         plan.check(op)?;
         experts.check(op)?;
         let GateUpWeights { tensors, bias } = gate_up;
-        must_be(op, "biases of gate and up", experts.gate_up_bias, bias.is_some())?;
+        require(op, "biases of gate and up", experts.gate_up_bias, bias.is_some())?;
         let separate = matches!(tensors, GateUpTensors::Separate { .. });
-        must_be(op, "separate tensors", experts.gate_up == GateUpLayout::Separate, separate)?;
+        require(op, "separate tensors", experts.gate_up == GateUpLayout::Separate, separate)?;
         let parts = if experts.gated { 2 } else { 1 };
         let features = product(op, "E * I", plan.num_experts(), intermediate)?;
         let elements = product(op, "E * I * in_features", features, in_features)?;
@@ -139,7 +125,7 @@ impl<'a, D: Dtype> Part<'a, D> {
             check_len(op, "bias", bias.len(), features)?;
         }
 
-        // Of an expert: features in a tensor, from one of gate to the next, and to its up.
+        // Features of an expert's tensor, from a feature of gate to the next, and to the same of up.
         let (features, step, to_up) = match experts.gate_up {
             GateUpLayout::Concatenated => (parts * intermediate, 1, (parts - 1) * intermediate),
             GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
@@ -160,23 +146,55 @@ impl<'a, D: Dtype> Part<'a, D> {
         self.bias.map_or(A::ZERO, |bias| A::from_dtype(bias[index]))
     }
 
-    /// The biases alone, as the outputs have them; 0 for rows that are not in use.
+    /// The bias of each output, `[R, width]`; 0 for unused rows.
     pub(super) fn biases(self, plan: &Plan, width: usize) -> Vec<f64> {
-        let mut of_outputs = vec![0.0; plan.rows() * width];
+        let mut biases = vec![0.0; plan.rows() * width];
         for expert in 0..plan.num_experts() {
             for row in plan.rows_of(expert) {
                 for column in 0..width {
-                    of_outputs[row * width + column] = self.bias_at(Place { expert, row, column });
+                    biases[row * width + column] = self.bias_at(Place { expert, row, column });
                 }
             }
         }
-        of_outputs
+        biases
     }
 }
 
-/// Weights of experts as `A`, of whatever type and in whatever order they are.
+/// Whether a product is of the values or of their magnitudes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Values {
+    Signed,
+    Absolute,
+}
+
+impl Values {
+    /// The elements or their magnitudes as `A`, in place if possible, else in `buffer`.
+    pub(super) fn read<'s, A: Accum, V: Element<A>>(
+        self,
+        values: &'s [V],
+        buffer: &'s mut Vec<A>,
+    ) -> &'s [A] {
+        match self {
+            Values::Signed => widened(values, buffer),
+            Values::Absolute => {
+                buffer.resize(values.len(), A::ZERO);
+                V::widen_slice(values, buffer);
+                self.apply(buffer);
+                buffer
+            }
+        }
+    }
+
+    pub(super) fn apply<A: Accum>(self, values: &mut [A]) {
+        if self == Values::Absolute {
+            values.iter_mut().for_each(|value| *value = value.abs());
+        }
+    }
+}
+
+/// Weights of experts, of any type and layout, as `A`.
 pub(super) trait Panels<A>: Sync {
-    /// Some features of an expert, `[features, in]`; in `buffer` where they are not so already.
+    /// Some features of an expert, `[features, in]`, in place if possible, else in `buffer`.
     fn panel<'s>(
         &'s self,
         expert: usize,
@@ -213,7 +231,7 @@ impl<A: Accum, D: Dtype> Panels<A> for Part<'_, D> {
     }
 }
 
-/// The strides of a tensor with so many features of each expert, of which every `step`-th is of one kind.
+/// The strides of a tensor with `features` per expert, of which every `step`-th is of the same projection.
 fn strides(order: WeightOrder, features: usize, step: usize, in_features: usize) -> [usize; 3] {
     match order {
         WeightOrder::OutIn => [features * in_features, step * in_features, 1],
@@ -221,44 +239,45 @@ fn strides(order: WeightOrder, features: usize, step: usize, in_features: usize)
     }
 }
 
-/// The routing weight of each row, `[R]`; 0 for rows that are not in use.
+/// The routing weight of each row, `[R]`, if the weights multiply rows; 0 for unused rows.
 ///
 /// # Errors
-/// Weights of another length, and weights where `experts` has none to multiply, or the reverse.
+/// Weights of another length, and weights that are given but not used by `experts`, or the reverse.
 pub(super) fn weights_of_rows<A: Accum>(
     op: &'static str,
     plan: &Plan,
     experts: &ExpertConfig,
-    weights: Option<&[impl Element<A>]>,
+    routing_weights: Option<&[impl Element<A>]>,
 ) -> Result<Option<Vec<A>>> {
     let wanted = experts.weight_position != WeightPosition::Output;
-    must_be(op, "weights", wanted, weights.is_some())?;
-    weights.map(|weights| of_rows(op, "weights", plan, weights)).transpose()
+    require(op, "routing weights", wanted, routing_weights.is_some())?;
+    routing_weights.map(|weights| row_weights(op, "routing_weights", plan, weights)).transpose()
 }
 
-/// Each row's element of `[T, K]`; 0 for rows that no slot has.
-pub(super) fn of_rows<A: Accum>(
+/// Each row's element of `[T, K]`; 0 for unused rows.
+pub(super) fn row_weights<A: Accum>(
     op: &'static str,
     argument: &'static str,
     plan: &Plan,
     weights: &[impl Element<A>],
 ) -> Result<Vec<A>> {
     check_len(op, argument, weights.len(), plan.row_of_slot.len())?;
-    let mut of_rows = vec![A::ZERO; plan.rows()];
+    let mut weights_of_rows = vec![A::ZERO; plan.rows()];
     for (&row, weight) in plan.row_of_slot.iter().zip(weights) {
-        if let Some(of_row) = usize::try_from(row).ok().and_then(|row| of_rows.get_mut(row)) {
+        if let Some(of_row) = usize::try_from(row).ok().and_then(|row| weights_of_rows.get_mut(row))
+        {
             *of_row = weight.widen();
         }
     }
-    Ok(of_rows)
+    Ok(weights_of_rows)
 }
 
-fn must_be(op: &'static str, what: &str, wanted: bool, there: bool) -> Result<()> {
-    if wanted == there {
-        return Ok(());
-    }
-    let has = |it| if it { "has" } else { "has no" };
-    let why = format!("the configuration {} {what}, the call {} {what}", has(wanted), has(there));
+fn require(op: &'static str, what: &str, wanted: bool, given: bool) -> Result<()> {
+    let why = match (wanted, given) {
+        (true, false) => format!("{what} are required by the configuration but not given"),
+        (false, true) => format!("{what} are given but not enabled in the configuration"),
+        _ => return Ok(()),
+    };
     Err(Error::Mismatch { op, why })
 }
 
@@ -275,7 +294,7 @@ mod tests {
 
     /// Every layout, with biases and weights, as one sum per element.
     #[test]
-    fn each_layout_is_the_one_it_says() {
+    fn layouts_match_their_definition() {
         let (e, i, k) = (3usize, 5usize, 4usize);
         let shape = RoutingShape { num_tokens: 6, num_experts: e, top_k: 2 };
         let mut sampler = Sampler::new(8);
@@ -301,7 +320,7 @@ mod tests {
                     weight_position,
                     ..ExpertConfig::default()
                 };
-                // (expert, part, feature, input) of tensors as they were named.
+                // Element (expert, part, feature, input) of a tensor.
                 let at =
                     |tensor: &[bf16], expert: usize, part: usize, feature: usize, input: usize| {
                         let (features, feature) = match gate_up {
@@ -369,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_configuration_does_not_have() {
+    fn buffers_must_match_the_configuration() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let plan = plan_fwd(&shape, &[0, 1]).unwrap();
         let (x, w, weights) = ([0.0f32; 8], [0.0f32; 48], [1.0f32; 2]);

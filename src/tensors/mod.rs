@@ -115,7 +115,7 @@ pub enum Typed<M: Memory, D: Dtype> {
 /// is one; [`ExpertConfig`](crate::ExpertConfig) says in which order their dimensions are.
 pub struct ExpertWeights<M: Memory, D: Dtype> {
     /// `[E, N, H]`
-    pub gate_up: GateUpTensors<M, D>,
+    pub gate_up: GateUpTensors<M::Of<D>>,
     /// `[E, N]`, in the order of the features of `gate_up`; where gate and up are separate, first gate's `I`,
     /// then up's.
     pub gate_up_bias: Option<M::Of<D>>,
@@ -129,17 +129,29 @@ pub struct ExpertWeights<M: Memory, D: Dtype> {
     pub post_norm: Option<M::Of<D>>,
 }
 
-/// Gate and up projections.
-pub enum GateUpTensors<M: Memory, D: Dtype> {
-    /// In one tensor `[E, 2I, H]`; up alone, `[E, I, H]`, for experts without a gate.
-    Fused(M::Of<D>),
-    /// In two.
+/// The gate and up projections of all experts, in one tensor or two; [`ExpertConfig`](crate::ExpertConfig) has their
+/// layout. `in` is the experts' input width, `H` or the latent width.
+#[derive(Debug, Clone, Copy)]
+pub enum GateUpTensors<T> {
+    /// `[E, 2I, in]`, or `[E, I, in]` without a gate; `InOut`: `[E, in, 2I]`, or `[E, in, I]`.
+    Fused(T),
+    /// Each `[E, I, in]`; `InOut`: `[E, in, I]`.
     Separate {
-        /// `[E, I, H]`
-        gate: M::Of<D>,
-        /// `[E, I, H]`
-        up: M::Of<D>,
+        /// The input of the activation function.
+        gate: T,
+        /// Multiplied by the function's result.
+        up: T,
     },
+}
+
+impl<T> GateUpTensors<T> {
+    /// References to the tensors.
+    pub fn as_ref(&self) -> GateUpTensors<&T> {
+        match self {
+            Self::Fused(gate_up) => GateUpTensors::Fused(gate_up),
+            Self::Separate { gate, up } => GateUpTensors::Separate { gate, up },
+        }
+    }
 }
 
 /// The projections around experts of a width of their own, `L`.
@@ -184,7 +196,7 @@ impl<M: Memory, D: Dtype> Default for RouterWeights<M, D> {
 
 impl<M: Memory, D: Dtype> ExpertWeights<M, D> {
     /// Their projections alone, without biases or a norm.
-    pub fn new(gate_up: GateUpTensors<M, D>, down: M::Of<D>) -> Self {
+    pub fn new(gate_up: GateUpTensors<M::Of<D>>, down: M::Of<D>) -> Self {
         Self {
             gate_up,
             gate_up_bias: None,

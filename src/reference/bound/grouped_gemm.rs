@@ -2,8 +2,10 @@
 
 use super::super::accum::Element;
 use super::super::activation::activate;
-use super::super::expert_weights::{GateUpWeights, LinearWeights, Part, of_rows, weights_of_rows};
-use super::super::grouped_gemm::{Values, grouped_gemm_fwd, sums};
+use super::super::expert_weights::{
+    GateUpWeights, LinearWeights, Part, Values, row_weights, weights_of_rows,
+};
+use super::super::grouped_gemm::{grouped_gemm_fwd, sums};
 use super::super::plan::Plan;
 use super::activation::{Inexact, activation_error};
 use super::{Bounded, U, stored, sum_error};
@@ -32,8 +34,8 @@ pub fn grouped_gemm<D: Dtype>(
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }
 
-/// [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd) with its result stored as `out`. Of
-/// `routing_weights`, the bounds say how far those of the operation may be from the right ones.
+/// [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd) with its result stored as `out`. The
+/// bounds of `routing_weights` are those of the operation's routing weights.
 ///
 /// # Errors
 /// Those of [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd).
@@ -51,7 +53,7 @@ pub fn grouped_gemm_weighted<D: Dtype>(
     weighted_of(plan, [out_features, in_features], (x, None), weights, routing_weights, gather, out)
 }
 
-/// [`grouped_gemm_weighted`] of an `x` whose elements are off by as much as stands beside them.
+/// [`grouped_gemm_weighted`] of an inexact `x`, whose errors are the second slice.
 pub(super) fn weighted_of<D: Dtype, X: Element<f64>>(
     plan: &Plan,
     [out_features, in_features]: [usize; 2],
@@ -70,8 +72,8 @@ pub(super) fn weighted_of<D: Dtype, X: Element<f64>>(
         }
         None => vec![0.0; values.len()],
     };
-    let weight: Vec<f64> = of_rows(OP, "routing_weights", plan, &routing_weights.value)?;
-    let weight_error: Vec<f64> = of_rows(OP, "routing_weights", plan, &routing_weights.bound)?;
+    let weight: Vec<f64> = row_weights(OP, "routing_weights", plan, &routing_weights.value)?;
+    let weight_error: Vec<f64> = row_weights(OP, "routing_weights", plan, &routing_weights.bound)?;
     let adding = if weights.bias.is_some() { U } else { 0.0 };
     let (mut value, mut errors) = (Vec::new(), Vec::new());
     for (at, (sum, (magnitude, from_x))) in
@@ -89,8 +91,8 @@ pub(super) fn weighted_of<D: Dtype, X: Element<f64>>(
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }
 
-/// [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd) with its result stored as `out`. Of
-/// `weights`, the bounds say how far those of the operation may be from the right ones.
+/// [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd) with its result stored as `out`. The
+/// bounds of `routing_weights` are those of the operation's routing weights.
 ///
 /// # Errors
 /// Those of [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd).
@@ -102,14 +104,23 @@ pub fn grouped_gemm_gate_up<D: Dtype>(
     in_features: usize,
     x: &[impl Element<f64>],
     gate_up: GateUpWeights<'_, D>,
-    weights: Option<&Bounded>,
+    routing_weights: Option<&Bounded>,
     gather: bool,
     out: DType,
 ) -> Result<Bounded> {
-    gate_up_of(plan, experts, [intermediate, in_features], (x, None), gate_up, weights, gather, out)
+    gate_up_of(
+        plan,
+        experts,
+        [intermediate, in_features],
+        (x, None),
+        gate_up,
+        routing_weights,
+        gather,
+        out,
+    )
 }
 
-/// [`grouped_gemm_gate_up`] of an `x` whose elements are off by as much as stands beside them.
+/// [`grouped_gemm_gate_up`] of an inexact `x`, whose errors are the second slice.
 #[allow(clippy::too_many_arguments, reason = "those of the operation")]
 pub(super) fn gate_up_of<D: Dtype, X: Element<f64>>(
     plan: &Plan,
@@ -117,14 +128,19 @@ pub(super) fn gate_up_of<D: Dtype, X: Element<f64>>(
     [intermediate, in_features]: [usize; 2],
     (x, x_errors): (&[X], Option<&[f64]>),
     gate_up: GateUpWeights<'_, D>,
-    weights: Option<&Bounded>,
+    routing_weights: Option<&Bounded>,
     gather: bool,
     out: DType,
 ) -> Result<Bounded> {
     const OP: &str = "grouped_gemm_gate_up";
     let (gate, up) = Part::of_gate_up(OP, plan, experts, intermediate, in_features, gate_up)?;
     let of_rows = |of: fn(&Bounded) -> &Vec<f64>| {
-        weights_of_rows::<f64>(OP, plan, experts, weights.map(|weights| of(weights).as_slice()))
+        weights_of_rows::<f64>(
+            OP,
+            plan,
+            experts,
+            routing_weights.map(|weights| of(weights).as_slice()),
+        )
     };
     let (weight, weight_error) = (of_rows(|w| &w.value)?, of_rows(|w| &w.bound)?);
     let weight_of = |row: usize| match (&weight, &weight_error) {
@@ -170,7 +186,7 @@ pub(super) fn gate_up_of<D: Dtype, X: Element<f64>>(
         value.push(act.value);
         errors.push(act.error);
     }
-    // Rows that are not in use are 0, whatever the activation makes of 0.
+    // Unused rows are 0, even if the activation of 0 is not.
     let in_use = plan.rows_in_use() * intermediate;
     value[in_use..].fill(0.0);
     errors[in_use..].fill(0.0);

@@ -1,4 +1,4 @@
-//! grouped_gemm: what does not fit is refused before anything is launched.
+//! grouped_gemm: wrong arguments are errors before any launch.
 
 use moe_kernels::ops::grouped_gemm::{
     GateUpBuffers, GateUpTensors, GateUpWeights, GroupedGemmBuffers, LinearWeights, Rows,
@@ -62,7 +62,7 @@ fn errors_come_before_any_launch() {
     assert_eq!(call(false, 6, 5, Rows::Grouped, [40, 90, 48]), Ok(()));
     assert_eq!(call(true, 6, 5, Rows::Gathered, [20, 180, 48]), Ok(()));
 
-    // What only the raw form can be given. Nothing of this is launched.
+    // Arguments of the raw form alone. Nothing is launched.
     let null = GroupedGemmBuffers {
         y: 0,
         x: 0,
@@ -102,9 +102,9 @@ fn errors_come_before_any_launch() {
     assert_eq!(raw(RoutingShape { num_tokens: 0, ..shape }, 6, 5, null), Ok(()));
 }
 
-/// What the configuration has and the call has not, and the reverse.
+/// Buffers that the configuration requires and the call lacks, and the reverse.
 #[test]
-fn gate_and_up_are_those_of_the_configuration() {
+fn gate_and_up_must_match_the_configuration() {
     let gpu = gpu();
     let (device, stream) = (&gpu.device, &gpu.stream);
     let shape = RoutingShape::new(4, 3, 2).unwrap();
@@ -142,11 +142,20 @@ fn gate_and_up_are_those_of_the_configuration() {
         other => panic!("{other:?}"),
     };
     mismatch(call(&plain, fused, Some(&bias), None), "`bias` is given");
-    mismatch(call(&biased, fused, None, None), "`bias`, which is not given");
+    mismatch(
+        call(&biased, fused, None, None),
+        "`bias` is required by the configuration but not given",
+    );
     mismatch(call(&plain, two, None, None), "a separate `up` is given");
-    mismatch(call(&separate, fused, None, None), "a separate `up`, which is not given");
+    mismatch(
+        call(&separate, fused, None, None),
+        "a separate `up` is required by the configuration but not given",
+    );
     mismatch(call(&plain, fused, None, Some(&slots)), "`routing_weights` is given");
-    mismatch(call(&weighted, fused, None, None), "`routing_weights`, which is not given");
+    mismatch(
+        call(&weighted, fused, None, None),
+        "`routing_weights` is required by the configuration but not given",
+    );
 
     let op = "grouped_gemm_gate_up_fwd";
     let length = |argument, wanted, got| Err(Error::Length { op, argument, wanted, got });
@@ -161,7 +170,7 @@ fn gate_and_up_are_those_of_the_configuration() {
     let bad = call(&ExpertConfig { activation: relu, ..plain }, fused, None, None);
     assert!(matches!(bad, Err(Error::Unsupported { argument: "activation.alpha", .. })), "{bad:?}");
 
-    // What only the raw form can be given. Nothing of this is launched.
+    // Arguments of the raw form alone. Nothing is launched.
     let null = GateUpBuffers {
         act: 0,
         x: 0,
@@ -192,11 +201,20 @@ fn gate_and_up_are_those_of_the_configuration() {
             )
         }
     };
-    mismatch(raw(&plain, n, Rows::Gathered, null), "`token_of_row`, which is not given");
+    mismatch(
+        raw(&plain, n, Rows::Gathered, null),
+        "`token_of_row` is required by the configuration but not given",
+    );
     let weights = GateUpBuffers { routing_weights: 4, ..null };
-    mismatch(raw(&weighted, n, Rows::Grouped, weights), "`row_of_slot`, which is not given");
+    mismatch(
+        raw(&weighted, n, Rows::Grouped, weights),
+        "`row_of_slot` is required by the configuration but not given",
+    );
     let weights = GateUpBuffers { row_of_slot: 4, ..weights };
-    mismatch(raw(&weighted, n, Rows::Grouped, weights), "`token_of_row`, which is not given");
+    mismatch(
+        raw(&weighted, n, Rows::Grouped, weights),
+        "`token_of_row` is required by the configuration but not given",
+    );
     let misaligned = |argument, got| Err(Error::Alignment { op, argument, wanted: 4, got });
     let up = GateUpBuffers { up: 2, ..null };
     assert_eq!(raw(&separate, n, Rows::Grouped, up), misaligned("up", 2));
