@@ -1,5 +1,5 @@
 // The products' epilogues: from sums or rounded outputs in shared memory to rows in global memory.
-// grouped_gemm.cu chooses one, gemm_tile.cuh says how the tile lies in shared memory.
+// grouped_gemm.cu calls them; EpilogueTile of gemm_tile.cuh is the layout in shared memory.
 #pragma once
 
 namespace gemm_epilogue {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void clear_rows(Elem* y, int first_row, int first_col
 
 // ---- Gate and up --------------------------------------------------------------------------------
 
-// What the epilogue of gate_up reads besides the sums. A null bias is ignored.
+// The operands of gate_up's epilogue besides the sums. A null bias is ignored.
 template <typename Elem>
 struct GateUpEpilogue {
   const Elem* gate_bias;  // of the tile's expert

@@ -34,7 +34,7 @@ static_assert(sizeof(SharedStorage::stages) + GEMM_BLOCK_M * (sizeof(int) + size
               "the launch requests this size");
 static_assert(GEMM_BLOCK_M * GEMM_BLOCK_N * sizeof(float) <= GEMM_STAGES * sizeof(Stage),
               "the epilogue's tile fits into the stages");
-static_assert(GEMM_BLOCK_M == 128 && GEMM_BLOCK_N == 128, "what the warp layouts below cover");
+static_assert(GEMM_BLOCK_M == 128 && GEMM_BLOCK_N == 128, "the warp layouts below cover this tile");
 
 // The operands of a block.
 template <typename Elem>

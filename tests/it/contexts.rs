@@ -311,7 +311,7 @@ fn rows_of_experts() {
         grouped_gemm_weighted_fwd_into(device, stream, &plan, 2, 2, rows, &x, linear, &weights, to)
     });
     for separate in [false, true] {
-        let names = ["act", "x", "bias", "weights"];
+        let names = ["act", "x", "bias", "routing_weights"];
         let tensors = if separate { &["gate", "up"][..] } else { &["gate_up"] };
         check("grouped_gemm_gate_up_fwd", &[&names[..], tensors].concat(), |buffers| {
             let Buffers { gpu, .. } = buffers;
@@ -321,7 +321,7 @@ fn rows_of_experts() {
                 weight_position: WeightPosition::Input,
                 ..ExpertConfig::default()
             };
-            let (x, weights) = (buffers.of::<f32>("x", 8), buffers.of("weights", 8));
+            let (x, weights) = (buffers.of::<f32>("x", 8), buffers.of("routing_weights", 8));
             let (bias, fused) = (buffers.of("bias", 12), buffers.of("gate_up", 24));
             let (gate, up) = (buffers.of("gate", 12), buffers.of("up", 12));
             let (fused, gate, up) = (fused.as_view(), gate.as_view(), up.as_view());
