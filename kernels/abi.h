@@ -281,8 +281,8 @@ typedef struct PermuteParams {
 
 // ---- grouped_gemm -----------------------------------------------------------------------------
 
-// A tile's rows, the rows of weights beside them, and the stages of 128 bytes of K that both pass
-// through: 97 KiB, so that one configuration fits every GPU since sm_80 (99 KiB a block at least).
+// The rows of a tile and of its weights, in stages of 128 bytes of inputs each: 97 KiB, so that one
+// configuration fits every GPU since sm_80 (at least 99 KiB per block).
 #define GEMM_BLOCK_M 128
 #define GEMM_BLOCK_N 128
 #define GEMM_STAGES 3
@@ -290,12 +290,12 @@ typedef struct PermuteParams {
 #define GEMM_THREADS_MMA 128  // f16 and bf16
 #define GEMM_THREADS_FMA 256  // f32
 
-// Tiles whose blocks run next to each other, so that they share weights in L2. The grid is
-// div_ceil(bound on tiles, GEMM_TILE_GROUP) * GEMM_TILE_GROUP * div_ceil(n, columns of a block),
-// where a block has GEMM_BLOCK_N columns, half of that where a gate stands beside up.
+// Tiles whose blocks have adjacent indices, so that they share weights in L2. The grid is
+// div_ceil(bound on tiles, GEMM_TILE_GROUP) * GEMM_TILE_GROUP * div_ceil(out_features, columns),
+// where a block has GEMM_BLOCK_N columns, or half of that with a gate.
 #define GEMM_TILE_GROUP 8
 
-// A run of rows of one expert, as the plan lists them.
+// Consecutive rows of one expert: an entry of the plan's list.
 typedef struct GemmTile {
   int expert;
   int first_row;
@@ -303,59 +303,91 @@ typedef struct GemmTile {
   int reserved;
 } GemmTile;
 
-// The functions between an expert's projections.
-#define ACTIVATION_SILU 0           // g * sigmoid(alpha * g)
+#define ACTIVATION_SILU 0  // g * sigmoid(alpha * g)
 #define ACTIVATION_GELU 1
 #define ACTIVATION_GELU_TANH 2
 #define ACTIVATION_RELU 3
 #define ACTIVATION_RELU_SQUARED 4
-#define ACTIVATION_SILU_SOFT_CAP 5  // gate_cap * tanh(g / gate_cap) * sigmoid(alpha * g)
 
-// min(f(min(g, limit_before)), limit_after) * (clamp(u, -limit_up, limit_up) + up_offset), where
-// u is up_cap * tanh(u / up_cap) for soft caps. Infinity is no limit.
+// min(f(min(g, limit_before)), limit_after) * (clamp(u, -limit_up, limit_up) + up_offset).
+// With soft_cap, which SILU alone has, f(g) is gate_cap * tanh(g / gate_cap) * sigmoid(alpha * g),
+// and up_cap * tanh(u / up_cap) replaces u. A limit of infinity is none.
 typedef struct ActivationArgs {
-  int function;        // ACTIVATION_*
-  float alpha;         // SILU and SILU_SOFT_CAP
+  int function;  // ACTIVATION_*
+  float alpha;   // SILU
   float limit_before;
   float limit_after;
   float limit_up;
   float up_offset;
-  float gate_cap;      // SILU_SOFT_CAP
-  float up_cap;        // SILU_SOFT_CAP
+  int soft_cap;  // 1: gate_cap and up_cap apply.
+  float gate_cap;
+  float up_cap;
 } ActivationArgs;
 
-// Element (expert, feature, i) of weights lies expert * expert_stride + feature * feature_stride +
-// i * k_stride elements from their start.
+// Element (expert, out, in) of the weights is expert * expert_stride + out * out_stride +
+// in * in_stride elements from their start.
 typedef struct GroupedGemmArgs {
   long long expert_stride;
-  int feature_stride;
-  int k_stride;
-  int rows;          // R, the rows of the output; expert_offsets[E] of them have an expert.
-  int x_rows;        // The rows of x: T where they are gathered, else R.
-  int max_tiles;     // At most so many tiles, whatever the routing.
-  int n;             // N, the columns of the output; I for gate_up.
-  int k;             // The depth: columns of x, inputs of a feature.
+  int out_stride;
+  int in_stride;
+  int rows;          // R, the rows of the output; expert_offsets[E] of them are used.
+  int x_rows;        // The rows of x: T with a gather, else R.
+  int max_tiles;     // The bound on tiles for any routing.
+  int out_features;  // The columns of the output; I for gate_up.
+  int in_features;   // The columns of x.
   int num_experts;   // E
-  int vector_load;   // 1: every row of x and of weights starts at a 16-byte boundary.
+  int vector_load;   // 1: every row of x and of the weights starts at a 16-byte boundary.
   int vector_store;  // 1: every row of the output does.
 } GroupedGemmArgs;
 
-typedef struct WeightedGemmArgs {
-  GroupedGemmArgs gemm;
-  int gather;  // 1: x has a row per token; 0: a row per row of the output.
-  int top_k;   // K of weights.
-} WeightedGemmArgs;
+typedef struct GroupedGemmParams {
+  unsigned long long y;               // [R, out]
+  unsigned long long x;               // [T, in] with token_of_row, else [R, in]
+  unsigned long long w;               // [E, out, in] or [E, in, out]
+  unsigned long long bias;            // [E, out] or null
+  unsigned long long token_of_row;    // [R], or null: no gather
+  unsigned long long expert_offsets;  // [E + 1]
+  unsigned long long tiles;           // GemmTile [num_tiles]
+  unsigned long long num_tiles;       // [1]
+  GroupedGemmArgs args;
+} GroupedGemmParams;
+
+typedef struct WeightedGemmParams {
+  GroupedGemmParams gemm;
+  unsigned long long routing_weights;  // f32 [T, K]
+  unsigned long long row_of_slot;      // [T * K]
+  unsigned long long token_of_row;     // [R]
+  int top_k;                           // K
+  int num_tokens;                      // T
+} WeightedGemmParams;
 
 typedef struct GateUpArgs {
   GroupedGemmArgs gemm;
   ActivationArgs activation;
-  int gated;                // 1: there is a gate beside up.
-  int gather;               // 1: x has a row per token; 0: a row per row of the output.
-  int top_k;                // K of weights.
-  int weight_inside;        // 1: weights multiply what the activation returns; 0: the sums.
-  int bias_expert_stride;   // As for weights; both biases have these.
-  int bias_feature_stride;
+  int gated;               // 1: gate and up; 0: up alone.
+  int gather;              // 1: x has a row per token; 0: a row per row of the output.
+  int top_k;               // K
+  int num_tokens;          // T
+  int weight_inside;       // 1: routing weights multiply the activation's result; 0: the sums.
+  int bias_expert_stride;  // As for the weights; both biases have these strides.
+  int bias_out_stride;
 } GateUpArgs;
+
+typedef struct GateUpParams {
+  unsigned long long act;              // [R, I]
+  unsigned long long x;                // [T, in] with gather, else [R, in]
+  unsigned long long gate;             // [E, I, in] by strides; unused without a gate
+  unsigned long long up;               // [E, I, in] by strides
+  unsigned long long gate_bias;        // [E, I] by strides, or null
+  unsigned long long up_bias;          // [E, I] by strides, or null
+  unsigned long long routing_weights;  // f32 [T, K] or null
+  unsigned long long row_of_slot;      // [T * K], read with routing_weights
+  unsigned long long token_of_row;     // [R], or null without gather and routing_weights
+  unsigned long long expert_offsets;   // [E + 1]
+  unsigned long long tiles;            // GemmTile [num_tiles]
+  unsigned long long num_tiles;        // [1]
+  GateUpArgs args;
+} GateUpParams;
 
 // ---- combine ----------------------------------------------------------------------------------
 

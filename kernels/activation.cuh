@@ -1,10 +1,10 @@
-// What lies between an expert's projections, in f32. src/reference/activation.rs is its
-// specification; ActivationArgs in abi.h says what the fields mean.
+// The activation between an expert's projections, in f32. Specification:
+// src/reference/activation.rs; parameters: ActivationArgs in abi.h.
 #pragma once
 
 namespace activation {
 
-// Comparisons instead of fminf: what is no number stays so.
+// A comparison instead of fminf: NaN propagates.
 __device__ __forceinline__ float at_most(float value, float limit) {
   return value > limit ? limit : value;
 }
@@ -16,7 +16,8 @@ __device__ __forceinline__ float clamp(float value, float limit) {
 // x * sigmoid(s)
 __device__ __forceinline__ float times_sigmoid(float x, float s) { return x / (1.0f + expf(-s)); }
 
-// GELU by erfc and by the sigmoid that (1 + tanh(z)) / 2 is: neither cancels where g is negative.
+// GELU with erfc, and with the sigmoid that (1 + tanh(z)) / 2 equals: neither cancels if g is
+// negative.
 __device__ __forceinline__ float gelu(float g) { return 0.5f * g * erfcf(-0.70710678f * g); }
 __device__ __forceinline__ float gelu_tanh(float g) {
   return times_sigmoid(g, 1.5957691f * (g + 0.044715f * (g * g * g)));
@@ -24,8 +25,8 @@ __device__ __forceinline__ float gelu_tanh(float g) {
 
 __device__ __forceinline__ float relu(float g) { return g < 0.0f ? 0.0f : g; }
 
-// gate[i] = f(gate[i]) * (up[i] + up_offset), or f(gate[i]) where there is no up. All threads take
-// the same turn, and a turn serves all of `LEN`.
+// gate[i] = f(gate[i]) * (up[i] + up_offset), or f(gate[i]) without a gate. Branches are uniform,
+// and each handles all LEN values.
 template <int LEN>
 __device__ __forceinline__ void apply(float (&gate)[LEN], float (&up)[LEN], bool gated,
                                       const ActivationArgs& args) {
@@ -33,8 +34,17 @@ __device__ __forceinline__ void apply(float (&gate)[LEN], float (&up)[LEN], bool
   for (int i = 0; i < LEN; i++) gate[i] = at_most(gate[i], args.limit_before);
   switch (args.function) {
     case ACTIVATION_SILU:
+      if (args.soft_cap) {
 #pragma unroll
-      for (int i = 0; i < LEN; i++) gate[i] = times_sigmoid(gate[i], args.alpha * gate[i]);
+        for (int i = 0; i < LEN; i++) {
+          const float capped = args.gate_cap * tanhf(gate[i] / args.gate_cap);
+          gate[i] = times_sigmoid(capped, args.alpha * gate[i]);
+          up[i] = args.up_cap * tanhf(up[i] / args.up_cap);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < LEN; i++) gate[i] = times_sigmoid(gate[i], args.alpha * gate[i]);
+      }
       break;
     case ACTIVATION_GELU:
 #pragma unroll
@@ -48,17 +58,9 @@ __device__ __forceinline__ void apply(float (&gate)[LEN], float (&up)[LEN], bool
 #pragma unroll
       for (int i = 0; i < LEN; i++) gate[i] = relu(gate[i]);
       break;
-    case ACTIVATION_RELU_SQUARED:
+    default:  // ACTIVATION_RELU_SQUARED
 #pragma unroll
       for (int i = 0; i < LEN; i++) gate[i] = relu(gate[i]) * relu(gate[i]);
-      break;
-    default:  // ACTIVATION_SILU_SOFT_CAP
-#pragma unroll
-      for (int i = 0; i < LEN; i++) {
-        const float capped = args.gate_cap * tanhf(gate[i] / args.gate_cap);
-        gate[i] = times_sigmoid(capped, args.alpha * gate[i]);
-        up[i] = args.up_cap * tanhf(up[i] / args.up_cap);
-      }
   }
 #pragma unroll
   for (int i = 0; i < LEN; i++) {

@@ -1,17 +1,16 @@
-// The products' main loop: 128 rows of x by 128 features of weights by 128 bytes of K, f32 sums in
-// registers. grouped_gemm.cu says which rows and features, and what becomes of the sums.
+// The products' main loop: 128 rows of x by 128 features of weights by 128 bytes of inputs, with f32
+// sums in registers. grouped_gemm.cu chooses rows and features, gemm_epilogue.cuh stores outputs.
 //
-// Weights lie OUT_IN, a feature's inputs next to each other, or IN_OUT, an input's features next to
-// each other. Both pass through the same stages as they are in memory; a tile's features are two
-// halves of 64, each wherever the caller says: one after the other, or gate and up.
+// Weights are OUT_IN (a feature's inputs are adjacent) or IN_OUT (an input's features are
+// adjacent). Stages keep the order of global memory. A tile's features are two halves of 64 at any
+// two addresses: one after the other, or gate and up. `k` runs over inputs.
 #pragma once
 
 namespace gemm_tile {
 
-// A stage of the pipeline holds 128 bytes of K of every row of x, and of every feature of weights
-// that lie OUT_IN. Each row is eight 16-byte chunks; chunk c lies at place c ^ (row % 8), so that
-// eight rows' same chunk, which is what ldmatrix and the FMA loop read at once, lies in eight
-// different groups of banks.
+// A stage of the pipeline has 128 bytes of inputs of every row of x and, for OUT_IN weights, of
+// every feature. Each row is eight 16-byte chunks; chunk c is stored at c ^ (row % 8): ldmatrix and
+// the FMA loop read the same chunk of eight rows at once, from eight different groups of banks.
 constexpr int ROW_BYTES = 128;
 constexpr int CHUNK_BYTES = 16;
 constexpr int ROW_CHUNKS = ROW_BYTES / CHUNK_BYTES;
@@ -23,38 +22,41 @@ struct alignas(1024) Stage {
 };
 
 struct SharedStorage {
-  Stage stages[GEMM_STAGES];  // and, once all is summed, the outputs
-  int x_row[GEMM_BLOCK_M];  // the row of x that each row of the tile reads, -1 past the tile's end
-  float weight[GEMM_BLOCK_M];  // that the routing gave the row, where the operation reads it
+  Stage stages[GEMM_STAGES];   // then the epilogue's tile
+  int x_row[GEMM_BLOCK_M];     // the row of x of each row of the tile, INACTIVE past the tile's end
+  float weight[GEMM_BLOCK_M];  // the routing weight of each row, in the operations that use it
+
+  __device__ __forceinline__ unsigned char* epilogue_tile() { return stages[0].x; }
+  __device__ __forceinline__ const unsigned char* epilogue_tile() const { return stages[0].x; }
 };
 static_assert(sizeof(SharedStorage::stages) + GEMM_BLOCK_M * (sizeof(int) + sizeof(float)) ==
                   GROUPED_GEMM_SMEM_BYTES,
-              "what the launch asks for");
+              "the launch requests this size");
 static_assert(GEMM_BLOCK_M * GEMM_BLOCK_N * sizeof(float) <= GEMM_STAGES * sizeof(Stage),
-              "the outputs pass through the stages' memory");
-static_assert(GEMM_BLOCK_M == 128 && GEMM_BLOCK_N == 128, "what the warp layouts below cover");
+              "the epilogue's tile fits into the stages");
+static_assert(GEMM_BLOCK_M == 128 && GEMM_BLOCK_N == 128, "the warp layouts below cover this tile");
 
-// What a block multiplies.
+// The operands of a block.
 template <typename Elem>
 struct Problem {
-  const Elem* x;       // [T, K] with a map, else [R, K]
-  const Elem* w;       // the first feature of the tile
-  int64_t second;      // where the 65th is, in elements from the first
-  int features[2];     // of each half, how many there are; 64 count, and none from 0 down
-  int feature_stride;  // elements between neighbours in a half
-  int k_stride;        // elements between neighbours in K
-  int k;               // depth
-  int num_rows;        // of the tile
+  const Elem* x;        // [T, in] with a map, else [R, in]
+  const Elem* w;        // the first feature of the tile
+  int64_t half_offset;  // elements from the first half's first feature to the second half's
+  int features[2];      // of each half: at most 64 are used, none if it is 0 or negative
+  int out_stride;       // elements between features of a half
+  int in_stride;        // elements between inputs of a feature
+  int in_features;
+  int num_rows;         // of the tile
 };
 
 __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return row * ROW_BYTES + ((chunk ^ (row % 8)) * CHUNK_BYTES);
 }
 
-// A stage of weights that lie IN_OUT: a row for each of K, of all features. ldmatrix reads eight
-// rows' same chunk, hence the swizzle; the FMA loop reads a row's neighbours, and needs none.
+// IN_OUT weights in a stage: a row per input, with all features. ldmatrix reads the same chunk of
+// eight rows, hence the swizzle; the FMA loop reads adjacent chunks of a row and needs none.
 template <typename Elem>
-struct InOutStage {
+struct InOutLayout {
   static constexpr int CHUNKS = GEMM_BLOCK_N / Vec<Elem>::LEN;  // of a row
   static constexpr int PITCH = CHUNKS * CHUNK_BYTES;
 
@@ -64,11 +66,11 @@ struct InOutStage {
 };
 
 // Fills stages. VECTOR: bases and pitches are multiples of 16 bytes, and copies are asynchronous.
-// Otherwise elements are copied one by one, which is slow and right for any alignment and any
-// strides: such weights come out as OUT_IN, however they lay.
+// Otherwise elements are copied one by one, for any alignment and any strides: the stage is then
+// OUT_IN for weights of either order.
 template <typename Elem, int THREADS, bool IN_OUT, bool VECTOR>
 struct StageLoader {
-  static_assert(VECTOR || !IN_OUT, "the slow path knows one order");
+  static_assert(VECTOR || !IN_OUT, "without VECTOR stages are OUT_IN");
   static constexpr int PASS_ROWS = THREADS / ROW_CHUNKS;
   static constexpr int PASSES = GEMM_BLOCK_M / PASS_ROWS;
   static constexpr int BLOCK_K = ROW_BYTES / sizeof(Elem);
@@ -78,20 +80,20 @@ struct StageLoader {
   const Problem<Elem>& problem;
   SharedStorage& shared;
 
-  // Rows, features and inputs past an end become zero in both operands, so they add nothing.
-  __device__ __forceinline__ void load(int stage_index, int block) const {
-    Stage& stage = shared.stages[stage_index];
-    load_x(stage.x, block);
+  // Loads block `block` of inputs. Rows, features and inputs past an end become zero in both
+  // operands, so that they add nothing.
+  __device__ __forceinline__ void load(int stage, int block) const {
+    load_x(shared.stages[stage].x, block);
     if constexpr (IN_OUT) {
-      load_in_out(stage.w, block);
+      load_in_out(shared.stages[stage].w, block);
     } else {
-      load_out_in(stage.w, block);
+      load_out_in(shared.stages[stage].w, block);
     }
   }
 
  private:
-  // A thread answers for one chunk column and every THREADS / 8th row, so a warp's copies read
-  // whole 128-byte lines.
+  // Each thread copies one chunk column of every THREADS / 8th row, so that a warp reads whole
+  // 128-byte lines.
   __device__ __forceinline__ void load_x(unsigned char* rows, int block) const {
     const int thread_row = threadIdx.x / ROW_CHUNKS, thread_chunk = threadIdx.x % ROW_CHUNKS;
     const int offset = chunk_offset(thread_row, thread_chunk);
@@ -99,61 +101,62 @@ struct StageLoader {
 #pragma unroll VECTOR ? PASSES : 1
     for (int i = 0; i < PASSES; i++) {
       const int row = shared.x_row[thread_row + i * PASS_ROWS];
-      const Elem* x = problem.x + (int64_t)row * problem.k + k;
+      const Elem* x = problem.x + (int64_t)row * problem.in_features + k;
       copy(rows + offset + i * PASS_ROWS * ROW_BYTES, x, 1, row >= 0, k);
     }
   }
 
-  // Features lie at fixed distances: one pointer and steps that all threads share name them.
+  // Features are equidistant: one pointer per thread, and steps that all threads share.
   __device__ __forceinline__ void load_out_in(unsigned char* rows, int block) const {
     const int thread_row = threadIdx.x / ROW_CHUNKS, thread_chunk = threadIdx.x % ROW_CHUNKS;
     const int offset = chunk_offset(thread_row, thread_chunk);
     const int k = block * BLOCK_K + thread_chunk * Vec<Elem>::LEN;
-    const int k_stride = VECTOR ? 1 : problem.k_stride;
+    const int in_stride = VECTOR ? 1 : problem.in_stride;
     const Elem* w =
-        problem.w + (int64_t)thread_row * problem.feature_stride + (int64_t)k * k_stride;
+        problem.w + (int64_t)thread_row * problem.out_stride + (int64_t)k * in_stride;
 #pragma unroll VECTOR ? PASSES : 1
     for (int i = 0; i < PASSES; i++) {
       const int half = i >= PASSES / 2;
       const int step = (i - half * (PASSES / 2)) * PASS_ROWS;
-      const int64_t distance = (int64_t)step * problem.feature_stride + (half ? problem.second : 0);
-      copy(rows + offset + i * PASS_ROWS * ROW_BYTES, w + distance, k_stride,
+      const int64_t distance =
+          (int64_t)step * problem.out_stride + (half ? problem.half_offset : 0);
+      copy(rows + offset + i * PASS_ROWS * ROW_BYTES, w + distance, in_stride,
            thread_row + step < (half ? problem.features[1] : problem.features[0]), k);
     }
   }
 
-  // A thread answers for one chunk of features and every THREADS / CHUNKS-th row.
+  // Each thread copies one chunk of features of every THREADS / CHUNKS-th row.
   __device__ __forceinline__ void load_in_out(unsigned char* rows, int block) const {
-    using Rows = InOutStage<Elem>;
-    constexpr int PASS_K = THREADS / Rows::CHUNKS;
-    static_assert(PASS_K % 8 == 0, "a thread's chunks have one place in their rows");
-    const int thread_k = threadIdx.x / Rows::CHUNKS, thread_chunk = threadIdx.x % Rows::CHUNKS;
-    const int half = thread_chunk >= Rows::CHUNKS / 2;
-    const int feature = thread_chunk % (Rows::CHUNKS / 2) * Vec<Elem>::LEN;
+    using Layout = InOutLayout<Elem>;
+    constexpr int PASS_K = THREADS / Layout::CHUNKS;
+    static_assert(PASS_K % 8 == 0, "all chunks of a thread have the same swizzle");
+    const int thread_k = threadIdx.x / Layout::CHUNKS, thread_chunk = threadIdx.x % Layout::CHUNKS;
+    const int half = thread_chunk >= Layout::CHUNKS / 2;
+    const int feature = thread_chunk % (Layout::CHUNKS / 2) * Vec<Elem>::LEN;
     const bool inside = feature < (half ? problem.features[1] : problem.features[0]);
-    const int offset = Rows::offset(thread_k, thread_chunk);
+    const int offset = Layout::offset(thread_k, thread_chunk);
     const int k = block * BLOCK_K + thread_k;
-    const Elem* w = problem.w + (half ? problem.second : 0) + feature;
-    w += (int64_t)k * problem.k_stride;
+    const Elem* w = problem.w + (half ? problem.half_offset : 0) + feature;
+    w += (int64_t)k * problem.in_stride;
 #pragma unroll
     for (int i = 0; i < BLOCK_K / PASS_K; i++) {
       const int step = i * PASS_K;
-      copy(rows + offset + step * Rows::PITCH, w + (int64_t)step * problem.k_stride, 1, inside,
+      copy(rows + offset + step * Layout::PITCH, w + (int64_t)step * problem.in_stride, 1, inside,
            k + step);
     }
   }
 
-  // `source` may be formed past the matrix, but is read only where the row and k are inside.
+  // `source` may point past the matrix; it is read only if the row and k are inside.
   __device__ __forceinline__ void copy(unsigned char* target, const Elem* source, int stride,
                                        bool row_inside, int k) const {
     if constexpr (VECTOR) {
-      const bool inside = row_inside && k < problem.k;
+      const bool inside = row_inside && k < problem.in_features;
       ptx::cp_async16(ptx::smem_u32(target), inside ? source : problem.x, inside ? CHUNK_BYTES : 0);
     } else {
       Vec<Elem> chunk;
 #pragma unroll
       for (int i = 0; i < Vec<Elem>::LEN; i++) {
-        const bool inside = row_inside && k + i < problem.k;
+        const bool inside = row_inside && k + i < problem.in_features;
         chunk.at[i] = inside ? source[(int64_t)i * stride] : from_f32<Elem>(0.0f);
       }
       store_vec(reinterpret_cast<Elem*>(target), chunk);
@@ -161,11 +164,12 @@ struct StageLoader {
   }
 };
 
-// What passes from the threads that summed it to those that store it: 128 x 128 outputs, or sums.
-// Chunks are swizzled against conflicts between the rows that a warp writes at once, and, for
-// sums, between the chunks that its lanes read: every one, every second or every fourth.
+// The epilogue's tile in shared memory: 128 x 128 outputs or f32 sums, written by the threads that
+// summed them and read by those that store them. Chunks are swizzled against bank conflicts between
+// the rows that a warp writes at once and, for sums, between the chunks that its lanes read: every
+// one, every second or every fourth.
 template <typename Value>
-struct Staging {
+struct EpilogueTile {
   static constexpr int CHUNKS = GEMM_BLOCK_N / Vec<Value>::LEN;  // of a row
 
   // In bytes.
@@ -188,14 +192,14 @@ __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], con
   ptx::mma_f16(sum, a, b);
 }
 
-// Four warps, two by two. Warp (wm, wn) owns the 16-row strips 32*i + 16*wm of x and the strips
+// Four warps, two by two. Warp (wm, wn) computes the 16-row strips 32*i + 16*wm of x and the strips
 // 32*p + 16*wn of 16 features: strips alternate between warps, so that a tile of few rows still
-// keeps all four tensor cores busy. FRAGMENTS: how many strips of x the tile's rows need.
+// uses all four tensor cores. FRAGMENTS: strips of x per warp that the tile's rows need.
 template <typename Elem, int FRAGMENTS, bool IN_OUT>
 struct MmaTile {
   static constexpr int THREADS = GEMM_THREADS_MMA;
   static constexpr int STEPS = ROW_BYTES / 32;  // of k16
-  static_assert(STEPS % 2 == 0, "every block of K begins with the same set of registers");
+  static_assert(STEPS % 2 == 0, "every block of inputs begins with the same set of registers");
   static constexpr int STRIPS = GEMM_BLOCK_N / 32;
 
   float sum[FRAGMENTS][2 * STRIPS][4] = {};
@@ -203,7 +207,7 @@ struct MmaTile {
   __device__ __forceinline__ static int warp_m() { return threadIdx.x / WARP_SIZE / 2; }
   __device__ __forceinline__ static int warp_n() { return threadIdx.x / WARP_SIZE % 2; }
 
-  // The row and the column of sum[i][j][2 * half]; the next column's is beside it.
+  // The row and the column of sum[i][j][2 * half]; sum[i][j][2 * half + 1] is the next column.
   __device__ __forceinline__ static int row_of(int i, int half) {
     return 32 * i + 16 * warp_m() + 8 * half + threadIdx.x % WARP_SIZE / 4;
   }
@@ -228,7 +232,7 @@ struct MmaTile {
     if constexpr (IN_OUT) {
       const int k = 16 * step + lane % 16;
       const int chunk = 4 * strip + 2 * warp_n() + lane / 16;
-      ptx::ldmatrix_x4_trans(w, ptx::smem_u32(stage.w + InOutStage<Elem>::offset(k, chunk)));
+      ptx::ldmatrix_x4_trans(w, ptx::smem_u32(stage.w + InOutLayout<Elem>::offset(k, chunk)));
     } else {
       const int row = 16 * warp_n() + lane / 16 * 8 + lane % 8;
       const unsigned char* rows = stage.w + chunk_offset(row, 2 * step + lane / 8 % 2);
@@ -258,16 +262,15 @@ struct MmaTile {
     for (int block = 0; block < blocks; block++) {
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
-        // The barrier before the last step's multiplications says two things: the next stage has
-        // arrived for everybody, and nobody will read this one again, since its last operands are
-        // in registers.
+        // After the barrier before the last step's multiplications, the next stage has arrived for
+        // all threads, and no thread reads this one again: its last operands are in registers.
         if (step == STEPS - 1) {
           stage = stage + 1 == GEMM_STAGES ? 0 : stage + 1;
           ptx::cp_async_wait<GEMM_STAGES - 2>();
           __syncthreads();
         }
-        // After the last block this reads a stage that nobody filled, and nobody uses what it read:
-        // a branch would cost more.
+        // After the last block this loads from a stage that was not filled, and the operands are
+        // not used: a branch would cost more.
         const int next_step = (step + 1) % STEPS;
         load_x(x[next_step % 2], stages[stage], next_step);
         if (step == 0) {
@@ -321,9 +324,9 @@ struct MmaTile {
     }
   }
 
-  // Hands the sums over to the block as `Value`: f32, or rounded to Elem.
+  // Stores the sums into the epilogue's tile as `Value`: f32, or rounded to Elem.
   template <typename Value>
-  __device__ __forceinline__ void stage(unsigned char* staging) const {
+  __device__ __forceinline__ void store_sums(unsigned char* tile) const {
     struct alignas(2 * sizeof(Value)) Pair {
       Value first, second;
     };
@@ -335,8 +338,8 @@ struct MmaTile {
         for (int j = 0; j < 2 * STRIPS; j++) {
           const Pair pair = {from_f32<Value>(sum[i][j][2 * half]),
                              from_f32<Value>(sum[i][j][2 * half + 1])};
-          const int offset = Staging<Value>::offset(row_of(i, half), column_of(j));
-          *reinterpret_cast<Pair*>(staging + offset) = pair;
+          const int offset = EpilogueTile<Value>::offset(row_of(i, half), column_of(j));
+          *reinterpret_cast<Pair*>(tile + offset) = pair;
         }
       }
     }
@@ -345,10 +348,10 @@ struct MmaTile {
 
 // ---- f32: fused multiply-adds -------------------------------------------------------------------
 
-// Eight warps of 4 x 8 threads. Thread (tm, tn) of the 16 x 16 owns the rows tm + 16*i. Its loads
-// of 16 bytes then meet no bank conflict: x is a broadcast, and of weights a warp reads eight rows
-// (OUT_IN, where the thread owns the columns tn + 16*j) or eight chunks of one row (IN_OUT, where
-// it owns four neighbours of each half).
+// Eight warps of 4 x 8 threads. Thread (tm, tn) of the 16 x 16 computes the rows tm + 16*i. Its
+// 16-byte loads have no bank conflicts: x is a broadcast, and of the weights a warp reads eight
+// rows (OUT_IN, where the thread computes the columns tn + 16*j) or eight chunks of one row
+// (IN_OUT, where it computes four adjacent columns of each half).
 template <int FRAGMENTS, bool IN_OUT>
 struct FmaTile {
   static constexpr int THREADS = GEMM_THREADS_FMA;
@@ -376,7 +379,7 @@ struct FmaTile {
     }
     int stage = 0;  // being multiplied
     for (int block = 0; block < blocks; block++) {
-      // After the barrier this stage is filled for everybody, and the one before it is free.
+      // After the barrier this stage has arrived for all threads, and the one before it is free.
       ptx::cp_async_wait<GEMM_STAGES - 2>();
       __syncthreads();
       const int next = block + GEMM_STAGES - 1;
@@ -415,22 +418,22 @@ struct FmaTile {
     }
   }
 
-  // Hands the sums over to the block.
+  // Stores the sums into the epilogue's tile.
   template <typename Value>
-  __device__ __forceinline__ void stage(unsigned char* staging) const {
-    constexpr int WIDTH = IN_OUT ? Vec<float>::LEN : 1;  // neighbours that the thread owns
-    struct alignas(WIDTH * sizeof(float)) Neighbours {
+  __device__ __forceinline__ void store_sums(unsigned char* tile) const {
+    constexpr int WIDTH = IN_OUT ? Vec<float>::LEN : 1;  // adjacent columns of the thread
+    struct alignas(WIDTH * sizeof(float)) Columns {
       float at[WIDTH];
     };
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
 #pragma unroll
       for (int j = 0; j < COLUMNS; j += WIDTH) {
-        Neighbours values;
+        Columns values;
 #pragma unroll
         for (int c = 0; c < WIDTH; c++) values.at[c] = sum[i][j + c];
-        const int offset = Staging<float>::offset(thread_m() + 16 * i, column_of(j));
-        *reinterpret_cast<Neighbours*>(staging + offset) = values;
+        const int offset = EpilogueTile<float>::offset(thread_m() + 16 * i, column_of(j));
+        *reinterpret_cast<Columns*>(tile + offset) = values;
       }
     }
   }
@@ -445,7 +448,7 @@ struct FmaTile {
         const int k = i / 2, half = i % 2;
         const int column_chunk = thread_n() + half * (HALF_FEATURES / LEN);
         const Vec<float> columns =
-            load_at(stage.w + InOutStage<float>::offset(chunk * LEN + k, column_chunk));
+            load_at(stage.w + InOutLayout<float>::offset(chunk * LEN + k, column_chunk));
 #pragma unroll
         for (int j = 0; j < LEN; j++) w[half * LEN + j][k] = columns.at[j];
       }

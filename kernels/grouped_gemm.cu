@@ -1,205 +1,142 @@
-// grouped_gemm: each expert's weights times the rows that are its own, for groups of any length.
-//   fwd          y[r, n]   = sum_k row(r)[k] * w[e(r), n, k] + bias[e(r), n]
-//   fwd_weighted y[r, n]   = weight(r) * (sum_k row(r)[k] * w[e(r), n, k] + bias[e(r), n]), where
-//                weight(r) is the one that the routing gave r: for f16, whose range an output may
-//                leave before its weight brings it back.
-//   fwd_gate_up  act[r, i] = activation(gate, up), all in f32 (activation.cuh), where
-//                gate = p * (sum_k row(r)[k] * gate[e(r), i, k]) + gate_bias[e(r), i], up the same;
-//                p = 1, or the weight that the routing gave r; or that weight multiplies act.
-//   row(r) is x[token_of_row[r]] where x has a row per token, so that a gather costs no pass of its
-//   own, else x[r]. Rows from expert_offsets[E] on are nobody's and become zero: outputs are
-//   written whole. Experts without a gate have activation(up).
-// Weights lie as strides say: [E, N, K], or [E, K, N] (the entries with in_out, whose main loop
-//         transposes on the way to the tensor cores); gate and up are two tensors, the halves of
-//         one, or its even and odd features. None is copied.
-// Tiles   128 rows of one expert (the plan's list) by 128 features by 128 bytes of K
-// (gemm_tile.cuh).
-//         With a gate: 64 of its features and the 64 of up, which meet in shared memory.
-// Launch  grid (bound on tiles, in whole groups of GEMM_TILE_GROUP, times column tiles); block
+// grouped_gemm: multiplies each row by the weights of its expert, for groups of any length.
+//   fwd          y[r, o]   = sum_i row(r)[i] * w[e(r), o, i] + bias[e(r), o]
+//   fwd_weighted y[r, o]   = weight(r) * (sum_i row(r)[i] * w[e(r), o, i] + bias[e(r), o]), where
+//                weight(r) is the routing weight of r. For f16 only: an output may exceed the range
+//                of f16 before its weight is applied.
+//   fwd_gate_up  act[r, o] = activation(gate, up), all in f32 (activation.cuh), where
+//                gate = p * (sum_i row(r)[i] * gate[e(r), o, i]) + gate_bias[e(r), o], up the same;
+//                p is 1 or the routing weight of r. That weight may multiply act instead. Experts
+//                without a gate compute activation(up).
+//   row(r) is x[token_of_row[r]] if x has a row per token, so that the gather needs no pass of its
+//   own, else x[r]. Unused rows of the output (from expert_offsets[E] on) are zeroed.
+// Weights are addressed by strides: [E, out, in], or [E, in, out] (entries with in_out, whose main
+//         loop transposes while loading matrices). Gate and up are two tensors, the halves of one
+//         tensor, or its even and odd features. No weight is copied in global memory.
+// Tiles   128 rows of one expert (the plan's list) by 128 features by 128 bytes of inputs
+//         (gemm_tile.cuh). With a gate: 64 features of gate and the same 64 of up, combined in
+//         shared memory.
+// Launch  grid (bound on tiles, rounded up to GEMM_TILE_GROUP, times column tiles); block
 //         GEMM_THREADS_MMA for f16 and bf16, GEMM_THREADS_FMA for f32; GROUPED_GEMM_SMEM_BYTES.
-//         Blocks past the device's own number of tiles clear the rows that are nobody's.
-// Order   tiles of a group fastest, then columns: blocks that run together read the same weights,
-//         and the group's rows of x stay in L2 until its last column is done.
-// Blocks  two an SM on sm_90 and sm_100, one elsewhere (shared memory); f32: one (registers).
-// Types   f16, bf16: mma.sync m16n8k16, summed in f32. f32: FFMA, never TF32.
-// Floor   2*R*N*K FLOPs (with a gate: 4*R*I*K); bytes of the weights of experts with rows, of x and
-//         y. T4096 H2048 I768 E128 K8 bf16, SwiGLU: 206 GFLOP, 872 MB (805 weights, 17 x, 50 act).
-// Padding a short tile costs MMAs for 32, 64 or 128 rows, whichever is enough, and reads no row
-//         that is not its own.
-// Bounds  what the plan holds is held against the sizes that the host knows: a plan that its kernels
-//         have not made yet has any bits, which then choose the wrong rows, and none outside.
-// Writers one thread per element, and k in order: deterministic, and a row's bits depend neither on
-//         the tile it is in, nor on the rows beside it, nor on how the weights lie.
+//         Blocks past num_tiles zero the unused rows.
+// Order   tiles of a group fastest, then columns: concurrent blocks read the same weights, and the
+//         group's rows of x stay in L2 until its last column is done.
+// Blocks  two per SM on sm_90 and sm_100, one elsewhere (shared memory); f32: one (registers).
+// Types   f16, bf16: mma.sync m16n8k16 with f32 accumulation. f32: FFMA, never TF32.
+// Cost    2*R*in*out FLOPs (with a gate: 4*R*in*I); bytes of x, y and the weights of experts with
+//         rows. T4096 H2048 I768 E128 K8 bf16, SwiGLU: 206 GFLOP, 872 MB (805 weights, 17 x, 50
+//         act).
+// Padding a short tile costs MMAs for 32, 64 or 128 rows, whichever suffices, and reads only its
+//         own rows.
+// Bounds  indices from the plan are checked against the host's sizes: a plan whose kernels have not
+//         run has arbitrary bits, which select wrong rows, but none out of bounds.
+// Writers one thread per element, summing inputs in order: deterministic. A row's bits depend on
+//         neither its tile, nor other rows, nor the layout of the weights.
 #include "kernel.cuh"
 
 #include "activation.cuh"
 #include "gemm_tile.cuh"
+#include "gemm_epilogue.cuh"
 
+using gemm_epilogue::GateUpEpilogue;
 using gemm_tile::HALF_FEATURES;
 using gemm_tile::Problem;
 using gemm_tile::SharedStorage;
-using gemm_tile::Staging;
 
-// ---- Outputs ------------------------------------------------------------------------------------
+// ---- Parameters: the structs of abi.h with typed pointers ---------------------------------------
 
-// A thread stores chunks of one column, and of every so many-th row.
 template <typename Elem>
-struct Chunks {
-  static constexpr int THREADS = sizeof(Elem) == 4 ? GEMM_THREADS_FMA : GEMM_THREADS_MMA;
-
-  int column;     // in the block's columns
-  int first_row;  // in the tile
-  int pass_rows;
-
-  __device__ __forceinline__ explicit Chunks(int columns) {
-    const int chunks = columns / Vec<Elem>::LEN;
-    column = threadIdx.x % chunks * Vec<Elem>::LEN;
-    first_row = threadIdx.x / chunks;
-    pass_rows = THREADS / chunks;
-  }
+struct GroupedGemm {
+  Elem* y;                    // [R, out]
+  const Elem* x;              // [T, in] with token_of_row, else [R, in]
+  const Elem* w;              // [E, out, in] or [E, in, out]
+  const Elem* bias;           // [E, out] or nullptr
+  const int* token_of_row;    // [R] or nullptr
+  const int* expert_offsets;  // [E + 1]
+  const GemmTile* tiles;      // [num_tiles]
+  const int* num_tiles;       // [1]
+  GroupedGemmArgs args;
 };
+static_assert(sizeof(GroupedGemm<f16>) == sizeof(GroupedGemmParams), "the same layout");
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, y);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, x);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, w);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, bias);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, token_of_row);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, expert_offsets);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, tiles);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, num_tiles);
+ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, args);
 
 template <typename Elem>
-__device__ __forceinline__ void store_chunk(Elem* row, const Vec<Elem>& chunk, int column, int n,
-                                            bool vector) {
-  if (vector) {
-    if (column < n) store_vec(row + column, chunk);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Vec<Elem>::LEN; i++) {
-      if (column + i < n) row[column + i] = chunk.at[i];
-    }
-  }
-}
+struct WeightedGemm {
+  GroupedGemm<Elem> gemm;
+  const float* routing_weights;  // [T, K]
+  const int* row_of_slot;        // [T * K]
+  const int* token_of_row;       // [R]
+  int top_k;                     // K
+  int num_tokens;                // T
+};
+static_assert(sizeof(WeightedGemm<f16>) == sizeof(WeightedGemmParams), "the same layout");
+ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, gemm);
+ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, routing_weights);
+ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, row_of_slot);
+ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, token_of_row);
+ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, top_k);
+ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, num_tokens);
 
-// Stores the tile's outputs, which lie rounded in `staging`, and no other.
-template <typename Elem>
-__device__ __forceinline__ void store_outputs(Elem* y, const unsigned char* staging,
-                                              const GemmTile& tile, int first_column,
-                                              const GroupedGemmArgs& args) {
-  const Chunks<Elem> mine(GEMM_BLOCK_N);
-  for (int row = mine.first_row; row < tile.num_rows; row += mine.pass_rows) {
-    const int offset = Staging<Elem>::offset(row, mine.column);
-    store_chunk(y + (int64_t)(tile.first_row + row) * args.n,
-                load_vec(reinterpret_cast<const Elem*>(staging + offset)),
-                first_column + mine.column, args.n, args.vector_store);
-  }
-}
-
-// Zeroes the block's columns of the rows that belong to no expert: block `part` of `parts` takes
-// every `parts`-th group of rows.
-template <typename Elem>
-__device__ __forceinline__ void clear_rows(Elem* y, int first_row, int first_column, int columns,
-                                           int part, int parts, const GroupedGemmArgs& args) {
-  Vec<Elem> zero;
-#pragma unroll
-  for (int i = 0; i < Vec<Elem>::LEN; i++) zero.at[i] = from_f32<Elem>(0.0f);
-  const Chunks<Elem> mine(columns);
-  const int64_t start = first_row + (int64_t)part * mine.pass_rows + mine.first_row;
-  for (int64_t row = start; row < args.rows; row += (int64_t)parts * mine.pass_rows) {
-    store_chunk(y + row * args.n, zero, first_column + mine.column, args.n, args.vector_store);
-  }
-}
-
-// ---- Gate and up --------------------------------------------------------------------------------
-
-// What the epilogue of gate_up reads besides the sums; no pointer but up_bias's counts without a
-// gate, and each may be nullptr.
+// Strides of weights and biases are in args.
 template <typename Elem>
 struct GateUp {
-  const Elem* gate_bias;  // of the tile's expert
-  const Elem* up_bias;    // of the tile's expert
-  bool weighted;          // shared.weight holds the rows' weights
-  bool interleaved;       // the tile's features are gate, up, gate, up ...; else all of gate first
+  Elem* act;                     // [R, I]
+  const Elem* x;                 // [T, in] with args.gather, else [R, in]
+  const Elem* gate;              // [E, I, in], from its first feature; unused without a gate
+  const Elem* up;                // [E, I, in], from its first feature
+  const Elem* gate_bias;         // [E, I] or nullptr; unused without a gate
+  const Elem* up_bias;           // [E, I] or nullptr
+  const float* routing_weights;  // [T, K] or nullptr
+  const int* row_of_slot;        // [T * K], read with routing_weights
+  const int* token_of_row;       // [R], or nullptr without a gather and without routing_weights
+  const int* expert_offsets;     // [E + 1]
+  const GemmTile* tiles;         // [num_tiles]
+  const int* num_tiles;          // [1]
+  GateUpArgs args;
 };
+static_assert(sizeof(GateUp<f16>) == sizeof(GateUpParams), "the same layout");
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, act);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, x);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, gate);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, up);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, gate_bias);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, up_bias);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, routing_weights);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, row_of_slot);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, token_of_row);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, expert_offsets);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, tiles);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, num_tiles);
+ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, args);
 
-// The sums behind LEN neighbours of the output. Interleaved ones lie in pairs.
-template <int LEN>
-__device__ __forceinline__ void load_sums(float (&gate)[LEN], float (&up)[LEN],
-                                          const unsigned char* staging, int row, int column,
-                                          bool gated, bool interleaved) {
-  constexpr int STEP = Vec<float>::LEN;
-  const auto load = [&](int at) {
-    return load_vec(reinterpret_cast<const float*>(staging + Staging<float>::offset(row, at)));
-  };
-#pragma unroll
-  for (int i = 0; i < LEN; i += STEP) {
-    Vec<float> first = load(interleaved ? 2 * (column + i) : column + i), second = first;
-    if (gated) second = load(interleaved ? 2 * (column + i) + STEP : HALF_FEATURES + column + i);
-#pragma unroll
-    for (int c = 0; c < STEP; c++) {
-      const Vec<float>& pairs = c < STEP / 2 ? first : second;
-      gate[i + c] = interleaved ? pairs.at[2 * c % STEP] : first.at[c];
-      up[i + c] = interleaved ? pairs.at[2 * c % STEP + 1] : second.at[c];
-    }
-  }
-}
+// ---- A block ------------------------------------------------------------------------------------
 
-template <int LEN, typename Elem>
-__device__ __forceinline__ void load_bias(float (&bias)[LEN], const Elem* source, int column, int n,
-                                          int stride) {
-#pragma unroll
-  for (int i = 0; i < LEN; i++) {
-    const bool inside = source && column + i < n;
-    bias[i] = inside ? to_f32(source[(int64_t)(column + i) * stride]) : 0.0f;
-  }
-}
-
-// Makes the tile's outputs of the sums, which lie in `staging` in f32.
-template <typename Elem>
-__device__ __forceinline__ void store_activations(Elem* act, const SharedStorage& shared,
-                                                  const GateUp<Elem>& gate_up, const GemmTile& tile,
-                                                  int first_column, const GateUpArgs& args) {
-  constexpr int LEN = Vec<Elem>::LEN;
-  const unsigned char* staging = shared.stages[0].x;
-  const Chunks<Elem> mine(args.gated ? HALF_FEATURES : GEMM_BLOCK_N);
-  const int n = args.gemm.n, column = first_column + mine.column;
-  float gate_bias[LEN], up_bias[LEN];
-  // Without a gate the function is up's.
-  const Elem* const first_bias = args.gated ? gate_up.gate_bias : gate_up.up_bias;
-  load_bias(gate_bias, first_bias, column, n, args.bias_feature_stride);
-  load_bias(up_bias, gate_up.up_bias, column, n, args.bias_feature_stride);
-
-  for (int row = mine.first_row; row < tile.num_rows; row += mine.pass_rows) {
-    float gate[LEN], up[LEN];
-    load_sums(gate, up, staging, row, mine.column, args.gated, gate_up.interleaved);
-    const float weight = gate_up.weighted ? shared.weight[row] : 1.0f;
-    const float before = args.weight_inside ? 1.0f : weight;
-    const float after = args.weight_inside ? weight : 1.0f;
-#pragma unroll
-    for (int i = 0; i < LEN; i++) {
-      gate[i] = before * gate[i] + gate_bias[i];
-      up[i] = before * up[i] + up_bias[i];
-    }
-    activation::apply(gate, up, args.gated, args.activation);
-    Vec<Elem> chunk;
-#pragma unroll
-    for (int i = 0; i < LEN; i++) chunk.at[i] = from_f32<Elem>(after * gate[i]);
-    store_chunk(act + (int64_t)(tile.first_row + row) * n, chunk, column, n,
-                args.gemm.vector_store);
-  }
-}
-
-// The weight that the routing gave a row: that of the one slot whose row it is.
-__device__ __forceinline__ float weight_of_row(const float* weights, const int* row_of_slot,
-                                               int token, int row, int top_k, int num_tokens) {
+// The routing weight of a row: that of the slot whose row it is.
+__device__ __forceinline__ float weight_of_row(const float* routing_weights,
+                                               const int* row_of_slot, int token, int row,
+                                               int top_k, int num_tokens) {
   const int64_t first_slot = (int64_t)token * top_k;
   float weight = 0.0f;
   if ((uint32_t)token >= (uint32_t)num_tokens) return weight;
   for (int k = 0; k < top_k; k++) {
-    if (row_of_slot[first_slot + k] == row) weight = weights[first_slot + k];
+    if (row_of_slot[first_slot + k] == row) weight = routing_weights[first_slot + k];
   }
   return weight;
 }
 
-// ---- A block ------------------------------------------------------------------------------------
-
-// Which tile and which columns are the block's. Blocks past the last tile clear rows.
-struct Work {
+// The tile and the columns of a block. Blocks past the last tile clear rows.
+struct BlockPosition {
   int tile, first_column, column_tiles;
 
-  __device__ __forceinline__ Work(int n, int columns) {
-    column_tiles = (n + columns - 1) / columns;
+  __device__ __forceinline__ BlockPosition(int out_features, int columns) {
+    column_tiles = (out_features + columns - 1) / columns;
     const int group_blocks = column_tiles * GEMM_TILE_GROUP;
     const int in_group = blockIdx.x % group_blocks;
     tile = blockIdx.x / group_blocks * GEMM_TILE_GROUP + in_group % GEMM_TILE_GROUP;
@@ -207,21 +144,22 @@ struct Work {
   }
 };
 
-// Where a block has no tile, it clears its part of the rows without owner. The host's bound leaves
-// at least one block per column for them.
+// A block without a tile clears its part of the unused rows and returns true. The host's bound on
+// tiles leaves at least one such block per column if there are unused rows.
 template <typename Elem>
-__device__ __forceinline__ bool clear_instead(Elem* y, const Work& work, int columns,
+__device__ __forceinline__ bool clear_instead(Elem* y, const BlockPosition& block, int columns,
                                               const int* expert_offsets, const int* num_tiles,
                                               const GroupedGemmArgs& args) {
   const int used_tiles = (int)min((uint32_t)*num_tiles, (uint32_t)args.max_tiles);
-  if (work.tile < used_tiles) return false;
-  const int surplus_tiles = gridDim.x / work.column_tiles - used_tiles;
-  clear_rows(y, max(expert_offsets[args.num_experts], 0), work.first_column, columns,
-             work.tile - used_tiles, surplus_tiles, args);
+  if (block.tile < used_tiles) return false;
+  const int surplus_tiles = gridDim.x / block.column_tiles - used_tiles;
+  const int first_row = max(expert_offsets[args.num_experts], 0);
+  gemm_epilogue::clear_rows(y, first_row, block.first_column, columns, block.tile - used_tiles,
+                            surplus_tiles, args);
   return true;
 }
 
-// A tile of the plan's list, without rows where it is not inside the output.
+// A tile of the plan's list; without rows if it is not inside the output.
 __device__ __forceinline__ GemmTile tile_at(const GemmTile* tiles, int index,
                                             const GroupedGemmArgs& args) {
   GemmTile tile = tiles[index];
@@ -232,295 +170,231 @@ __device__ __forceinline__ GemmTile tile_at(const GemmTile* tiles, int index,
   return tile;
 }
 
-// Multiplies a tile and leaves its outputs, or its sums, in the stages' memory.
+// Multiplies a tile, and leaves its outputs or sums in the epilogue's tile of shared memory.
 template <typename Elem, typename Value, int FRAGMENTS, bool IN_OUT, bool VECTOR, bool WEIGHTED>
-__device__ __forceinline__ void multiply_tile(const Problem<Elem>& problem, SharedStorage& shared,
-                                              const Elem* bias, int columns) {
+__device__ __forceinline__ void multiply_fragments(const Problem<Elem>& problem,
+                                                   SharedStorage& shared, const Elem* bias,
+                                                   int columns) {
   using Tile = typename gemm_tile::TileOf<Elem, FRAGMENTS, IN_OUT>::Type;
   using Loader = gemm_tile::StageLoader<Elem, Tile::THREADS, IN_OUT, VECTOR>;
   Tile tile;
-  tile.multiply(Loader{problem, shared}, (problem.k + Loader::BLOCK_K - 1) / Loader::BLOCK_K);
+  const int blocks = (problem.in_features + Loader::BLOCK_K - 1) / Loader::BLOCK_K;
+  tile.multiply(Loader{problem, shared}, blocks);
   if (bias) tile.add_bias(bias, columns);
   if constexpr (WEIGHTED) tile.scale_rows(shared.weight);
   // The stages' memory is free once every warp has read its last operands from it.
   ptx::cp_async_wait<0>();
   __syncthreads();
-  tile.template stage<Value>(shared.stages[0].x);
+  tile.template store_sums<Value>(shared.epilogue_tile());
 }
 
-// The shapes of tiles that there is code for.
+// Chooses the code for the tile's height and the alignment.
 template <typename Value, bool IN_OUT, bool WEIGHTED = false, typename Elem>
-__device__ __forceinline__ void multiply_any(const Problem<Elem>& problem, SharedStorage& shared,
-                                             bool vector, const Elem* bias = nullptr,
-                                             int columns = 0) {
+__device__ __forceinline__ void multiply_tile(const Problem<Elem>& problem, SharedStorage& shared,
+                                              bool vector, const Elem* bias = nullptr,
+                                              int columns = 0) {
   if (!IN_OUT && !vector) {
-    multiply_tile<Elem, Value, 4, false, false, WEIGHTED>(problem, shared, bias, columns);
+    multiply_fragments<Elem, Value, 4, false, false, WEIGHTED>(problem, shared, bias, columns);
   } else if (problem.num_rows <= 32) {
-    multiply_tile<Elem, Value, 1, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
+    multiply_fragments<Elem, Value, 1, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
   } else if (problem.num_rows <= 64) {
-    multiply_tile<Elem, Value, 2, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
+    multiply_fragments<Elem, Value, 2, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
   } else {
-    multiply_tile<Elem, Value, 4, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
+    multiply_fragments<Elem, Value, 4, IN_OUT, true, WEIGHTED>(problem, shared, bias, columns);
   }
   __syncthreads();
 }
 
-// The routing's weights of the output's rows. Without weights there is none of this.
-struct RowWeights {
-  const float* weights;     // [T, K]
-  const int* row_of_slot;   // [T * K]
-  const int* token_of_row;  // [R]
-  int top_k;                // K
-  int num_tokens;           // T
-
-  __device__ __forceinline__ float of(int row) const {
-    return weight_of_row(weights, row_of_slot, token_of_row[row], row, top_k, num_tokens);
-  }
-};
-
-template <bool IN_OUT, bool WEIGHTED = false, typename Elem>
-__device__ __forceinline__ void grouped_gemm_fwd(Elem* y,                    // [R, N]
-                                                 const Elem* x,              // [T, K] or [R, K]
-                                                 const Elem* w,              // [E, N, K]; [E, K, N]
-                                                 const Elem* bias,           // [E, N] or nullptr
-                                                 const int* token_of_row,    // [R] or nullptr
-                                                 const int* expert_offsets,  // [E + 1]
-                                                 const GemmTile* tiles,      // [num_tiles]
-                                                 const int* num_tiles,       // [1]
-                                                 const GroupedGemmArgs& args,
-                                                 const RowWeights& row_weights = {}) {
+// weight_of(row) is the routing weight of a row, used if WEIGHTED.
+template <bool IN_OUT, bool WEIGHTED = false, typename Elem, typename WeightOf>
+__device__ __forceinline__ void multiply_rows(const GroupedGemm<Elem>& params,
+                                              WeightOf weight_of) {
   SHARED_DYNAMIC(shared_bytes);
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
-  const Work work(args.n, GEMM_BLOCK_N);
-  if (clear_instead(y, work, GEMM_BLOCK_N, expert_offsets, num_tiles, args)) return;
+  const GroupedGemmArgs& args = params.args;
+  const BlockPosition block(args.out_features, GEMM_BLOCK_N);
+  if (clear_instead(params.y, block, GEMM_BLOCK_N, params.expert_offsets, params.num_tiles, args)) {
+    return;
+  }
 
-  const GemmTile tile = tile_at(tiles, work.tile, args);
+  const GemmTile tile = tile_at(params.tiles, block.tile, args);
   const int in_tile = threadIdx.x, row = tile.first_row + in_tile;
   if (in_tile < tile.num_rows) {
-    const int x_row = token_of_row ? token_of_row[row] : row;
+    const int x_row = params.token_of_row ? params.token_of_row[row] : row;
     shared.x_row[in_tile] = (uint32_t)x_row < (uint32_t)args.x_rows ? x_row : INACTIVE;
-    if constexpr (WEIGHTED) shared.weight[in_tile] = row_weights.of(row);
+    if constexpr (WEIGHTED) shared.weight[in_tile] = weight_of(row);
   } else if (in_tile < GEMM_BLOCK_M) {
     shared.x_row[in_tile] = INACTIVE;
     if constexpr (WEIGHTED) shared.weight[in_tile] = 0.0f;
   }
   __syncthreads();
 
-  const int columns = args.n - work.first_column;
+  const int columns = args.out_features - block.first_column;
   const Problem<Elem> problem = {
-      x,
-      w + tile.expert * args.expert_stride + (int64_t)work.first_column * args.feature_stride,
-      (int64_t)HALF_FEATURES * args.feature_stride,
+      params.x,
+      params.w + tile.expert * args.expert_stride + (int64_t)block.first_column * args.out_stride,
+      (int64_t)HALF_FEATURES * args.out_stride,
       {columns, columns - HALF_FEATURES},
-      args.feature_stride,
-      args.k_stride,
-      args.k,
+      args.out_stride,
+      args.in_stride,
+      args.in_features,
       tile.num_rows};
-  const Elem* const tile_bias =
-      bias ? bias + (int64_t)tile.expert * args.n + work.first_column : nullptr;
-  multiply_any<Elem, IN_OUT, WEIGHTED>(problem, shared, args.vector_load, tile_bias, columns);
-  store_outputs(y, shared.stages[0].x, tile, work.first_column, args);
+  const Elem* const bias =
+      params.bias ? params.bias + (int64_t)tile.expert * args.out_features + block.first_column
+                  : nullptr;
+  multiply_tile<Elem, IN_OUT, WEIGHTED>(problem, shared, args.vector_load, bias, columns);
+  gemm_epilogue::store_outputs(params.y, shared.epilogue_tile(), tile, block.first_column, args);
 }
 
 template <bool IN_OUT, typename Elem>
-__device__ __forceinline__ void grouped_gemm_fwd_gate_up(
-    Elem* act,                  // [R, I]
-    const Elem* x,              // [T, K] or [R, K]
-    const Elem* gate,           // the first of its features, or nullptr
-    const Elem* up,             // the first of its features
-    const Elem* gate_bias,      // the first, or nullptr
-    const Elem* up_bias,        // the first, or nullptr
-    const float* weights,       // [T, K] or nullptr
-    const int* row_of_slot,     // [T * K], for weights
-    const int* token_of_row,    // [R], to gather and for weights
-    const int* expert_offsets,  // [E + 1]
-    const GemmTile* tiles,      // [num_tiles]
-    const int* num_tiles,       // [1]
-    const GateUpArgs& args) {
+__device__ __forceinline__ void grouped_gemm_fwd(const GroupedGemm<Elem>& params) {
+  multiply_rows<IN_OUT>(params, [](int) { return 1.0f; });
+}
+
+template <bool IN_OUT, typename Elem>
+__device__ __forceinline__ void grouped_gemm_fwd_weighted(const WeightedGemm<Elem>& params) {
+  multiply_rows<IN_OUT, true>(params.gemm, [&](int row) {
+    return weight_of_row(params.routing_weights, params.row_of_slot, params.token_of_row[row], row,
+                         params.top_k, params.num_tokens);
+  });
+}
+
+template <bool IN_OUT, typename Elem>
+__device__ __forceinline__ void grouped_gemm_fwd_gate_up(const GateUp<Elem>& params) {
   SHARED_DYNAMIC(shared_bytes);
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
+  const GateUpArgs& args = params.args;
+  const GroupedGemmArgs& gemm = args.gemm;
   const int block_columns = args.gated ? HALF_FEATURES : GEMM_BLOCK_N;
-  const Work work(args.gemm.n, block_columns);
-  if (clear_instead(act, work, block_columns, expert_offsets, num_tiles, args.gemm)) return;
+  const BlockPosition block(gemm.out_features, block_columns);
+  if (clear_instead(params.act, block, block_columns, params.expert_offsets, params.num_tiles,
+                    gemm)) {
+    return;
+  }
 
-  const GemmTile tile = tile_at(tiles, work.tile, args.gemm);
+  const GemmTile tile = tile_at(params.tiles, block.tile, gemm);
   const int in_tile = threadIdx.x, row = tile.first_row + in_tile;
   if (in_tile < tile.num_rows) {
-    const int token = token_of_row ? token_of_row[row] : row;
+    const int token = params.token_of_row ? params.token_of_row[row] : row;
     const int x_row = args.gather ? token : row;
-    shared.x_row[in_tile] = (uint32_t)x_row < (uint32_t)args.gemm.x_rows ? x_row : INACTIVE;
-    if (weights) {
-      const int num_tokens = args.gemm.rows / args.top_k;
-      shared.weight[in_tile] =
-          weight_of_row(weights, row_of_slot, token, row, args.top_k, num_tokens);
+    shared.x_row[in_tile] = (uint32_t)x_row < (uint32_t)gemm.x_rows ? x_row : INACTIVE;
+    if (params.routing_weights) {
+      shared.weight[in_tile] = weight_of_row(params.routing_weights, params.row_of_slot, token, row,
+                                             args.top_k, args.num_tokens);
     }
   } else if (in_tile < GEMM_BLOCK_M) {
     shared.x_row[in_tile] = INACTIVE;
   }
   __syncthreads();
 
-  // Interleaved features are apart by strides; where neighbours share a chunk, it is the epilogue
-  // that parts them, and the tile is 128 neighbours.
-  const bool interleaved = IN_OUT && args.gated && args.gemm.feature_stride == 2;
-  const int stride = interleaved ? 1 : args.gemm.feature_stride;
-  const int scale = interleaved ? 2 : 1;
-  const bool apart = args.gated && !interleaved;
-  const int columns = (args.gemm.n - work.first_column) * scale;
-  const Problem<Elem> problem = {x,
-                                 (args.gated ? gate : up) + tile.expert * args.gemm.expert_stride +
-                                     (int64_t)work.first_column * args.gemm.feature_stride,
-                                 apart ? up - gate : (int64_t)HALF_FEATURES * stride,
-                                 {columns, apart ? columns : columns - HALF_FEATURES},
-                                 stride,
-                                 args.gemm.k_stride,
-                                 args.gemm.k,
-                                 tile.num_rows};
-  multiply_any<float, IN_OUT>(problem, shared, args.gemm.vector_load);
+  // OUT_IN: strides separate interleaved features. IN_OUT: gate and up share 16-byte chunks, so the
+  // tile is 128 adjacent features, which the epilogue separates.
+  const bool interleaved = IN_OUT && args.gated && gemm.out_stride == 2;
+  const int stride = interleaved ? 1 : gemm.out_stride;
+  const bool two_halves = args.gated && !interleaved;
+  const int columns = (gemm.out_features - block.first_column) * (interleaved ? 2 : 1);
+  const Problem<Elem> problem = {
+      params.x,
+      (args.gated ? params.gate : params.up) + tile.expert * gemm.expert_stride +
+          (int64_t)block.first_column * gemm.out_stride,
+      two_halves ? params.up - params.gate : (int64_t)HALF_FEATURES * stride,
+      {columns, two_halves ? columns : columns - HALF_FEATURES},
+      stride,
+      gemm.in_stride,
+      gemm.in_features,
+      tile.num_rows};
+  multiply_tile<float, IN_OUT>(problem, shared, gemm.vector_load);
 
   const int64_t bias = (int64_t)tile.expert * args.bias_expert_stride;
-  const GateUp<Elem> gate_up = {gate_bias ? gate_bias + bias : nullptr,
-                                up_bias ? up_bias + bias : nullptr, weights != nullptr,
-                                interleaved};
-  store_activations(act, shared, gate_up, tile, work.first_column, args);
+  const GateUpEpilogue<Elem> epilogue = {params.gate_bias ? params.gate_bias + bias : nullptr,
+                                         params.up_bias ? params.up_bias + bias : nullptr,
+                                         params.routing_weights != nullptr, interleaved};
+  gemm_epilogue::store_activations(params.act, shared, epilogue, tile, block.first_column, args);
 }
 
+// ---- Entries ------------------------------------------------------------------------------------
+// GateUp is a __grid_constant__, as a local copy of it costs registers; copies of the others do not.
+
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
-    moe_grouped_gemm_fwd_f32(float* y, const float* x, const float* w, const float* bias,
-                             const int* token_of_row, const int* expert_offsets,
-                             const GemmTile* tiles, const int* num_tiles,
-                             const GroupedGemmArgs args) {
-  grouped_gemm_fwd<false>(y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_f32(const GroupedGemm<float> params) {
+  grouped_gemm_fwd<false>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_f16(f16* y, const f16* x, const f16* w, const f16* bias,
-                             const int* token_of_row, const int* expert_offsets,
-                             const GemmTile* tiles, const int* num_tiles,
-                             const GroupedGemmArgs args) {
-  grouped_gemm_fwd<false>(y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_f16(const GroupedGemm<f16> params) {
+  grouped_gemm_fwd<false>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_bf16(bf16* y, const bf16* x, const bf16* w, const bf16* bias,
-                              const int* token_of_row, const int* expert_offsets,
-                              const GemmTile* tiles, const int* num_tiles,
-                              const GroupedGemmArgs args) {
-  grouped_gemm_fwd<false>(y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_bf16(const GroupedGemm<bf16> params) {
+  grouped_gemm_fwd<false>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_bf16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
-    moe_grouped_gemm_fwd_in_out_f32(float* y, const float* x, const float* w, const float* bias,
-                                    const int* token_of_row, const int* expert_offsets,
-                                    const GemmTile* tiles, const int* num_tiles,
-                                    const GroupedGemmArgs args) {
-  grouped_gemm_fwd<true>(y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_in_out_f32(const GroupedGemm<float> params) {
+  grouped_gemm_fwd<true>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_in_out_f16(f16* y, const f16* x, const f16* w, const f16* bias,
-                                    const int* token_of_row, const int* expert_offsets,
-                                    const GemmTile* tiles, const int* num_tiles,
-                                    const GroupedGemmArgs args) {
-  grouped_gemm_fwd<true>(y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_in_out_f16(const GroupedGemm<f16> params) {
+  grouped_gemm_fwd<true>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_in_out_bf16(bf16* y, const bf16* x, const bf16* w, const bf16* bias,
-                                     const int* token_of_row, const int* expert_offsets,
-                                     const GemmTile* tiles, const int* num_tiles,
-                                     const GroupedGemmArgs args) {
-  grouped_gemm_fwd<true>(y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_in_out_bf16(const GroupedGemm<bf16> params) {
+  grouped_gemm_fwd<true>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_bf16, GEMM_THREADS_MMA)
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA) moe_grouped_gemm_fwd_weighted_f16(
-    f16* y, const f16* x, const f16* w, const f16* bias, const float* weights,
-    const int* row_of_slot, const int* token_of_row, const int* expert_offsets,
-    const GemmTile* tiles, const int* num_tiles, const WeightedGemmArgs args) {
-  grouped_gemm_fwd<false, true>(y, x, w, bias, args.gather ? token_of_row : nullptr,
-                                expert_offsets, tiles, num_tiles, args.gemm,
-                                {weights, row_of_slot, token_of_row, args.top_k, args.gemm.rows / args.top_k});
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
+    moe_grouped_gemm_fwd_weighted_f16(const WeightedGemm<f16> params) {
+  grouped_gemm_fwd_weighted<false>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_weighted_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_weighted_in_out_f16(f16* y, const f16* x, const f16* w, const f16* bias,
-                                             const float* weights, const int* row_of_slot,
-                                             const int* token_of_row, const int* expert_offsets,
-                                             const GemmTile* tiles, const int* num_tiles,
-                                             const WeightedGemmArgs args) {
-  grouped_gemm_fwd<true, true>(y, x, w, bias, args.gather ? token_of_row : nullptr,
-                               expert_offsets, tiles, num_tiles, args.gemm,
-                               {weights, row_of_slot, token_of_row, args.top_k, args.gemm.rows / args.top_k});
+    moe_grouped_gemm_fwd_weighted_in_out_f16(const WeightedGemm<f16> params) {
+  grouped_gemm_fwd_weighted<true>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_weighted_in_out_f16, GEMM_THREADS_MMA)
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1) moe_grouped_gemm_fwd_gate_up_f32(
-    float* act, const float* x, const float* gate, const float* up, const float* gate_bias,
-    const float* up_bias, const float* weights, const int* row_of_slot, const int* token_of_row,
-    const int* expert_offsets, const GemmTile* tiles, const int* num_tiles, const GateUpArgs args) {
-  grouped_gemm_fwd_gate_up<false>(act, x, gate, up, gate_bias, up_bias, weights, row_of_slot,
-                                  token_of_row, expert_offsets, tiles, num_tiles, args);
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
+    moe_grouped_gemm_fwd_gate_up_f32(const __grid_constant__ GateUp<float> params) {
+  grouped_gemm_fwd_gate_up<false>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_gate_up_f16(f16* act, const f16* x, const f16* gate, const f16* up,
-                                     const f16* gate_bias, const f16* up_bias, const float* weights,
-                                     const int* row_of_slot, const int* token_of_row,
-                                     const int* expert_offsets, const GemmTile* tiles,
-                                     const int* num_tiles, const GateUpArgs args) {
-  grouped_gemm_fwd_gate_up<false>(act, x, gate, up, gate_bias, up_bias, weights, row_of_slot,
-                                  token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_gate_up_f16(const __grid_constant__ GateUp<f16> params) {
+  grouped_gemm_fwd_gate_up<false>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_f16, GEMM_THREADS_MMA)
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA) moe_grouped_gemm_fwd_gate_up_bf16(
-    bf16* act, const bf16* x, const bf16* gate, const bf16* up, const bf16* gate_bias,
-    const bf16* up_bias, const float* weights, const int* row_of_slot, const int* token_of_row,
-    const int* expert_offsets, const GemmTile* tiles, const int* num_tiles, const GateUpArgs args) {
-  grouped_gemm_fwd_gate_up<false>(act, x, gate, up, gate_bias, up_bias, weights, row_of_slot,
-                                  token_of_row, expert_offsets, tiles, num_tiles, args);
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
+    moe_grouped_gemm_fwd_gate_up_bf16(const __grid_constant__ GateUp<bf16> params) {
+  grouped_gemm_fwd_gate_up<false>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_bf16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
-    moe_grouped_gemm_fwd_gate_up_in_out_f32(float* act, const float* x, const float* gate,
-                                            const float* up, const float* gate_bias,
-                                            const float* up_bias, const float* weights,
-                                            const int* row_of_slot, const int* token_of_row,
-                                            const int* expert_offsets, const GemmTile* tiles,
-                                            const int* num_tiles, const GateUpArgs args) {
-  grouped_gemm_fwd_gate_up<true>(act, x, gate, up, gate_bias, up_bias, weights, row_of_slot,
-                                 token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_gate_up_in_out_f32(const __grid_constant__ GateUp<float> params) {
+  grouped_gemm_fwd_gate_up<true>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_in_out_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_gate_up_in_out_f16(f16* act, const f16* x, const f16* gate, const f16* up,
-                                            const f16* gate_bias, const f16* up_bias,
-                                            const float* weights, const int* row_of_slot,
-                                            const int* token_of_row, const int* expert_offsets,
-                                            const GemmTile* tiles, const int* num_tiles,
-                                            const GateUpArgs args) {
-  grouped_gemm_fwd_gate_up<true>(act, x, gate, up, gate_bias, up_bias, weights, row_of_slot,
-                                 token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_gate_up_in_out_f16(const __grid_constant__ GateUp<f16> params) {
+  grouped_gemm_fwd_gate_up<true>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_in_out_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_gate_up_in_out_bf16(bf16* act, const bf16* x, const bf16* gate,
-                                             const bf16* up, const bf16* gate_bias,
-                                             const bf16* up_bias, const float* weights,
-                                             const int* row_of_slot, const int* token_of_row,
-                                             const int* expert_offsets, const GemmTile* tiles,
-                                             const int* num_tiles, const GateUpArgs args) {
-  grouped_gemm_fwd_gate_up<true>(act, x, gate, up, gate_bias, up_bias, weights, row_of_slot,
-                                 token_of_row, expert_offsets, tiles, num_tiles, args);
+    moe_grouped_gemm_fwd_gate_up_in_out_bf16(const __grid_constant__ GateUp<bf16> params) {
+  grouped_gemm_fwd_gate_up<true>(params);
 }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_in_out_bf16, GEMM_THREADS_MMA)

@@ -53,7 +53,6 @@ pub const ACTIVATION_GELU: i32 = 1;
 pub const ACTIVATION_GELU_TANH: i32 = 2;
 pub const ACTIVATION_RELU: i32 = 3;
 pub const ACTIVATION_RELU_SQUARED: i32 = 4;
-pub const ACTIVATION_SILU_SOFT_CAP: i32 = 5;
 pub const COMBINE_THREADS: i32 = 256;
 pub const RMS_NORM_THREADS: i32 = 256;
 pub const ROUTER_GEMM_CHUNK: i32 = 8;
@@ -854,12 +853,13 @@ pub struct ActivationArgs {
     pub limit_after: f32,
     pub limit_up: f32,
     pub up_offset: f32,
+    pub soft_cap: ::core::ffi::c_int,
     pub gate_cap: f32,
     pub up_cap: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ActivationArgs"][::core::mem::size_of::<ActivationArgs>() - 32usize];
+    ["Size of ActivationArgs"][::core::mem::size_of::<ActivationArgs>() - 36usize];
     ["Alignment of ActivationArgs"][::core::mem::align_of::<ActivationArgs>() - 4usize];
     [
         "Offset of field: ActivationArgs::function",
@@ -880,23 +880,26 @@ const _: () = {
         "Offset of field: ActivationArgs::up_offset",
     ][::core::mem::offset_of!(ActivationArgs, up_offset) - 20usize];
     [
+        "Offset of field: ActivationArgs::soft_cap",
+    ][::core::mem::offset_of!(ActivationArgs, soft_cap) - 24usize];
+    [
         "Offset of field: ActivationArgs::gate_cap",
-    ][::core::mem::offset_of!(ActivationArgs, gate_cap) - 24usize];
+    ][::core::mem::offset_of!(ActivationArgs, gate_cap) - 28usize];
     [
         "Offset of field: ActivationArgs::up_cap",
-    ][::core::mem::offset_of!(ActivationArgs, up_cap) - 28usize];
+    ][::core::mem::offset_of!(ActivationArgs, up_cap) - 32usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct GroupedGemmArgs {
     pub expert_stride: ::core::ffi::c_longlong,
-    pub feature_stride: ::core::ffi::c_int,
-    pub k_stride: ::core::ffi::c_int,
+    pub out_stride: ::core::ffi::c_int,
+    pub in_stride: ::core::ffi::c_int,
     pub rows: ::core::ffi::c_int,
     pub x_rows: ::core::ffi::c_int,
     pub max_tiles: ::core::ffi::c_int,
-    pub n: ::core::ffi::c_int,
-    pub k: ::core::ffi::c_int,
+    pub out_features: ::core::ffi::c_int,
+    pub in_features: ::core::ffi::c_int,
     pub num_experts: ::core::ffi::c_int,
     pub vector_load: ::core::ffi::c_int,
     pub vector_store: ::core::ffi::c_int,
@@ -911,11 +914,11 @@ const _: () = {
         "Offset of field: GroupedGemmArgs::expert_stride",
     ][::core::mem::offset_of!(GroupedGemmArgs, expert_stride) - 0usize];
     [
-        "Offset of field: GroupedGemmArgs::feature_stride",
-    ][::core::mem::offset_of!(GroupedGemmArgs, feature_stride) - 8usize];
+        "Offset of field: GroupedGemmArgs::out_stride",
+    ][::core::mem::offset_of!(GroupedGemmArgs, out_stride) - 8usize];
     [
-        "Offset of field: GroupedGemmArgs::k_stride",
-    ][::core::mem::offset_of!(GroupedGemmArgs, k_stride) - 12usize];
+        "Offset of field: GroupedGemmArgs::in_stride",
+    ][::core::mem::offset_of!(GroupedGemmArgs, in_stride) - 12usize];
     [
         "Offset of field: GroupedGemmArgs::rows",
     ][::core::mem::offset_of!(GroupedGemmArgs, rows) - 16usize];
@@ -926,11 +929,11 @@ const _: () = {
         "Offset of field: GroupedGemmArgs::max_tiles",
     ][::core::mem::offset_of!(GroupedGemmArgs, max_tiles) - 24usize];
     [
-        "Offset of field: GroupedGemmArgs::n",
-    ][::core::mem::offset_of!(GroupedGemmArgs, n) - 28usize];
+        "Offset of field: GroupedGemmArgs::out_features",
+    ][::core::mem::offset_of!(GroupedGemmArgs, out_features) - 28usize];
     [
-        "Offset of field: GroupedGemmArgs::k",
-    ][::core::mem::offset_of!(GroupedGemmArgs, k) - 32usize];
+        "Offset of field: GroupedGemmArgs::in_features",
+    ][::core::mem::offset_of!(GroupedGemmArgs, in_features) - 32usize];
     [
         "Offset of field: GroupedGemmArgs::num_experts",
     ][::core::mem::offset_of!(GroupedGemmArgs, num_experts) - 36usize];
@@ -943,26 +946,89 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct WeightedGemmArgs {
-    pub gemm: GroupedGemmArgs,
-    pub gather: ::core::ffi::c_int,
-    pub top_k: ::core::ffi::c_int,
+pub struct GroupedGemmParams {
+    pub y: ::core::ffi::c_ulonglong,
+    pub x: ::core::ffi::c_ulonglong,
+    pub w: ::core::ffi::c_ulonglong,
+    pub bias: ::core::ffi::c_ulonglong,
+    pub token_of_row: ::core::ffi::c_ulonglong,
+    pub expert_offsets: ::core::ffi::c_ulonglong,
+    pub tiles: ::core::ffi::c_ulonglong,
+    pub num_tiles: ::core::ffi::c_ulonglong,
+    pub args: GroupedGemmArgs,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of WeightedGemmArgs"][::core::mem::size_of::<WeightedGemmArgs>() - 56usize];
     [
-        "Alignment of WeightedGemmArgs",
-    ][::core::mem::align_of::<WeightedGemmArgs>() - 8usize];
+        "Size of GroupedGemmParams",
+    ][::core::mem::size_of::<GroupedGemmParams>() - 112usize];
     [
-        "Offset of field: WeightedGemmArgs::gemm",
-    ][::core::mem::offset_of!(WeightedGemmArgs, gemm) - 0usize];
+        "Alignment of GroupedGemmParams",
+    ][::core::mem::align_of::<GroupedGemmParams>() - 8usize];
     [
-        "Offset of field: WeightedGemmArgs::gather",
-    ][::core::mem::offset_of!(WeightedGemmArgs, gather) - 48usize];
+        "Offset of field: GroupedGemmParams::y",
+    ][::core::mem::offset_of!(GroupedGemmParams, y) - 0usize];
     [
-        "Offset of field: WeightedGemmArgs::top_k",
-    ][::core::mem::offset_of!(WeightedGemmArgs, top_k) - 52usize];
+        "Offset of field: GroupedGemmParams::x",
+    ][::core::mem::offset_of!(GroupedGemmParams, x) - 8usize];
+    [
+        "Offset of field: GroupedGemmParams::w",
+    ][::core::mem::offset_of!(GroupedGemmParams, w) - 16usize];
+    [
+        "Offset of field: GroupedGemmParams::bias",
+    ][::core::mem::offset_of!(GroupedGemmParams, bias) - 24usize];
+    [
+        "Offset of field: GroupedGemmParams::token_of_row",
+    ][::core::mem::offset_of!(GroupedGemmParams, token_of_row) - 32usize];
+    [
+        "Offset of field: GroupedGemmParams::expert_offsets",
+    ][::core::mem::offset_of!(GroupedGemmParams, expert_offsets) - 40usize];
+    [
+        "Offset of field: GroupedGemmParams::tiles",
+    ][::core::mem::offset_of!(GroupedGemmParams, tiles) - 48usize];
+    [
+        "Offset of field: GroupedGemmParams::num_tiles",
+    ][::core::mem::offset_of!(GroupedGemmParams, num_tiles) - 56usize];
+    [
+        "Offset of field: GroupedGemmParams::args",
+    ][::core::mem::offset_of!(GroupedGemmParams, args) - 64usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct WeightedGemmParams {
+    pub gemm: GroupedGemmParams,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub row_of_slot: ::core::ffi::c_ulonglong,
+    pub token_of_row: ::core::ffi::c_ulonglong,
+    pub top_k: ::core::ffi::c_int,
+    pub num_tokens: ::core::ffi::c_int,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of WeightedGemmParams",
+    ][::core::mem::size_of::<WeightedGemmParams>() - 144usize];
+    [
+        "Alignment of WeightedGemmParams",
+    ][::core::mem::align_of::<WeightedGemmParams>() - 8usize];
+    [
+        "Offset of field: WeightedGemmParams::gemm",
+    ][::core::mem::offset_of!(WeightedGemmParams, gemm) - 0usize];
+    [
+        "Offset of field: WeightedGemmParams::routing_weights",
+    ][::core::mem::offset_of!(WeightedGemmParams, routing_weights) - 112usize];
+    [
+        "Offset of field: WeightedGemmParams::row_of_slot",
+    ][::core::mem::offset_of!(WeightedGemmParams, row_of_slot) - 120usize];
+    [
+        "Offset of field: WeightedGemmParams::token_of_row",
+    ][::core::mem::offset_of!(WeightedGemmParams, token_of_row) - 128usize];
+    [
+        "Offset of field: WeightedGemmParams::top_k",
+    ][::core::mem::offset_of!(WeightedGemmParams, top_k) - 136usize];
+    [
+        "Offset of field: WeightedGemmParams::num_tokens",
+    ][::core::mem::offset_of!(WeightedGemmParams, num_tokens) - 140usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -972,13 +1038,14 @@ pub struct GateUpArgs {
     pub gated: ::core::ffi::c_int,
     pub gather: ::core::ffi::c_int,
     pub top_k: ::core::ffi::c_int,
+    pub num_tokens: ::core::ffi::c_int,
     pub weight_inside: ::core::ffi::c_int,
     pub bias_expert_stride: ::core::ffi::c_int,
-    pub bias_feature_stride: ::core::ffi::c_int,
+    pub bias_out_stride: ::core::ffi::c_int,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of GateUpArgs"][::core::mem::size_of::<GateUpArgs>() - 104usize];
+    ["Size of GateUpArgs"][::core::mem::size_of::<GateUpArgs>() - 112usize];
     ["Alignment of GateUpArgs"][::core::mem::align_of::<GateUpArgs>() - 8usize];
     [
         "Offset of field: GateUpArgs::gemm",
@@ -988,22 +1055,86 @@ const _: () = {
     ][::core::mem::offset_of!(GateUpArgs, activation) - 48usize];
     [
         "Offset of field: GateUpArgs::gated",
-    ][::core::mem::offset_of!(GateUpArgs, gated) - 80usize];
+    ][::core::mem::offset_of!(GateUpArgs, gated) - 84usize];
     [
         "Offset of field: GateUpArgs::gather",
-    ][::core::mem::offset_of!(GateUpArgs, gather) - 84usize];
+    ][::core::mem::offset_of!(GateUpArgs, gather) - 88usize];
     [
         "Offset of field: GateUpArgs::top_k",
-    ][::core::mem::offset_of!(GateUpArgs, top_k) - 88usize];
+    ][::core::mem::offset_of!(GateUpArgs, top_k) - 92usize];
+    [
+        "Offset of field: GateUpArgs::num_tokens",
+    ][::core::mem::offset_of!(GateUpArgs, num_tokens) - 96usize];
     [
         "Offset of field: GateUpArgs::weight_inside",
-    ][::core::mem::offset_of!(GateUpArgs, weight_inside) - 92usize];
+    ][::core::mem::offset_of!(GateUpArgs, weight_inside) - 100usize];
     [
         "Offset of field: GateUpArgs::bias_expert_stride",
-    ][::core::mem::offset_of!(GateUpArgs, bias_expert_stride) - 96usize];
+    ][::core::mem::offset_of!(GateUpArgs, bias_expert_stride) - 104usize];
     [
-        "Offset of field: GateUpArgs::bias_feature_stride",
-    ][::core::mem::offset_of!(GateUpArgs, bias_feature_stride) - 100usize];
+        "Offset of field: GateUpArgs::bias_out_stride",
+    ][::core::mem::offset_of!(GateUpArgs, bias_out_stride) - 108usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct GateUpParams {
+    pub act: ::core::ffi::c_ulonglong,
+    pub x: ::core::ffi::c_ulonglong,
+    pub gate: ::core::ffi::c_ulonglong,
+    pub up: ::core::ffi::c_ulonglong,
+    pub gate_bias: ::core::ffi::c_ulonglong,
+    pub up_bias: ::core::ffi::c_ulonglong,
+    pub routing_weights: ::core::ffi::c_ulonglong,
+    pub row_of_slot: ::core::ffi::c_ulonglong,
+    pub token_of_row: ::core::ffi::c_ulonglong,
+    pub expert_offsets: ::core::ffi::c_ulonglong,
+    pub tiles: ::core::ffi::c_ulonglong,
+    pub num_tiles: ::core::ffi::c_ulonglong,
+    pub args: GateUpArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GateUpParams"][::core::mem::size_of::<GateUpParams>() - 208usize];
+    ["Alignment of GateUpParams"][::core::mem::align_of::<GateUpParams>() - 8usize];
+    [
+        "Offset of field: GateUpParams::act",
+    ][::core::mem::offset_of!(GateUpParams, act) - 0usize];
+    [
+        "Offset of field: GateUpParams::x",
+    ][::core::mem::offset_of!(GateUpParams, x) - 8usize];
+    [
+        "Offset of field: GateUpParams::gate",
+    ][::core::mem::offset_of!(GateUpParams, gate) - 16usize];
+    [
+        "Offset of field: GateUpParams::up",
+    ][::core::mem::offset_of!(GateUpParams, up) - 24usize];
+    [
+        "Offset of field: GateUpParams::gate_bias",
+    ][::core::mem::offset_of!(GateUpParams, gate_bias) - 32usize];
+    [
+        "Offset of field: GateUpParams::up_bias",
+    ][::core::mem::offset_of!(GateUpParams, up_bias) - 40usize];
+    [
+        "Offset of field: GateUpParams::routing_weights",
+    ][::core::mem::offset_of!(GateUpParams, routing_weights) - 48usize];
+    [
+        "Offset of field: GateUpParams::row_of_slot",
+    ][::core::mem::offset_of!(GateUpParams, row_of_slot) - 56usize];
+    [
+        "Offset of field: GateUpParams::token_of_row",
+    ][::core::mem::offset_of!(GateUpParams, token_of_row) - 64usize];
+    [
+        "Offset of field: GateUpParams::expert_offsets",
+    ][::core::mem::offset_of!(GateUpParams, expert_offsets) - 72usize];
+    [
+        "Offset of field: GateUpParams::tiles",
+    ][::core::mem::offset_of!(GateUpParams, tiles) - 80usize];
+    [
+        "Offset of field: GateUpParams::num_tiles",
+    ][::core::mem::offset_of!(GateUpParams, num_tiles) - 88usize];
+    [
+        "Offset of field: GateUpParams::args",
+    ][::core::mem::offset_of!(GateUpParams, args) - 96usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]

@@ -80,7 +80,6 @@ mod error;
 mod images;
 mod kernels;
 mod layer;
-mod matmul;
 pub mod ops;
 pub mod reference;
 mod routing_plan;

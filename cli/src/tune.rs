@@ -168,30 +168,57 @@ fn spread(samples: &Samples) -> Value {
 #[derive(Clone, Copy)]
 struct KernelArgs {
     expert_stride: i64,
-    feature_stride: i32,
-    k_stride: i32,
+    out_stride: i32,
+    in_stride: i32,
     rows: i32,
     x_rows: i32,
     max_tiles: i32,
-    n: i32,
-    k: i32,
+    out_features: i32,
+    in_features: i32,
     num_experts: i32,
     vector_load: i32,
     vector_store: i32,
 }
 
-/// GateUpArgs of kernels/abi.h, as they are for SwiGLU.
+/// GroupedGemmParams of kernels/abi.h.
 #[repr(C)]
-struct SwigluArgs {
+struct LinearParams {
+    y: sys::CUdeviceptr,
+    x: sys::CUdeviceptr,
+    w: sys::CUdeviceptr,
+    bias: sys::CUdeviceptr,
+    token_of_row: sys::CUdeviceptr,
+    expert_offsets: sys::CUdeviceptr,
+    tiles: sys::CUdeviceptr,
+    num_tiles: sys::CUdeviceptr,
+    args: KernelArgs,
+}
+
+/// GateUpParams of kernels/abi.h, for SwiGLU.
+#[repr(C)]
+struct SwigluParams {
+    act: sys::CUdeviceptr,
+    x: sys::CUdeviceptr,
+    gate: sys::CUdeviceptr,
+    up: sys::CUdeviceptr,
+    biases: [sys::CUdeviceptr; 2],
+    routing_weights: sys::CUdeviceptr,
+    row_of_slot: sys::CUdeviceptr,
+    token_of_row: sys::CUdeviceptr,
+    expert_offsets: sys::CUdeviceptr,
+    tiles: sys::CUdeviceptr,
+    num_tiles: sys::CUdeviceptr,
     gemm: KernelArgs,
     function: i32,
     alpha: f32,
     limits: [f32; 3],
     up_offset: f32,
+    soft_cap: i32,
     caps: [f32; 2],
     gated: i32,
     gather: i32,
     top_k: i32,
+    num_tokens: i32,
     weight_inside: i32,
     bias_strides: [i32; 2],
 }
@@ -334,41 +361,40 @@ impl<'a> Problem<'a> {
         let constants = variant.launch;
         let Self { gpu, weights, plan, hidden, intermediate, x, act, yp, .. } = self;
         let stream = &gpu.stream;
-        let (mut x, _x) = x.device_ptr(stream);
-        let (mut act, _act) = act.device_ptr_mut(stream);
-        let (mut yp, _yp) = yp.device_ptr_mut(stream);
-        let (mut gate_up, _gate_up) = weights.gate_up.device_ptr(stream);
-        let (mut down, _down) = weights.down.device_ptr(stream);
+        let (x, _x) = x.device_ptr(stream);
+        let (act, _act) = act.device_ptr_mut(stream);
+        let (yp, _yp) = yp.device_ptr_mut(stream);
+        let (gate_up, _gate_up) = weights.gate_up.device_ptr(stream);
+        let (down, _down) = weights.down.device_ptr(stream);
         let views = [plan.token_of_row(), plan.expert_offsets(), plan.tiles(), plan.num_tiles()];
-        let [(mut tokens, _t), (mut offsets, _o), (mut tiles, _l), (mut num_tiles, _n)] =
+        let [(tokens, _t), (offsets, _o), (tiles, _l), (num_tiles, _n)] =
             views.each_ref().map(|view| view.device_ptr(stream));
-        let mut nowhere: sys::CUdeviceptr = 0;
         let shape = plan.shape();
         let slots = shape.slots();
         let max_tiles = slots.min(slots.div_ceil(TILE_ROWS) + shape.num_experts);
         let args = |parts: usize, n: usize, k: usize, x_rows: usize| KernelArgs {
             expert_stride: (parts * n * k) as i64,
-            feature_stride: k as i32,
-            k_stride: 1,
+            out_stride: k as i32,
+            in_stride: 1,
             rows: slots as i32,
             x_rows: x_rows as i32,
             max_tiles: max_tiles as i32,
-            n: n as i32,
-            k: k as i32,
+            out_features: n as i32,
+            in_features: k as i32,
             num_experts: shape.num_experts as i32,
             // Rows of the named layers are multiples of 16 bytes, and allocations are 256-byte
             // aligned.
             vector_load: 1,
             vector_store: 1,
         };
-        let product = |function, parts, n: usize, parameters: &mut [*mut c_void]| {
+        let product = |function, parts, n: usize, params: *mut c_void| {
             let columns = n.div_ceil(constants.block_n / parts);
             let blocks = max_tiles.next_multiple_of(constants.tile_group) * columns;
             // A grid that is too large becomes 0, which the driver refuses.
             let blocks = u32::try_from(blocks).unwrap_or(0);
-            // SAFETY: the parameters follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in
-            // kernels/grouped_gemm.cu; buffers have the lengths that the built-in kernels were given,
-            // and the plan is of their shape.
+            // SAFETY: moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in kernels/grouped_gemm.cu
+            // take these structs; buffers have the lengths that the built-in kernels were given, and
+            // the plan is of their shape.
             unsafe {
                 result::launch_kernel(
                     function,
@@ -376,60 +402,49 @@ impl<'a> Problem<'a> {
                     (constants.threads, 1, 1),
                     constants.shared_bytes,
                     stream.cu_stream(),
-                    parameters,
+                    &mut [params],
                 )
             }
         };
-        let mut first = SwigluArgs {
+        let mut first = SwigluParams {
+            act,
+            x,
+            gate: gate_up,
+            up: gate_up + (*intermediate * *hidden * size_of::<bf16>()) as sys::CUdeviceptr,
+            biases: [0; 2],
+            routing_weights: 0,
+            row_of_slot: 0,
+            token_of_row: tokens,
+            expert_offsets: offsets,
+            tiles,
+            num_tiles,
             gemm: args(2, *intermediate, *hidden, shape.num_tokens),
             function: 0,
             alpha: 1.0,
             limits: [f32::INFINITY; 3],
             up_offset: 0.0,
+            soft_cap: 0,
             caps: [f32::INFINITY; 2],
             gated: 1,
             gather: 1,
             top_k: shape.top_k as i32,
+            num_tokens: shape.num_tokens as i32,
             weight_inside: 0,
             bias_strides: [0; 2],
         };
-        let mut second = args(1, *hidden, *intermediate, slots);
-        let mut up = gate_up + (*intermediate * *hidden * size_of::<bf16>()) as sys::CUdeviceptr;
-        let [offsets, tiles, num_tiles]: [*mut c_void; 3] = [
-            from_mut(&mut offsets).cast(),
-            from_mut(&mut tiles).cast(),
-            from_mut(&mut num_tiles).cast(),
-        ];
-        let act: *mut c_void = from_mut(&mut act).cast();
-        let nowhere: *mut c_void = from_mut(&mut nowhere).cast();
-        let mut of_gate_up: [*mut c_void; 13] = [
-            act,
-            from_mut(&mut x).cast(),
-            from_mut(&mut gate_up).cast(),
-            from_mut(&mut up).cast(),
-            nowhere,
-            nowhere,
-            nowhere,
-            nowhere,
-            from_mut(&mut tokens).cast(),
-            offsets,
+        let mut second = LinearParams {
+            y: yp,
+            x: act,
+            w: down,
+            bias: 0,
+            token_of_row: 0,
+            expert_offsets: offsets,
             tiles,
             num_tiles,
-            from_mut(&mut first).cast(),
-        ];
-        let mut of_down: [*mut c_void; 9] = [
-            from_mut(&mut yp).cast(),
-            act,
-            from_mut(&mut down).cast(),
-            nowhere,
-            nowhere,
-            offsets,
-            tiles,
-            num_tiles,
-            from_mut(&mut second).cast(),
-        ];
-        product(variant.gate_up, 2, *intermediate, &mut of_gate_up)
-            .and_then(|()| product(variant.plain, 1, *hidden, &mut of_down))
+            args: args(1, *hidden, *intermediate, slots),
+        };
+        product(variant.gate_up, 2, *intermediate, from_mut(&mut first).cast())
+            .and_then(|()| product(variant.plain, 1, *hidden, from_mut(&mut second).cast()))
             .map_err(gpu.failed("launch a variant"))
     }
 }

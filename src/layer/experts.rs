@@ -9,14 +9,14 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::ops::combine::{CombineInputs, Identity, Shared, combine_fwd_into};
 use crate::ops::grouped_gemm::{
-    self, GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
+    GateUpWeights, LinearWeights, Rows, grouped_gemm_fwd_into, grouped_gemm_gate_up_fwd_into,
     grouped_gemm_weighted_fwd_into,
 };
 use crate::ops::plan::plan_range_fwd_into;
 use crate::ops::rms_norm::{RmsNormInputs, rms_norm_fwd_in_place};
 use crate::ops::router_gemm::{RouterGemmInputs, router_gemm_fwd_into};
 use crate::routing_plan::RoutingPlan;
-use crate::tensors::{GateUpTensors, LatentWeights, SharedWeights};
+use crate::tensors::{LatentWeights, SharedWeights};
 use crate::workspace::Arena;
 
 /// The experts of each token.
@@ -194,12 +194,7 @@ impl<D: Dtype> Pass<'_, '_, D> {
         let (device, stream) = (self.device, self.stream);
         let MoeConfig { intermediate, experts, .. } = self.config;
         let (hidden, weights) = (self.config.expert_hidden(), &self.weights.experts);
-        let tensors = match &weights.gate_up {
-            GateUpTensors::Fused(gate_up) => grouped_gemm::GateUpTensors::Fused(gate_up),
-            GateUpTensors::Separate { gate, up } => {
-                grouped_gemm::GateUpTensors::Separate { gate, up }
-            }
-        };
+        let tensors = weights.gate_up.as_ref();
         let gate_up = GateUpWeights { tensors, bias: weights.gate_up_bias.as_ref() };
         let row_weights =
             (experts.weight_position != WeightPosition::Output).then_some(routing.routing_weights);

@@ -1,5 +1,5 @@
-//! Each expert's weights times the rows that are its own: `[R, K]` to `[R, N]`, and, through the activation, the
-//! first half of an expert, `[R, K]` to `[R, I]`.
+//! Multiplies each row by the weights of its expert: `[R, in]` to `[R, out]`, or, for gate and up with the
+//! activation, `[R, in]` to `[R, I]`.
 
 mod gate_up;
 mod weighted;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use crate::abi::{
     GEMM_BLOCK_M, GEMM_BLOCK_N, GEMM_THREADS_FMA, GEMM_THREADS_MMA, GEMM_TILE_GROUP,
-    GROUPED_GEMM_SMEM_BYTES, GroupedGemmArgs,
+    GROUPED_GEMM_SMEM_BYTES, GroupedGemmArgs, GroupedGemmParams,
 };
 use crate::config::WeightOrder;
 use crate::device::{
@@ -33,28 +33,28 @@ use crate::shape::RoutingShape;
 
 const OP: &str = "grouped_gemm_fwd";
 
-/// What `x` holds.
+/// The rows of `x`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
-    /// A row per token, `[T, K]`: row `r` of the output reads that of its token. No `permute` is needed.
+    /// A row per token, `[T, in]`: row `r` of the output reads the row of its token. No `permute` is needed.
     Gathered,
-    /// A row per row of the output, `[R, K]`, in expert order.
+    /// A row per row of the output, `[R, in]`, in expert order.
     Grouped,
 }
 
-/// The weights of a product for every expert, as a checkpoint has them.
+/// The weights of all experts for one product, in the checkpoint's order.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearWeights<'a, D> {
-    /// `[E, N, K]`, or `[E, K, N]`, as `order` says.
+    /// `[E, out, in]` or `[E, in, out]`, by `order`.
     pub w: &'a CudaView<'a, D>,
-    /// `[E, N]`, added to the f32 sums.
+    /// `[E, out]`, added to the f32 sums.
     pub bias: Option<&'a CudaView<'a, D>>,
     /// Which dimension of `w` is contiguous.
     pub order: WeightOrder,
 }
 
 impl<'a, D> LinearWeights<'a, D> {
-    /// `w` `[E, N, K]`, and no bias.
+    /// `w` `[E, out, in]`, and no bias.
     pub fn new(w: &'a CudaView<'a, D>) -> Self {
         Self { w, bias: None, order: WeightOrder::OutIn }
     }
@@ -63,21 +63,21 @@ impl<'a, D> LinearWeights<'a, D> {
 /// Device addresses for [`grouped_gemm_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct GroupedGemmBuffers {
-    /// `[R, N]`; written whole.
+    /// `[R, out]`; every element is written.
     pub y: CUdeviceptr,
-    /// `[T, K]` with `token_of_row`, else `[R, K]`.
+    /// `[T, in]` with `token_of_row`, else `[R, in]`.
     pub x: CUdeviceptr,
-    /// `[E, N, K]`, or `[E, K, N]`.
+    /// `[E, out, in]` or `[E, in, out]`.
     pub w: CUdeviceptr,
-    /// `[E, N]`, or 0 (null): there is none.
+    /// `[E, out]`, or 0 (null): no bias.
     pub bias: CUdeviceptr,
     /// `[R]` `i32`, tokens below `T` for the rows in use; or 0 (null): `x` is in expert order.
     pub token_of_row: CUdeviceptr,
     /// `[E + 1]` `i32`; the last is the number of rows in use.
     pub expert_offsets: CUdeviceptr,
-    /// Four `i32` a tile: expert, first row, number of rows (1 to 128), nothing.
+    /// Four `i32` per tile: expert, first row, number of rows (1 to 128), unused.
     pub tiles: CUdeviceptr,
-    /// One `i32`: how many tiles there are.
+    /// One `i32`, the number of tiles.
     pub num_tiles: CUdeviceptr,
 }
 
@@ -97,26 +97,32 @@ impl GroupedGemmBuffers {
         }
         Ok(())
     }
+
+    /// The kernel's parameters.
+    fn params(self, args: GroupedGemmArgs) -> GroupedGemmParams {
+        let Self { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } = self;
+        GroupedGemmParams { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles, args }
+    }
 }
 
-/// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` says what its row of `x` is.
+/// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` selects its row of `x`.
 ///
-/// `y` is `[T * K, N]`; any `N` and `K` from 1. Sums are f32, in the order of `K`, whatever the order
-/// of the weights; rows that no slot owns become zero. Rows of 16-byte multiples that start at 16-byte
-/// boundaries move fastest, those of `[E, K, N]` too. Asynchronous, ordered on `stream`.
+/// `y` is `[T * K, out]`; any widths from 1. Sums are f32, in the order of the inputs, for any order
+/// of the weights. Unused rows of `y` (from `expert_offsets[E]` on) are zeroed. Copies are fastest if all rows,
+/// those of `[E, in, out]` too, start at 16-byte boundaries. Asynchronous, ordered on `stream`.
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a width out of range,
-/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another, and what a
-/// launch can meet.
+/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another context, and any launch
+/// error.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
@@ -126,13 +132,18 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
     let LinearWeights { w, bias, order } = weights;
     check_stream(OP, device, stream)?;
     plan.check_stream(OP, stream)?;
-    check_rows(OP, shape, rows, k, x)?;
-    let features = product(OP, "num_experts * n", shape.num_experts, n)?;
-    check_len(OP, "w", w.len(), product(OP, "num_experts * n * k", features, k)?)?;
+    check_rows(OP, shape, rows, in_features, x)?;
+    let features = product(OP, "num_experts * out_features", shape.num_experts, out_features)?;
+    check_len(
+        OP,
+        "w",
+        w.len(),
+        product(OP, "num_experts * out_features * in_features", features, in_features)?,
+    )?;
     if let Some(bias) = bias {
         check_len(OP, "bias", bias.len(), features)?;
     }
-    check_len(OP, "y", y.len(), product(OP, "rows * n", shape.slots(), n)?)?;
+    check_len(OP, "y", y.len(), product(OP, "rows * out_features", shape.slots(), out_features)?)?;
     let (token_of_row, expert_offsets) = (plan.token_of_row(), plan.expert_offsets());
     let (tiles, num_tiles) = (plan.tiles(), plan.num_tiles());
     let (y, _y_guard) = writes(OP, "y", y, stream)?;
@@ -153,10 +164,19 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
         tiles,
         num_tiles,
     };
-    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a RoutingPlan, whose
     // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
-        grouped_gemm_fwd_raw(device, stream.cu_stream(), D::DTYPE, shape, n, k, order, buffers)
+        grouped_gemm_fwd_raw(
+            device,
+            stream.cu_stream(),
+            D::DTYPE,
+            shape,
+            out_features,
+            in_features,
+            order,
+            buffers,
+        )
     }
 }
 
@@ -169,98 +189,97 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
 ) -> Result<CudaSlice<D>> {
-    let len = product(OP, "rows * n", plan.shape().slots(), n)?;
+    let len = product(OP, "rows * out_features", plan.shape().slots(), out_features)?;
     // SAFETY: the operation writes every element.
     let mut y = unsafe { alloc::<D>(OP, stream, len) }?;
-    grouped_gemm_fwd_into(device, stream, plan, n, k, rows, x, weights, &mut y.as_view_mut())?;
+    grouped_gemm_fwd_into(
+        device,
+        stream,
+        plan,
+        out_features,
+        in_features,
+        rows,
+        x,
+        weights,
+        &mut y.as_view_mut(),
+    )?;
     Ok(y)
 }
 
 /// [`grouped_gemm_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`GroupedGemmBuffers`] and `shape` give it, of `dtype` or `i32`,
+/// Each buffer has the elements that [`GroupedGemmBuffers`] and `shape` state, of `dtype` or `i32`,
 /// in memory of `device`'s context that stays valid until the kernel has run; `token_of_row`,
 /// `expert_offsets`, `tiles` and `num_tiles` are those of one plan for `shape`; `y` overlaps none of
 /// the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a width out of range,
-/// [`Error::Alignment`](crate::Error::Alignment), and what a launch can meet.
+/// [`Error::Alignment`](crate::Error::Alignment), and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn grouped_gemm_fwd_raw(
     device: &Device,
     stream: CUstream,
     dtype: DType,
     shape: RoutingShape,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     order: WeightOrder,
     buffers: GroupedGemmBuffers,
 ) -> Result<()> {
     shape.check_rows(OP)?;
     buffers.check_aligned(OP, dtype)?;
-    let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } =
-        buffers;
-    width(OP, "n", n)?;
-    width(OP, "k", k)?;
-    let layout = Layout { order, features: n, step: 1 };
-    let fast = layout.is_fast(dtype, k, &[x, w]);
+    let GroupedGemmBuffers { y, x, w, token_of_row, .. } = buffers;
+    width(OP, "out_features", out_features)?;
+    width(OP, "in_features", in_features)?;
+    let layout = Layout { order, out_features, step: 1 };
+    let fast = layout.is_fast(dtype, in_features, &[x, w]);
     let x_rows = if token_of_row == 0 { shape.slots() } else { shape.num_tokens };
-    let args = layout.args(OP, dtype, shape, x_rows, n, k, y, fast)?;
+    let args = layout.args(OP, dtype, shape, x_rows, out_features, in_features, y, fast)?;
     if shape.num_tokens == 0 {
         return Ok(());
     }
-    let launch = launch(OP, dtype, shape, n, GEMM_BLOCK_N as usize)?;
-    let arguments = [
-        Argument::of(&y),
-        Argument::of(&x),
-        Argument::of(&w),
-        Argument::of(&bias),
-        Argument::of(&token_of_row),
-        Argument::of(&expert_offsets),
-        Argument::of(&tiles),
-        Argument::of(&num_tiles),
-        Argument::of(&args),
-    ];
+    let launch = launch(OP, dtype, shape, out_features, GEMM_BLOCK_N as usize)?;
+    let params = buffers.params(args);
     let kernel = match order {
         WeightOrder::InOut if fast => Kernel::GroupedGemmFwdInOut,
         _ => Kernel::GroupedGemmFwd,
     };
-    // SAFETY: the arguments follow moe_grouped_gemm_fwd and moe_grouped_gemm_fwd_in_out in
-    // kernels/grouped_gemm.cu; the caller vouches for the buffers; shape and widths were checked.
-    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+    // SAFETY: moe_grouped_gemm_fwd and moe_grouped_gemm_fwd_in_out in kernels/grouped_gemm.cu take
+    // GroupedGemmParams; the caller guarantees the buffers; shape and widths were checked.
+    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
 }
 
-// ---- What both products have in common ----------------------------------------------------------
+// ---- Common to all products ----------------------------------------------------------------------
 
-/// How the weights of an expert lie in their tensor.
+/// The layout of an expert's weights in their tensor.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
     order: WeightOrder,
     /// Features of an expert in the tensor.
-    features: usize,
-    /// From a feature to the next of its kind: 2 where gate and up take turns.
+    out_features: usize,
+    /// Features from one of gate (or up) to the next: 2 for interleaved ones, else 1.
     step: usize,
 }
 
 impl Layout {
-    /// Whether rows of `x` and of the weights, in their own order, move in 16-byte pieces.
-    fn is_fast(self, dtype: DType, k: usize, addresses: &[CUdeviceptr]) -> bool {
+    /// True if all rows of `x` and of the weights start at 16-byte boundaries.
+    fn is_fast(self, dtype: DType, in_features: usize, addresses: &[CUdeviceptr]) -> bool {
         let pitch = match self.order {
-            WeightOrder::OutIn => k,
-            WeightOrder::InOut => self.features,
+            WeightOrder::OutIn => in_features,
+            WeightOrder::InOut => self.out_features,
         };
-        [k, pitch].iter().all(|width| vector_rows(width * dtype.size(), addresses))
+        [in_features, pitch].iter().all(|width| vector_rows(width * dtype.size(), addresses))
     }
 
-    /// The arguments of a product with `n` outputs; `fast` as [`is_fast`](Self::is_fast) says.
+    /// The arguments of a product with `out_features` outputs; `fast` is [`is_fast`](Self::is_fast).
     #[allow(clippy::too_many_arguments, reason = "each is a field")]
     fn args(
         self,
@@ -268,63 +287,64 @@ impl Layout {
         dtype: DType,
         shape: RoutingShape,
         x_rows: usize,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
         y: CUdeviceptr,
         fast: bool,
     ) -> Result<GroupedGemmArgs> {
-        let Self { order, features, step } = self;
-        let (feature_stride, k_stride) = match order {
-            WeightOrder::OutIn => (product(op, "k", step, k)?, 1),
+        let Self { order, out_features: features, step } = self;
+        let (out_stride, in_stride) = match order {
+            WeightOrder::OutIn => (product(op, "in_features", step, in_features)?, 1),
             WeightOrder::InOut => (step, features),
         };
         Ok(GroupedGemmArgs {
-            // Widths are at most 2^30, so that twice their product fits.
-            expert_stride: features as i64 * k as i64,
-            feature_stride: int(op, "k", feature_stride)?,
-            k_stride: int(op, "n", k_stride)?,
+            // Widths are at most 2^30, so twice their product fits.
+            expert_stride: features as i64 * in_features as i64,
+            out_stride: int(op, "in_features", out_stride)?,
+            in_stride: int(op, "out_features", in_stride)?,
             rows: int(op, "num_tokens * top_k", shape.slots())?,
             x_rows: int(op, "rows of x", x_rows)?,
             max_tiles: int(op, "tiles", max_tiles(shape))?,
-            n: int(op, "n", n)?,
-            k: int(op, "k", k)?,
+            out_features: int(op, "out_features", out_features)?,
+            in_features: int(op, "in_features", in_features)?,
             num_experts: int(op, "num_experts", shape.num_experts)?,
             vector_load: fast.into(),
-            vector_store: vector_rows(n * dtype.size(), &[y]).into(),
+            vector_store: vector_rows(out_features * dtype.size(), &[y]).into(),
         })
     }
 }
 
-/// Holds `x` against what `rows` says of it.
+/// Checks the length of `x` for `rows`.
 fn check_rows<D>(
     op: &'static str,
     shape: RoutingShape,
     rows: Rows,
-    k: usize,
+    in_features: usize,
     x: &CudaView<'_, D>,
 ) -> Result<()> {
     let x_rows = match rows {
         Rows::Gathered => shape.num_tokens,
         Rows::Grouped => shape.slots(),
     };
-    check_len(op, "x", x.len(), product(op, "rows of x * k", x_rows, k)?)
+    check_len(op, "x", x.len(), product(op, "rows of x * in_features", x_rows, in_features)?)
 }
 
-/// As many tiles as any routing can make: a tile has a row at least, and every expert at most one that is short.
+/// The bound on tiles for any routing: a tile has at least one row, and an expert at most one short tile.
 fn max_tiles(shape: RoutingShape) -> usize {
     let slots = shape.slots();
     slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts)
 }
 
-/// Blocks of `columns` outputs for that many tiles, in whole groups.
+/// The launch for at most [`max_tiles`], rounded up to whole groups, with `columns` outputs per block.
 fn launch(
     op: &'static str,
     dtype: DType,
     shape: RoutingShape,
-    n: usize,
+    out_features: usize,
     columns: usize,
 ) -> Result<Launch> {
-    let blocks = max_tiles(shape).next_multiple_of(GEMM_TILE_GROUP as usize) * n.div_ceil(columns);
+    let blocks = max_tiles(shape).next_multiple_of(GEMM_TILE_GROUP as usize)
+        * out_features.div_ceil(columns);
     let threads = match dtype {
         DType::F32 => GEMM_THREADS_FMA,
         DType::F16 | DType::BF16 => GEMM_THREADS_MMA,

@@ -1,11 +1,11 @@
-//! What lies between an expert's projections.
+//! The activation between an expert's projections.
 
 use super::accum::Accum;
 use crate::config::{Activation, ActivationFunction, Limit};
 
 /// `f(gate) * (up + up_offset)` with `activation`'s limits; without a gate, `f(up)`.
 ///
-/// What is not a number stays so: limits are comparisons.
+/// NaN propagates: limits are comparisons.
 pub fn activate<A: Accum>(activation: &Activation, gate: Option<A>, up: A) -> A {
     let (g, u) = match gate {
         Some(gate) => (gate, Some(up)),
@@ -29,7 +29,7 @@ pub fn activate<A: Accum>(activation: &Activation, gate: Option<A>, up: A) -> A 
     u.map_or(h, |u| h * (u + number(activation.up_offset)))
 }
 
-/// The function of the gate alone.
+/// The function of the gate without limits.
 pub(super) fn function<A: Accum>(activation: &Activation, g: A) -> A {
     let half = number::<A>(0.5);
     let inverse_root = A::nearest(std::f64::consts::FRAC_1_SQRT_2);
@@ -43,7 +43,7 @@ pub(super) fn function<A: Accum>(activation: &Activation, g: A) -> A {
     }
 }
 
-/// Twice what `tanh` is taken of: `(1 + tanh(z)) / 2` is the sigmoid of `2 * z`, which does not cancel.
+/// Twice the argument of `tanh`: `(1 + tanh(z)) / 2` is the sigmoid of `2 * z`, which does not cancel.
 pub(super) fn gelu_tanh_argument<A: Accum>(g: A) -> A {
     A::nearest(1.595_769_121_605_730_8) * (g + A::nearest(0.044715) * (g * g * g))
 }
@@ -82,9 +82,9 @@ mod tests {
         Activation { function, limit, ..Activation::default() }
     }
 
-    /// Numbers of PyTorch's own functions, in f64.
+    /// Values of PyTorch's functions, in f64.
     #[test]
-    fn functions_are_those_of_the_field() {
+    fn functions_agree_with_pytorch() {
         use ActivationFunction::{Gelu, GeluTanh, Relu, ReluSquared, Silu};
         let at = |f, g: f64| function(&with(f, Limit::None), g);
         let close =
@@ -92,7 +92,7 @@ mod tests {
         close(at(Silu, 1.0), 0.731_058_578_630_004_9);
         close(at(Gelu, 1.0), 0.841_344_746_068_542_9);
         close(at(Gelu, -3.0), -0.004_049_694_094_890_28);
-        // The doc comment's own formulas, where they do not cancel.
+        // The formulas with tanh and erf, for arguments at which they do not cancel.
         for g in [-2.0f64, -0.3, 0.0, 0.7, 4.0] {
             let z = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
             assert!((at(GeluTanh, g) - g * (1.0 + z.tanh()) / 2.0).abs() < 1e-15);
@@ -108,7 +108,7 @@ mod tests {
 
     /// gpt-oss: `(u + 1) * g * sigmoid(1.702 * g)` with `g` at most 7 and `u` within 7.
     #[test]
-    fn limits_are_where_they_should_be() {
+    fn limits_apply_before_or_after_the_function() {
         let oss = Activation {
             alpha: 1.702,
             limit: Limit::Before { limit: 7.0 },

@@ -1,20 +1,20 @@
-//! The experts' weights: where each element of them lies, in whatever order a checkpoint has them.
+//! The experts' weights: the place of each element, in any layout of a checkpoint.
 
 use std::ops::Range;
 
-use super::accum::{Accum, Element};
-use super::grouped_gemm::Values;
+use super::accum::{Accum, Element, widened};
 use super::plan::Plan;
 use crate::config::{ExpertConfig, GateUpLayout, WeightOrder, WeightPosition};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
+pub use crate::tensors::GateUpTensors;
 
-/// The weights of a product for every expert.
+/// The weights of all experts for one product.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearWeights<'a, D> {
-    /// `[E, N, K]`, or `[E, K, N]`, as `order` says.
+    /// `[E, out, in]` or `[E, in, out]`, by `order`.
     pub w: &'a [D],
-    /// `[E, N]`
+    /// `[E, out]`
     pub bias: Option<&'a [D]>,
     /// Which dimension of `w` is contiguous.
     pub order: WeightOrder,
@@ -24,28 +24,14 @@ pub struct LinearWeights<'a, D> {
 #[derive(Debug, Clone, Copy)]
 pub struct GateUpWeights<'a, D> {
     /// The weights.
-    pub tensors: GateUpTensors<'a, D>,
+    pub tensors: GateUpTensors<&'a [D]>,
     /// `[E, 2I]`, or `[E, I]` without a gate, in the order of the weights' features; for separate
-    /// tensors first all of gate, then all of up.
+    /// tensors gate's biases, then up's.
     pub bias: Option<&'a [D]>,
 }
 
-/// One tensor, or two; [`ExpertConfig`] says which, and how they lie.
-#[derive(Debug, Clone, Copy)]
-pub enum GateUpTensors<'a, D> {
-    /// `[E, 2I, K]`, or `[E, I, K]` without a gate; `InOut`: `[E, K, 2I]`, or `[E, K, I]`.
-    Fused(&'a [D]),
-    /// Each `[E, I, K]`; `InOut`: `[E, K, I]`.
-    Separate {
-        /// What the function is applied to.
-        gate: &'a [D],
-        /// What its result multiplies.
-        up: &'a [D],
-    },
-}
-
 impl<'a, D> LinearWeights<'a, D> {
-    /// `w` `[E, N, K]`, and no bias.
+    /// `w` `[E, out, in]`, and no bias.
     pub fn new(w: &'a [D]) -> Self {
         Self { w, bias: None, order: WeightOrder::OutIn }
     }
@@ -58,7 +44,7 @@ impl<'a, D> GateUpWeights<'a, D> {
     }
 }
 
-/// The weights behind one number of an output: element `(expert, feature, i)` is at
+/// The weights of one product: element `(expert, feature, i)` is at
 /// `first + expert * strides[0] + feature * strides[1] + i * strides[2]`.
 #[derive(Clone, Copy)]
 pub(super) struct Part<'a, D> {
@@ -82,42 +68,47 @@ impl<'a, D: Dtype> Part<'a, D> {
     pub(super) fn of_linear(
         op: &'static str,
         plan: &Plan,
-        n: usize,
-        k: usize,
+        out_features: usize,
+        in_features: usize,
         weights: LinearWeights<'a, D>,
     ) -> Result<Self> {
         plan.check(op)?;
         let LinearWeights { w, bias, order } = weights;
-        let features = product(op, "E * N", plan.num_experts(), n)?;
-        check_len(op, "w", w.len(), product(op, "E * N * K", features, k)?)?;
+        let features = product(op, "E * out_features", plan.num_experts(), out_features)?;
+        check_len(
+            op,
+            "w",
+            w.len(),
+            product(op, "E * out_features * in_features", features, in_features)?,
+        )?;
         if let Some(bias) = bias {
             check_len(op, "bias", bias.len(), features)?;
         }
-        let strides = strides(order, n, 1, k);
-        Ok(Self { w, first: 0, strides, bias, first_bias: 0, bias_strides: [n, 1] })
+        let strides = strides(order, out_features, 1, in_features);
+        Ok(Self { w, first: 0, strides, bias, first_bias: 0, bias_strides: [out_features, 1] })
     }
 
-    /// Gate, if there is one, and up.
+    /// Gate, if the experts have one, and up.
     pub(super) fn of_gate_up(
         op: &'static str,
         plan: &Plan,
         experts: &ExpertConfig,
         intermediate: usize,
-        k: usize,
+        in_features: usize,
         gate_up: GateUpWeights<'a, D>,
     ) -> Result<(Option<Self>, Self)> {
         plan.check(op)?;
         experts.check(op)?;
         let GateUpWeights { tensors, bias } = gate_up;
-        must_be(op, "biases of gate and up", experts.gate_up_bias, bias.is_some())?;
+        require(op, "biases of gate and up", experts.gate_up_bias, bias.is_some())?;
         let separate = matches!(tensors, GateUpTensors::Separate { .. });
-        must_be(op, "separate tensors", experts.gate_up == GateUpLayout::Separate, separate)?;
+        require(op, "separate tensors", experts.gate_up == GateUpLayout::Separate, separate)?;
         let parts = if experts.gated { 2 } else { 1 };
         let features = product(op, "E * I", plan.num_experts(), intermediate)?;
-        let elements = product(op, "E * I * K", features, k)?;
+        let elements = product(op, "E * I * in_features", features, in_features)?;
         let (features, both) = (
             product(op, "2 * E * I", parts, features)?,
-            product(op, "2 * E * I * K", parts, elements)?,
+            product(op, "2 * E * I * in_features", parts, elements)?,
         );
         let (first, second) = match tensors {
             GateUpTensors::Fused(w) => {
@@ -134,13 +125,13 @@ impl<'a, D: Dtype> Part<'a, D> {
             check_len(op, "bias", bias.len(), features)?;
         }
 
-        // Of an expert: features in a tensor, from one of gate to the next, and to its up.
+        // Features of an expert's tensor, from a feature of gate to the next, and to the same of up.
         let (features, step, to_up) = match experts.gate_up {
             GateUpLayout::Concatenated => (parts * intermediate, 1, (parts - 1) * intermediate),
             GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
             GateUpLayout::Separate => (intermediate, 1, 0),
         };
-        let strides = strides(experts.gate_up_order, features, step, k);
+        let strides = strides(experts.gate_up_order, features, step, in_features);
         let bias_to_up = if separate { intermediate } else { to_up };
         let bias_strides = [parts * intermediate, step];
         let gate = Self { w: first, first: 0, strides, bias, first_bias: 0, bias_strides };
@@ -155,28 +146,60 @@ impl<'a, D: Dtype> Part<'a, D> {
         self.bias.map_or(A::ZERO, |bias| A::from_dtype(bias[index]))
     }
 
-    /// The biases alone, as the outputs have them; 0 for rows that are not in use.
+    /// The bias of each output, `[R, width]`; 0 for unused rows.
     pub(super) fn biases(self, plan: &Plan, width: usize) -> Vec<f64> {
-        let mut of_outputs = vec![0.0; plan.rows() * width];
+        let mut biases = vec![0.0; plan.rows() * width];
         for expert in 0..plan.num_experts() {
             for row in plan.rows_of(expert) {
                 for column in 0..width {
-                    of_outputs[row * width + column] = self.bias_at(Place { expert, row, column });
+                    biases[row * width + column] = self.bias_at(Place { expert, row, column });
                 }
             }
         }
-        of_outputs
+        biases
     }
 }
 
-/// Weights of experts as `A`, of whatever type and in whatever order they are.
+/// Whether a product is of the values or of their magnitudes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Values {
+    Signed,
+    Absolute,
+}
+
+impl Values {
+    /// The elements or their magnitudes as `A`, in place if possible, else in `buffer`.
+    pub(super) fn read<'s, A: Accum, V: Element<A>>(
+        self,
+        values: &'s [V],
+        buffer: &'s mut Vec<A>,
+    ) -> &'s [A] {
+        match self {
+            Values::Signed => widened(values, buffer),
+            Values::Absolute => {
+                buffer.resize(values.len(), A::ZERO);
+                V::widen_slice(values, buffer);
+                self.apply(buffer);
+                buffer
+            }
+        }
+    }
+
+    pub(super) fn apply<A: Accum>(self, values: &mut [A]) {
+        if self == Values::Absolute {
+            values.iter_mut().for_each(|value| *value = value.abs());
+        }
+    }
+}
+
+/// Weights of experts, of any type and layout, as `A`.
 pub(super) trait Panels<A>: Sync {
-    /// Some features of an expert, `[features, K]`; in `buffer` where they are not so already.
+    /// Some features of an expert, `[features, in]`, in place if possible, else in `buffer`.
     fn panel<'s>(
         &'s self,
         expert: usize,
         features: Range<usize>,
-        k: usize,
+        in_features: usize,
         values: Values,
         buffer: &'s mut Vec<A>,
     ) -> &'s [A];
@@ -187,17 +210,17 @@ impl<A: Accum, D: Dtype> Panels<A> for Part<'_, D> {
         &'s self,
         expert: usize,
         features: Range<usize>,
-        k: usize,
+        in_features: usize,
         values: Values,
         buffer: &'s mut Vec<A>,
     ) -> &'s [A] {
         let [expert_stride, feature_stride, input_stride] = self.strides;
         let start = self.first + expert * expert_stride + features.start * feature_stride;
-        if feature_stride == k && input_stride == 1 {
-            return values.read(&self.w[start..][..features.len() * k], buffer);
+        if feature_stride == in_features && input_stride == 1 {
+            return values.read(&self.w[start..][..features.len() * in_features], buffer);
         }
-        buffer.resize(features.len() * k, A::ZERO);
-        for (feature, wide) in buffer.chunks_exact_mut(k).enumerate() {
+        buffer.resize(features.len() * in_features, A::ZERO);
+        for (feature, wide) in buffer.chunks_exact_mut(in_features).enumerate() {
             let start = start + feature * feature_stride;
             for (i, wide) in wide.iter_mut().enumerate() {
                 *wide = A::from_dtype(self.w[start + i * input_stride]);
@@ -208,52 +231,53 @@ impl<A: Accum, D: Dtype> Panels<A> for Part<'_, D> {
     }
 }
 
-/// The strides of a tensor with so many features of each expert, of which every `step`-th is of one kind.
-fn strides(order: WeightOrder, features: usize, step: usize, k: usize) -> [usize; 3] {
+/// The strides of a tensor with `features` per expert, of which every `step`-th is of the same projection.
+fn strides(order: WeightOrder, features: usize, step: usize, in_features: usize) -> [usize; 3] {
     match order {
-        WeightOrder::OutIn => [features * k, step * k, 1],
-        WeightOrder::InOut => [features * k, step, features],
+        WeightOrder::OutIn => [features * in_features, step * in_features, 1],
+        WeightOrder::InOut => [features * in_features, step, features],
     }
 }
 
-/// The routing weight of each row, `[R]`; 0 for rows that are not in use.
+/// The routing weight of each row, `[R]`, if the weights multiply rows; 0 for unused rows.
 ///
 /// # Errors
-/// Weights of another length, and weights where `experts` has none to multiply, or the reverse.
+/// Weights of another length, and weights that are given but not used by `experts`, or the reverse.
 pub(super) fn weights_of_rows<A: Accum>(
     op: &'static str,
     plan: &Plan,
     experts: &ExpertConfig,
-    weights: Option<&[impl Element<A>]>,
+    routing_weights: Option<&[impl Element<A>]>,
 ) -> Result<Option<Vec<A>>> {
     let wanted = experts.weight_position != WeightPosition::Output;
-    must_be(op, "weights", wanted, weights.is_some())?;
-    weights.map(|weights| of_rows(op, "weights", plan, weights)).transpose()
+    require(op, "routing weights", wanted, routing_weights.is_some())?;
+    routing_weights.map(|weights| row_weights(op, "routing_weights", plan, weights)).transpose()
 }
 
-/// Each row's element of `[T, K]`; 0 for rows that no slot has.
-pub(super) fn of_rows<A: Accum>(
+/// Each row's element of `[T, K]`; 0 for unused rows.
+pub(super) fn row_weights<A: Accum>(
     op: &'static str,
     argument: &'static str,
     plan: &Plan,
     weights: &[impl Element<A>],
 ) -> Result<Vec<A>> {
     check_len(op, argument, weights.len(), plan.row_of_slot.len())?;
-    let mut of_rows = vec![A::ZERO; plan.rows()];
+    let mut weights_of_rows = vec![A::ZERO; plan.rows()];
     for (&row, weight) in plan.row_of_slot.iter().zip(weights) {
-        if let Some(of_row) = usize::try_from(row).ok().and_then(|row| of_rows.get_mut(row)) {
+        if let Some(of_row) = usize::try_from(row).ok().and_then(|row| weights_of_rows.get_mut(row))
+        {
             *of_row = weight.widen();
         }
     }
-    Ok(of_rows)
+    Ok(weights_of_rows)
 }
 
-fn must_be(op: &'static str, what: &str, wanted: bool, there: bool) -> Result<()> {
-    if wanted == there {
-        return Ok(());
-    }
-    let has = |it| if it { "has" } else { "has no" };
-    let why = format!("the configuration {} {what}, the call {} {what}", has(wanted), has(there));
+fn require(op: &'static str, what: &str, wanted: bool, given: bool) -> Result<()> {
+    let why = match (wanted, given) {
+        (true, false) => format!("{what} are required by the configuration but not given"),
+        (false, true) => format!("{what} are given but not enabled in the configuration"),
+        _ => return Ok(()),
+    };
     Err(Error::Mismatch { op, why })
 }
 
@@ -270,7 +294,7 @@ mod tests {
 
     /// Every layout, with biases and weights, as one sum per element.
     #[test]
-    fn each_layout_is_the_one_it_says() {
+    fn layouts_match_their_definition() {
         let (e, i, k) = (3usize, 5usize, 4usize);
         let shape = RoutingShape { num_tokens: 6, num_experts: e, top_k: 2 };
         let mut sampler = Sampler::new(8);
@@ -296,7 +320,7 @@ mod tests {
                     weight_position,
                     ..ExpertConfig::default()
                 };
-                // (expert, part, feature, input) of tensors as they were named.
+                // Element (expert, part, feature, input) of a tensor.
                 let at =
                     |tensor: &[bf16], expert: usize, part: usize, feature: usize, input: usize| {
                         let (features, feature) = match gate_up {
@@ -364,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_configuration_does_not_have() {
+    fn buffers_must_match_the_configuration() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let plan = plan_fwd(&shape, &[0, 1]).unwrap();
         let (x, w, weights) = ([0.0f32; 8], [0.0f32; 48], [1.0f32; 2]);

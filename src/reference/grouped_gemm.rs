@@ -1,86 +1,85 @@
 //! Each row times the weights of its expert: `y[r, :] = x_row * transpose(w[e]) + bias[e]` for the rows
-//! `r` of expert `e`, and the first half of an expert: two such products, and the activation.
+//! `r` of expert `e`; and gate and up: two such products and the activation.
 //!
-//! The readable form is the triple loop in this file's tests. What stands here computes the same in
-//! blocks: some rows of one expert, times some columns. The weights of one such panel are widened
-//! to `A` and put in order where they are not so, so a whole copy never exists; the product is a call
-//! of the GEMM crate. Blocks depend on the shape alone and each output element belongs to one of
-//! them, so results do not depend on the number of threads.
+//! The readable form is the triple loop in this file's tests. This file computes the same in blocks:
+//! some rows of one expert times some columns. The weights of a panel of columns are converted to `A` in
+//! `[columns, in]` order if necessary, so no whole copy is made; the product is a call of the GEMM crate.
+//! Blocks depend on the shape alone and each output element belongs to one of them, so results do not
+//! depend on the number of threads.
 
-use super::accum::{Accum, Element, widened};
+use super::accum::{Accum, Element};
 use super::activation::activate;
 use super::expert_weights::{
-    GateUpWeights, LinearWeights, Panels, Part, Place, of_rows, weights_of_rows,
+    GateUpWeights, LinearWeights, Panels, Part, Place, Values, row_weights, weights_of_rows,
 };
+use super::matmul::matmul_transposed;
 use super::parallel::{Scratch, for_each};
 use super::plan::Plan;
 use crate::config::{ExpertConfig, WeightPosition};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
-use crate::matmul::matmul_transposed;
 
-/// Rows of `x` times the weights of their expert, plus its bias: to `y` `[R, N]`. With `gather`, `x` is
-/// `[T, K]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, K]`. Rows past those in use
-/// are zero.
+/// Rows of `x` times the weights of their expert, plus its bias: `y` `[R, out]`. With `gather`, `x` is
+/// `[T, in]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, in]`. Unused rows are zero.
 ///
 /// # Errors
-/// A length that is not the shape's, a width of 0, or a plan of other tokens.
+/// A length that does not fit the shape, a width of 0, or a plan of other tokens.
 pub fn grouped_gemm_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     x: &[impl Element<A>],
     weights: LinearWeights<'_, D>,
     gather: bool,
 ) -> Result<Vec<A>> {
     let op = "grouped_gemm_fwd";
-    let part = Part::of_linear(op, plan, n, k, weights)?;
-    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
-    operands.multiply([part], n, |at, [y]| y + part.bias_at(at))
+    let part = Part::of_linear(op, plan, out_features, in_features, weights)?;
+    let operands = Operands { op, plan, in_features, x, gather, values: Values::Signed };
+    operands.multiply([part], out_features, |at, [y]| y + part.bias_at(at))
 }
 
-/// [`grouped_gemm_fwd`] with each row multiplied by its weight, the element of `routing_weights` `[T, K]` whose slot
-/// has that row.
+/// [`grouped_gemm_fwd`] with each row multiplied by its routing weight, the element of `routing_weights` `[T, K]` whose
+/// slot has that row.
 ///
 /// # Errors
 /// Those of [`grouped_gemm_fwd`].
 pub fn grouped_gemm_weighted_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     x: &[impl Element<A>],
     weights: LinearWeights<'_, D>,
     routing_weights: &[impl Element<A>],
     gather: bool,
 ) -> Result<Vec<A>> {
     let op = "grouped_gemm_weighted_fwd";
-    let part = Part::of_linear(op, plan, n, k, weights)?;
-    let of_rows: Vec<A> = of_rows(op, "routing_weights", plan, routing_weights)?;
-    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
-    operands.multiply([part], n, |at, [y]| of_rows[at.row] * (y + part.bias_at(at)))
+    let part = Part::of_linear(op, plan, out_features, in_features, weights)?;
+    let row_weight: Vec<A> = row_weights(op, "routing_weights", plan, routing_weights)?;
+    let operands = Operands { op, plan, in_features, x, gather, values: Values::Signed };
+    operands.multiply([part], out_features, |at, [y]| row_weight[at.row] * (y + part.bias_at(at)))
 }
 
-/// The first half of an expert: `act` `[R, I]` = `activate(gate, up)`, where both are products as in
-/// [`grouped_gemm_fwd`], and of which there is only up without a gate. `weights` `[T, K]` are those of
-/// the routing if they multiply the input (as they do here the sums) or what the activation returns.
+/// `act` `[R, I]` = `activate(gate, up)`, where both are products as in [`grouped_gemm_fwd`]; without a
+/// gate, `activate(up)`. `routing_weights` `[T, K]` are given if they multiply the input (here: the sums)
+/// or the activation's result.
 ///
 /// # Errors
-/// A configuration out of range, a length that is not the shape's, a width of 0, a plan of other
-/// tokens, and weights, biases or tensors that are not those of the configuration.
+/// A configuration out of range, a length that does not fit the shape, a width of 0, a plan of other
+/// tokens, and routing weights, biases or tensors that do not match the configuration.
 #[allow(clippy::too_many_arguments, reason = "those of the operation")]
 pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     x: &[impl Element<A>],
     gate_up: GateUpWeights<'_, D>,
-    weights: Option<&[impl Element<A>]>,
+    routing_weights: Option<&[impl Element<A>]>,
     gather: bool,
 ) -> Result<Vec<A>> {
     let op = "grouped_gemm_gate_up_fwd";
-    let (gate, up) = Part::of_gate_up(op, plan, experts, intermediate, k, gate_up)?;
-    let weights = weights_of_rows(op, plan, experts, weights)?;
+    let (gate, up) = Part::of_gate_up(op, plan, experts, intermediate, in_features, gate_up)?;
+    let weights = weights_of_rows(op, plan, experts, routing_weights)?;
     let (before, after) = match experts.weight_position {
         WeightPosition::Inside => (None, weights.as_deref()),
         WeightPosition::Output | WeightPosition::Input => (weights.as_deref(), None),
@@ -92,7 +91,7 @@ pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
     let finish = |at: Place, gate: Option<A>, up: A| {
         times(after, at.row, activate(&experts.activation, gate, up))
     };
-    let operands = Operands { op, plan, k, x, gather, values: Values::Signed };
+    let operands = Operands { op, plan, in_features, x, gather, values: Values::Signed };
     let sum =
         |part: Part<'_, D>, at: Place, sum| times(before, at.row, sum) + part.bias_at::<A>(at);
     match gate {
@@ -103,32 +102,25 @@ pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
     }
 }
 
-/// The sums of one part alone, or their magnitudes `sum over i of |x_i * w_i|`, and no bias.
+/// The sums of one part without bias, or their magnitudes `sum over i of |x_i * w_i|`.
 pub(super) fn sums<D: Dtype>(
     plan: &Plan,
     width: usize,
-    k: usize,
+    in_features: usize,
     x: &[impl Element<f64>],
     part: Part<'_, D>,
     gather: bool,
     values: Values,
 ) -> Result<Vec<f64>> {
-    let operands = Operands { op: "grouped_gemm", plan, k, x, gather, values };
+    let operands = Operands { op: "grouped_gemm", plan, in_features, x, gather, values };
     operands.multiply([part], width, |_, [y]| y)
 }
 
-/// Whether a product is of the numbers or of their magnitudes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Values {
-    Signed,
-    Absolute,
-}
-
-/// What a grouped GEMM reads besides weights.
+/// The operands of a grouped GEMM besides its weights.
 struct Operands<'a, X> {
     op: &'static str,
     plan: &'a Plan,
-    k: usize,
+    in_features: usize,
     x: &'a [X],
     gather: bool,
     values: Values,
@@ -146,7 +138,7 @@ impl<X> Operands<'_, X> {
         X: Element<A>,
     {
         self.check(width)?;
-        let Self { op, plan, k, values, .. } = *self;
+        let Self { op, plan, in_features, values, .. } = *self;
         let mut y = vec![A::ZERO; product(op, "rows * width", plan.rows(), width)?];
         let blocks = blocks(plan, width, &mut y);
         let parts = parts.each_ref().map(|part| part as &dyn Panels<A>);
@@ -156,27 +148,35 @@ impl<X> Operands<'_, X> {
                 *y = epilogue(at, std::array::from_fn(|part| sums.get(part, i)));
             }
         };
-        Product { k, x: self, parts: &parts, values, width, epilogue: &epilogue }.write(blocks)?;
+        Product { in_features, x: self, parts: &parts, values, width, epilogue: &epilogue }
+            .write(blocks)?;
         Ok(y)
     }
 
-    /// The parts have been held against the plan and the widths.
+    /// Checks `x` and the widths; `Part` has checked the weights and the plan.
     fn check(&self, width: usize) -> Result<()> {
-        let Self { op, plan, k, .. } = *self;
-        for (argument, value) in [("width", width), ("k", k)] {
+        let Self { op, plan, in_features, .. } = *self;
+        for (argument, value) in [("width", width), ("in_features", in_features)] {
             if value == 0 {
                 let wanted = "at least 1".to_string();
                 return Err(Error::Unsupported { op, argument, wanted, got: value.to_string() });
             }
         }
         if !self.gather {
-            return check_len(op, "x", self.x.len(), product(op, "R * K", plan.rows(), k)?);
+            return check_len(
+                op,
+                "x",
+                self.x.len(),
+                product(op, "R * in_features", plan.rows(), in_features)?,
+            );
         }
-        let tokens = self.x.len() / k;
-        check_len(op, "x", self.x.len(), tokens * k)?;
+        let tokens = self.x.len() / in_features;
+        check_len(op, "x", self.x.len(), tokens * in_features)?;
         match plan.token_of_row.iter().max() {
             Some(&last) if i64::from(last) >= tokens as i64 => {
-                let why = format!("the plan has a token {last}, but `x` has {tokens} rows of {k}");
+                let why = format!(
+                    "the plan has a token {last}, but `x` has {tokens} rows of {in_features}"
+                );
                 Err(Error::Mismatch { op, why })
             }
             _ => Ok(()),
@@ -184,29 +184,29 @@ impl<X> Operands<'_, X> {
     }
 }
 
-/// Rows of `x` as `A`, of whatever type they are.
+/// Rows of `x`, of any type, as `A`.
 trait WideRows<A>: Sync {
-    /// Rows `first..first + count` of `x`; in `buffer` where they are not so already.
+    /// Rows `first..first + count` of `x`, in place if possible, else in `buffer`.
     fn rows<'s>(&'s self, first: usize, count: usize, buffer: &'s mut Vec<A>) -> &'s [A];
 }
 
 impl<A: Accum, X: Element<A>> WideRows<A> for Operands<'_, X> {
     fn rows<'s>(&'s self, first: usize, count: usize, buffer: &'s mut Vec<A>) -> &'s [A] {
-        let k = self.k;
+        let in_features = self.in_features;
         if !self.gather {
-            return self.values.read(&self.x[first * k..][..count * k], buffer);
+            return self.values.read(&self.x[first * in_features..][..count * in_features], buffer);
         }
-        buffer.resize(count * k, A::ZERO);
+        buffer.resize(count * in_features, A::ZERO);
         let tokens = &self.plan.token_of_row[first..][..count];
-        for (row, &token) in buffer.chunks_exact_mut(k).zip(tokens) {
-            X::widen_slice(&self.x[token as usize * k..][..k], row);
+        for (row, &token) in buffer.chunks_exact_mut(in_features).zip(tokens) {
+            X::widen_slice(&self.x[token as usize * in_features..][..in_features], row);
             self.values.apply(row);
         }
         buffer
     }
 }
 
-/// Rows that one block has at most: enough to make up for widening the weights once per block.
+/// The most rows of a block: enough to amortize the conversion of the weights, once per block.
 const BLOCK_ROWS: usize = 512;
 
 /// Some rows of one expert, and their part of the output.
@@ -216,7 +216,7 @@ struct Block<'a, A> {
     y: &'a mut [A],
 }
 
-/// Cuts the output into the rows of each block. Rows that are not in use belong to none.
+/// Cuts the output into the rows of each block, without unused rows.
 fn blocks<'y, A>(plan: &Plan, width: usize, mut y: &'y mut [A]) -> Vec<Block<'y, A>> {
     let mut blocks = Vec::new();
     for expert in 0..plan.num_experts() {
@@ -237,24 +237,24 @@ struct Sums<'a, A> {
     /// `[parts, features, rows]`
     products: &'a [A],
     /// Elements of a part.
-    of_part: usize,
+    part_len: usize,
     num_rows: usize,
     row: usize,
 }
 
 impl<A: Copy> Sums<'_, A> {
     fn get(&self, part: usize, feature: usize) -> A {
-        self.products[part * self.of_part + feature * self.num_rows + self.row]
+        self.products[part * self.part_len + feature * self.num_rows + self.row]
     }
 }
 
-/// Writes elements of a row, of which the place is that of the first.
+/// Writes elements of a row, from the one at the place.
 type Epilogue<'a, A> = dyn Fn(Place, Sums<'_, A>, &mut [A]) + Sync + 'a;
 
-/// A product whose operands come by reference, whatever their element types: its loops are compiled
-/// once for each `A`, not for each combination.
+/// A product with operands of any element types behind references: its loops are compiled once for each
+/// `A`, not for each combination.
 struct Product<'a, A> {
-    k: usize,
+    in_features: usize,
     x: &'a dyn WideRows<A>,
     parts: &'a [&'a dyn Panels<A>],
     values: Values,
@@ -268,7 +268,7 @@ impl<A: Accum> Product<'_, A> {
     }
 
     fn write_block(&self, block: Block<'_, A>) -> Result<()> {
-        let Self { k, width, .. } = *self;
+        let Self { in_features, width, .. } = *self;
         let Block { expert, first_row, y } = block;
         let num_rows = y.len() / width;
         let mut buffer = Vec::new();
@@ -293,15 +293,14 @@ impl<A: Accum> Product<'_, A> {
                 products.resize(self.parts.len() * tile, A::ZERO);
                 for (part, products) in self.parts.iter().zip(products.chunks_mut(tile)) {
                     let features = first..first + columns;
-                    let w = part.panel(expert, features, k, self.values, weights);
-                    // Weights times `x`, hence [columns, rows]: the crate is faster at it that way
-                    // round.
-                    matmul_transposed([columns, num_rows, k], w, x, products)?;
+                    let w = part.panel(expert, features, in_features, self.values, weights);
+                    // Weights times `x`, hence [columns, rows]: the crate is faster in this order.
+                    matmul_transposed([columns, num_rows, in_features], w, x, products)?;
                 }
                 let products = &products[..];
                 for (row, piece) in pieces.into_iter().enumerate() {
                     let place = Place { expert, row: first_row + row, column: first };
-                    let sums = Sums { products, of_part: tile, num_rows, row };
+                    let sums = Sums { products, part_len: tile, num_rows, row };
                     (self.epilogue)(place, sums, piece);
                 }
                 Ok(())
@@ -310,35 +309,10 @@ impl<A: Accum> Product<'_, A> {
     }
 }
 
-impl Values {
-    /// The elements, or their magnitudes, as `A`; in `buffer` where they are not so already.
-    pub(super) fn read<'s, A: Accum, V: Element<A>>(
-        self,
-        values: &'s [V],
-        buffer: &'s mut Vec<A>,
-    ) -> &'s [A] {
-        match self {
-            Values::Signed => widened(values, buffer),
-            Values::Absolute => {
-                buffer.resize(values.len(), A::ZERO);
-                V::widen_slice(values, buffer);
-                self.apply(buffer);
-                buffer
-            }
-        }
-    }
-
-    pub(super) fn apply<A: Accum>(self, values: &mut [A]) {
-        if self == Values::Absolute {
-            values.iter_mut().for_each(|value| *value = value.abs());
-        }
-    }
-}
-
-/// Columns of the output, which are rows of the weights, that one panel has.
+/// The columns of the output, and rows of the weights, of a panel.
 fn panel_columns(num_rows: usize) -> usize {
-    // Up to 8 rows the GEMM crate reads narrow panels in place; from there on it copies both
-    // operands into its own order, which the rows of `x` go through once per panel.
+    // Up to 8 rows the GEMM crate reads narrow panels in place; above, it packs both operands, and
+    // packs the rows of `x` once per panel.
     if num_rows <= 8 { 32 } else { 128 }
 }
 
@@ -352,7 +326,7 @@ mod tests {
     use super::*;
     use crate::shape::RoutingShape;
 
-    /// The product as its mathematics reads, in f64.
+    /// The definition of the product, in f64.
     fn triple_loop<D: Dtype>(plan: &Plan, n: usize, k: usize, xp: &[D], w: &[D]) -> Vec<f64> {
         let mut y = vec![0.0; plan.rows() * n];
         for expert in 0..plan.num_experts() {
@@ -400,7 +374,7 @@ mod tests {
         let got = grouped_gemm_fwd::<f32, D>(&plan, n, k, &x, linear, true).unwrap();
         assert_close(&got, &want, single);
         assert_eq!(grouped_gemm_fwd::<f32, D>(&plan, n, k, &xp, linear, false).unwrap(), got);
-        // Rows of the accumulation type, as the layer's second product has them.
+        // Rows of the accumulation type, as in the layer's second product.
         let wide: Vec<f64> = xp.iter().map(|x| x.to_f64()).collect();
         let got = grouped_gemm_fwd::<f64, D>(&plan, n, k, &wide, linear, false).unwrap();
         assert_eq!(got, permuted);
@@ -440,13 +414,13 @@ mod tests {
     }
 
     #[test]
-    fn more_rows_than_a_block() {
+    fn rows_of_several_blocks() {
         check::<f32>(2 * BLOCK_ROWS + 100, 1, 1, 3, 7);
         check::<bf16>(BLOCK_ROWS + 3, 3, 3, 2, 4);
     }
 
     #[test]
-    fn number_of_threads_does_not_show() {
+    fn results_do_not_depend_on_the_number_of_threads() {
         let shape = RoutingShape { num_tokens: 90, num_experts: 5, top_k: 2 };
         let mut sampler = Sampler::new(5);
         let plan = sampler.plan(&shape);
@@ -475,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_arguments() {
+    fn wrong_arguments_are_errors() {
         let shape = RoutingShape { num_tokens: 2, num_experts: 2, top_k: 1 };
         let plan = plan_fwd(&shape, &[0, 1]).unwrap();
         let run = |n, k, x: usize, w: usize, gather| {

@@ -7,7 +7,7 @@ use super::capacity::{
     Capacity, capacity_fwd, capacity_later_fwd, capacity_normalize_fwd, capacity_reassign_fwd,
 };
 use super::combine::{CombineInputs, Identity, Shared, combine_fwd};
-use super::expert_weights::{self, GateUpWeights, LinearWeights};
+use super::expert_weights::{GateUpWeights, LinearWeights};
 use super::grouped_gemm::{grouped_gemm_fwd, grouped_gemm_gate_up_fwd, grouped_gemm_weighted_fwd};
 use super::plan::{Plan, plan_fwd, plan_range_fwd};
 use super::rms_norm::{RmsNormInputs, rms_norm_fwd};
@@ -20,7 +20,7 @@ use crate::config::{
 use crate::dtype::Dtype;
 use crate::error::{Result, check_len};
 use crate::shape::RoutingShape;
-use crate::tensors::{ExpertWeights, GateUpTensors, Host, MoeInputs, MoeWeights, shape_of};
+use crate::tensors::{ExpertWeights, Host, MoeInputs, MoeWeights, shape_of};
 
 mod router;
 
@@ -332,15 +332,7 @@ fn routed_experts<D: Dtype, O: Operations<D>>(
 ) -> Result<O::Values> {
     let MoeConfig { intermediate, experts, .. } = config;
     let hidden = config.expert_hidden();
-    let gate_up = GateUpWeights {
-        tensors: match weights.gate_up {
-            GateUpTensors::Fused(gate_up) => expert_weights::GateUpTensors::Fused(gate_up),
-            GateUpTensors::Separate { gate, up } => {
-                expert_weights::GateUpTensors::Separate { gate, up }
-            }
-        },
-        bias: weights.gate_up_bias,
-    };
+    let gate_up = GateUpWeights { tensors: weights.gate_up, bias: weights.gate_up_bias };
     let row_weights =
         (experts.weight_position != WeightPosition::Output).then_some(routing_weights);
     let act = by.gate_up(plan, experts, [*intermediate, hidden], x, gate_up, row_weights)?;

@@ -17,6 +17,7 @@ mod expert_weights;
 mod grouped_gemm;
 mod jitter;
 mod layer;
+mod matmul;
 mod noise;
 mod parallel;
 mod permute;

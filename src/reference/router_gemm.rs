@@ -1,9 +1,9 @@
 //! The router's logits: `logits[t, e] = sum over h of x[t, h] * router_gate[e, h]  (+ bias[e])`.
 
 use super::accum::{Accum, Element, widened};
+use super::matmul::matmul_transposed;
 use super::parallel::for_each;
 use crate::error::{Error, Result, check_len, product, width};
-use crate::matmul::matmul_transposed;
 use crate::shape::MAX_EXPERTS;
 
 /// The operands of [`router_gemm_fwd`]. The gate and its bias have a type of their own.

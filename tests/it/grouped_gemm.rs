@@ -1,6 +1,6 @@
-//! grouped_gemm: every element within its own bound of the f64 reference, and the same bits whatever
-//! the schedule, the order of tiles, the alignment and the rows beside it. Here the plain product, and
-//! SwiGLU; orders of weights, biases and other activations are the modules' below.
+//! grouped_gemm: every element is within its own bound of the f64 reference, and its bits depend neither
+//! on the schedule, nor on the order of tiles, the alignment or other rows. This file tests the plain
+//! product and SwiGLU; the modules below test orders of weights, biases and other activations.
 
 mod errors;
 mod gate_up;
@@ -21,7 +21,7 @@ use proptest::prelude::*;
 
 use crate::common::{Gpu, Skew, assert_within, bits, config, gpu, routing_ids, skew, values};
 
-/// One product: `swiglu` says which, `n` is the width of its output.
+/// One product, plain or with SwiGLU; `n` is the width of its output, `k` that of its input.
 #[derive(Debug, Clone, Copy)]
 struct Product {
     swiglu: bool,
@@ -51,11 +51,11 @@ impl<D: Dtype + DeviceRepr> Inputs<D> {
 
     /// The device's result. Buffers start `offset` elements after a 16-byte boundary.
     fn run(&self, gpu: &Gpu, shape: RoutingShape, product: Product, offset: usize) -> Vec<D> {
-        self.run_apart(gpu, shape, product, [offset; 3])
+        self.run_with_offsets(gpu, shape, product, [offset; 3])
     }
 
     /// The same, with an offset for each of `x`, `w` and `y`.
-    fn run_apart(
+    fn run_with_offsets(
         &self,
         gpu: &Gpu,
         shape: RoutingShape,
@@ -90,13 +90,13 @@ impl<D: Dtype + DeviceRepr> Inputs<D> {
         let mut y = gpu.download(&y.view());
         assert!(
             y[..offset].iter().all(|value| value.to_f32().is_nan()),
-            "what lies before the view is left alone"
+            "elements before the view are not written"
         );
         y.split_off(offset)
     }
 }
 
-/// Holds a run against the reference; returns the bits that came out.
+/// Checks the device's result against the reference, and returns its bits.
 fn check<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
     shape: RoutingShape,
@@ -122,7 +122,7 @@ fn check<D: Dtype + DeviceRepr>(
     let got = bits(&got);
     assert!(
         got[plan.rows_in_use() * n..].iter().all(|&bits| bits == 0),
-        "{what}: rows of nobody are +0"
+        "{what}: unused rows are +0"
     );
     got
 }
@@ -182,10 +182,10 @@ fn tails_of_columns() {
 }
 
 #[test]
-fn tails_of_depth() {
+fn tails_of_inputs() {
     let gpu = gpu();
     let shape = RoutingShape::new(9, 2, 1).unwrap();
-    // Around one stage, and around as many as the pipeline has, for 32 and 64 elements a stage.
+    // Around one stage and around all stages of the pipeline, with 32 and 64 elements per stage.
     for k in [
         1, 2, 7, 8, 9, 24, 31, 32, 33, 63, 64, 65, 72, 96, 104, 127, 128, 136, 192, 200, 256, 264,
         321,
@@ -216,7 +216,7 @@ fn extreme_routings() {
 }
 
 #[test]
-fn without_any_active_slot_all_is_zero() {
+fn no_active_slot_gives_zeros() {
     let gpu = gpu();
     let shape = RoutingShape::new(37, 3, 2).unwrap();
     for n in [64, 65] {
@@ -247,7 +247,7 @@ fn schedules_do_not_change_bits() {
 }
 
 #[test]
-fn the_order_of_tiles_does_not_change_bits() {
+fn tile_order_does_not_change_bits() {
     let gpu = gpu();
     let (device, stream) = (&gpu.device, &gpu.stream);
     let shape = RoutingShape::new(150, 3, 2).unwrap();
@@ -292,7 +292,7 @@ fn the_order_of_tiles_does_not_change_bits() {
                     num_tiles,
                 };
                 let experts = ExpertConfig::default();
-                // SAFETY: the buffers are those of one plan, as long as the shape says, and live on.
+                // SAFETY: the buffers are of one plan and have the lengths of its shape; they outlive the kernel.
                 unsafe {
                     grouped_gemm_gate_up_fwd_raw(
                         device, cu_stream, dtype, shape, &experts, n, k, rows, buffers,
@@ -323,7 +323,7 @@ fn the_order_of_tiles_does_not_change_bits() {
 }
 
 #[test]
-fn a_row_does_not_depend_on_the_rows_beside_it() {
+fn row_does_not_depend_on_other_rows() {
     let gpu = gpu();
     for swiglu in [false, true] {
         let product = Product { swiglu, n: 24, k: 136, rows: Rows::Gathered };
@@ -341,7 +341,7 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
 }
 
 #[test]
-fn a_view_may_start_anywhere() {
+fn views_start_at_any_element() {
     fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
         let shape = RoutingShape::new(40, 3, 2).unwrap();
         for swiglu in [false, true] {
@@ -351,7 +351,7 @@ fn a_view_may_start_anywhere() {
             // All of x, w and y together, and each alone.
             for offsets in [[1; 3], [2; 3], [3; 3], [1, 0, 0], [0, 1, 0], [0, 0, 1]] {
                 assert_eq!(
-                    bits(&inputs.run_apart(gpu, shape, product, offsets)),
+                    bits(&inputs.run_with_offsets(gpu, shape, product, offsets)),
                     want,
                     "{} offsets {offsets:?}",
                     D::DTYPE
@@ -432,9 +432,9 @@ fn swiglu_follows_ieee() {
     check::<bf16>(&gpu);
 }
 
-/// Products are exact, and every sum rounds: another order of K gives other bits.
+/// Products are exact, and every sum rounds: another order of inputs gives other bits.
 #[test]
-fn f32_adds_in_the_order_of_k() {
+fn f32_sums_inputs_in_order() {
     let gpu = gpu();
     let shape = RoutingShape::new(3, 1, 1).unwrap();
     for k in [70, 72] {
@@ -448,10 +448,10 @@ fn f32_adds_in_the_order_of_k() {
 }
 
 #[test]
-fn nan_stays_in_its_row_and_column() {
+fn nan_affects_only_its_row_and_column() {
     fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
         let shape = RoutingShape::new(50, 2, 1).unwrap();
-        // Neither the rows, nor the columns, nor the depth fill their tiles.
+        // Neither rows, nor columns, nor inputs fill their tiles.
         let product = Product { swiglu: false, n: 72, k: 40, rows: Rows::Grouped };
         let mut inputs = Inputs::<D>::new(shape, Skew::Uniform, product, 14);
         let plan = reference::plan_fwd(&shape, &inputs.ids).unwrap();

@@ -1,11 +1,11 @@
-//! The first half of an expert: its gate and up projections, and the activation.
+//! An expert's gate and up projections and the activation, in one kernel.
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
 use std::sync::Arc;
 
 use crate::abi::{
     ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_RELU, ACTIVATION_RELU_SQUARED,
-    ACTIVATION_SILU, ACTIVATION_SILU_SOFT_CAP, ActivationArgs, GEMM_BLOCK_N, GateUpArgs,
+    ACTIVATION_SILU, ActivationArgs, GEMM_BLOCK_N, GateUpArgs, GateUpParams,
 };
 use crate::config::{
     Activation, ActivationFunction, ExpertConfig, GateUpLayout, Limit, WeightOrder, WeightPosition,
@@ -19,31 +19,18 @@ use crate::error::{Error, Result, check_len, int, product, width};
 use crate::ops::grouped_gemm::{Layout, Rows, check_rows, launch};
 use crate::routing_plan::RoutingPlan;
 use crate::shape::RoutingShape;
+pub use crate::tensors::GateUpTensors;
 
 const OP: &str = "grouped_gemm_gate_up_fwd";
 
-/// The gate and up projections of all experts, as a checkpoint has them.
+/// The gate and up projections of all experts, in the checkpoint's order.
 #[derive(Debug, Clone, Copy)]
 pub struct GateUpWeights<'a, D> {
     /// The weights.
-    pub tensors: GateUpTensors<'a, D>,
+    pub tensors: GateUpTensors<&'a CudaView<'a, D>>,
     /// `[E, 2I]`, or `[E, I]` without a gate, in the order of the weights' features; for separate
-    /// tensors first all of gate, then all of up. Added to the f32 sums.
+    /// tensors gate's biases, then up's. Added to the f32 sums.
     pub bias: Option<&'a CudaView<'a, D>>,
-}
-
-/// One tensor, or two; [`ExpertConfig`] says which, and how they lie.
-#[derive(Debug, Clone, Copy)]
-pub enum GateUpTensors<'a, D> {
-    /// `[E, 2I, K]`, or `[E, I, K]` without a gate; `InOut`: `[E, K, 2I]`, or `[E, K, I]`.
-    Fused(&'a CudaView<'a, D>),
-    /// Each `[E, I, K]`; `InOut`: `[E, K, I]`.
-    Separate {
-        /// What the function is applied to.
-        gate: &'a CudaView<'a, D>,
-        /// What its result multiplies.
-        up: &'a CudaView<'a, D>,
-    },
 }
 
 impl<'a, D> GateUpWeights<'a, D> {
@@ -56,42 +43,42 @@ impl<'a, D> GateUpWeights<'a, D> {
 /// Device addresses for [`grouped_gemm_gate_up_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct GateUpBuffers {
-    /// `[R, I]`; written whole.
+    /// `[R, I]`; every element is written.
     pub act: CUdeviceptr,
-    /// `[T, K]` or `[R, K]`.
+    /// `[T, in]` or `[R, in]`.
     pub x: CUdeviceptr,
-    /// The one tensor; for separate ones, gate.
+    /// The fused tensor, or gate.
     pub gate_up: CUdeviceptr,
-    /// Up, where it is separate; else 0 (null).
+    /// Up for separate tensors, else 0 (null).
     pub up: CUdeviceptr,
-    /// `[E, 2I]` or `[E, I]` if there are biases, else 0 (null).
+    /// `[E, 2I]` or `[E, I]`, or 0 (null): no biases.
     pub bias: CUdeviceptr,
     /// `[T, K]` `f32` if the routing weights multiply the input or inside, else 0 (null).
     pub routing_weights: CUdeviceptr,
-    /// `[T * K]` `i32` where there are weights, else 0 (null).
+    /// `[T * K]` `i32` with `routing_weights`, else 0 (null).
     pub row_of_slot: CUdeviceptr,
-    /// `[R]` `i32`, tokens below `T` for the rows in use; 0 (null) if nothing is gathered and there are no weights.
+    /// `[R]` `i32`, tokens below `T` for the rows in use; may be 0 (null) without a gather and `routing_weights`.
     pub token_of_row: CUdeviceptr,
     /// `[E + 1]` `i32`; the last is the number of rows in use.
     pub expert_offsets: CUdeviceptr,
-    /// Four `i32` a tile: expert, first row, number of rows (1 to 128), nothing.
+    /// Four `i32` per tile: expert, first row, number of rows (1 to 128), unused.
     pub tiles: CUdeviceptr,
-    /// One `i32`: how many tiles there are.
+    /// One `i32`, the number of tiles.
     pub num_tiles: CUdeviceptr,
 }
 
 /// `act[r, i] = activation(gate, up)`, or `activation(up)` without a gate, where gate and up are feature `i` of
 /// the row's expert times the row of `x`, plus their biases. Everything up to `act` is f32.
 ///
-/// Of `experts`, this reads the activation, and all that is said of gate and up. `routing_weights` are the
-/// routing's, `[T, K]`, if and only if they multiply the input (the sums, which is the same but for
-/// rounding) or `act`. `act` is `[T * K, I]`; any `I` and `K` from 1. Rows that no slot owns become
-/// zero. See [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into) for the rest.
+/// Of `experts`, only the activation and the options of gate and up are read. `routing_weights` is `[T, K]`, given if
+/// and only if the routing weights multiply the input (the kernel multiplies the sums, which differs only by
+/// rounding) or `act`. `act` is `[T * K, I]`; any widths from 1. Unused rows of `act` are zeroed. Everything else
+/// is as in [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into).
 ///
 /// # Errors
 /// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for a width or an
-/// option out of range, [`Error::Mismatch`] for weights, biases or tensors that `experts` does not have,
-/// or has and that are not given, [`Error::Context`] for what is of another context, and what a launch can meet.
+/// option out of range, [`Error::Mismatch`] for weights, biases or tensors that are given but not enabled in
+/// `experts`, or the reverse, [`Error::Context`] for an argument of another context, and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     device: &Device,
@@ -99,7 +86,7 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     plan: &RoutingPlan<'_>,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     gate_up: GateUpWeights<'_, D>,
@@ -109,11 +96,11 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     let shape = plan.shape();
     check_stream(OP, device, stream)?;
     plan.check_stream(OP, stream)?;
-    check_rows(OP, shape, rows, k, x)?;
+    check_rows(OP, shape, rows, in_features, x)?;
     let parts = if experts.gated { 2 } else { 1 };
     let features = product(OP, "num_experts * intermediate", shape.num_experts, intermediate)?;
-    let matrices = product(OP, "num_experts * intermediate * k", features, k)?;
-    let all = product(OP, "parts * num_experts * intermediate * k", parts, matrices)?;
+    let matrices = product(OP, "num_experts * intermediate * in_features", features, in_features)?;
+    let all = product(OP, "parts * num_experts * intermediate * in_features", parts, matrices)?;
     let (first_name, first, up) = match gate_up.tensors {
         GateUpTensors::Fused(gate_up) => {
             check_len(OP, "gate_up", gate_up.len(), all)?;
@@ -168,7 +155,7 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
         num_tiles,
     };
     let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
-    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan, whose
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a RoutingPlan, whose
     // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_gate_up_fwd_raw(
@@ -178,7 +165,7 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
             shape,
             experts,
             intermediate,
-            k,
+            in_features,
             rows,
             buffers,
         )
@@ -196,7 +183,7 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
     plan: &RoutingPlan<'_>,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     gate_up: GateUpWeights<'_, D>,
@@ -212,7 +199,7 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
         plan,
         experts,
         intermediate,
-        k,
+        in_features,
         rows,
         x,
         gate_up,
@@ -225,14 +212,14 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
 /// [`grouped_gemm_gate_up_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`GateUpBuffers`], `experts` and `shape` give it, of `dtype`,
+/// Each buffer has the elements that [`GateUpBuffers`], `experts` and `shape` state, of `dtype`,
 /// `f32` or `i32`, in memory of `device`'s context that stays valid until the kernel has run;
 /// `row_of_slot`, `token_of_row`, `expert_offsets`, `tiles` and `num_tiles` are those of one plan for
 /// `shape`; `act` overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a shape, a width or an option out of range, [`Error::Mismatch`] for an address that
-/// is null and should not be, or the reverse, [`Error::Alignment`], and what a launch can meet.
+/// must not be null, or must be, [`Error::Alignment`], and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     device: &Device,
@@ -241,7 +228,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     shape: RoutingShape,
     experts: &ExpertConfig,
     intermediate: usize,
-    k: usize,
+    in_features: usize,
     rows: Rows,
     buffers: GateUpBuffers,
 ) -> Result<()> {
@@ -267,99 +254,101 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
         check_aligned(OP, name, address, bytes)?;
     }
     width(OP, "intermediate", intermediate)?;
-    width(OP, "k", k)?;
+    width(OP, "in_features", in_features)?;
     let weighted = experts.weight_position != WeightPosition::Output;
     let gather = rows == Rows::Gathered;
-    must_be("a separate `up`", experts.gate_up == GateUpLayout::Separate, up)?;
-    must_be("`bias`", experts.gate_up_bias, bias)?;
-    // What has an element per token may be nowhere if there are no tokens.
+    require("a separate `up`", experts.gate_up == GateUpLayout::Separate, up)?;
+    require("`bias`", experts.gate_up_bias, bias)?;
+    // Without tokens, buffers with an element per token may be null.
     if shape.num_tokens > 0 {
-        must_be("`routing_weights`", weighted, routing_weights)?;
-        must_be("`row_of_slot`", weighted, row_of_slot)?;
-        must_be("`token_of_row`", gather || weighted || token_of_row != 0, token_of_row)?;
+        require("`routing_weights`", weighted, routing_weights)?;
+        require("`row_of_slot`", weighted, row_of_slot)?;
+        require("`token_of_row`", gather || weighted || token_of_row != 0, token_of_row)?;
     }
 
-    let parts = Parts::new(experts, intermediate, k);
-    let up = if experts.gate_up == GateUpLayout::Separate { up } else { parts.up(gate_up, dtype) };
-    let up_bias = if bias == 0 { 0 } else { parts.up_bias(bias, dtype) };
-    let layout = parts.layout;
-    // Up that begins between two boundaries is as good as the pairs of which it is a half.
+    let places = GateUpPlaces::new(experts, intermediate, in_features);
+    let up = if experts.gate_up == GateUpLayout::Separate { up } else { places.up(gate_up, dtype) };
+    let up_bias = if bias == 0 { 0 } else { places.up_bias(bias, dtype) };
+    let layout = places.layout;
+    // Interleaved pairs are loaded whole, so only their start must be aligned.
     let first_up = if layout.step == 2 { gate_up } else { up };
-    let fast = layout.is_fast(dtype, k, &[x, gate_up, first_up]);
+    let fast = layout.is_fast(dtype, in_features, &[x, gate_up, first_up]);
     let x_rows = if gather { shape.num_tokens } else { shape.slots() };
     let args = GateUpArgs {
-        gemm: layout.args(OP, dtype, shape, x_rows, intermediate, k, act, fast)?,
+        gemm: layout.args(OP, dtype, shape, x_rows, intermediate, in_features, act, fast)?,
         activation: activation_args(&experts.activation),
         gated: experts.gated.into(),
         gather: gather.into(),
         top_k: int(OP, "top_k", shape.top_k)?,
+        num_tokens: int(OP, "num_tokens", shape.num_tokens)?,
         weight_inside: (experts.weight_position == WeightPosition::Inside).into(),
-        bias_expert_stride: int(OP, "intermediate", parts.bias_features)?,
-        bias_feature_stride: layout.step as i32,
+        bias_expert_stride: int(OP, "intermediate", places.bias_features)?,
+        bias_out_stride: layout.step as i32,
     };
     if shape.num_tokens == 0 {
         return Ok(());
     }
     let columns = GEMM_BLOCK_N as usize / if experts.gated { 2 } else { 1 };
     let launch = launch(OP, dtype, shape, intermediate, columns)?;
-    let arguments = [
-        Argument::of(&act),
-        Argument::of(&x),
-        Argument::of(&gate_up),
-        Argument::of(&up),
-        Argument::of(&bias),
-        Argument::of(&up_bias),
-        Argument::of(&routing_weights),
-        Argument::of(&row_of_slot),
-        Argument::of(&token_of_row),
-        Argument::of(&expert_offsets),
-        Argument::of(&tiles),
-        Argument::of(&num_tiles),
-        Argument::of(&args),
-    ];
+    let params = GateUpParams {
+        act,
+        x,
+        gate: gate_up,
+        up,
+        gate_bias: bias,
+        up_bias,
+        routing_weights,
+        row_of_slot,
+        token_of_row,
+        expert_offsets,
+        tiles,
+        num_tiles,
+        args,
+    };
     let kernel = match layout.order {
         WeightOrder::InOut if fast => Kernel::GroupedGemmFwdGateUpInOut,
         _ => Kernel::GroupedGemmFwdGateUp,
     };
-    // SAFETY: the arguments follow moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd_gate_up_in_out
-    // in kernels/grouped_gemm.cu; the caller vouches for the buffers; shape and widths were checked.
-    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+    // SAFETY: moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd_gate_up_in_out in
+    // kernels/grouped_gemm.cu take GateUpParams; the caller guarantees the buffers; shape and widths
+    // were checked.
+    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
 }
 
-/// Holds an address against whether the configuration has what is there.
-fn must_be(what: &str, wanted: bool, address: CUdeviceptr) -> Result<()> {
+/// Checks that an address is given if and only if the configuration enables its buffer.
+fn require(what: &str, wanted: bool, address: CUdeviceptr) -> Result<()> {
     let why = match (wanted, address != 0) {
-        (true, false) => format!("the experts' configuration has {what}, which is not given"),
-        (false, true) => format!("{what} is given, which the experts' configuration does not have"),
+        (true, false) => format!("{what} is required by the configuration but not given"),
+        (false, true) => format!("{what} is given but not enabled in the configuration"),
         _ => return Ok(()),
     };
     Err(Error::Mismatch { op: OP, why })
 }
 
-/// Where up lies beside gate.
-struct Parts {
+/// The places of gate and up in weights and biases.
+struct GateUpPlaces {
     layout: Layout,
-    /// Elements from the first feature of gate to the first of up, in one tensor.
+    /// Elements from the first feature of gate to the first of up, in a fused tensor.
     up: usize,
     /// The same for biases.
     up_bias: usize,
-    /// Biases of an expert.
+    /// Biases per expert.
     bias_features: usize,
 }
 
-impl Parts {
-    fn new(experts: &ExpertConfig, intermediate: usize, k: usize) -> Self {
+impl GateUpPlaces {
+    fn new(experts: &ExpertConfig, intermediate: usize, in_features: usize) -> Self {
         let bias_features = if experts.gated { 2 * intermediate } else { intermediate };
         let order = experts.gate_up_order;
-        let input_distance = if order == WeightOrder::OutIn { k } else { 1 };
-        let (features, step, features_to_up) = match experts.gate_up {
+        let input_distance = if order == WeightOrder::OutIn { in_features } else { 1 };
+        let (out_features, step, features_to_up) = match experts.gate_up {
             _ if !experts.gated => (intermediate, 1, 0),
             GateUpLayout::Concatenated => (2 * intermediate, 1, intermediate),
             GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
             GateUpLayout::Separate => (intermediate, 1, intermediate),
         };
         Self {
-            layout: Layout { order, features, step },
+            layout: Layout { order, out_features, step },
             up: features_to_up * input_distance,
             up_bias: features_to_up,
             bias_features,
@@ -375,12 +364,12 @@ impl Parts {
     }
 }
 
-/// The activation as the kernel takes it.
+/// The kernel's arguments for an activation.
 fn activation_args(activation: &Activation) -> ActivationArgs {
     let none = f32::INFINITY;
     let (mut limit_before, mut limit_after, mut limit_up) = (none, none, none);
-    let (mut gate_cap, mut up_cap) = (none, none);
-    let mut function = match activation.function {
+    let (mut soft_cap, mut gate_cap, mut up_cap) = (false, none, none);
+    let function = match activation.function {
         ActivationFunction::Silu => ACTIVATION_SILU,
         ActivationFunction::Gelu => ACTIVATION_GELU,
         ActivationFunction::GeluTanh => ACTIVATION_GELU_TANH,
@@ -391,10 +380,7 @@ fn activation_args(activation: &Activation) -> ActivationArgs {
         Limit::None => {}
         Limit::Before { limit } => (limit_before, limit_up) = (limit, limit),
         Limit::After { limit } => (limit_after, limit_up) = (limit, limit),
-        Limit::SoftCap { gate, up } => {
-            (gate_cap, up_cap) = (gate, up);
-            function = ACTIVATION_SILU_SOFT_CAP;
-        }
+        Limit::SoftCap { gate, up } => (soft_cap, gate_cap, up_cap) = (true, gate, up),
     }
     let Activation { alpha, up_offset, .. } = *activation;
     ActivationArgs {
@@ -404,6 +390,7 @@ fn activation_args(activation: &Activation) -> ActivationArgs {
         limit_after,
         limit_up,
         up_offset,
+        soft_cap: soft_cap.into(),
         gate_cap,
         up_cap,
     }

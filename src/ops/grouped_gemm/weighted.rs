@@ -1,9 +1,9 @@
-//! The product of f16 whose rows are multiplied by the routing's weights before they are rounded.
+//! The product for f16 that multiplies rows by their routing weights before rounding.
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use std::sync::Arc;
 
-use crate::abi::{GEMM_BLOCK_N, WeightedGemmArgs};
+use crate::abi::{GEMM_BLOCK_N, WeightedGemmParams};
 use crate::config::WeightOrder;
 use crate::device::{
     Argument, CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream, optional,
@@ -22,7 +22,7 @@ const OP: &str = "grouped_gemm_weighted_fwd";
 /// Device addresses for [`grouped_gemm_weighted_fwd_raw`].
 #[derive(Debug, Clone, Copy)]
 pub struct WeightedGemmBuffers {
-    /// Those of the product; `token_of_row` is never null here.
+    /// The buffers of the product; `token_of_row` must not be null.
     pub gemm: GroupedGemmBuffers,
     /// `[T, K]` `f32`
     pub routing_weights: CUdeviceptr,
@@ -33,10 +33,10 @@ pub struct WeightedGemmBuffers {
 /// `y[r, :] = weight * (w[e] * row + bias[e])`, where `e` is the expert of row `r` and `weight` the element of
 /// `routing_weights` `[T, K]` whose slot has that row.
 ///
-/// This is for f16 alone, whose range (65504) an expert's output may leave before its weight brings it back: the
-/// product with the weight is f32, and rounded once. [`combine_fwd`](crate::ops::combine) adds up such rows without
-/// weights; identity experts beside them have [theirs](crate::ops::combine::Identity::routing_weights). The rest is as
-/// [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into) says.
+/// For f16 only: an expert's output may exceed the range of f16 (65504) before its weight is applied. The product
+/// with the weight is f32 and rounded once. [`combine_fwd`](crate::ops::combine) sums such rows without weights; only
+/// identity experts still have [weights](crate::ops::combine::Identity::routing_weights). Everything else is as in
+/// [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into).
 ///
 /// # Errors
 /// [`Error::Unsupported`] for another element type than f16, and those of
@@ -46,8 +46,8 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     device: &Device,
     stream: &CudaStream,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
@@ -59,14 +59,19 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     check_dtype(D::DTYPE)?;
     check_stream(OP, device, stream)?;
     plan.check_stream(OP, stream)?;
-    check_rows(OP, shape, rows, k, x)?;
-    let features = product(OP, "num_experts * n", shape.num_experts, n)?;
-    check_len(OP, "w", w.len(), product(OP, "num_experts * n * k", features, k)?)?;
+    check_rows(OP, shape, rows, in_features, x)?;
+    let features = product(OP, "num_experts * out_features", shape.num_experts, out_features)?;
+    check_len(
+        OP,
+        "w",
+        w.len(),
+        product(OP, "num_experts * out_features * in_features", features, in_features)?,
+    )?;
     if let Some(bias) = bias {
         check_len(OP, "bias", bias.len(), features)?;
     }
     check_len(OP, "routing_weights", routing_weights.len(), shape.slots())?;
-    check_len(OP, "y", y.len(), product(OP, "rows * n", shape.slots(), n)?)?;
+    check_len(OP, "y", y.len(), product(OP, "rows * out_features", shape.slots(), out_features)?)?;
     let (row_of_slot, token_of_row) = (plan.row_of_slot(), plan.token_of_row());
     let (expert_offsets, tiles) = (plan.expert_offsets(), plan.tiles());
     let num_tiles = plan.num_tiles();
@@ -83,10 +88,20 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     let gemm = GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles };
     let buffers = WeightedGemmBuffers { gemm, routing_weights, row_of_slot };
     let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
-    // SAFETY: the lengths were checked above, and kernels bound what they read of a RoutingPlan. The
-    // guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a RoutingPlan.
+    // The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
-        grouped_gemm_weighted_fwd_raw(device, stream, dtype, shape, n, k, rows, order, buffers)
+        grouped_gemm_weighted_fwd_raw(
+            device,
+            stream,
+            dtype,
+            shape,
+            out_features,
+            in_features,
+            rows,
+            order,
+            buffers,
+        )
     }
 }
 
@@ -99,14 +114,14 @@ pub fn grouped_gemm_weighted_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     x: &CudaView<'_, D>,
     weights: LinearWeights<'_, D>,
     routing_weights: &CudaView<'_, f32>,
 ) -> Result<CudaSlice<D>> {
-    let len = product(OP, "rows * n", plan.shape().slots(), n)?;
+    let len = product(OP, "rows * out_features", plan.shape().slots(), out_features)?;
     // SAFETY: the operation writes every element.
     let mut y = unsafe { alloc::<D>(OP, stream, len) }?;
     let to = &mut y.as_view_mut();
@@ -114,8 +129,8 @@ pub fn grouped_gemm_weighted_fwd<D: Dtype>(
         device,
         stream,
         plan,
-        n,
-        k,
+        out_features,
+        in_features,
         rows,
         x,
         weights,
@@ -128,22 +143,22 @@ pub fn grouped_gemm_weighted_fwd<D: Dtype>(
 /// [`grouped_gemm_weighted_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`WeightedGemmBuffers`] and `shape` give it, of `dtype`, `f32` or `i32`, in
+/// Each buffer has the elements that [`WeightedGemmBuffers`] and `shape` state, of `dtype`, `f32` or `i32`, in
 /// memory of `device`'s context that stays valid until the kernel has run; `row_of_slot`, `token_of_row`,
 /// `expert_offsets`, `tiles` and `num_tiles` are those of one plan for `shape`; `y` overlaps none of the others;
 /// `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for another type than f16, and for a shape or a width out of range, [`Error::Mismatch`] for
-/// an address that is null and should not be, [`Error::Alignment`], and what a launch can meet.
+/// an address that must not be null, [`Error::Alignment`], and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn grouped_gemm_weighted_fwd_raw(
     device: &Device,
     stream: CUstream,
     dtype: DType,
     shape: RoutingShape,
-    n: usize,
-    k: usize,
+    out_features: usize,
+    in_features: usize,
     rows: Rows,
     order: WeightOrder,
     buffers: WeightedGemmBuffers,
@@ -151,49 +166,44 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
     check_dtype(dtype)?;
     shape.check_rows(OP)?;
     let WeightedGemmBuffers { gemm, routing_weights, row_of_slot } = buffers;
-    let GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles } = gemm;
+    let GroupedGemmBuffers { y, x, w, token_of_row, .. } = gemm;
     gemm.check_aligned(OP, dtype)?;
     check_aligned(OP, "routing_weights", routing_weights, 4)?;
     check_aligned(OP, "row_of_slot", row_of_slot, 4)?;
-    width(OP, "n", n)?;
-    width(OP, "k", k)?;
-    let layout = Layout { order, features: n, step: 1 };
-    let fast = layout.is_fast(dtype, k, &[x, w]);
+    width(OP, "out_features", out_features)?;
+    width(OP, "in_features", in_features)?;
+    let layout = Layout { order, out_features, step: 1 };
+    let fast = layout.is_fast(dtype, in_features, &[x, w]);
     let x_rows = if rows == Rows::Gathered { shape.num_tokens } else { shape.slots() };
-    let args = WeightedGemmArgs {
-        gemm: layout.args(OP, dtype, shape, x_rows, n, k, y, fast)?,
-        gather: (rows == Rows::Gathered).into(),
+    let args = layout.args(OP, dtype, shape, x_rows, out_features, in_features, y, fast)?;
+    let product = GroupedGemmBuffers {
+        token_of_row: if rows == Rows::Gathered { token_of_row } else { 0 },
+        ..gemm
+    };
+    let params = WeightedGemmParams {
+        gemm: product.params(args),
+        routing_weights,
+        row_of_slot,
+        token_of_row,
         top_k: int(OP, "top_k", shape.top_k)?,
+        num_tokens: int(OP, "num_tokens", shape.num_tokens)?,
     };
     if shape.num_tokens == 0 {
         return Ok(());
     }
     if [routing_weights, row_of_slot, token_of_row].contains(&0) {
-        let why = "the routing weights, or the maps that find a row's, are null".into();
+        let why = "`routing_weights`, `row_of_slot` or `token_of_row` is null".into();
         return Err(Error::Mismatch { op: OP, why });
     }
-    let launch = launch(OP, dtype, shape, n, GEMM_BLOCK_N as usize)?;
-    let arguments = [
-        Argument::of(&y),
-        Argument::of(&x),
-        Argument::of(&w),
-        Argument::of(&bias),
-        Argument::of(&routing_weights),
-        Argument::of(&row_of_slot),
-        Argument::of(&token_of_row),
-        Argument::of(&expert_offsets),
-        Argument::of(&tiles),
-        Argument::of(&num_tiles),
-        Argument::of(&args),
-    ];
+    let launch = launch(OP, dtype, shape, out_features, GEMM_BLOCK_N as usize)?;
     let kernel = match order {
         WeightOrder::InOut if fast => Kernel::GroupedGemmFwdWeightedInOut,
         _ => Kernel::GroupedGemmFwdWeighted,
     };
-    // SAFETY: the arguments follow moe_grouped_gemm_fwd_weighted_f16 and
-    // moe_grouped_gemm_fwd_weighted_in_out_f16 in kernels/grouped_gemm.cu; the caller vouches for the
-    // buffers; shape and widths were checked.
-    unsafe { device.launch(stream, kernel, dtype, launch, &arguments) }
+    // SAFETY: moe_grouped_gemm_fwd_weighted_f16 and moe_grouped_gemm_fwd_weighted_in_out_f16 in
+    // kernels/grouped_gemm.cu take WeightedGemmParams; the caller guarantees the buffers; shape and
+    // widths were checked.
+    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
 }
 
 fn check_dtype(dtype: DType) -> Result<()> {
@@ -203,8 +213,7 @@ fn check_dtype(dtype: DType) -> Result<()> {
     Err(Error::Unsupported {
         op: OP,
         argument: "dtype",
-        wanted: "f16; other types hold an output before `combine` multiplies it by its weight"
-            .into(),
+        wanted: "f16; the range of other types suffices until `combine` applies the weights".into(),
         got: dtype.to_string(),
     })
 }

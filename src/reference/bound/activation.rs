@@ -1,27 +1,26 @@
-//! How far the activation of inexact sums may be from that of the exact ones.
+//! The bound of the activation of inexact sums.
 //!
-//! With errors `dg` and `du` of gate and up, a function that is nowhere steeper than `L` is off by at
-//! most `L * dg`, plus what its evaluation in f32 costs; limits are no steeper than 1 and cost
-//! nothing. So `h = f(g) * u'`, with `u' = u + offset`, is off by at most
-//! `df * (|u'| + du) + |f(g)| * du`, and storing the product in f32 is one unit more.
+//! With errors `dg` and `du` of gate and up, a function with a slope of at most `L` is off by at most
+//! `L * dg`, plus the error of its evaluation in f32; limits have a slope of at most 1 and are exact.
+//! So `h = f(g) * u'`, with `u' = u + offset`, is off by at most `df * (|u'| + du) + |f(g)| * du`, and
+//! rounding the product to f32 adds one unit.
 //!
-//! Evaluation costs a few units of the result, and more where the argument of an exponential is
-//! rounded: `exp(s)` loses `|s|` units for each that `s` is off by. Where an exponential or `erfc`
-//! leaves the range of f32, the result comes out as 0, or as a number without all of its bits, and
-//! the right one is less than `2^-120 * |g|`.
+//! Evaluation costs a few units of the result, and more if the argument of an exponential is rounded:
+//! `exp(s)` loses `|s|` units for each unit of error of `s`. If an exponential or `erfc` leaves the
+//! range of f32, the result is 0 or denormal, and the exact one is less than `2^-120 * |g|`.
 
 use super::super::activation::{function, gelu_tanh_argument};
 use super::U;
 use crate::config::{Activation, ActivationFunction, Limit};
 
-/// A number in f64, and how far what is computed in f32 may be from it.
+/// A value in f64 and the bound of the error of its computation in f32.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Inexact {
     pub(super) value: f64,
     pub(super) error: f64,
 }
 
-/// The error of `activate` on what is this near to `gate` and `up`.
+/// The error of `activate` for inexact `gate` and `up`.
 pub(super) fn activation_error(activation: &Activation, gate: Option<Inexact>, up: Inexact) -> f64 {
     let Some(gate) = gate else { return gated(activation, up).error };
     let f = gated(activation, gate);
@@ -41,7 +40,7 @@ pub(super) fn activation_error(activation: &Activation, gate: Option<Inexact>, u
     error + U * (f.value * value).abs()
 }
 
-/// The function of the gate between its limits.
+/// The function of the gate with its limits.
 fn gated(activation: &Activation, gate: Inexact) -> Inexact {
     let exact = |gate: Inexact| {
         let value = function(activation, gate.value);
@@ -68,7 +67,7 @@ fn soft_cap(x: f64, cap: f32) -> f64 {
 }
 
 impl Inexact {
-    /// What is above the limit, errors and all, becomes exact.
+    /// A value that exceeds the limit by more than its error becomes exact.
     fn at_most(self, limit: f32) -> Self {
         let limit = f64::from(limit);
         match self {
@@ -91,7 +90,7 @@ fn function_error(activation: &Activation, gate: Inexact, f: f64) -> f64 {
         ActivationFunction::Silu => {
             STEEPEST_SILU * dg + own(8.0 + 2.0 * (f64::from(activation.alpha) * g).abs())
         }
-        // erfc(z) loses 2 * z * z = g * g units for each that z is off by, where it is small.
+        // If it is small, erfc(z) loses 2 * z * z = g * g units for each unit of error of z.
         ActivationFunction::Gelu => {
             STEEPEST_GELU * dg + own(if g < 0.0 { 16.0 + 4.0 * g * g } else { 20.0 })
         }
@@ -108,11 +107,11 @@ fn function_error(activation: &Activation, gate: Inexact, f: f64) -> f64 {
     }
 }
 
-/// The slopes of `g * sigmoid(alpha * g)`, whatever alpha, and of both kinds of GELU are nowhere more.
+/// Bounds of the slopes of `g * sigmoid(alpha * g)`, for any alpha, and of both kinds of GELU.
 const STEEPEST_SILU: f64 = 1.1;
 const STEEPEST_GELU: f64 = 1.13;
 
-/// What a result may lack where f32 ends.
+/// The error of a result that underflows in f32.
 fn flushed(g: f64) -> f64 {
     2f64.powi(-120) * (1.0 + g.abs())
 }
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn functions_are_never_steeper() {
+    fn slopes_of_functions_are_bounded() {
         let steepest = |activation: &Activation| {
             let slope =
                 |x: f64| (function(activation, x + 1e-6) - function(activation, x - 1e-6)) / 2e-6;
@@ -144,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn soft_caps_are_never_steeper() {
+    fn slopes_of_soft_caps_are_bounded() {
         for (cap, alpha) in [(0.1f32, 1.0f32), (1.0, 1.0), (7.0, 1.0), (30.0, 1.702), (3.0, 0.2)] {
             let activation = Activation {
                 alpha,
@@ -160,9 +159,9 @@ mod tests {
         }
     }
 
-    /// The function in f32, on gates that are exact: only evaluation is off.
+    /// The function in f32 for exact gates: the only error is that of evaluation.
     #[test]
-    fn evaluation_holds() {
+    fn errors_of_evaluation_are_bounded() {
         use super::super::super::activation::activate;
         use ActivationFunction::{Gelu, GeluTanh, Relu, ReluSquared, Silu};
         let limits = [

@@ -1,4 +1,4 @@
-//! grouped_gemm: what does not fit is refused before anything is launched.
+//! grouped_gemm: wrong arguments are errors before any launch.
 
 use moe_kernels::ops::grouped_gemm::{
     GateUpBuffers, GateUpTensors, GateUpWeights, GroupedGemmBuffers, LinearWeights, Rows,
@@ -53,16 +53,16 @@ fn errors_come_before_any_launch() {
         Err(Error::Unsupported { argument, .. }) => assert_eq!(argument, name),
         other => panic!("{other:?}"),
     };
-    unsupported(call(false, 0, 5, Rows::Gathered, [20, 0, 0]), "n");
+    unsupported(call(false, 0, 5, Rows::Gathered, [20, 0, 0]), "out_features");
     unsupported(call(true, 0, 5, Rows::Gathered, [20, 0, 0]), "intermediate");
-    unsupported(call(false, 6, 0, Rows::Gathered, [0, 0, 48]), "k");
+    unsupported(call(false, 6, 0, Rows::Gathered, [0, 0, 48]), "in_features");
     let (most, rows) = (usize::MAX, Rows::Gathered);
-    unsupported(call(false, most, 5, rows, [20, 90, 48]), "num_experts * n");
+    unsupported(call(false, most, 5, rows, [20, 90, 48]), "num_experts * out_features");
     unsupported(call(true, most, 1, rows, [4, 90, 48]), "num_experts * intermediate");
     assert_eq!(call(false, 6, 5, Rows::Grouped, [40, 90, 48]), Ok(()));
     assert_eq!(call(true, 6, 5, Rows::Gathered, [20, 180, 48]), Ok(()));
 
-    // What only the raw form can be given. Nothing of this is launched.
+    // Arguments of the raw form alone. Nothing is launched.
     let null = GroupedGemmBuffers {
         y: 0,
         x: 0,
@@ -95,16 +95,16 @@ fn errors_come_before_any_launch() {
         misaligned("num_tiles", 2)
     );
     unsupported(raw(RoutingShape { num_experts: 0, ..shape }, 6, 5, null), "num_experts");
-    unsupported(raw(shape, (1 << 30) + 1, 5, null), "n");
-    unsupported(raw(shape, 6, (1 << 30) + 1, null), "k");
+    unsupported(raw(shape, (1 << 30) + 1, 5, null), "out_features");
+    unsupported(raw(shape, 6, (1 << 30) + 1, null), "in_features");
     let long = RoutingShape { num_tokens: 1 << 29, ..shape };
     unsupported(raw(long, 1 << 20, 5, null), "number of blocks");
     assert_eq!(raw(RoutingShape { num_tokens: 0, ..shape }, 6, 5, null), Ok(()));
 }
 
-/// What the configuration has and the call has not, and the reverse.
+/// Buffers that the configuration requires and the call lacks, and the reverse.
 #[test]
-fn gate_and_up_are_those_of_the_configuration() {
+fn gate_and_up_must_match_the_configuration() {
     let gpu = gpu();
     let (device, stream) = (&gpu.device, &gpu.stream);
     let shape = RoutingShape::new(4, 3, 2).unwrap();
@@ -142,11 +142,20 @@ fn gate_and_up_are_those_of_the_configuration() {
         other => panic!("{other:?}"),
     };
     mismatch(call(&plain, fused, Some(&bias), None), "`bias` is given");
-    mismatch(call(&biased, fused, None, None), "`bias`, which is not given");
+    mismatch(
+        call(&biased, fused, None, None),
+        "`bias` is required by the configuration but not given",
+    );
     mismatch(call(&plain, two, None, None), "a separate `up` is given");
-    mismatch(call(&separate, fused, None, None), "a separate `up`, which is not given");
-    mismatch(call(&plain, fused, None, Some(&slots)), "`weights` is given");
-    mismatch(call(&weighted, fused, None, None), "`weights`, which is not given");
+    mismatch(
+        call(&separate, fused, None, None),
+        "a separate `up` is required by the configuration but not given",
+    );
+    mismatch(call(&plain, fused, None, Some(&slots)), "`routing_weights` is given");
+    mismatch(
+        call(&weighted, fused, None, None),
+        "`routing_weights` is required by the configuration but not given",
+    );
 
     let op = "grouped_gemm_gate_up_fwd";
     let length = |argument, wanted, got| Err(Error::Length { op, argument, wanted, got });
@@ -156,12 +165,12 @@ fn gate_and_up_are_those_of_the_configuration() {
     assert_eq!(call(&separate, long, None, None), length("gate", 90, 180));
     assert_eq!(call(&alone, fused, Some(&half_bias), None), length("gate_up", 90, 180));
     assert_eq!(call(&biased, fused, Some(&half_bias), None), length("bias", 36, 18));
-    assert_eq!(call(&weighted, fused, None, Some(&x)), length("weights", 8, 20));
+    assert_eq!(call(&weighted, fused, None, Some(&x)), length("routing_weights", 8, 20));
     let relu = Activation { function: ActivationFunction::Relu, alpha: 2.0, ..Default::default() };
     let bad = call(&ExpertConfig { activation: relu, ..plain }, fused, None, None);
     assert!(matches!(bad, Err(Error::Unsupported { argument: "activation.alpha", .. })), "{bad:?}");
 
-    // What only the raw form can be given. Nothing of this is launched.
+    // Arguments of the raw form alone. Nothing is launched.
     let null = GateUpBuffers {
         act: 0,
         x: 0,
@@ -192,11 +201,20 @@ fn gate_and_up_are_those_of_the_configuration() {
             )
         }
     };
-    mismatch(raw(&plain, n, Rows::Gathered, null), "`token_of_row`, which is not given");
+    mismatch(
+        raw(&plain, n, Rows::Gathered, null),
+        "`token_of_row` is required by the configuration but not given",
+    );
     let weights = GateUpBuffers { routing_weights: 4, ..null };
-    mismatch(raw(&weighted, n, Rows::Grouped, weights), "`row_of_slot`, which is not given");
+    mismatch(
+        raw(&weighted, n, Rows::Grouped, weights),
+        "`row_of_slot` is required by the configuration but not given",
+    );
     let weights = GateUpBuffers { row_of_slot: 4, ..weights };
-    mismatch(raw(&weighted, n, Rows::Grouped, weights), "`token_of_row`, which is not given");
+    mismatch(
+        raw(&weighted, n, Rows::Grouped, weights),
+        "`token_of_row` is required by the configuration but not given",
+    );
     let misaligned = |argument, got| Err(Error::Alignment { op, argument, wanted: 4, got });
     let up = GateUpBuffers { up: 2, ..null };
     assert_eq!(raw(&separate, n, Rows::Grouped, up), misaligned("up", 2));

@@ -1,4 +1,4 @@
-//! The first half of an expert, whatever its activation and wherever its weights lie.
+//! Gate and up with any activation and any layout of the weights.
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
@@ -17,7 +17,7 @@ use proptest::prelude::*;
 use super::layouts::transposed;
 use crate::common::{Gpu, Skew, assert_within, bits, config, gpu, routing_ids, skew, values};
 
-/// Experts whose gate and up are `[E, I, K]` each, as they were drawn.
+/// Experts with random gate and up, `[E, I, in]` each, where `k` is in.
 #[derive(Clone)]
 struct Case<D> {
     shape: RoutingShape,
@@ -34,16 +34,16 @@ struct Case<D> {
     weights: Vec<f32>,
 }
 
-/// What a checkpoint of the configuration holds.
+/// The tensors of a checkpoint with the configuration's layout.
 struct Stored<D> {
-    /// The one tensor, or gate.
+    /// The fused tensor, or gate.
     first: Vec<D>,
     up: Option<Vec<D>>,
     bias: Option<Vec<D>>,
 }
 
-/// Pieces of so many elements in turn.
-fn in_turn<D: Copy>(a: &[D], b: &[D], piece: usize) -> Vec<D> {
+/// Pieces of `piece` elements of `a` and `b`, alternating.
+fn interleave<D: Copy>(a: &[D], b: &[D], piece: usize) -> Vec<D> {
     a.chunks(piece).zip(b.chunks(piece)).flat_map(|(a, b)| [a, b].concat()).collect()
 }
 
@@ -81,8 +81,8 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         let ExpertConfig { gated, gate_up, gate_up_order, gate_up_bias, .. } = *experts;
         let of = |a: &[D], b: &[D], piece: usize| match gate_up {
             _ if !gated => b.to_vec(),
-            GateUpLayout::Interleaved => in_turn(a, b, piece / i),
-            _ => in_turn(a, b, piece),
+            GateUpLayout::Interleaved => interleave(a, b, piece / i),
+            _ => interleave(a, b, piece),
         };
         let bias = gate_up_bias.then(|| of(&self.gate_bias, &self.up_bias, *i));
         let ordered = |w: &[D], features: usize| match gate_up_order {
@@ -98,8 +98,8 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         Stored { first, up: None, bias }
     }
 
-    /// The device's result. Tensors start so many elements after a 16-byte boundary: `x`, the weights, up and
-    /// biases, and `act`.
+    /// The device's result. The offsets from a 16-byte boundary, in elements, are those of `x`, of the weights, of up
+    /// and biases, and of `act`.
     fn run(&self, gpu: &Gpu, [x_offset, w_offset, up_offset, act_offset]: [usize; 4]) -> Vec<D> {
         let Self { shape, experts, i, k, rows, .. } = self;
         let (device, stream) = (&gpu.device, &gpu.stream);
@@ -134,19 +134,22 @@ impl<D: Dtype + DeviceRepr> Case<D> {
             .unwrap();
         }
         let mut act = gpu.download(&act.view());
-        assert!(act[..act_offset].iter().all(|value| value.to_f32().is_nan()), "left alone");
+        assert!(
+            act[..act_offset].iter().all(|value| value.to_f32().is_nan()),
+            "elements before the view are not written"
+        );
         act.split_off(act_offset)
     }
 
-    /// Holds a run against the reference; returns the bits that came out.
+    /// Checks the device's result against the reference, and returns its bits.
     fn check(&self, gpu: &Gpu) -> Vec<u32> {
         let Self { shape, experts, i, k, rows, .. } = self;
         let got = self.run(gpu, [0; 4]);
         let plan = reference::plan_fwd(shape, &self.ids).unwrap();
         let Stored { first, up, bias } = self.stored();
         let tensors = match &up {
-            Some(up) => reference::GateUpTensors::Separate { gate: &first, up },
-            None => reference::GateUpTensors::Fused(&first),
+            Some(up) => reference::GateUpTensors::Separate { gate: &first[..], up: &up[..] },
+            None => reference::GateUpTensors::Fused(&first[..]),
         };
         let gate_up = reference::GateUpWeights { tensors, bias: bias.as_deref() };
         let exact = Bounded {
@@ -167,24 +170,24 @@ impl<D: Dtype + DeviceRepr> Case<D> {
             D::DTYPE,
         )
         .unwrap();
-        let what = format!("{shape} I {i} K {k} {rows:?} {} {experts}", D::DTYPE);
+        let what = format!("{shape} I {i} in {k} {rows:?} {} {experts}", D::DTYPE);
         assert_within(&got, &want, &what);
         let got = bits(&got);
         assert!(
             got[plan.rows_in_use() * i..].iter().all(|&bits| bits == 0),
-            "{what}: +0 of nobody"
+            "{what}: unused rows are +0"
         );
         got
     }
 
-    /// Every way to store the same weights gives the same bits; returns them.
+    /// Checks that every layout of the same weights gives the same bits, and returns them.
     fn check_layouts(&self, gpu: &Gpu) -> Vec<u32> {
         let want = self.check(gpu);
         for (gate_up, gate_up_order) in layouts(self.experts.gated) {
             let experts = ExpertConfig { gate_up, gate_up_order, ..self.experts };
             let other = Case { experts, ..self.clone() };
             let Case { shape, i, k, .. } = self;
-            let what = format!("{shape} I {i} K {k} {} {experts}", D::DTYPE);
+            let what = format!("{shape} I {i} in {k} {} {experts}", D::DTYPE);
             assert_eq!(bits(&other.run(gpu, [0; 4])), want, "{what}");
         }
         want
@@ -267,8 +270,8 @@ proptest! {
     }
 }
 
-/// gpt-oss's gate, with everything else that there is.
-fn everything() -> ExpertConfig {
+/// The activation of gpt-oss, with biases and routing weights on the input.
+fn all_options() -> ExpertConfig {
     ExpertConfig {
         activation: Activation {
             alpha: 1.702,
@@ -298,13 +301,13 @@ fn without_gate() -> ExpertConfig {
 #[test]
 fn layouts_do_not_change_bits() {
     fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
-        for experts in [everything(), without_gate()] {
+        for experts in [all_options(), without_gate()] {
             for (tokens, widths) in [
                 (20, [24, 40]),
                 (150, [136, 72]), // tiles of two heights, two and three columns of them
                 (70, [64, 128]),
                 (9, [200, 264]),
-                (33, [65, 40]), // nothing at a boundary but x
+                (33, [65, 40]), // only x starts at boundaries
                 (33, [40, 65]),
                 (5, [1, 1]),
             ] {
@@ -326,7 +329,7 @@ fn extreme_routings() {
     for (tokens, num_experts, top_k) in [(0, 4, 2), (1, 64, 1), (1, 8, 8), (3, 3, 3), (40, 12, 4)] {
         let shape = RoutingShape::new(tokens, num_experts, top_k).unwrap();
         for skew in [Skew::OneHot, Skew::Empty, Skew::Inactive] {
-            for experts in [everything(), without_gate()] {
+            for experts in [all_options(), without_gate()] {
                 let case = |rows| Case::<bf16>::new(shape, experts, skew, [72, 24], rows, 2);
                 case(Rows::Gathered).check(&gpu);
                 case(Rows::Grouped).check(&gpu);
@@ -336,11 +339,11 @@ fn extreme_routings() {
 }
 
 #[test]
-fn a_view_may_start_anywhere() {
+fn views_start_at_any_element() {
     fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
         let shape = RoutingShape::new(40, 3, 2).unwrap();
         for (gate_up, gate_up_order) in layouts(true) {
-            let experts = ExpertConfig { gate_up, gate_up_order, ..everything() };
+            let experts = ExpertConfig { gate_up, gate_up_order, ..all_options() };
             let case = Case::<D>::new(shape, experts, Skew::Zipf, [72, 136], Rows::Gathered, 3);
             let want = case.check(gpu);
             for offsets in [[1; 4], [1, 0, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]] {
@@ -365,7 +368,7 @@ fn schedules_do_not_change_bits() {
     let interleaved = ExpertConfig {
         gate_up: GateUpLayout::Interleaved,
         gate_up_order: WeightOrder::InOut,
-        ..everything()
+        ..all_options()
     };
     for experts in [interleaved, without_gate()] {
         let run = |seed| {
@@ -381,11 +384,11 @@ fn schedules_do_not_change_bits() {
 }
 
 #[test]
-fn what_no_row_uses_does_not_show() {
+fn unused_experts_and_weights_are_not_read() {
     let gpu = gpu();
     let shape = RoutingShape::new(30, 4, 2).unwrap();
     for (gate_up, gate_up_order) in layouts(true) {
-        let experts = ExpertConfig { gate_up, gate_up_order, ..everything() };
+        let experts = ExpertConfig { gate_up, gate_up_order, ..all_options() };
         let mut case = Case::<bf16>::new(shape, experts, Skew::Empty, [40, 72], Rows::Gathered, 5);
         let want = case.check(&gpu);
         let (nan, matrix) = (bf16::NAN, case.i * case.k);
@@ -398,7 +401,7 @@ fn what_no_row_uses_does_not_show() {
             }
         }
         assert_eq!(bits(&case.run(&gpu, [0; 4])), want, "{experts}");
-        // A slot without a row has a weight that nobody reads.
+        // The weight of a slot without a row is not read.
         case.ids[0] = u32::MAX;
         let want = bits(&case.run(&gpu, [0; 4]));
         case.weights[0] = f32::NAN;
@@ -406,8 +409,8 @@ fn what_no_row_uses_does_not_show() {
     }
 }
 
-/// One token, one expert, depth 1: gate and up are what the weights say.
-fn of_numbers<D: Dtype + DeviceRepr>(
+/// The outputs for these values of gate and up, which are the weights of one token with one input of 1.
+fn activated<D: Dtype + DeviceRepr>(
     gpu: &Gpu,
     activation: Activation,
     pairs: &[(f32, f32)],
@@ -423,7 +426,7 @@ fn of_numbers<D: Dtype + DeviceRepr>(
 }
 
 #[test]
-fn what_is_no_number_stays_so() {
+fn nan_propagates() {
     use ActivationFunction::{Gelu, GeluTanh, Relu, ReluSquared, Silu};
     let gpu = gpu();
     let limit = 2.0;
@@ -444,7 +447,7 @@ fn what_is_no_number_stays_so() {
                 (1.0, -inf),
                 (-200.0, 1.0),
             ];
-            let got = of_numbers::<bf16>(&gpu, activation, &pairs);
+            let got = activated::<bf16>(&gpu, activation, &pairs);
             assert!(got[..3].iter().all(|value| value.is_nan()), "{activation}: {got:?}");
             if limit == Limit::None {
                 assert_eq!((got[3], got[4], got[5]), (inf, inf, -inf), "{activation}");
@@ -456,9 +459,9 @@ fn what_is_no_number_stays_so() {
     }
 }
 
-/// Limits are exact where nothing is rounded.
+/// Limits are exact if no value is rounded.
 #[test]
-fn limits_cut_where_they_say() {
+fn limits_are_exact() {
     let gpu = gpu();
     let relu = |limit| Activation {
         function: ActivationFunction::Relu,
@@ -469,12 +472,12 @@ fn limits_cut_where_they_say() {
     let pairs = [(5.0, 5.0), (1.0, -5.0), (-5.0, 1.0), (2.0, 2.0), (2.5, 2.0)];
     let want = [6.0, -1.0, 0.0, 6.0, 6.0];
     for limit in [Limit::Before { limit: 2.0 }, Limit::After { limit: 2.0 }] {
-        assert_eq!(of_numbers::<f32>(&gpu, relu(limit), &pairs), want, "{limit:?}");
-        assert_eq!(of_numbers::<f16>(&gpu, relu(limit), &pairs), want, "{limit:?}");
+        assert_eq!(activated::<f32>(&gpu, relu(limit), &pairs), want, "{limit:?}");
+        assert_eq!(activated::<f16>(&gpu, relu(limit), &pairs), want, "{limit:?}");
     }
     let squared = |limit| Activation { function: ActivationFunction::ReluSquared, ..relu(limit) };
-    let before = of_numbers::<f32>(&gpu, squared(Limit::Before { limit: 2.0 }), &pairs);
+    let before = activated::<f32>(&gpu, squared(Limit::Before { limit: 2.0 }), &pairs);
     assert_eq!(before, [12.0, -1.0, 0.0, 12.0, 12.0]);
-    let after = of_numbers::<f32>(&gpu, squared(Limit::After { limit: 2.0 }), &pairs);
+    let after = activated::<f32>(&gpu, squared(Limit::After { limit: 2.0 }), &pairs);
     assert_eq!(after, [6.0, -1.0, 0.0, 6.0, 6.0]);
 }

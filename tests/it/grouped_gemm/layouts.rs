@@ -1,4 +1,4 @@
-//! The plain product with weights of either order and with biases.
+//! The plain product with both orders of weights and with biases.
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use crate::common::{Gpu, Skew, assert_within, bits, config, gpu, routing_ids, skew, values};
 
-/// A product whose weights are `[E, N, K]` as they were drawn.
+/// A product with random weights `[E, out, in]`, where `n` is out and `k` is in.
 struct Product<D> {
     shape: RoutingShape,
     n: usize,
@@ -21,7 +21,7 @@ struct Product<D> {
     bias: Option<Vec<D>>,
 }
 
-/// `[E, N, K]` as `[E, K, N]`.
+/// `[E, out, in]` as `[E, in, out]`, where `n` is out and `k` is in.
 pub fn transposed<D: Copy>(w: &[D], n: usize, k: usize) -> Vec<D> {
     w.chunks(n * k).flat_map(|w| (0..k * n).map(|at| w[at % n * k + at / n])).collect()
 }
@@ -69,12 +69,12 @@ impl<D: Dtype + DeviceRepr> Product<D> {
         let bias = bias.as_deref();
         let linear = reference::LinearWeights { w: &w[..], bias, order: WeightOrder::OutIn };
         let want = bound::grouped_gemm(&plan, *n, *k, x, linear, true, D::DTYPE).unwrap();
-        let what = format!("{shape} N {n} K {k} {} bias {}", D::DTYPE, bias.is_some());
+        let what = format!("{shape} out {n} in {k} {} bias {}", D::DTYPE, bias.is_some());
         assert_within(&got, &want, &what);
         let got = bits(&got);
         assert!(
             got[plan.rows_in_use() * n..].iter().all(|&bits| bits == 0),
-            "{what}: +0 of nobody"
+            "{what}: unused rows are +0"
         );
         assert_eq!(bits(&self.run(gpu, WeightOrder::InOut, 0)), got, "{what}");
         got
@@ -100,7 +100,7 @@ proptest! {
     }
 }
 
-/// Tiles of every height, halves of every width, and blocks of K that end anywhere.
+/// Tiles of every height, halves of every width, and blocks of inputs with any end.
 #[test]
 fn tails() {
     let gpu = gpu();
@@ -121,7 +121,7 @@ fn tails() {
 }
 
 #[test]
-fn weights_and_biases_may_start_anywhere() {
+fn weights_and_biases_start_at_any_element() {
     let gpu = gpu();
     let shape = RoutingShape::new(40, 3, 2).unwrap();
     let narrow = Product::<bf16>::new(shape, Skew::Zipf, 72, 136, true, 7);
@@ -136,7 +136,7 @@ fn weights_and_biases_may_start_anywhere() {
 }
 
 #[test]
-fn what_no_row_uses_does_not_show() {
+fn unused_experts_are_not_read() {
     fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
         let shape = RoutingShape::new(30, 4, 2).unwrap();
         let mut product = Product::<D>::new(shape, Skew::Empty, 40, 72, true, 9);
@@ -156,9 +156,9 @@ fn what_no_row_uses_does_not_show() {
     check::<bf16>(&gpu);
 }
 
-/// A number that is none stays in its row, its column, and the expert it is of, in either order.
+/// In both orders, NaN and infinity affect only their own row, column and expert.
 #[test]
-fn nan_stays_where_it_is() {
+fn nan_affects_only_its_expert_and_column() {
     fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
         let shape = RoutingShape::new(50, 2, 1).unwrap();
         let mut product = Product::<D>::new(shape, Skew::Uniform, 72, 40, true, 14);

@@ -1,4 +1,4 @@
-//! The product of f16 that multiplies rows by the routing's weights before it rounds them.
+//! The product for f16 that multiplies rows by their routing weights before rounding.
 
 use half::{bf16, f16};
 use moe_kernels::ops::grouped_gemm::{
@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use super::layouts::transposed;
 use crate::common::{Gpu, Skew, assert_within, bits, config, gpu, routing_ids, skew, values};
 
-/// A product whose weights are `[E, N, K]` as they were drawn.
+/// A product with random weights `[E, out, in]`, where `n` is out and `k` is in.
 struct Product {
     shape: RoutingShape,
     n: usize,
@@ -70,7 +70,7 @@ impl Product {
         gpu.download(&y.view()).split_off(offset)
     }
 
-    /// What is right, and how far the device may be from it.
+    /// The reference's result and its bounds.
     fn wanted(&self, plan: &reference::Plan) -> Bounded {
         let Self { n, k, rows, x, w, bias, weights, .. } = self;
         let value = weights.iter().map(|&weight| f64::from(weight)).collect();
@@ -81,16 +81,16 @@ impl Product {
         bound::grouped_gemm_weighted(plan, *n, *k, x, linear, &weights, gather, DType::F16).unwrap()
     }
 
-    /// Both orders give the same bits, from any address, which are within their bounds.
+    /// Checks that both orders give the same bits from any address, within their bounds.
     fn check(&self, gpu: &Gpu) {
         let Self { shape, n, k, rows, .. } = self;
         let plan = reference::plan_fwd(shape, &self.ids).unwrap();
         let got = self.run(gpu, WeightOrder::OutIn, 0);
-        let what = format!("{shape} N {n} K {k} {rows:?} bias {}", self.bias.is_some());
+        let what = format!("{shape} out {n} in {k} {rows:?} bias {}", self.bias.is_some());
         assert_within(&got, &self.wanted(&plan), &what);
         let got = bits(&got);
         let unused = &got[plan.rows_in_use() * n..];
-        assert!(unused.iter().all(|&bits| bits == 0), "{what}: rows without a slot are +0");
+        assert!(unused.iter().all(|&bits| bits == 0), "{what}: unused rows are +0");
         assert_eq!(bits(&self.run(gpu, WeightOrder::InOut, 0)), got, "{what}");
         assert_eq!(bits(&self.run(gpu, WeightOrder::InOut, 1)), got, "{what}, off a boundary");
     }
@@ -113,7 +113,7 @@ proptest! {
     }
 }
 
-/// Tiles of every height, and features and inputs that end anywhere.
+/// Tiles of every height, and features and inputs with any end.
 #[test]
 fn tails() {
     let gpu = gpu();
@@ -130,9 +130,9 @@ fn tails() {
     }
 }
 
-/// Sums beyond the range of f16 come back into it.
+/// Sums exceed the range of f16; their weighted outputs do not.
 #[test]
-fn sums_may_leave_the_range_of_f16() {
+fn sums_beyond_f16_are_weighted_before_rounding() {
     let gpu = gpu();
     let shape = RoutingShape::new(40, 3, 2).unwrap();
     for rows in [Rows::Gathered, Rows::Grouped] {
@@ -150,9 +150,9 @@ fn sums_may_leave_the_range_of_f16() {
     }
 }
 
-/// The weight of a row is that of its own slot; those of slots without rows are not looked at.
+/// The weight of a row is that of its own slot; weights of slots without rows are ignored.
 #[test]
-fn weights_of_other_slots_do_not_show() {
+fn weights_of_other_slots_are_ignored() {
     let gpu = gpu();
     let shape = RoutingShape::new(30, 4, 3).unwrap();
     let mut product = Product::new(shape, Skew::Inactive, [40, 72], Rows::Gathered, 9);
@@ -231,7 +231,10 @@ fn errors_come_before_any_launch() {
         raw(DType::F16, 6, odd),
         Err(Error::Alignment { argument: "routing_weights", .. })
     ));
-    assert!(matches!(raw(DType::F16, 0, good), Err(Error::Unsupported { argument: "n", .. })));
+    assert!(matches!(
+        raw(DType::F16, 0, good),
+        Err(Error::Unsupported { argument: "out_features", .. })
+    ));
     for dtype in [DType::F32, DType::BF16] {
         let error = raw(dtype, 6, good);
         assert!(matches!(error, Err(Error::Unsupported { argument: "dtype", .. })), "{error:?}");

@@ -1,4 +1,4 @@
-//! The grouped products, with and without an activation: weights, rows and features beyond element 2^31.
+//! The grouped products, with and without an activation, with weights, rows and features beyond element 2^31.
 
 use cudarc::driver::{CudaSlice, DevicePtr};
 use half::f16;
@@ -11,11 +11,11 @@ use moe_kernels::{DType, ExpertConfig, GateUpLayout, RoutingShape, WeightOrder};
 use super::{LIMIT, alone, end_of, ending_in, without_blocks};
 use crate::common::{Gpu, assert_within, bits, values};
 
-/// Rows of a tile, and features of one; tiles of a group take turns in the grid.
+/// Rows and features of a tile, and tiles of a group in the grid.
 const TILE: usize = 128;
 const GROUP: usize = 8;
 
-/// A product, by how its weights lie.
+/// A product, by the layout of its weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Product {
     Linear(WeightOrder),
@@ -46,7 +46,7 @@ impl Product {
     }
 }
 
-/// A launch, its blocks from some on; outputs that nothing writes are NaN.
+/// A launch without its first `left_out` blocks; outputs that are not written are NaN.
 struct Call<'a> {
     product: Product,
     shape: RoutingShape,
@@ -95,7 +95,7 @@ impl Call<'_> {
                     tiles,
                     num_tiles,
                 };
-                // SAFETY: the buffers are as long as the shape says, and live until the kernel has run.
+                // SAFETY: the buffers have the lengths of the shape, and live until the kernel has run.
                 unsafe { grouped_gemm_fwd_raw(device, on, dtype, shape, n, k, order, buffers) }
             }
             Product::GateUp(gate_up, gate_up_order) => {
@@ -128,8 +128,15 @@ impl Call<'_> {
     }
 }
 
-/// `rows` rows of one expert, on small tensors: what the large ones are held against.
-fn near(gpu: &Gpu, product: Product, n: usize, x: &[f16], w: &[Vec<f16>], rows: usize) -> Vec<f16> {
+/// `rows` rows of one expert, on small tensors, for comparison with the large ones.
+fn small_product(
+    gpu: &Gpu,
+    product: Product,
+    n: usize,
+    x: &[f16],
+    w: &[Vec<f16>],
+    rows: usize,
+) -> Vec<f16> {
     let k = x.len() / rows;
     let w_device: Vec<_> = w.iter().map(|w| gpu.stream.clone_htod(w).unwrap()).collect();
     let call = Call {
@@ -154,13 +161,13 @@ fn near(gpu: &Gpu, product: Product, n: usize, x: &[f16], w: &[Vec<f16>], rows: 
     y
 }
 
-/// Weights of one expert or of several features of it: one tensor, or gate and up.
+/// Random weights of one expert: one tensor, or gate and up.
 fn weights_of(product: Product, len: usize) -> Vec<Vec<f16>> {
     let tensors = if matches!(product, Product::GateUp(Separate, _)) { 2 } else { 1 };
     (0..tensors).map(|seed| values::<f16>(len, 0.2, 7 + seed)).collect()
 }
 
-/// 4096 experts, of which the last one alone has been written and has rows.
+/// 4096 experts; only the last one has rows and initialized weights.
 #[test]
 fn weights_past_2_31_elements() {
     let (gpu, _turn) = alone();
@@ -190,12 +197,12 @@ fn weights_past_2_31_elements() {
             left_out: 0,
         };
         let y = gpu.download(&call.run(&gpu).as_view());
-        let near = near(&gpu, product, n, &x, &w, rows);
-        assert_eq!(bits(&y), bits(&near), "{product:?}");
+        let small = small_product(&gpu, product, n, &x, &w, rows);
+        assert_eq!(bits(&y), bits(&small), "{product:?}");
     }
 }
 
-/// A tile of one row, the last but one of x and of y; the last row of y has no owner.
+/// A tile of one row, the last but one of x and of y; the last row of y is unused.
 #[test]
 fn rows_of_products_past_2_31_elements() {
     let (gpu, _turn) = alone();
@@ -207,7 +214,7 @@ fn rows_of_products_past_2_31_elements() {
             let (x, w) = (values::<f16>(k, 1.0, 4), weights_of(product, product.features(n) * k));
             let end = [&x[..], &vec![f16::NAN; k]].concat();
             let w_device: Vec<_> = w.iter().map(|w| gpu.stream.clone_htod(w).unwrap()).collect();
-            // As many tiles as there can be: the last one begins a group, whose other blocks clear the last row.
+            // The most tiles that a list can have: the last one begins a group, whose other blocks zero the last row.
             let before = tokens / TILE;
             let mut tiles: Vec<_> = (0..before).map(|row| [0, row, 1]).collect();
             tiles.push([0, tokens - 2, 1]);
@@ -222,14 +229,14 @@ fn rows_of_products_past_2_31_elements() {
                 left_out: before * n.div_ceil(product.columns()),
             };
             let end = end_of(&gpu, &call.run(&gpu), 2 * n);
-            let near = near(&gpu, product, n, &x, &w, 1);
-            assert_eq!(bits(&end[..n]), bits(&near), "{product:?} {n} x {k}");
+            let small = small_product(&gpu, product, n, &x, &w, 1);
+            assert_eq!(bits(&end[..n]), bits(&small), "{product:?} {n} x {k}");
             assert_eq!(bits(&end[n..]), vec![0; n], "{product:?} {n} x {k}");
         }
     }
 }
 
-/// One expert of so many features that the last tile of them lies beyond.
+/// One expert whose last tile of features is beyond element 2^31.
 #[test]
 fn features_past_2_31_elements() {
     let (gpu, _turn) = alone();
@@ -245,15 +252,15 @@ fn features_past_2_31_elements() {
     ] {
         let (columns, n) = (product.columns(), features / product.features(1));
         let (x, w) = (values::<f16>(k, 1.0, 5), weights_of(product, TILE * k));
-        // Where the small tensor's features lie in the large one: from, to, how many.
-        let runs = match product {
+        // Features of the small tensor and their place in the large one: from, to, count.
+        let pieces = match product {
             Product::GateUp(Concatenated, _) => {
                 vec![(0, n - columns, columns), (columns, features - columns, columns)]
             }
             _ => vec![(0, features - TILE, TILE)],
         };
         let mut far = ending_in::<f16>(&gpu, features * k, &[]);
-        for (from, to, len) in runs {
+        for (from, to, len) in pieces {
             match product.order() {
                 OutIn => {
                     let part = &w[0][from * k..(from + len) * k];
@@ -279,7 +286,7 @@ fn features_past_2_31_elements() {
             left_out: GROUP * (n / columns - 1),
         };
         let end = end_of(&gpu, &call.run(&gpu), columns);
-        let near = near(&gpu, product, columns, &x, &w, 1);
-        assert_eq!(bits(&end), bits(&near), "{product:?}");
+        let small = small_product(&gpu, product, columns, &x, &w, 1);
+        assert_eq!(bits(&end), bits(&small), "{product:?}");
     }
 }
