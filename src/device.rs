@@ -3,7 +3,6 @@
 //! Only this file and driver.rs call the driver; the others work with views.
 
 use std::ffi::{CString, c_void};
-use std::mem::size_of_val;
 use std::ptr::{from_ref, null_mut};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -23,28 +22,12 @@ pub(crate) use crate::buffer::{
 pub(crate) use crate::driver::{CUdeviceptr, CUstream};
 pub(crate) use crate::kernels::Kernel;
 
-/// An upper bound of the number of parameters of a kernel.
-const MAX_ARGUMENTS: usize = 16;
-
 /// The geometry of a launch: blocks, threads per block, bytes of dynamic shared memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Launch {
     pub(crate) grid: [u32; 3],
     pub(crate) threads: u32,
     pub(crate) shared_bytes: u32,
-}
-
-/// One argument of a kernel: its address on the host and its size.
-#[derive(Clone, Copy)]
-pub(crate) struct Argument {
-    value: *const c_void,
-    size: usize,
-}
-
-impl Argument {
-    pub(crate) fn of<T: bytemuck::Pod>(value: &T) -> Self {
-        Self { value: from_ref(value).cast(), size: size_of_val(value) }
-    }
 }
 
 /// A function of a loaded image.
@@ -149,27 +132,24 @@ impl Device {
     /// Enqueues one kernel on `stream`. Every launch of this crate goes through this function.
     ///
     /// # Safety
-    /// `arguments` are the kernel's parameters in order, each of the type in its signature in
-    /// kernels/. The device memory that they point to is valid for the kernel's reads and writes
-    /// until the kernel has finished. `stream` belongs to this device's context.
-    pub(crate) unsafe fn launch(
+    /// `params` is the struct of abi.h that the kernel takes as its one parameter. The device memory
+    /// at its addresses is valid for the kernel's reads and writes until the kernel has finished.
+    /// `stream` belongs to this device's context.
+    pub(crate) unsafe fn launch<P: bytemuck::Pod>(
         &self,
         stream: CUstream,
         kernel: Kernel,
         dtype: DType,
         launch: Launch,
-        arguments: &[Argument],
+        params: &P,
     ) -> Result<()> {
         let symbol = || kernel.entry().symbol(dtype);
         // The calling thread may have any context current. This also returns an error that cudarc
         // has recorded for this context, such as a failed wait.
         self.inner.context.bind_to_thread().map_err(|error| driver_error(&symbol())(error))?;
         let function = self.function(kernel, dtype)?;
-        check_arguments(&symbol, function.parameters.as_deref(), arguments)?;
-        let mut values = [null_mut(); MAX_ARGUMENTS];
-        for (value, argument) in values.iter_mut().zip(arguments) {
-            *value = argument.value.cast_mut();
-        }
+        check_parameters(&symbol, function.parameters.as_deref(), size_of::<P>())?;
+        let mut values = [from_ref(params).cast_mut().cast::<c_void>()];
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid[0],
             gridDimY: launch.grid[1],
@@ -182,7 +162,7 @@ impl Device {
             attrs: null_mut(),
             numAttrs: 0,
         };
-        // SAFETY: the handle is of a module that stays loaded; `values` has an entry for each
+        // SAFETY: the handle is of a module that stays loaded; `values` has the address of the one
         // parameter, which the driver copies before it returns; the caller guarantees the rest.
         unsafe { sys::cuLaunchKernelEx(&config, function.handle, values.as_mut_ptr(), null_mut()) }
             .result()
@@ -259,20 +239,16 @@ pub(crate) fn check_stream(op: &'static str, device: &Device, stream: &CudaStrea
     check_context(op, "stream", stream, device.context())
 }
 
-/// Checks the sizes of the arguments against those of the kernel's parameters, if these are known.
-fn check_arguments(
+/// Checks that a kernel has one parameter, of `size` bytes, if the driver knows its parameters.
+fn check_parameters(
     symbol: &dyn Fn() -> String,
     parameters: Option<&[usize]>,
-    arguments: &[Argument],
+    size: usize,
 ) -> Result<()> {
-    let got = |index: usize| arguments.get(index).map_or(0, |argument| argument.size);
-    if arguments.len() > MAX_ARGUMENTS {
-        let (index, got) = (MAX_ARGUMENTS, got(MAX_ARGUMENTS));
-        return Err(Error::ArgumentSize { kernel: symbol(), index, wanted: 0, got });
-    }
     let Some(parameters) = parameters else { return Ok(()) };
-    for index in 0..parameters.len().max(arguments.len()) {
-        let (wanted, got) = (parameters.get(index).copied().unwrap_or(0), got(index));
+    for index in 0..parameters.len().max(1) {
+        let wanted = parameters.get(index).copied().unwrap_or(0);
+        let got = if index == 0 { size } else { 0 };
         if wanted != got {
             return Err(Error::ArgumentSize { kernel: symbol(), index, wanted, got });
         }
@@ -285,17 +261,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn argument_sizes_are_checked() {
-        let (pointer, number) = (0u64, 0i32);
-        let arguments = [Argument::of(&pointer), Argument::of(&number)];
-        let check =
-            |parameters: &[usize]| check_arguments(&|| "k".into(), Some(parameters), &arguments);
-        assert!(check(&[8, 4]).is_ok());
-        assert!(matches!(
-            check(&[8, 8]),
-            Err(Error::ArgumentSize { index: 1, wanted: 8, got: 4, .. })
-        ));
-        assert!(matches!(check(&[8]), Err(Error::ArgumentSize { index: 1, wanted: 0, .. })));
-        assert!(matches!(check(&[8, 4, 4]), Err(Error::ArgumentSize { index: 2, got: 0, .. })));
+    fn the_size_of_the_parameter_is_checked() {
+        let check = |parameters: Option<&[usize]>| check_parameters(&|| "k".into(), parameters, 24);
+        assert_eq!((check(Some(&[24])), check(None)), (Ok(()), Ok(())));
+        let wrong = |parameters: &[usize]| match check(Some(parameters)) {
+            Err(Error::ArgumentSize { index, wanted, got, .. }) => (index, wanted, got),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(wrong(&[32]), (0, 32, 24));
+        assert_eq!(wrong(&[]), (0, 0, 24));
+        assert_eq!(wrong(&[24, 4]), (1, 4, 0));
     }
 }

@@ -33,8 +33,8 @@ use crate::abi::{
 };
 use crate::config::{CapacityConfig, Priority};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    reads, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, reads,
+    writes,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result, check_len, int, product};
@@ -342,13 +342,5 @@ pub unsafe fn capacity_fwd_raw(
     };
     // SAFETY: the parameter is that of moe_capacity_fwd_select in kernels/capacity.cu; the caller
     // guarantees the buffers; shape and range were checked above.
-    unsafe {
-        device.launch(
-            stream,
-            Kernel::CapacityFwdSelect,
-            DType::F32,
-            launch,
-            &[Argument::of(&params)],
-        )
-    }
+    unsafe { device.launch(stream, Kernel::CapacityFwdSelect, DType::F32, launch, &params) }
 }

@@ -8,8 +8,8 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, De
 
 use crate::abi::{COMBINE_THREADS, CombineArgs, CombineParams};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, reads, vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, optional,
+    reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -321,5 +321,5 @@ pub unsafe fn combine_fwd_raw(
     };
     // SAFETY: CombineParams is the parameter of moe_combine_fwd in kernels/combine.cu; the caller
     // guarantees the buffers; the shape was checked above, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::CombineFwd, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, Kernel::CombineFwd, dtype, launch, &params) }
 }

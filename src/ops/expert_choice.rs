@@ -9,8 +9,8 @@ use crate::abi::{
     EXPERT_CHOICE_COLUMN_BYTES, EXPERT_CHOICE_THREADS, ExpertChoiceArgs, ExpertChoiceParams,
 };
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    reads, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, reads,
+    writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int};
@@ -158,7 +158,5 @@ pub unsafe fn expert_choice_fwd_raw(
     let params = ExpertChoiceParams { expert_ids, routing_weights, scores, args };
     // SAFETY: the parameter is that of kernels/expert_choice.cu; the caller guarantees the buffers;
     // dimensions were checked above.
-    unsafe {
-        device.launch(stream, Kernel::ExpertChoiceFwd, dtype, launch, &[Argument::of(&params)])
-    }
+    unsafe { device.launch(stream, Kernel::ExpertChoiceFwd, dtype, launch, &params) }
 }

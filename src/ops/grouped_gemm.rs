@@ -23,8 +23,8 @@ use crate::abi::{
 };
 use crate::config::WeightOrder;
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, reads, vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, optional,
+    reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
@@ -254,7 +254,7 @@ pub unsafe fn grouped_gemm_fwd_raw(
     };
     // SAFETY: moe_grouped_gemm_fwd and moe_grouped_gemm_fwd_in_out in kernels/grouped_gemm.cu take
     // GroupedGemmParams; the caller guarantees the buffers; shape and widths were checked.
-    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, kernel, dtype, launch, &params) }
 }
 
 // ---- Common to all products ----------------------------------------------------------------------

@@ -7,8 +7,8 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 
 use crate::abi::{JITTER_THREADS, JitterArgs, JitterParams};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    reads, vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, reads,
+    vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int};
@@ -115,5 +115,5 @@ pub unsafe fn jitter_fwd_raw(
         Launch { grid: [blocks as u32, 1, 1], threads: JITTER_THREADS as u32, shared_bytes: 0 };
     let params = JitterParams { jittered, x, u, args };
     // SAFETY: the parameter is that of kernels/jitter.cu; the caller guarantees the buffers.
-    unsafe { device.launch(stream, Kernel::JitterFwd, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, Kernel::JitterFwd, dtype, launch, &params) }
 }

@@ -9,8 +9,8 @@ use crate::abi::{
 };
 use crate::config::NoiseDistribution;
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, vector_rows,
+    writes,
 };
 use crate::dtype::DType;
 use crate::error::{Result, int};
@@ -107,5 +107,5 @@ pub unsafe fn noise_fwd_raw(
         Launch { grid: [blocks as u32, 1, 1], threads: NOISE_THREADS as u32, shared_bytes: 0 };
     let params = NoiseParams { noise, args };
     // SAFETY: the parameter is that of kernels/noise.cu; the caller guarantees the buffer.
-    unsafe { device.launch(stream, Kernel::NoiseFwd, DType::F32, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, Kernel::NoiseFwd, DType::F32, launch, &params) }
 }

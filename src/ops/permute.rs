@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::abi::{PERMUTE_THREADS, PermuteArgs, PermuteParams};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    reads, vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, reads,
+    vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
@@ -128,5 +128,5 @@ pub unsafe fn permute_fwd_raw(
     let params = PermuteParams { xp, x, row_of_slot, expert_offsets, args };
     // SAFETY: PermuteParams is the parameter of moe_permute_fwd in kernels/permute.cu; the caller
     // guarantees the buffers; the shape was checked above, so that num_tokens fits a grid.
-    unsafe { device.launch(stream, Kernel::PermuteFwd, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, Kernel::PermuteFwd, dtype, launch, &params) }
 }

@@ -9,8 +9,8 @@ use crate::abi::{
     GEMM_BLOCK_M, PLAN_MAX_COUNTERS, PLAN_SCAN_THREADS, PLAN_THREADS, PlanArgs, PlanParams,
 };
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, optional,
+    writes,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result, check_len, int};
@@ -198,7 +198,7 @@ pub unsafe fn plan_fwd_raw(
     let enqueue = |kernel: Kernel, launch: Launch| {
         // SAFETY: the parameter is that of kernels/plan.cu; the parts of the plan have the sizes
         // that the layout gives them; the caller guarantees the buffers.
-        unsafe { device.launch(stream, kernel, DType::F32, launch, &[Argument::of(&params)]) }
+        unsafe { device.launch(stream, kernel, DType::F32, launch, &params) }
     };
     if args.num_blocks == 1 {
         return enqueue(Kernel::PlanFwdSingle, place);

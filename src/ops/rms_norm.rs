@@ -7,8 +7,8 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use crate::abi::{RMS_NORM_THREADS, RmsNormArgs, RmsNormParams};
 use crate::config::RmsNorm;
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, reads, vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, optional,
+    reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int, product, width};
@@ -213,5 +213,5 @@ pub unsafe fn rms_norm_fwd_raw(
     let params = RmsNormParams { y, x, weight, expert_offsets, args };
     // SAFETY: RmsNormParams is the parameter of moe_rms_norm_fwd in kernels/rms_norm.cu; the caller
     // guarantees the buffers.
-    unsafe { device.launch(stream, Kernel::RmsNormFwd, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, Kernel::RmsNormFwd, dtype, launch, &params) }
 }

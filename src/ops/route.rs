@@ -15,8 +15,8 @@ use crate::config::{
     GroupScore, Masked, Normalization, RouteLengths, RouterConfig, Score, Scoring,
 };
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, reads, vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, optional,
+    reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len, int};
@@ -252,11 +252,11 @@ pub unsafe fn route_fwd_raw(
         let params = buffers.plain_params(args);
         // SAFETY: the parameter is that of kernels/route.cu, whose limits on E and K chose the
         // kernel above; the caller guarantees the buffers.
-        return unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) };
+        return unsafe { device.launch(stream, kernel, dtype, launch, &params) };
     }
     let params = buffers.params(args);
     // SAFETY: as above, with the parameter of kernels/router.cuh.
-    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, kernel, dtype, launch, &params) }
 }
 
 impl RouteBuffers {

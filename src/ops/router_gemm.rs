@@ -12,8 +12,8 @@ use crate::abi::{
     RouterGemmParams,
 };
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, reads, vector_rows, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, optional,
+    reads, vector_rows, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -277,7 +277,7 @@ pub unsafe fn router_gemm_fwd_with(
     let kernel = body.kernel(types.router_gate != types.x);
     // SAFETY: RouterGemmParams is the parameter of moe_router_gemm_fwd_* in kernels/router_gemm.cu;
     // the caller guarantees the buffers; the entry is that of the types, which were checked above.
-    unsafe { device.launch(stream, kernel, types.x, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, kernel, types.x, launch, &params) }
 }
 
 /// Bytes of shared memory for the stages of body tile.

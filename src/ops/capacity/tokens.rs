@@ -9,8 +9,8 @@ use crate::abi::{
 };
 use crate::config::{Normalization, kept_divisor};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream, optional,
-    reads, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, check_aligned, check_stream, optional, reads,
+    writes,
 };
 use crate::dtype::DType;
 use crate::error::{Result, check_len, int, product};
@@ -171,15 +171,7 @@ pub unsafe fn capacity_reassign_fwd_raw(
     let launch = thread_per_token(shape);
     // SAFETY: the parameter is that of moe_capacity_fwd_reassign in kernels/capacity.cu; the caller
     // guarantees the buffers; the shape was checked above.
-    unsafe {
-        device.launch(
-            stream,
-            Kernel::CapacityFwdReassign,
-            DType::F32,
-            launch,
-            &[Argument::of(&params)],
-        )
-    }
+    unsafe { device.launch(stream, Kernel::CapacityFwdReassign, DType::F32, launch, &params) }
 }
 
 /// Normalises the weights of kept slots: `routing_weights[t, k]` divided by the sum over the
@@ -291,15 +283,7 @@ pub unsafe fn capacity_normalize_fwd_raw(
     let launch = thread_per_token(shape);
     // SAFETY: the parameter is that of moe_capacity_fwd_normalize in kernels/capacity.cu; the
     // caller guarantees the buffers; the shape was checked above.
-    unsafe {
-        device.launch(
-            stream,
-            Kernel::CapacityFwdNormalize,
-            DType::F32,
-            launch,
-            &[Argument::of(&params)],
-        )
-    }
+    unsafe { device.launch(stream, Kernel::CapacityFwdNormalize, DType::F32, launch, &params) }
 }
 
 fn thread_per_token(shape: RoutingShape) -> Launch {

@@ -11,8 +11,8 @@ use crate::config::{
     Activation, ActivationFunction, ExpertConfig, GateUpLayout, Limit, WeightOrder, WeightPosition,
 };
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream, optional,
-    reads, writes,
+    CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream, optional, reads,
+    writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -312,7 +312,7 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     // SAFETY: moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd_gate_up_in_out in
     // kernels/grouped_gemm.cu take GateUpParams; the caller guarantees the buffers; shape and widths
     // were checked.
-    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, kernel, dtype, launch, &params) }
 }
 
 /// Checks that an address is given if and only if the configuration enables its buffer.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use crate::abi::{GEMM_BLOCK_N, WeightedGemmParams};
 use crate::config::WeightOrder;
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream, optional,
-    reads, writes,
+    CUdeviceptr, CUstream, Device, Kernel, alloc, check_aligned, check_stream, optional, reads,
+    writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Error, Result, check_len, int, product, width};
@@ -203,7 +203,7 @@ pub unsafe fn grouped_gemm_weighted_fwd_raw(
     // SAFETY: moe_grouped_gemm_fwd_weighted_f16 and moe_grouped_gemm_fwd_weighted_in_out_f16 in
     // kernels/grouped_gemm.cu take WeightedGemmParams; the caller guarantees the buffers; shape and
     // widths were checked.
-    unsafe { device.launch(stream, kernel, dtype, launch, &[Argument::of(&params)]) }
+    unsafe { device.launch(stream, kernel, dtype, launch, &params) }
 }
 
 fn check_dtype(dtype: DType) -> Result<()> {

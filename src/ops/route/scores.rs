@@ -7,8 +7,8 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 use crate::abi::{ROUTE_PICK_THREADS, RouteParams};
 use crate::config::{RouteLengths, RouterConfig, RouterStep};
 use crate::device::{
-    Argument, CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream,
-    optional, reads, writes,
+    CUdeviceptr, CUstream, Device, Kernel, Launch, alloc, check_aligned, check_stream, optional,
+    reads, writes,
 };
 use crate::dtype::{DType, Dtype};
 use crate::error::{Result, check_len};
@@ -137,7 +137,5 @@ pub unsafe fn route_scores_fwd_raw(
     };
     // SAFETY: the parameter is that of kernels/router.cuh; the caller guarantees the buffers; the
     // shape was checked, so that num_tokens fits a grid.
-    unsafe {
-        device.launch(stream, Kernel::RouteFwdScores, dtype, launch, &[Argument::of(&params)])
-    }
+    unsafe { device.launch(stream, Kernel::RouteFwdScores, dtype, launch, &params) }
 }
