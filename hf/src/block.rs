@@ -10,7 +10,7 @@ use moe_kernels::{
 };
 use rayon::prelude::*;
 
-use crate::config::BlockInfo;
+use crate::block_info::BlockInfo;
 use crate::error::{Error, Result};
 use crate::names::{Array, Layout, Role};
 use crate::source::Source;

@@ -8,16 +8,13 @@ use moe_kernels::{MoeConfig, WeightOrder};
 use serde_json::Value;
 
 use crate::block::Block;
-use crate::config::{BlockInfo, blocks_from_config, layers_from_config};
+use crate::block_info::BlockInfo;
+use crate::config::{blocks_from_config, layers_from_config};
 use crate::error::{Error, Result};
-use crate::folder::{Folder, MAX_CONFIG_BYTES, MAX_INDEX_BYTES};
+use crate::folder::{CONFIG, Folder, INDEX, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, SINGLE};
 use crate::names::{Array, Layout, Part, Role, Stored};
 use crate::source::{Code, Scaling, Source, scale_shapes};
 use crate::tensor_file::{Tensor, TensorFile};
-
-pub(crate) const CONFIG: &str = "config.json";
-pub(crate) const SINGLE: &str = "model.safetensors";
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// An open checkpoint. A shard is mapped when one of its tensors is first needed.
 #[derive(Debug)]
@@ -75,7 +72,7 @@ impl Checkpoint {
                 file_of_tensor.insert(tensor.clone(), file.to_string());
             }
         } else {
-            return Err(crate::refusal::no_weights(&folder));
+            return Err(crate::messages::no_weights(&folder));
         }
         Ok(Self { folder, config, files, file_of_tensor })
     }
@@ -188,7 +185,7 @@ impl Checkpoint {
             if layers.is_empty() || layers.contains(&layer) {
                 return self.config_error(error);
             }
-            let layers = crate::refusal::ranges(&layers);
+            let layers = crate::messages::ranges(&layers);
             self.folder.error(CONFIG, format!("{error}; layers with MoE blocks: {layers}"))
         })?;
         let found: Vec<_> = blocks

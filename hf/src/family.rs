@@ -7,9 +7,9 @@ use moe_kernels::{
 };
 use serde_json::{Map, Value};
 
-use crate::config::{BlockInfo, LogitsFrom};
+use crate::block_info::{BlockInfo, LogitsFrom};
 use crate::error::{Error, Result};
-use crate::keys::Keys;
+use crate::keys::{Keys, Names};
 use crate::names::Layout;
 use crate::quantization::Quantization;
 use crate::schedule::Schedule;
@@ -67,8 +67,6 @@ pub(super) struct SizeKeys {
     pub experts: Names,
     pub top_k: Names,
 }
-
-pub(super) type Names = &'static [&'static str];
 
 /// The source of the activation function.
 #[derive(Clone, Copy)]

@@ -3,8 +3,13 @@
 use serde_json::{Map, Value};
 
 use super::json;
-use super::schedule::MAX_LAYERS;
 use crate::error::{Error, Result};
+
+/// The names of one key.
+pub(super) type Names = &'static [&'static str];
+
+/// The largest supported number of layers: each of them reads the keys for all of them.
+pub(super) const MAX_LAYERS: usize = 1 << 10;
 
 /// Names that are alternatives to others and may also have a meaning of their own: the width of a
 /// vision tower in addition to that of its output, and a capacity in addition to K.

@@ -53,6 +53,8 @@
 //! ```
 
 mod block;
+mod block_info;
+mod bytes;
 mod checkpoint;
 mod config;
 mod error;
@@ -62,6 +64,8 @@ mod folder;
 pub mod format;
 mod json;
 mod keys;
+mod layout;
+mod messages;
 mod names;
 mod quantization;
 mod refusal;
@@ -70,10 +74,9 @@ mod source;
 mod tensor_file;
 
 pub use block::{Block, Loaded};
+pub use block_info::{BlockInfo, LogitsFrom};
 pub use checkpoint::Checkpoint;
-pub use config::{
-    BlockInfo, LogitsFrom, blocks_from_config, from_config, layers_from_config, model_types,
-};
+pub use config::{blocks_from_config, from_config, layers_from_config, model_types};
 pub use error::{Error, Result};
 pub use folder::Folder;
 pub use json::strict_json;

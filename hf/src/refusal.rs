@@ -1,21 +1,19 @@
 //! Errors of checkpoints that cannot be loaded: the missing tensor, the tensors in its place, and
 //! their format.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet};
 
 use crate::block::Block;
-use crate::checkpoint::{Checkpoint, INDEX, SINGLE, first_parts, name_on_disk};
-use crate::config::BlockInfo;
+use crate::block_info::BlockInfo;
+use crate::checkpoint::{Checkpoint, first_parts, name_on_disk};
 use crate::error::{Error, Result};
-use crate::folder::Folder;
+use crate::folder::INDEX;
+use crate::messages::{is_adapter, is_of_a_model, list, ranges};
 use crate::source::describe;
 use crate::tensor_file::{FLOATS, Tensor};
 
 /// The supported quantised formats.
 const SUPPORTED: &str = "supported quantised formats: f8_e4m3 with scales, packed FP4 with a scale for 32 numbers, MXFP4";
-
-/// The largest number of names in a list; the others are counted.
-const MAX_NAMES: usize = 4;
 
 impl Checkpoint {
     /// The error of a missing tensor, with the tensors in its place.
@@ -224,51 +222,6 @@ impl Checkpoint {
     }
 }
 
-/// Returns whether a file or folder of this name has weights of a model in another form.
-fn is_of_a_model(name: &str) -> bool {
-    let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
-    let ends = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
-    is_adapter(name)
-        || name == "original"
-        || name == INDEX
-        || ends(&[".gguf"])
-        || starts(&["model", "consolidated"]) && ends(&[".safetensors"])
-        || starts(&["pytorch_model", "consolidated"]) && ends(&[".bin", ".pth", ".pt"])
-}
-
-fn is_safetensors(name: &str) -> bool {
-    name.ends_with(".safetensors")
-}
-
-fn is_adapter(name: &str) -> bool {
-    matches!(name, "adapter_config.json" | "adapter_model.safetensors" | "adapter_model.bin")
-}
-
-/// The error of a folder without weights in safetensors, with the weights that it has.
-pub(crate) fn no_weights(folder: &Folder) -> Error {
-    let mut why = format!("no such file, and no {INDEX}");
-    let files = folder.list();
-    let of = |is: fn(&str) -> bool| files.iter().map(String::as_str).filter(move |name| is(name));
-    let mut others: Vec<&str> = of(is_of_a_model).collect();
-    if others.is_empty() {
-        others.extend(of(is_safetensors));
-    }
-    if let Some(&first) = others.first() {
-        let format = match () {
-            () if first.ends_with(".gguf") => "GGUF",
-            () if is_adapter(first) => "an adapter without its model",
-            () if is_safetensors(first) => "another set of names",
-            () if first == "original" => "a format of its own",
-            () => "pickled tensors of PyTorch",
-        };
-        why.push_str(&format!(
-            "; in its place: {}, which is {format} and not supported",
-            list(&others)
-        ));
-    }
-    folder.error(SINGLE, why)
-}
-
 /// The format of tensors, from config.json or from their names, as the end of a sentence about
 /// them.
 fn kind_of(names: &[&str], block: &BlockInfo) -> Option<String> {
@@ -293,37 +246,6 @@ fn kind_of(names: &[&str], block: &BlockInfo) -> Option<String> {
         () => return None,
     };
     Some(format!("whose format is {format}"))
-}
-
-/// Names in a message.
-fn list(names: &[&str]) -> String {
-    // Names that differ in numbers alone, as those of experts do, are shown once.
-    let mut short: BTreeMap<String, &str> = BTreeMap::new();
-    for name in names {
-        let without_numbers: String = name.chars().filter(|c| !c.is_ascii_digit()).collect();
-        short.entry(without_numbers).or_insert(name);
-    }
-    let mut shown: Vec<&str> = short.into_values().collect();
-    shown.truncate(MAX_NAMES);
-    let text = shown.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-    match names.len() - shown.len() {
-        0 => text,
-        more => format!("{text} and {more} more"),
-    }
-}
-
-/// `0-2, 5` for `[0, 1, 2, 5]`.
-pub(crate) fn ranges(sorted: &[usize]) -> String {
-    let mut parts: Vec<(usize, usize)> = Vec::new();
-    for &value in sorted {
-        match parts.last_mut() {
-            Some((_, last)) if *last + 1 == value => *last = value,
-            _ => parts.push((value, value)),
-        }
-    }
-    let part =
-        |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
-    parts.into_iter().map(part).collect::<Vec<_>>().join(", ")
 }
 
 /// Returns whether a layer's tensor is in a module such as `shared_experts`, `residual_mlp`, `moe`

@@ -4,8 +4,7 @@
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::family::Names;
-use crate::keys::Keys;
+use crate::keys::{Keys, MAX_LAYERS, Names};
 
 /// The layers of a family's models, from keys that the family's own code reads.
 #[derive(Clone, Copy)]
@@ -75,9 +74,6 @@ pub(super) const fn layers(default: usize) -> Schedule {
 pub(super) const fn first_k(default: usize) -> Dense {
     Dense::First(&["first_k_dense_replace"], default)
 }
-
-/// The largest supported number of layers: each of them reads the keys for all of them.
-pub(super) const MAX_LAYERS: usize = 1 << 10;
 
 const SPARSE: &str = "a layer with experts";
 const TYPES: &str = "mlp_layer_types";

@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use safetensors::tensor::Metadata;
 use safetensors::{Dtype as DiskDtype, SafeTensors};
 
+use crate::bytes::Bytes;
 use crate::error::{Error, Result};
-use crate::folder::Bytes;
 
 /// A safetensors file whose header has been read and checked against the file's length. A clone is
 /// the same file.

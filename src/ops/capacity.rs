@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! expert_ids, weights -plan (by slot)-> RoutingPlan
-//!                     -capacity-> kept_ids, kept [N, E], dropped [N, E]
+//!                     -capacity-> kept_ids, kept [S, E], dropped [S, E]
 //! kept_ids, weights -capacity_normalize-> weights, for families that renormalise the kept weights
 //! kept_ids -plan-> RoutingPlan of the layer
 //! ```
@@ -48,9 +48,9 @@ const OP: &str = "capacity_fwd";
 pub struct Capacity {
     /// `[T, K]`: the expert of a kept slot, else `u32::MAX`.
     pub expert_ids: CudaSlice<u32>,
-    /// `[N, E]`: the number of slots of each sequence that each expert keeps.
+    /// `[S, E]`: the number of slots of each sequence that each expert keeps.
     pub kept: CudaSlice<u32>,
-    /// `[N, E]`: the number of slots of each sequence that each expert drops.
+    /// `[S, E]`: the number of slots of each sequence that each expert drops.
     pub dropped: CudaSlice<u32>,
 }
 
@@ -59,9 +59,9 @@ pub struct Capacity {
 pub struct CapacityBuffers {
     /// `[T, K]` `u32`, written whole; in a later round for accepted requests alone.
     pub expert_ids: CUdeviceptr,
-    /// `[N, E]` `u32`, written whole; in a later round added to.
+    /// `[S, E]` `u32`, written whole; in a later round added to.
     pub kept: CUdeviceptr,
-    /// `[N, E]` `u32`, as `kept`.
+    /// `[S, E]` `u32`, as `kept`.
     pub dropped: CUdeviceptr,
     /// `[T, K]` `f32`
     pub routing_weights: CUdeviceptr,
@@ -80,7 +80,7 @@ pub struct CapacityBuffers {
 /// ([`RoutingShape::by_slot`]), which may be of some of the experts. A sequence has
 /// `sequence_tokens` tokens, the last one possibly fewer; without a length the batch is one
 /// sequence. `expert_ids` `[T, K]` receives the expert of each kept slot, else `u32::MAX`: inactive
-/// slots stay inactive and never count. `kept` and `dropped` are `[N, E]`, for `N` sequences and
+/// slots stay inactive and never count. `kept` and `dropped` are `[S, E]`, for `S` sequences and
 /// the plan's `E` experts. `routing_weights` `[T, K]` are read for priorities by weight; for
 /// [`Priority::ChoiceByTopWeight`] they are those before any normalisation, of which the first
 /// choices' are read. This is the first round; the caller enqueues rounds of reassignment, as this

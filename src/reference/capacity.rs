@@ -18,9 +18,9 @@ use crate::shape::RoutingShape;
 pub struct Capacity {
     /// `[T, K]`: the expert of a kept slot, else `u32::MAX`.
     pub expert_ids: Vec<u32>,
-    /// `[N, E]`: the number of slots of each sequence that each expert keeps.
+    /// `[S, E]`: the number of slots of each sequence that each expert keeps.
     pub kept: Vec<u32>,
-    /// `[N, E]`: the number of slots of each sequence that each expert drops.
+    /// `[S, E]`: the number of slots of each sequence that each expert drops.
     pub dropped: Vec<u32>,
 }
 

@@ -83,7 +83,7 @@ fn kernels_keep_to_what_both_compilers_have() {
     }
 }
 
-/// What a file of kernels/ does that none may do.
+/// Returns the rule of kernel files that a text breaks.
 fn breach_of_kernel_rules(name: &str, text: &str) -> Option<&'static str> {
     let code = code(text);
     let counts = ["atomicAdd(&counters[", "atomicAdd(&next_row["];

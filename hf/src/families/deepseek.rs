@@ -7,7 +7,7 @@ use moe_kernels::{
 
 use super::layouts::{DECODER, EACH, FUSED, TEXT, each, fused, shared};
 use super::softmax::{PLAIN, QWEN_KEYS};
-use crate::config::BlockInfo;
+use crate::block_info::BlockInfo;
 use crate::error::Result;
 use crate::family::{
     Family, Flag, Function, GroupRule, NO_SHARED, Rule, SOFTMAX, Scale, Shared, SizeKeys, Width,

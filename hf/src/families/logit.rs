@@ -7,7 +7,7 @@ use moe_kernels::{
 
 use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, TEXT, each, fused, shared};
 use super::softmax::{MIXTRAL_KEYS, OLMOE_KEYS, PLAIN};
-use crate::config::BlockInfo;
+use crate::block_info::BlockInfo;
 use crate::error::Result;
 use crate::family::{
     Family, Function, Rule, SOFTMAX, SizeKeys, TOP_K_SOFTMAX, shared_count, shared_width,

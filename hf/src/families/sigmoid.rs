@@ -8,7 +8,7 @@ use moe_kernels::{
 use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, QWEN_SHARED, TEXT, each, fused, shared};
 use super::logit::gpt_oss_activation;
 use super::softmax::{PLAIN, QWEN_KEYS};
-use crate::config::BlockInfo;
+use crate::block_info::BlockInfo;
 use crate::error::Result;
 use crate::family::{
     Family, Flag, Function, Rule, SIGMOID, Scale, SizeKeys, shared_count, shared_width,

@@ -3,7 +3,7 @@
 use moe_kernels::WeightPosition;
 
 use super::layouts::{DECODER, EACH, FUSED, MIXTRAL, QWEN_SHARED, TEXT, each, fused, shared};
-use crate::config::LogitsFrom;
+use crate::block_info::LogitsFrom;
 use crate::family::{
     Family, Flag, Function, NO_SHARED, Rule, SOFTMAX, Shared, SizeKeys, plain, shared_count,
     shared_width,

@@ -7,7 +7,7 @@ use moe_kernels::{
 
 use super::layouts::{EACH, FUSED, MIXTRAL, NO_SHARED_NAMES, TEXT, each, fused};
 use super::softmax::{MIXTRAL_KEYS, PLAIN, QWEN_KEYS};
-use crate::config::{BlockInfo, LogitsFrom};
+use crate::block_info::{BlockInfo, LogitsFrom};
 use crate::error::Result;
 use crate::family::{
     Family, Flag, Function, Rule, SOFTMAX, Scale, SizeKeys, function, shared_count,
