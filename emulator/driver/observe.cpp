@@ -36,18 +36,18 @@ Outcome log_launch(const simt::Kernel& kernel) {
   return written ? Outcome() : failure("MOE_EMULATOR_LAUNCHES: " + std::string(path) + " cannot be written");
 }
 
-// MOE_EMULATOR_FAULT=flip:KERNEL: after each run, bit 14 of the memory at the kernel's first
-// pointer, its first output, is inverted. In an f32 this changes the value by 2^-9 of it; in a
-// 16-bit float it is the highest bit of the exponent.
+// MOE_EMULATOR_FAULT=flip:KERNEL: after each run, inverts bit 14 of the memory at the kernel's first
+// output, whose address is the first field of its parameter. In an f32 this changes the value by
+// 2^-9 of it; in a 16-bit float it is the highest bit of the exponent.
 Outcome flip_bit(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   CUdeviceptr output = 0;
-  if (!arguments.empty() && kernel.parameters[0].size == sizeof output) {
+  if (!arguments.empty() && kernel.parameters[0].size >= sizeof output) {
     std::memcpy(&output, arguments[0], sizeof output);
   }
   Lock lock(state().mutex);
   if (!find_allocation(output, sizeof(uint16_t))) {
-    return failure("MOE_EMULATOR_FAULT: the first parameter of '" + std::string(kernel.symbol) +
-                   "' does not point to device memory");
+    return failure("MOE_EMULATOR_FAULT: the parameter of '" + std::string(kernel.symbol) +
+                   "' does not begin with an address of device memory");
   }
   bytes_at(output)[1] ^= 0x40;
   return {};

@@ -170,7 +170,8 @@ fn errors_come_before_any_launch() {
     let logits = floats.slice(..12);
     let lonely = RouteInputs { noise_logits: Some(&logits), ..RouteInputs::new(&logits) };
     let error = route_scores_fwd(device, stream, shape, &router, step, &lonely);
-    assert!(matches!(error, Err(Error::Unsupported { argument: "noise_logits", .. })));
+    let why = "`noise_logits` is given without `noise`".into();
+    assert_eq!(error.err(), Some(Error::Mismatch { op, why }));
     let scores = route_scores_fwd(device, stream, shape, &router, step, &RouteInputs::new(&logits));
     assert_eq!(gpu.download(&scores.unwrap().as_view()), [0.25; 12]);
 

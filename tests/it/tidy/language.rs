@@ -130,18 +130,15 @@ fn second_k(text: &str) -> Option<String> {
 
 #[test]
 fn k_is_experts_per_token() {
-    for folder in ["src/ops", "src/reference", "src/layer", "src/tensors", "src/config"] {
-        for (name, text) in files(folder, &[".rs"]) {
-            let library = text.split("#[cfg(test)]").next().unwrap();
-            assert_eq!(
-                second_k(library),
-                None,
-                "{name}: a product has in_features and out_features"
-            );
-        }
-    }
-    let abi = fs::read_to_string(root().join(Path::new("kernels/abi.h"))).unwrap();
-    assert_eq!(second_k(&abi), None);
+    let mut sources = files("src", &[".rs"]);
+    sources.extend(files("hf/src", &[".rs"]));
+    sources.extend(files("kernels", &["abi.h", ".cu"]));
+    let breaches = sources.iter().filter_map(|(name, text)| {
+        let library = text.split("#[cfg(test)]").next().unwrap();
+        second_k(library).map(|breach| format!("{name}:{breach}"))
+    });
+    let breaches: Vec<String> = breaches.collect();
+    assert!(breaches.is_empty(), "{}", breaches.join("\n"));
 }
 
 #[test]
