@@ -1,5 +1,5 @@
-//! Microbenchmarks of `moe-kernels`: named layers, random routings, rooflines, and each operation as
-//! a [`Workload`] on the CPU reference or on a CUDA device.
+//! Microbenchmarks of `moe-kernels`: named layers, random routings, rooflines, and each operation
+//! as a [`Workload`] on the CPU reference or on a CUDA device.
 //!
 //! `main.rs` runs the workloads under criterion; the program's `bench` writes tables, files and
 //! plots. Each operation has a module that calls it; `common/` has what these modules share, and

@@ -162,8 +162,8 @@ fn main() {
     criterion.final_summary();
 }
 
-/// Measures all operations in bf16 with uniform routing, and with the other routings those whose time
-/// depends on it. Operations that a filter excludes are not prepared.
+/// Measures all operations in bf16 with uniform routing, and with the other routings those whose
+/// time depends on it. Operations that a filter excludes are not prepared.
 fn bench(criterion: &mut Criterion<Seconds>, place: &Place) {
     let target = place.target();
     let ceilings = LazyCell::new(|| must(Ceilings::measure(&target, DType::BF16)));

@@ -19,41 +19,41 @@
 
 // ---- route ------------------------------------------------------------------------------------
 
-#define ROUTE_PICK_THREADS 128      // narrow and wide: one warp per token
-#define ROUTE_PICK_MAX_TOP_K 32     // narrow and wide: one lane per choice
+#define ROUTE_PICK_THREADS 128   // narrow and wide: one warp per token
+#define ROUTE_PICK_MAX_TOP_K 32  // narrow and wide: one lane per choice
 #define ROUTE_NARROW_MAX_EXPERTS 256
 #define ROUTE_WIDE_MAX_EXPERTS 1024
-#define ROUTE_SORT_THREADS 256      // sort: one block per token
-#define ROUTE_SORT_ENTRY_BYTES 8    // sort: shared memory begins with sort_length of these
-#define ROUTE_MAX_GROUPS 32         // one lane per group
+#define ROUTE_SORT_THREADS 256    // sort: one block per token
+#define ROUTE_SORT_ENTRY_BYTES 8  // sort: shared memory begins with sort_length of these
+#define ROUTE_MAX_GROUPS 32       // one lane per group
 
 // Functions of a logit: the value that selects an expert, and the score that becomes its weight.
 #define ROUTE_LOGIT 0
-#define ROUTE_SOFTMAX 1             // over all experts
+#define ROUTE_SOFTMAX 1  // over all experts
 #define ROUTE_SIGMOID 2
 #define ROUTE_SQRT_SOFTPLUS 3
-#define ROUTE_SOFTMAX_CHOSEN 4      // over the chosen experts; no value
-#define ROUTE_SPARSEMIXER 5         // no value either
+#define ROUTE_SOFTMAX_CHOSEN 4  // over the chosen experts; no value
+#define ROUTE_SPARSEMIXER 5     // no value either
 
 // The divisor of the scores.
 #define ROUTE_BY_NOTHING 0
-#define ROUTE_BY_SUM 1              // sum + divisor_number
-#define ROUTE_BY_SUM_AT_LEAST 2     // max(sum, divisor_number)
-#define ROUTE_BY_NORM 3             // divisor_number is its p
+#define ROUTE_BY_SUM 1           // sum + divisor_number
+#define ROUTE_BY_SUM_AT_LEAST 2  // max(sum, divisor_number)
+#define ROUTE_BY_NORM 3          // divisor_number is its p
 
 typedef struct RouteArgs {
-  int num_tokens;        // T
-  int num_experts;       // E
-  int top_k;             // K
-  int num_sinks;         // The last experts, which are in the last slots of every token.
-  int sort_length;       // The least power of two >= E; read by sort alone.
-  int vector;            // 1: every row of logits starts at a 16-byte boundary.
-  int elem;              // ELEM_..., of logits and noise logits; unused by the plain entries.
-  int row_words;         // Words of a row in shared memory: E, and one more after every 32.
+  int num_tokens;   // T
+  int num_experts;  // E
+  int top_k;        // K
+  int num_sinks;    // The last experts, which are in the last slots of every token.
+  int sort_length;  // The least power of two >= E; read by sort alone.
+  int vector;       // 1: every row of logits starts at a 16-byte boundary.
+  int elem;         // ELEM_..., of logits and noise logits; unused by the plain entries.
+  int row_words;    // Words of a row in shared memory: E, and one more after every 32.
   float multiplier;
-  float softcap;         // 0: none
-  int value;             // ROUTE_LOGIT to ROUTE_SQRT_SOFTPLUS
-  int num_groups;        // 0: none
+  float softcap;   // 0: none
+  int value;       // ROUTE_LOGIT to ROUTE_SQRT_SOFTPLUS
+  int num_groups;  // 0: none
   int top_groups;
   int group_size;        // Experts of a group.
   unsigned group_magic;  // ceil(2^31 / group_size): divides an expert by group_size; 0: no groups
@@ -100,20 +100,20 @@ typedef struct RouteParams {
 
 // ---- plan -------------------------------------------------------------------------------------
 
-#define PLAN_THREADS 256            // count, place and single, at most
+#define PLAN_THREADS 256  // count, place and single, at most
 #define PLAN_SCAN_THREADS 1024
-#define PLAN_MAX_COUNTERS 12000     // Counters of a block in shared memory, 4 bytes each.
-#define PLAN_MIN_BLOCK_SLOTS 1024   // Up to this many slots, one block does everything.
+#define PLAN_MAX_COUNTERS 12000    // Counters of a block in shared memory, 4 bytes each.
+#define PLAN_MIN_BLOCK_SLOTS 1024  // Up to this many slots, one block does everything.
 #define PLAN_MAX_BLOCKS 128
 
 typedef struct PlanArgs {
-  int slots;        // T * K
-  int num_experts;  // E, the experts of the plan.
-  int top_k;        // K
-  int block_m;      // Rows of a tile, at most.
-  int max_tiles;    // Length of the list of tiles.
-  int num_blocks;   // Blocks of count and place.
-  int block_slots;  // Slots of a block; the last block may have fewer.
+  int slots;         // T * K
+  int num_experts;   // E, the experts of the plan.
+  int top_k;         // K
+  int block_m;       // Rows of a tile, at most.
+  int max_tiles;     // Length of the list of tiles.
+  int num_blocks;    // Blocks of count and place.
+  int block_slots;   // Slots of a block; the last block may have fewer.
   int first_expert;  // The id of the plan's expert 0.
 } PlanArgs;
 
@@ -286,7 +286,8 @@ typedef struct PermuteParams {
 #define GEMM_BLOCK_M 128
 #define GEMM_BLOCK_N 128
 #define GEMM_STAGES 3
-#define GROUPED_GEMM_SMEM_BYTES (GEMM_STAGES * (GEMM_BLOCK_M + GEMM_BLOCK_N) * 128 + GEMM_BLOCK_M * 8)
+#define GROUPED_GEMM_SMEM_BYTES \
+  (GEMM_STAGES * (GEMM_BLOCK_M + GEMM_BLOCK_N) * 128 + GEMM_BLOCK_M * 8)
 #define GEMM_THREADS_MMA 128  // f16 and bf16
 #define GEMM_THREADS_FMA 256  // f32
 

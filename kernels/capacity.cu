@@ -195,9 +195,11 @@ __device__ __forceinline__ void capacity_select(const TypedCapacitySelectParams&
 }
 
 // Four blocks a multiprocessor: for six of them, ptxas spills on sm_120.
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(CAPACITY_SELECT_THREADS, 4)
 moe_capacity_fwd_select(const TypedCapacitySelectParams params) { capacity_select(params); }
 EXPORT_KERNEL(moe_capacity_fwd_select, CAPACITY_SELECT_THREADS)
+// clang-format on
 
 // ---- reassign -----------------------------------------------------------------------------------
 
@@ -230,9 +232,11 @@ __device__ __forceinline__ void capacity_reassign(const TypedCapacityReassignPar
   params.next_candidate[token] = next;
 }
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
 moe_capacity_fwd_reassign(const TypedCapacityReassignParams params) { capacity_reassign(params); }
 EXPORT_KERNEL(moe_capacity_fwd_reassign, CAPACITY_TOKEN_THREADS)
+// clang-format on
 
 // ---- normalize ----------------------------------------------------------------------------------
 
@@ -264,8 +268,8 @@ __device__ __forceinline__ void capacity_normalize(const TypedCapacityNormalizeP
   }
 }
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(CAPACITY_TOKEN_THREADS)
-moe_capacity_fwd_normalize(const TypedCapacityNormalizeParams params) {
-  capacity_normalize(params);
-}
+moe_capacity_fwd_normalize(const TypedCapacityNormalizeParams params) { capacity_normalize(params); }
 EXPORT_KERNEL(moe_capacity_fwd_normalize, CAPACITY_TOKEN_THREADS)
+// clang-format on

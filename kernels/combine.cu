@@ -181,6 +181,7 @@ __device__ __forceinline__ void combine_fwd(const TypedCombineParams<Elem>& para
   }
 }
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
 moe_combine_fwd_f32(const TypedCombineParams<float> params) { combine_fwd(params); }
 EXPORT_KERNEL(moe_combine_fwd_f32, COMBINE_THREADS)
@@ -192,3 +193,4 @@ EXPORT_KERNEL(moe_combine_fwd_f16, COMBINE_THREADS)
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, COMBINE_BLOCKS)
 moe_combine_fwd_bf16(const TypedCombineParams<bf16> params) { combine_fwd(params); }
 EXPORT_KERNEL(moe_combine_fwd_bf16, COMBINE_THREADS)
+// clang-format on

@@ -81,8 +81,7 @@ __device__ __forceinline__ void expert_choice_fwd(const TypedExpertChoiceParams<
   if (choose) {
     const int key_bits = SCORE_BITS<Elem> + params.args.token_bits;
     select_smallest<COLUMNS>(last, wanted, counters, key_bits, [=](auto visit) {
-      for_each_score(
-          [=](int64_t token, float score) { visit(column, token_key(token, score)); });
+      for_each_score([=](int64_t token, float score) { visit(column, token_key(token, score)); });
     });
   }
 
@@ -94,20 +93,16 @@ __device__ __forceinline__ void expert_choice_fwd(const TypedExpertChoiceParams<
   });
 }
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(EXPERT_CHOICE_THREADS)
-moe_expert_choice_fwd_f32(const TypedExpertChoiceParams<float> params) {
-  expert_choice_fwd(params);
-}
+moe_expert_choice_fwd_f32(const TypedExpertChoiceParams<float> params) { expert_choice_fwd(params); }
 EXPORT_KERNEL(moe_expert_choice_fwd_f32, EXPERT_CHOICE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(EXPERT_CHOICE_THREADS)
-moe_expert_choice_fwd_f16(const TypedExpertChoiceParams<f16> params) {
-  expert_choice_fwd(params);
-}
+moe_expert_choice_fwd_f16(const TypedExpertChoiceParams<f16> params) { expert_choice_fwd(params); }
 EXPORT_KERNEL(moe_expert_choice_fwd_f16, EXPERT_CHOICE_THREADS)
 
 extern "C" __global__ void __launch_bounds__(EXPERT_CHOICE_THREADS)
-moe_expert_choice_fwd_bf16(const TypedExpertChoiceParams<bf16> params) {
-  expert_choice_fwd(params);
-}
+moe_expert_choice_fwd_bf16(const TypedExpertChoiceParams<bf16> params) { expert_choice_fwd(params); }
 EXPORT_KERNEL(moe_expert_choice_fwd_bf16, EXPERT_CHOICE_THREADS)
+// clang-format on

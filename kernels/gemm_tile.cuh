@@ -1,5 +1,5 @@
-// The products' main loop: 128 rows of x by 128 features of weights by 128 bytes of inputs, with f32
-// sums in registers. grouped_gemm.cu chooses rows and features, gemm_epilogue.cuh stores outputs.
+// The products' main loop: 128 rows of x by 128 features of weights by 128 bytes of inputs, with
+// f32 sums in registers. grouped_gemm.cu chooses rows and features, gemm_epilogue.cuh stores outputs.
 //
 // Weights are OUT_IN (a feature's inputs are adjacent) or IN_OUT (an input's features are
 // adjacent). Stages keep the order of global memory. A tile's features are two halves of 64 at any
@@ -46,7 +46,7 @@ struct Problem {
   int out_stride;       // elements between features of a half
   int in_stride;        // elements between inputs of a feature
   int in_features;
-  int num_rows;         // of the tile
+  int num_rows;  // of the tile
 };
 
 __device__ __forceinline__ int chunk_offset(int row, int chunk) {
@@ -112,8 +112,7 @@ struct StageLoader {
     const int offset = chunk_offset(thread_row, thread_chunk);
     const int k = block * BLOCK_K + thread_chunk * Vec<Elem>::LEN;
     const int in_stride = VECTOR ? 1 : problem.in_stride;
-    const Elem* w =
-        problem.w + (int64_t)thread_row * problem.out_stride + (int64_t)k * in_stride;
+    const Elem* w = problem.w + (int64_t)thread_row * problem.out_stride + (int64_t)k * in_stride;
 #pragma unroll VECTOR ? PASSES : 1
     for (int i = 0; i < PASSES; i++) {
       const int half = i >= PASSES / 2;

@@ -22,7 +22,7 @@
 //         group's rows of x stay in L2 until its last column is done.
 // Blocks  two per SM on sm_90 and sm_100, one elsewhere (shared memory); f32: one (registers).
 // Types   f16, bf16: mma.sync m16n8k16 with f32 accumulation. f32: FFMA, never TF32.
-// Cost    2*R*in*out FLOPs (with a gate: 4*R*in*I); bytes of x, y and the weights of experts with
+// Roofline 2*R*in*out FLOPs (with a gate: 4*R*in*I); bytes of x, y and the weights of experts with
 //         rows. T4096 H2048 I768 E128 K8 bf16, SwiGLU: 206 GFLOP, 872 MB (805 weights, 17 x, 50
 //         act).
 // Padding a short tile costs MMAs for 32, 64 or 128 rows, whichever suffices, and reads only its
@@ -45,7 +45,7 @@ using gemm_tile::SharedStorage;
 // ---- Parameters: the structs of abi.h with typed pointers ---------------------------------------
 
 template <typename Elem>
-struct GroupedGemm {
+struct TypedGroupedGemmParams {
   Elem* y;                    // [R, out]
   const Elem* x;              // [T, in] with token_of_row, else [R, in]
   const Elem* w;              // [E, out, in] or [E, in, out]
@@ -56,37 +56,38 @@ struct GroupedGemm {
   const int* num_tiles;       // [1]
   GroupedGemmArgs args;
 };
-static_assert(sizeof(GroupedGemm<f16>) == sizeof(GroupedGemmParams), "the same layout");
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, y);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, x);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, w);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, bias);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, token_of_row);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, expert_offsets);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, tiles);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, num_tiles);
-ASSERT_SAME_OFFSET(GroupedGemm<f16>, GroupedGemmParams, args);
+static_assert(sizeof(TypedGroupedGemmParams<f16>) == sizeof(GroupedGemmParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, y);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, x);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, w);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, bias);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, token_of_row);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, expert_offsets);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, tiles);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, num_tiles);
+ASSERT_SAME_OFFSET(TypedGroupedGemmParams<f16>, GroupedGemmParams, args);
 
 template <typename Elem>
-struct WeightedGemm {
-  GroupedGemm<Elem> gemm;
+struct TypedWeightedGemmParams {
+  TypedGroupedGemmParams<Elem> gemm;
   const float* routing_weights;  // [T, K]
   const int* row_of_slot;        // [T * K]
   const int* token_of_row;       // [R]
   int top_k;                     // K
   int num_tokens;                // T
 };
-static_assert(sizeof(WeightedGemm<f16>) == sizeof(WeightedGemmParams), "the same layout");
-ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, gemm);
-ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, routing_weights);
-ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, row_of_slot);
-ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, token_of_row);
-ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, top_k);
-ASSERT_SAME_OFFSET(WeightedGemm<f16>, WeightedGemmParams, num_tokens);
+static_assert(sizeof(TypedWeightedGemmParams<f16>) == sizeof(WeightedGemmParams),
+              "the same layout");
+ASSERT_SAME_OFFSET(TypedWeightedGemmParams<f16>, WeightedGemmParams, gemm);
+ASSERT_SAME_OFFSET(TypedWeightedGemmParams<f16>, WeightedGemmParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedWeightedGemmParams<f16>, WeightedGemmParams, row_of_slot);
+ASSERT_SAME_OFFSET(TypedWeightedGemmParams<f16>, WeightedGemmParams, token_of_row);
+ASSERT_SAME_OFFSET(TypedWeightedGemmParams<f16>, WeightedGemmParams, top_k);
+ASSERT_SAME_OFFSET(TypedWeightedGemmParams<f16>, WeightedGemmParams, num_tokens);
 
 // Strides of weights and biases are in args.
 template <typename Elem>
-struct GateUp {
+struct TypedGateUpParams {
   Elem* act;                     // [R, I]
   const Elem* x;                 // [T, in] with args.gather, else [R, in]
   const Elem* gate;              // [E, I, in], from its first feature; unused without a gate
@@ -101,27 +102,26 @@ struct GateUp {
   const int* num_tiles;          // [1]
   GateUpArgs args;
 };
-static_assert(sizeof(GateUp<f16>) == sizeof(GateUpParams), "the same layout");
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, act);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, x);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, gate);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, up);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, gate_bias);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, up_bias);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, routing_weights);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, row_of_slot);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, token_of_row);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, expert_offsets);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, tiles);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, num_tiles);
-ASSERT_SAME_OFFSET(GateUp<f16>, GateUpParams, args);
+static_assert(sizeof(TypedGateUpParams<f16>) == sizeof(GateUpParams), "the same layout");
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, act);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, x);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, gate);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, up);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, gate_bias);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, up_bias);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, routing_weights);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, row_of_slot);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, token_of_row);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, expert_offsets);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, tiles);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, num_tiles);
+ASSERT_SAME_OFFSET(TypedGateUpParams<f16>, GateUpParams, args);
 
 // ---- A block ------------------------------------------------------------------------------------
 
 // The routing weight of a row: that of the slot whose row it is.
-__device__ __forceinline__ float weight_of_row(const float* routing_weights,
-                                               const int* row_of_slot, int token, int row,
-                                               int top_k, int num_tokens) {
+__device__ __forceinline__ float weight_of_row(const float* routing_weights, const int* row_of_slot,
+                                               int token, int row, int top_k, int num_tokens) {
   const int64_t first_slot = (int64_t)token * top_k;
   float weight = 0.0f;
   if ((uint32_t)token >= (uint32_t)num_tokens) return weight;
@@ -207,7 +207,7 @@ __device__ __forceinline__ void multiply_tile(const Problem<Elem>& problem, Shar
 
 // weight_of(row) is the routing weight of a row, used if WEIGHTED.
 template <bool IN_OUT, bool WEIGHTED = false, typename Elem, typename WeightOf>
-__device__ __forceinline__ void multiply_rows(const GroupedGemm<Elem>& params,
+__device__ __forceinline__ void multiply_rows(const TypedGroupedGemmParams<Elem>& params,
                                               WeightOf weight_of) {
   SHARED_DYNAMIC(shared_bytes);
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
@@ -247,12 +247,12 @@ __device__ __forceinline__ void multiply_rows(const GroupedGemm<Elem>& params,
 }
 
 template <bool IN_OUT, typename Elem>
-__device__ __forceinline__ void grouped_gemm_fwd(const GroupedGemm<Elem>& params) {
+__device__ __forceinline__ void grouped_gemm_fwd(const TypedGroupedGemmParams<Elem>& params) {
   multiply_rows<IN_OUT>(params, [](int) { return 1.0f; });
 }
 
 template <bool IN_OUT, typename Elem>
-__device__ __forceinline__ void grouped_gemm_fwd_weighted(const WeightedGemm<Elem>& params) {
+__device__ __forceinline__ void weighted(const TypedWeightedGemmParams<Elem>& params) {
   multiply_rows<IN_OUT, true>(params.gemm, [&](int row) {
     return weight_of_row(params.routing_weights, params.row_of_slot, params.token_of_row[row], row,
                          params.top_k, params.num_tokens);
@@ -260,7 +260,7 @@ __device__ __forceinline__ void grouped_gemm_fwd_weighted(const WeightedGemm<Ele
 }
 
 template <bool IN_OUT, typename Elem>
-__device__ __forceinline__ void grouped_gemm_fwd_gate_up(const GateUp<Elem>& params) {
+__device__ __forceinline__ void gate_up(const TypedGateUpParams<Elem>& params) {
   SHARED_DYNAMIC(shared_bytes);
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
   const GateUpArgs& args = params.args;
@@ -313,88 +313,63 @@ __device__ __forceinline__ void grouped_gemm_fwd_gate_up(const GateUp<Elem>& par
 }
 
 // ---- Entries ------------------------------------------------------------------------------------
-// GateUp is a __grid_constant__, as a local copy of it costs registers; copies of the others do not.
+// TypedGateUpParams is a __grid_constant__: a local copy of it costs registers. Copies of the
+// others do not.
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
-    moe_grouped_gemm_fwd_f32(const GroupedGemm<float> params) {
-  grouped_gemm_fwd<false>(params);
-}
+moe_grouped_gemm_fwd_f32(const TypedGroupedGemmParams<float> params) { grouped_gemm_fwd<false>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_f16(const GroupedGemm<f16> params) {
-  grouped_gemm_fwd<false>(params);
-}
+moe_grouped_gemm_fwd_f16(const TypedGroupedGemmParams<f16> params) { grouped_gemm_fwd<false>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_bf16(const GroupedGemm<bf16> params) {
-  grouped_gemm_fwd<false>(params);
-}
+moe_grouped_gemm_fwd_bf16(const TypedGroupedGemmParams<bf16> params) { grouped_gemm_fwd<false>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_bf16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
-    moe_grouped_gemm_fwd_in_out_f32(const GroupedGemm<float> params) {
-  grouped_gemm_fwd<true>(params);
-}
+moe_grouped_gemm_fwd_in_out_f32(const TypedGroupedGemmParams<float> params) { grouped_gemm_fwd<true>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_in_out_f16(const GroupedGemm<f16> params) {
-  grouped_gemm_fwd<true>(params);
-}
+moe_grouped_gemm_fwd_in_out_f16(const TypedGroupedGemmParams<f16> params) { grouped_gemm_fwd<true>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_in_out_bf16(const GroupedGemm<bf16> params) {
-  grouped_gemm_fwd<true>(params);
-}
+moe_grouped_gemm_fwd_in_out_bf16(const TypedGroupedGemmParams<bf16> params) { grouped_gemm_fwd<true>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_in_out_bf16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_weighted_f16(const WeightedGemm<f16> params) {
-  grouped_gemm_fwd_weighted<false>(params);
-}
+moe_grouped_gemm_fwd_weighted_f16(const TypedWeightedGemmParams<f16> params) { weighted<false>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_weighted_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_weighted_in_out_f16(const WeightedGemm<f16> params) {
-  grouped_gemm_fwd_weighted<true>(params);
-}
+moe_grouped_gemm_fwd_weighted_in_out_f16(const TypedWeightedGemmParams<f16> params) { weighted<true>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_weighted_in_out_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
-    moe_grouped_gemm_fwd_gate_up_f32(const __grid_constant__ GateUp<float> params) {
-  grouped_gemm_fwd_gate_up<false>(params);
-}
+moe_grouped_gemm_fwd_gate_up_f32(const __grid_constant__ TypedGateUpParams<float> params) { gate_up<false>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_gate_up_f16(const __grid_constant__ GateUp<f16> params) {
-  grouped_gemm_fwd_gate_up<false>(params);
-}
+moe_grouped_gemm_fwd_gate_up_f16(const __grid_constant__ TypedGateUpParams<f16> params) { gate_up<false>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_gate_up_bf16(const __grid_constant__ GateUp<bf16> params) {
-  grouped_gemm_fwd_gate_up<false>(params);
-}
+moe_grouped_gemm_fwd_gate_up_bf16(const __grid_constant__ TypedGateUpParams<bf16> params) { gate_up<false>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_bf16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_FMA, 1)
-    moe_grouped_gemm_fwd_gate_up_in_out_f32(const __grid_constant__ GateUp<float> params) {
-  grouped_gemm_fwd_gate_up<true>(params);
-}
+moe_grouped_gemm_fwd_gate_up_in_out_f32(const __grid_constant__ TypedGateUpParams<float> params) { gate_up<true>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_in_out_f32, GEMM_THREADS_FMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_gate_up_in_out_f16(const __grid_constant__ GateUp<f16> params) {
-  grouped_gemm_fwd_gate_up<true>(params);
-}
+moe_grouped_gemm_fwd_gate_up_in_out_f16(const __grid_constant__ TypedGateUpParams<f16> params) { gate_up<true>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_in_out_f16, GEMM_THREADS_MMA)
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS_MMA)
-    moe_grouped_gemm_fwd_gate_up_in_out_bf16(const __grid_constant__ GateUp<bf16> params) {
-  grouped_gemm_fwd_gate_up<true>(params);
-}
+moe_grouped_gemm_fwd_gate_up_in_out_bf16(const __grid_constant__ TypedGateUpParams<bf16> params) { gate_up<true>(params); }
 EXPORT_KERNEL(moe_grouped_gemm_fwd_gate_up_in_out_bf16, GEMM_THREADS_MMA)
+// clang-format on

@@ -117,6 +117,8 @@ __device__ __forceinline__ void noise_fwd(const TypedNoiseParams& params) {
   }
 }
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(NOISE_THREADS)
 moe_noise_fwd(const TypedNoiseParams params) { noise_fwd(params); }
 EXPORT_KERNEL(moe_noise_fwd, NOISE_THREADS)
+// clang-format on

@@ -78,6 +78,7 @@ __device__ __forceinline__ void permute_fwd(const TypedPermuteParams<Elem>& para
   }
 }
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
 moe_permute_fwd_f32(const TypedPermuteParams<float> params) { permute_fwd(params); }
 EXPORT_KERNEL(moe_permute_fwd_f32, PERMUTE_THREADS)
@@ -89,3 +90,4 @@ EXPORT_KERNEL(moe_permute_fwd_f16, PERMUTE_THREADS)
 extern "C" __global__ void __launch_bounds__(PERMUTE_THREADS)
 moe_permute_fwd_bf16(const TypedPermuteParams<bf16> params) { permute_fwd(params); }
 EXPORT_KERNEL(moe_permute_fwd_bf16, PERMUTE_THREADS)
+// clang-format on

@@ -260,6 +260,7 @@ __device__ __forceinline__ void plan_place(const TypedPlanParams& params) {
 
 // ---- Entries ------------------------------------------------------------------------------------
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
 moe_plan_fwd_count(const TypedPlanParams params) { plan_count(params); }
 EXPORT_KERNEL(moe_plan_fwd_count, PLAN_THREADS)
@@ -271,10 +272,11 @@ EXPORT_KERNEL(moe_plan_fwd_scan, PLAN_SCAN_THREADS)
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
 moe_plan_fwd_place(const TypedPlanParams params) { plan_place(params); }
 EXPORT_KERNEL(moe_plan_fwd_place, PLAN_THREADS)
+// clang-format on
 
 // The three steps for a grid of one block, whose barriers make its writes visible to its threads.
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
-moe_plan_fwd_single(const TypedPlanParams params) {
+    moe_plan_fwd_single(const TypedPlanParams params) {
   plan_count(params);
   __syncthreads();
   plan_scan(params);

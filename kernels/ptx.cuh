@@ -1,14 +1,9 @@
-// Inline PTX: every `asm` of the project, one function per instruction, nothing else. The software
-// device has a twin of each function, with the same name and signature, in
-// emulator/simt/simt_ptx.h. Addresses in shared memory are the 32-bit offsets that smem_u32
-// returns. Functions whose instruction is `.aligned` must be called by all lanes of a warp
-// together.
-//
-// Every `asm` is `volatile`, and nearly all have a "memory" clobber. The compiler keeps volatile
-// asm statements in source order and moves no memory access across a clobber, so it may not
-// reschedule these instructions: their order in the source is their order in the machine code. A
-// main loop that issues all its copies before its first ldmatrix or mma delays the tensor cores by
-// that much; interleaving them is the kernel author's task.
+// Inline PTX: every `asm` of the project, one function per instruction, nothing else. Each has a
+// twin of the same name and signature in emulator/simt/simt_ptx.h. Addresses in shared memory are
+// the 32-bit offsets of smem_u32. All lanes of a warp call a function together if its instruction
+// is `.aligned`. Each `asm` is volatile, most with a "memory" clobber: the compiler keeps their
+// order in the PTX and moves no memory access across them, so a main loop must itself interleave
+// copies with ldmatrix and mma.
 #pragma once
 
 namespace ptx {
@@ -367,9 +362,8 @@ __device__ __forceinline__ void griddep_launch() {
 
 // ---- Multicast ---------------------------------------------------------------------------------
 
-// One load for every block of the cluster whose rank is set in the mask `blocks`: the data goes to
-// the same offset `dst` in each block's shared memory, and each block's barrier at the same offset
-// `bar` counts its bytes.
+// Loads into every block of the cluster whose rank is set in the mask `blocks`, at the same
+// offsets: the data to `dst`, its bytes counted by the barrier `bar`.
 __device__ __forceinline__ void tma_load_multicast_2d(u32 dst, const CUtensorMap* map, u32 bar,
                                                       int x, int y, u16 blocks) {
   asm volatile(
@@ -394,9 +388,8 @@ __device__ __forceinline__ void setmaxnreg_dec() {
 }
 
 // ---- wgmma -------------------------------------------------------------------------------------
-// Four warps together multiply a 64x16 tile by a 16xN tile, both given by matrix descriptors of
-// shared memory, into f32 registers: d = a * b + (scale_d ? d : 0). TRANS_A and TRANS_B mean that
-// the tile is stored with M or N innermost instead of K.
+// Four warps multiply a 64x16 by a 16xN tile, given by descriptors of shared memory, into f32:
+// d = a * b + (scale_d ? d : 0). TRANS_A, TRANS_B: M or N is innermost in memory instead of K.
 
 // Orders earlier accesses to the registers, and to shared memory by wgmma, before later wgmmas.
 __device__ __forceinline__ void wgmma_fence() {

@@ -203,40 +203,29 @@ __device__ __forceinline__ void route_fwd_scores(const TypedRouteParams params) 
 
 // ---- Entries ------------------------------------------------------------------------------------
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_f32(const TypedRoutePlainParams<float> params) {
-  route_fwd_plain<NARROW_VALUES>(params);
-}
+moe_route_fwd_plain_narrow_f32(const TypedRoutePlainParams<float> params) { route_fwd_plain<NARROW_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_f32, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_f16(const TypedRoutePlainParams<f16> params) {
-  route_fwd_plain<NARROW_VALUES>(params);
-}
+moe_route_fwd_plain_narrow_f16(const TypedRoutePlainParams<f16> params) { route_fwd_plain<NARROW_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_f16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_narrow_bf16(const TypedRoutePlainParams<bf16> params) {
-  route_fwd_plain<NARROW_VALUES>(params);
-}
+moe_route_fwd_plain_narrow_bf16(const TypedRoutePlainParams<bf16> params) { route_fwd_plain<NARROW_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_plain_narrow_bf16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_f32(const TypedRoutePlainParams<float> params) {
-  route_fwd_plain<WIDE_VALUES>(params);
-}
+moe_route_fwd_plain_wide_f32(const TypedRoutePlainParams<float> params) { route_fwd_plain<WIDE_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_f32, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_f16(const TypedRoutePlainParams<f16> params) {
-  route_fwd_plain<WIDE_VALUES>(params);
-}
+moe_route_fwd_plain_wide_f16(const TypedRoutePlainParams<f16> params) { route_fwd_plain<WIDE_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_f16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
-moe_route_fwd_plain_wide_bf16(const TypedRoutePlainParams<bf16> params) {
-  route_fwd_plain<WIDE_VALUES>(params);
-}
+moe_route_fwd_plain_wide_bf16(const TypedRoutePlainParams<bf16> params) { route_fwd_plain<WIDE_VALUES>(params); }
 EXPORT_KERNEL(moe_route_fwd_plain_wide_bf16, ROUTE_PICK_THREADS)
 
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
@@ -254,3 +243,4 @@ EXPORT_KERNEL(moe_route_fwd_sort, ROUTE_SORT_THREADS)
 extern "C" __global__ void __launch_bounds__(ROUTE_PICK_THREADS)
 moe_route_fwd_scores(const TypedRouteParams params) { route_fwd_scores(params); }
 EXPORT_KERNEL(moe_route_fwd_scores, ROUTE_PICK_THREADS)
+// clang-format on

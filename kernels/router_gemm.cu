@@ -368,6 +368,7 @@ __device__ __forceinline__ void router_gemm_tile(const TypedRouterGemmParams<Ele
   }
 }
 
+// clang-format off: three lines per entry
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_MAX_THREADS, ONE_BLOCKS)
 moe_router_gemm_fwd_one_f32(const TypedRouterGemmParams<float, float> params) { router_gemm_one(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_one_f32, ROUTER_GEMM_MAX_THREADS)
@@ -427,3 +428,4 @@ EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_f16, ROUTER_GEMM_TILE_THREADS)
 extern "C" __global__ void __launch_bounds__(ROUTER_GEMM_TILE_THREADS)
 moe_router_gemm_fwd_tile_gate32_bf16(const TypedRouterGemmParams<bf16, float> params) { router_gemm_tile(params); }
 EXPORT_KERNEL(moe_router_gemm_fwd_tile_gate32_bf16, ROUTER_GEMM_TILE_THREADS)
+// clang-format on

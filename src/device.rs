@@ -132,9 +132,9 @@ impl Device {
     /// Enqueues one kernel on `stream`. Every launch of this crate goes through this function.
     ///
     /// # Safety
-    /// `params` is the struct of abi.h that the kernel takes as its one parameter. The device memory
-    /// at its addresses is valid for the kernel's reads and writes until the kernel has finished.
-    /// `stream` belongs to this device's context.
+    /// `params` is the struct of abi.h that the kernel takes as its one parameter. The device
+    /// memory at its addresses is valid for the kernel's reads and writes until the kernel has
+    /// finished. `stream` belongs to this device's context.
     pub(crate) unsafe fn launch<P: bytemuck::Pod>(
         &self,
         stream: CUstream,

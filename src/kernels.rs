@@ -55,7 +55,8 @@ pub(crate) enum Elements {
     Half,
 }
 
-/// Where a kernel is: the stem of its file, its symbol less the element type, and the types it exists for.
+/// Where a kernel is: the stem of its file, its symbol less the element type, and the types it
+/// exists for.
 pub(crate) struct Entry {
     pub(crate) kernel: Kernel,
     pub(crate) image: &'static str,
@@ -116,8 +117,8 @@ impl Kernel {
 }
 
 impl Entry {
-    /// The one compute capability that the kernel exists for; `None` for a portable one. build.rs compiles by the
-    /// same ending.
+    /// The one compute capability that the kernel exists for; `None` for a portable one. build.rs
+    /// compiles by the same ending.
     pub(crate) fn capability(&self) -> Option<(u32, u32)> {
         self.image.ends_with("_sm90").then_some((9, 0))
     }
@@ -127,8 +128,8 @@ impl Entry {
         self.capability().is_none_or(|only| only == capability)
     }
 
-    /// Whether its blocks should have all of a multiprocessor's shared memory, so that as many of them run beside
-    /// each other as fit; the driver's own choice may leave room for one.
+    /// Whether its blocks should have all of a multiprocessor's shared memory, so that as many of
+    /// them run beside each other as fit; the driver's own choice may leave room for one.
     pub(crate) fn prefers_shared_memory(&self) -> bool {
         self.image.starts_with("grouped_gemm")
     }
@@ -143,8 +144,9 @@ impl Entry {
         }
     }
 
-    /// Whether [`Device::warm_up`](crate::Device::warm_up) goes on without it, for this reason: a kernel for one
-    /// capability may be missing, on other devices and in builds for others. A portable one stands beside it.
+    /// Whether [`Device::warm_up`](crate::Device::warm_up) goes on without it, for this reason: a
+    /// kernel for one capability may be missing, on other devices and in builds for others. A
+    /// portable one stands beside it.
     pub(crate) fn may_be_missing(&self, error: &Error) -> bool {
         let missing =
             matches!(error, Error::KernelsNotBuilt { .. } | Error::UnsupportedDevice { .. });

@@ -42,8 +42,8 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
-    /// Measures the ceilings. On a GPU, reads and products run in cuBLAS; if it cannot be loaded, only
-    /// the copy is measured.
+    /// Measures the ceilings. On a GPU, reads and products run in cuBLAS; if it cannot be loaded,
+    /// only the copy is measured.
     ///
     /// # Errors
     /// Errors of the driver or of cuBLAS.
@@ -153,8 +153,8 @@ fn best(mut call: impl FnMut()) -> f64 {
     best
 }
 
-/// Returns the median seconds of several calls on a device's stream. The times that are compared with
-/// it are medians too.
+/// Returns the median seconds of several calls on a device's stream. The times that are compared
+/// with it are medians too.
 fn median_on(gpu: &Gpu, mut enqueue: impl FnMut() -> Result<()>) -> Result<f64> {
     enqueue()?;
     let taken = (0..ROUNDS).map(|_| between_events(gpu, &mut enqueue));

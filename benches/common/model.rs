@@ -4,8 +4,8 @@ use moe_kernels::{
     GroupScore, Groups, Masked, MoeConfig, Normalization, RouterConfig, Scoring, Selection,
 };
 
-/// A named layer: the widths and the router of a model. All layers have plain SwiGLU experts without
-/// biases and without a shared expert.
+/// A named layer: the widths and the router of a model. All layers have plain SwiGLU experts
+/// without biases and without a shared expert.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Model {
     /// The name on the command line, such as `mixtral-8x7b`.
@@ -120,8 +120,8 @@ impl Model {
         self.config.router.to_string()
     }
 
-    /// The selection bias `[E]` of a router that has one. It is zero, so that the logits alone decide
-    /// how tokens spread over experts.
+    /// The selection bias `[E]` of a router that has one. It is zero, so that the logits alone
+    /// decide how tokens spread over experts.
     pub fn selection_bias(&self) -> Option<Vec<f32>> {
         self.config.router.selection_bias.then(|| vec![0.0; self.config.num_experts])
     }

@@ -54,8 +54,8 @@ pub struct Roofline {
 /// The least work of `op` on `tokens` tokens, with elements of `size` bytes.
 ///
 /// `distinct` is the number of experts with a row, under uniform routing [`expected_distinct`].
-/// Logits and the router gate have the element type, except for the f32 logits of `router_gemm`. Ids, maps,
-/// routing weights and the selection bias have 4 bytes.
+/// Logits and the router gate have the element type, except for the f32 logits of `router_gemm`.
+/// Ids, maps, routing weights and the selection bias have 4 bytes.
 pub fn work(op: Op, config: &MoeConfig, tokens: usize, size: usize, distinct: f64) -> Work {
     let [t, h, i, e, k] =
         [tokens, config.hidden, config.intermediate, config.num_experts, config.top_k]
@@ -130,7 +130,8 @@ mod tests {
     use super::*;
     use crate::common::model::TOKENS;
 
-    /// Copy bandwidth and dense bf16 rate measured on an H200. The tables below are computed from them.
+    /// Copy bandwidth and dense bf16 rate measured on an H200. The tables below are computed from
+    /// them.
     const BANDWIDTH: f64 = 4.3e12;
     const RATE: f64 = 790e12;
 

@@ -9,8 +9,8 @@ use rand_distr::{Distribution, Gumbel};
 use crate::common::error::Result;
 use crate::common::model::Model;
 
-/// A distribution of tokens over experts. A router with groups changes it: a token whose best expert
-/// is in a masked group does not choose that expert.
+/// A distribution of tokens over experts. A router with groups changes it: a token whose best
+/// expert is in a masked group does not choose that expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Routing {
     /// All experts are equally likely.

@@ -9,8 +9,8 @@ use crate::common::error::{Result, driver};
 use crate::common::values;
 
 /// An element type of tensors on the host and on a device.
-pub trait Element: Dtype + DeviceRepr + ValidAsZeroBits {}
-impl<D: Dtype + DeviceRepr + ValidAsZeroBits> Element for D {}
+pub trait Element: Dtype + ValidAsZeroBits {}
+impl<D: Dtype + ValidAsZeroBits> Element for D {}
 
 /// The device that is measured.
 pub enum Target<'g> {

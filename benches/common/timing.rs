@@ -9,8 +9,8 @@ use crate::common::error::{Result, driver};
 use crate::common::target::{Gpu, Target};
 use crate::common::workload::Workload;
 
-/// The most tokens of a call that is captured and replayed. Such a call takes so little time that the
-/// launches from the host would dominate it.
+/// The most tokens of a call that is captured and replayed. Such a call takes so little time that
+/// the launches from the host would dominate it.
 const MOST_GRAPH_TOKENS: usize = 512;
 
 /// Calls in one graph.

@@ -1,6 +1,6 @@
 // A stand-in for cuBLAS on the CPU, for test_peers.py: cublasGemmGroupedBatchedEx after the manual,
-// for groups of one matrix in f32 or bf16, with sums in double. All matrices are column-major, as in
-// cuBLAS.
+// for groups of one matrix in f32 or bf16, with sums in double. All matrices are column-major, as
+// in cuBLAS.
 
 #include <cstdint>
 #include <cstring>

@@ -392,9 +392,9 @@ impl<'a> Problem<'a> {
             let blocks = max_tiles.next_multiple_of(constants.tile_group) * columns;
             // A grid that is too large becomes 0, which the driver refuses.
             let blocks = u32::try_from(blocks).unwrap_or(0);
-            // SAFETY: moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in kernels/grouped_gemm.cu
-            // take these structs; buffers have the lengths that the built-in kernels were given, and
-            // the plan is of their shape.
+            // SAFETY: moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd in
+            // kernels/grouped_gemm.cu take these structs; buffers have the lengths that the
+            // built-in kernels were given, and the plan is of their shape.
             unsafe {
                 result::launch_kernel(
                     function,

@@ -47,18 +47,18 @@ static void count_atomic(const void* p, uint32_t bytes, const void* where) {
 }  // namespace simt
 
 #define WHERE __builtin_return_address(0)
-#define ACCESSES(bytes)                                                                           \
-  void __tsan_read##bytes(void* p) { simt::count_access(false, p, bytes, WHERE, 0); }             \
+#define ACCESSES(bytes)                                                               \
+  void __tsan_read##bytes(void* p) { simt::count_access(false, p, bytes, WHERE, 0); } \
   void __tsan_write##bytes(void* p) { simt::count_access(true, p, bytes, WHERE, 0); }
-#define ATOMICS(bits)                                                                             \
-  uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* p, int) {              \
-    simt::count_atomic(const_cast<const uint##bits##_t*>(p), bits / 8, WHERE);                    \
-    return __atomic_load_n(p, __ATOMIC_RELAXED);                                                  \
-  }                                                                                               \
-  int __tsan_atomic##bits##_compare_exchange_strong(                                              \
-      volatile uint##bits##_t* p, uint##bits##_t* expected, uint##bits##_t desired, int, int) {   \
-    return __atomic_compare_exchange_n(p, expected, desired, false, __ATOMIC_RELAXED,             \
-                                       __ATOMIC_RELAXED);                                         \
+#define ATOMICS(bits)                                                                           \
+  uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* p, int) {            \
+    simt::count_atomic(const_cast<const uint##bits##_t*>(p), bits / 8, WHERE);                  \
+    return __atomic_load_n(p, __ATOMIC_RELAXED);                                                \
+  }                                                                                             \
+  int __tsan_atomic##bits##_compare_exchange_strong(                                            \
+      volatile uint##bits##_t* p, uint##bits##_t* expected, uint##bits##_t desired, int, int) { \
+    return __atomic_compare_exchange_n(p, expected, desired, false, __ATOMIC_RELAXED,           \
+                                       __ATOMIC_RELAXED);                                       \
   }
 
 extern "C" {

@@ -68,8 +68,12 @@ DRIVER_API const simt::Kernel* moe_emulator_kernel(size_t index) {
 DRIVER_API void moe_emulator_counters(EmulatorCounters* counters) {
   Lock lock(state().mutex);
   const Driver& driver = state();
-  *counters = {driver.allocations.size(), driver.allocated_bytes,    driver.counters.launches,
-               driver.counters.copies,    driver.counters.memsets,   driver.counters.failures,
+  *counters = {driver.allocations.size(),
+               driver.allocated_bytes,
+               driver.counters.launches,
+               driver.counters.copies,
+               driver.counters.memsets,
+               driver.counters.failures,
                0};
   if (this_thread()->contexts.empty()) return;
   counters->unfinished = this_thread()->contexts.back()->unfinished.size();
@@ -90,7 +94,8 @@ DRIVER_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, int
   *function = nullptr;
   // Symbols that callers must work without.
   constexpr int PARAMETERS_SINCE = 12040;
-  const bool too_new = !std::strcmp(symbol, "cuFuncGetParamInfo") && driver_version() < PARAMETERS_SINCE;
+  const bool too_new =
+      !std::strcmp(symbol, "cuFuncGetParamInfo") && driver_version() < PARAMETERS_SINCE;
   if (void* self = dlopen("libcuda.so", RTLD_NOLOAD | RTLD_LAZY)) {
     // The API returns the newest version of a function under its plain name.
     for (const char* version : {"_v4", "_v3", "_v2", ""}) {

@@ -46,47 +46,88 @@ namespace {
 // An attribute of the API by its number. Attributes that do not apply to this device are 0.
 int attribute_value(const DeviceProperties& device, int attribute) {
   switch (attribute) {
-    case 1: return MAX_THREADS_PER_BLOCK;
-    case 2: return MAX_THREADS_PER_BLOCK;  // block x
-    case 3: return MAX_THREADS_PER_BLOCK;  // block y
-    case 4: return MAX_BLOCK_Z;
-    case 5: return MAX_GRID_X;
-    case 6: return MAX_GRID_YZ;
-    case 7: return MAX_GRID_YZ;
-    case 8: return DEFAULT_SHARED_BYTES;
-    case 9: return 64 * 1024;    // constant memory
-    case 10: return 32;          // warp size
-    case 11: return 0x7fffffff;  // pitch
-    case 12: return 65536;       // registers per block
-    case 13: return 1000000;     // clock in kHz: no speed is emulated
-    case 14: return 512;         // texture alignment
-    case 16: return device.multiprocessors;
-    case 19: return 1;  // maps host memory
-    case 30: return 512;
-    case 31: return 1;        // concurrent kernels
-    case 36: return 1000000;  // memory clock in kHz
-    case 37: return 1024;     // bus width
-    case 38: return static_cast<int>(device.l2_bytes);
-    case 39: return device.threads_per_multiprocessor;
-    case 40: return 2;   // copy engines
-    case 41: return 1;   // unified addressing
-    case 51: return 32;  // texture pitch alignment
-    case 75: return device.major;
-    case 76: return device.minor;
-    case 78: return 1;  // stream priorities
-    case 79: return 1;  // L1 for globals
-    case 80: return 1;  // L1 for locals
-    case 81: return static_cast<int>(device.shared_per_multiprocessor);
-    case 82: return 65536;  // registers per multiprocessor
-    case 91: return 1;      // registered host memory keeps its address
-    case 97: return static_cast<int>(device.shared_per_block_optin);
-    case 99: return 1;  // registers host memory
-    case 106: return device.blocks_per_multiprocessor;
-    case 111: return 1024;  // shared bytes that each block costs
-    case 115: return 1;     // memory pools
-    case 120: return device.clusters;
-    case 127: return device.tma;
-    default: return 0;
+    case 1:
+      return MAX_THREADS_PER_BLOCK;
+    case 2:
+      return MAX_THREADS_PER_BLOCK;  // block x
+    case 3:
+      return MAX_THREADS_PER_BLOCK;  // block y
+    case 4:
+      return MAX_BLOCK_Z;
+    case 5:
+      return MAX_GRID_X;
+    case 6:
+      return MAX_GRID_YZ;
+    case 7:
+      return MAX_GRID_YZ;
+    case 8:
+      return DEFAULT_SHARED_BYTES;
+    case 9:
+      return 64 * 1024;  // constant memory
+    case 10:
+      return 32;  // warp size
+    case 11:
+      return 0x7fffffff;  // pitch
+    case 12:
+      return 65536;  // registers per block
+    case 13:
+      return 1000000;  // clock in kHz: no speed is emulated
+    case 14:
+      return 512;  // texture alignment
+    case 16:
+      return device.multiprocessors;
+    case 19:
+      return 1;  // maps host memory
+    case 30:
+      return 512;
+    case 31:
+      return 1;  // concurrent kernels
+    case 36:
+      return 1000000;  // memory clock in kHz
+    case 37:
+      return 1024;  // bus width
+    case 38:
+      return static_cast<int>(device.l2_bytes);
+    case 39:
+      return device.threads_per_multiprocessor;
+    case 40:
+      return 2;  // copy engines
+    case 41:
+      return 1;  // unified addressing
+    case 51:
+      return 32;  // texture pitch alignment
+    case 75:
+      return device.major;
+    case 76:
+      return device.minor;
+    case 78:
+      return 1;  // stream priorities
+    case 79:
+      return 1;  // L1 for globals
+    case 80:
+      return 1;  // L1 for locals
+    case 81:
+      return static_cast<int>(device.shared_per_multiprocessor);
+    case 82:
+      return 65536;  // registers per multiprocessor
+    case 91:
+      return 1;  // registered host memory keeps its address
+    case 97:
+      return static_cast<int>(device.shared_per_block_optin);
+    case 99:
+      return 1;  // registers host memory
+    case 106:
+      return device.blocks_per_multiprocessor;
+    case 111:
+      return 1024;  // shared bytes that each block costs
+    case 115:
+      return 1;  // memory pools
+    case 120:
+      return device.clusters;
+    case 127:
+      return device.tma;
+    default:
+      return 0;
   }
 }
 

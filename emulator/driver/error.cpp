@@ -21,7 +21,8 @@ constexpr ErrorText ERRORS[] = {
     ENTRY(CUDA_ERROR_NOT_INITIALIZED, "cuInit was not called"),
     ENTRY(CUDA_ERROR_DEINITIALIZED, "the driver is shutting down"),
     ENTRY(CUDA_ERROR_NO_DEVICE,
-          "no device (MOE_EMULATOR_CC must be 8.0, 9.0 or 12.0, and MOE_EMULATOR_DRIVER a version such as 12040)"),
+          "no device (MOE_EMULATOR_CC must be 8.0, 9.0 or 12.0, and MOE_EMULATOR_DRIVER a version "
+          "such as 12040)"),
     ENTRY(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal"),
     ENTRY(CUDA_ERROR_INVALID_IMAGE, "the image is not a module"),
     ENTRY(CUDA_ERROR_INVALID_CONTEXT, "invalid context, or no current context"),

@@ -52,7 +52,9 @@ DRIVER_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribut
     case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
       *value = static_cast<int>(max_threads(function));
       break;
-    case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = REPORTED_REGISTERS; break;
+    case CU_FUNC_ATTRIBUTE_NUM_REGS:
+      *value = REPORTED_REGISTERS;
+      break;
     case CU_FUNC_ATTRIBUTE_PTX_VERSION:
     case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
       *value = device_properties()->major * 10 + device_properties()->minor;
@@ -60,7 +62,9 @@ DRIVER_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribut
     case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
       *value = static_cast<int>(function.max_dynamic_shared);
       break;
-    case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: *value = function.carveout; break;
+    case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
+      *value = function.carveout;
+      break;
     case CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE:
       *value = function.cluster_policy;
       break;
@@ -72,8 +76,11 @@ DRIVER_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribut
     case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH:
     case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_HEIGHT:
     case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_DEPTH:
-    case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED: *value = 0; break;
-    default: return CUDA_ERROR_INVALID_VALUE;
+    case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED:
+      *value = 0;
+      break;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
   return CUDA_SUCCESS;
 }
@@ -102,7 +109,8 @@ DRIVER_API CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute a
       if (value < 0 || value > 2) return CUDA_ERROR_INVALID_VALUE;
       function.cluster_policy = value;
       break;
-    default: return CUDA_ERROR_INVALID_VALUE;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
   return CUDA_SUCCESS;
 }

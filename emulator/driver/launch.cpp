@@ -78,7 +78,8 @@ bool contains(const std::string& text, const char* word) {
 // Maps the runtime's report to one of the driver's few codes.
 CUresult classify(const std::string& report) {
   if (contains(report, "aligned")) return CUDA_ERROR_MISALIGNED_ADDRESS;
-  if (contains(report, "not supported on compute capability")) return CUDA_ERROR_ILLEGAL_INSTRUCTION;
+  if (contains(report, "not supported on compute capability"))
+    return CUDA_ERROR_ILLEGAL_INSTRUCTION;
   if (contains(report, "invalid access") && !contains(report, "stack overflow")) {
     return CUDA_ERROR_ILLEGAL_ADDRESS;
   }
@@ -240,7 +241,8 @@ DRIVER_API CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction fu
   for (unsigned i = 0; device && i < config->num_attributes; i++) {
     const CUlaunchAttribute& attribute = config->attributes[i];
     switch (attribute.id) {
-      case CU_LAUNCH_ATTRIBUTE_IGNORE: break;
+      case CU_LAUNCH_ATTRIBUTE_IGNORE:
+        break;
       case CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION:
         launch.cluster =
             dim3(attribute.value.cluster.x, attribute.value.cluster.y, attribute.value.cluster.z);

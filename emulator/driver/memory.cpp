@@ -80,24 +80,39 @@ CUresult pointer_attribute(void* data, int attribute, CUdeviceptr pointer) {
   if (!device && !host) return CUDA_ERROR_INVALID_VALUE;
   auto put = [data](auto value) { std::memcpy(data, &value, sizeof value); };
   switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT: put(device ? device->context->handle : nullptr); break;
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+      put(device ? device->context->handle : nullptr);
+      break;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
       put(device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST);
       break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: put(pointer); break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+      put(pointer);
+      break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
       if (device) return CUDA_ERROR_INVALID_VALUE;
       put(pointer);
       break;
-    case CU_POINTER_ATTRIBUTE_BUFFER_ID: put(device ? device->id : uint64_t{host->first}); break;
-    case CU_POINTER_ATTRIBUTE_IS_MANAGED: put(0); break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: put(0); break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+      put(device ? device->id : uint64_t{host->first});
+      break;
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED:
+      put(0);
+      break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+      put(0);
+      break;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
       put(CUdeviceptr{device ? start : host->first});
       break;
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: put(device ? device->size : host->second.size); break;
-    case CU_POINTER_ATTRIBUTE_MAPPED: put(1); break;
-    default: return not_supported("this attribute of cuPointerGetAttribute");
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      put(device ? device->size : host->second.size);
+      break;
+    case CU_POINTER_ATTRIBUTE_MAPPED:
+      put(1);
+      break;
+    default:
+      return not_supported("this attribute of cuPointerGetAttribute");
   }
   return CUDA_SUCCESS;
 }

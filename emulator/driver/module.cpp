@@ -37,7 +37,8 @@ unsigned newest_ptx(int driver) {
 unsigned stated_ptx(const char* text) {
   unsigned major = 0, minor = 0;
   const char* version = std::strstr(text, ".version");
-  return version && std::sscanf(version, ".version %u.%u", &major, &minor) == 2 ? 10 * major + minor : 0;
+  return version && std::sscanf(version, ".version %u.%u", &major, &minor) == 2 ? 10 * major + minor
+                                                                                : 0;
 }
 
 // The PTX version in the headers of a fat binary's parts; 0 for a fat binary without PTX.

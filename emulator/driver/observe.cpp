@@ -33,12 +33,13 @@ Outcome log_launch(const simt::Kernel& kernel) {
   const bool written =
       file >= 0 && write(file, line.data(), line.size()) == static_cast<ssize_t>(line.size());
   if (file >= 0) close(file);
-  return written ? Outcome() : failure("MOE_EMULATOR_LAUNCHES: " + std::string(path) + " cannot be written");
+  return written ? Outcome()
+                 : failure("MOE_EMULATOR_LAUNCHES: " + std::string(path) + " cannot be written");
 }
 
-// MOE_EMULATOR_FAULT=flip:KERNEL: after each run, inverts bit 14 of the memory at the kernel's first
-// output, whose address is the first field of its parameter. In an f32 this changes the value by
-// 2^-9 of it; in a 16-bit float it is the highest bit of the exponent.
+// MOE_EMULATOR_FAULT=flip:KERNEL: after each run, inverts bit 14 of the memory at the kernel's
+// first output, whose address is the first field of its parameter. In an f32 this changes the value
+// by 2^-9 of it; in a 16-bit float it is the highest bit of the exponent.
 Outcome flip_bit(const simt::Kernel& kernel, const std::vector<void*>& arguments) {
   CUdeviceptr output = 0;
   if (!arguments.empty() && kernel.parameters[0].size >= sizeof output) {
@@ -66,7 +67,8 @@ Outcome plant_fault(const simt::Kernel& kernel, const std::vector<void*>& argume
   }
   if (std::strcmp(kernel.symbol, colon + 1) != 0) return {};
   if (kind == "flip") return flip_bit(kernel, arguments);
-  return failure("kernel '" + std::string(kernel.symbol) + "' fails as requested by MOE_EMULATOR_FAULT");
+  return failure("kernel '" + std::string(kernel.symbol) +
+                 "' fails as requested by MOE_EMULATOR_FAULT");
 }
 
 }  // namespace

@@ -46,8 +46,10 @@ DRIVER_API CUresult cuMemPoolSetAttribute(CUmemoryPool pool, CUmemPool_attribute
       return CUDA_SUCCESS;
     case CU_MEMPOOL_ATTR_REUSE_FOLLOW_EVENT_DEPENDENCIES:
     case CU_MEMPOOL_ATTR_REUSE_ALLOW_OPPORTUNISTIC:
-    case CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES: return CUDA_SUCCESS;
-    default: return CUDA_ERROR_INVALID_VALUE;
+    case CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES:
+      return CUDA_SUCCESS;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
   }
 }
 
@@ -58,10 +60,15 @@ DRIVER_API CUresult cuMemPoolGetAttribute(CUmemoryPool pool, CUmemPool_attribute
   if (pool != DEFAULT_POOL || !value) return CUDA_ERROR_INVALID_VALUE;
   uint64_t result;
   switch (attribute) {
-    case CU_MEMPOOL_ATTR_RELEASE_THRESHOLD: result = call.driver.release_threshold; break;
+    case CU_MEMPOOL_ATTR_RELEASE_THRESHOLD:
+      result = call.driver.release_threshold;
+      break;
     case CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT:
-    case CU_MEMPOOL_ATTR_USED_MEM_CURRENT: result = call.driver.allocated_bytes; break;
-    default: return not_supported("this attribute of cuMemPoolGetAttribute");
+    case CU_MEMPOOL_ATTR_USED_MEM_CURRENT:
+      result = call.driver.allocated_bytes;
+      break;
+    default:
+      return not_supported("this attribute of cuMemPoolGetAttribute");
   }
   std::memcpy(value, &result, sizeof result);
   return CUDA_SUCCESS;

@@ -109,10 +109,9 @@ OperationPtr choose_stray(HostThread& thread, const Context& context) {
 void complete(Lock& lock, HostThread& thread, std::vector<OperationPtr> targets) {
   std::vector<OperationPtr> needed = unfinished_ancestors(std::move(targets));
   for (;;) {
-    needed.erase(
-        std::remove_if(needed.begin(), needed.end(),
-                       [](const OperationPtr& p) { return p->state == Operation::DONE; }),
-        needed.end());
+    needed.erase(std::remove_if(needed.begin(), needed.end(),
+                                [](const OperationPtr& p) { return p->state == Operation::DONE; }),
+                 needed.end());
     if (needed.empty()) return;
     OperationPtr chosen;
     if (draw_one_in(thread, STRAY_ONE_IN)) chosen = choose_stray(thread, *needed[0]->context);

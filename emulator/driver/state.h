@@ -77,7 +77,7 @@ struct Stream {
   uint64_t id = 0;
   bool legacy = false;
   bool destroyed = false;  // stays listed until its work is done: the legacy stream waits for it
-  ErrorDomainPtr domain;  // null for the default streams
+  ErrorDomainPtr domain;   // null for the default streams
   OperationPtr last;
   std::shared_ptr<Capture> capture;
   std::vector<NodePtr> tail;  // while capturing: the dependencies of the next node
@@ -156,10 +156,10 @@ struct HostThread {
   uint64_t seed, random;
   uint64_t launches = 0;
   unsigned os_threads;
-  uint64_t left_out = 0;    // blocks of each launch
-  std::string report;       // of the last failure of this thread's work
+  uint64_t left_out = 0;                 // blocks of each launch
+  std::string report;                    // of the last failure of this thread's work
   CUresult report_error = CUDA_SUCCESS;  // and its code
-  std::string report_copy;  // the text that last_error() returned
+  std::string report_copy;               // the text that last_error() returned
   ErrorDomainPtr default_domain = std::make_shared<ErrorDomain>();
   std::vector<ContextPtr> contexts;  // the stack; the last one is current
   std::map<Context*, StreamPtr> default_streams;

@@ -23,9 +23,7 @@ CUresult create_stream(CUstream* out, unsigned flags, int priority) {
   return CUDA_SUCCESS;
 }
 
-bool is_idle(const Stream& stream) {
-  return !stream.last || stream.last->state == Operation::DONE;
-}
+bool is_idle(const Stream& stream) { return !stream.last || stream.last->state == Operation::DONE; }
 
 void forget_destroyed_streams(Context& context) {
   auto& streams = context.streams;

@@ -20,8 +20,8 @@ DRIVER_API CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int data_type, uint
     return CUDA_ERROR_INVALID_VALUE;
   }
   if (rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
-  int result = simt::tensor_map_encode_tiled(map, data_type, rank, base, dim, stride_bytes,
-                                             box, element_stride, interleave, swizzle, l2_promotion,
-                                             oob_fill);
+  int result =
+      simt::tensor_map_encode_tiled(map, data_type, rank, base, dim, stride_bytes, box,
+                                    element_stride, interleave, swizzle, l2_promotion, oob_fill);
   return result == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }

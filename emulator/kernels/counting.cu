@@ -8,7 +8,7 @@ constexpr int WARP = 32;
 
 // y[lane] = x[first + stride * lane], for each thread of the grid
 extern "C" __global__ void __launch_bounds__(256)
-emu_count_words(float* y, const float* x, const int first, const int stride) {
+    emu_count_words(float* y, const float* x, const int first, const int stride) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   y[i] = x[first + stride * i];
 }
@@ -78,7 +78,7 @@ EXPORT_KERNEL(emu_count_uneven, WARP)
 // Between two rendezvous of the warp, odd lanes alone take the second of two iterations: if an
 // iteration ends in a rendezvous, the lanes' iterations are counted separately, otherwise as one.
 extern "C" __global__ void __launch_bounds__(WARP)
-emu_count_iterations(float* y, const float* x, const int rendezvous) {
+    emu_count_iterations(float* y, const float* x, const int rendezvous) {
   const int lane = threadIdx.x;
   for (int iteration = 0; iteration < 2; iteration++) {
     if (lane % 2 == iteration) y[lane] = x[lane];
@@ -102,7 +102,7 @@ __device__ __forceinline__ void through_shared(T* y, const int stride) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARP)
-emu_count_shared2(unsigned short* y, const int stride) {
+    emu_count_shared2(unsigned short* y, const int stride) {
   through_shared(y, stride);
 }
 EXPORT_KERNEL(emu_count_shared2, WARP)
@@ -126,7 +126,7 @@ EXPORT_KERNEL(emu_count_shared16, WARP)
 
 // Twice: lanes below `copied` copy 16 bytes from the source, the others write zeros. Then all copy.
 extern "C" __global__ void __launch_bounds__(WARP)
-emu_count_cp_async(uint4* y, const uint4* x, const int copied) {
+    emu_count_cp_async(uint4* y, const uint4* x, const int copied) {
   SHARED_ARRAY(uint4, tile, 3 * WARP);
   const int lane = threadIdx.x;
   for (int i = 0; i < 3; i++) {

@@ -4,7 +4,7 @@
 
 // y[n] = factor * x[n]
 extern "C" __global__ void __launch_bounds__(256)
-emu_ok_scale(float* y, const float* x, const float factor, const int n) {
+    emu_ok_scale(float* y, const float* x, const float factor, const int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) y[i] = factor * x[i];
 }
@@ -26,8 +26,8 @@ struct MixedArgs {
 
 // Parameters with padding between them: out[4] = {a, b, c, args.a + args.b + args.c}
 extern "C" __global__ void __launch_bounds__(32)
-emu_ok_mixed(double* out, const signed char a, const double b, const short c,
-             const MixedArgs args) {
+    emu_ok_mixed(double* out, const signed char a, const double b, const short c,
+                 const MixedArgs args) {
   out[0] = a;
   out[1] = b;
   out[2] = c;
@@ -51,7 +51,7 @@ EXPORT_KERNEL(emu_ok_shared, 64)
 
 // p[index] = value, in or out of bounds.
 extern "C" __global__ void __launch_bounds__(32)
-emu_bug_write_at(int* p, const long long index, const int value) {
+    emu_bug_write_at(int* p, const long long index, const int value) {
   p[index] = value;
 }
 EXPORT_KERNEL(emu_bug_write_at, 32)
@@ -65,7 +65,7 @@ struct WriteAtParams {
 
 // The same with one struct for all parameters.
 extern "C" __global__ void __launch_bounds__(32)
-emu_bug_write_at_of_struct(const WriteAtParams params) {
+    emu_bug_write_at_of_struct(const WriteAtParams params) {
   params.p[params.index] = params.value;
 }
 EXPORT_KERNEL(emu_bug_write_at_of_struct, 32)

@@ -9,66 +9,32 @@
 
 // ---- Correctly rounded, never contracted ----
 
-inline float __fadd_rn(float a, float b) {
-  return a + b;
-}
-inline float __fsub_rn(float a, float b) {
-  return a - b;
-}
-inline float __fmul_rn(float a, float b) {
-  return a * b;
-}
-inline float __fdiv_rn(float a, float b) {
-  return a / b;
-}
-inline float __fmaf_rn(float a, float b, float c) {
-  return std::fma(a, b, c);
-}
-inline float __fsqrt_rn(float a) {
-  return std::sqrt(a);
-}
-inline float __frcp_rn(float a) {
-  return 1.0f / a;
-}
-inline double __fma_rn(double a, double b, double c) {
-  return std::fma(a, b, c);
-}
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 
 // ---- Fast on a GPU ----
 
-inline float __expf(float x) {
-  return std::exp(x);
-}
+inline float __expf(float x) { return std::exp(x); }
 inline float __exp10f(float x) {
   return static_cast<float>(std::pow(10.0, static_cast<double>(x)));
 }
-inline float __logf(float x) {
-  return std::log(x);
-}
-inline float __log2f(float x) {
-  return std::log2(x);
-}
-inline float __powf(float x, float y) {
-  return std::pow(x, y);
-}
-inline float __sinf(float x) {
-  return std::sin(x);
-}
-inline float __cosf(float x) {
-  return std::cos(x);
-}
-inline float __fdividef(float a, float b) {
-  return a / b;
-}
+inline float __logf(float x) { return std::log(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline float __powf(float x, float y) { return std::pow(x, y); }
+inline float __sinf(float x) { return std::sin(x); }
+inline float __cosf(float x) { return std::cos(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __frsqrt_rn(float x) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
 }
-inline float rsqrtf(float x) {
-  return __frsqrt_rn(x);
-}
-inline float __saturatef(float x) {
-  return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
-}
+inline float rsqrtf(float x) { return __frsqrt_rn(x); }
+inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 
 // ---- Minimum and maximum; mixed operands convert to their common type ----
 
@@ -85,55 +51,33 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 
 // ---- Conversions ----
 
-inline float __int2float_rn(int i) {
-  return static_cast<float>(i);
-}
-inline float __uint2float_rn(unsigned u) {
-  return static_cast<float>(u);
-}
+inline float __int2float_rn(int i) { return static_cast<float>(i); }
+inline float __uint2float_rn(unsigned u) { return static_cast<float>(u); }
 // Conversions to integers saturate, and NaN becomes zero.
 inline int __float2int_rz(float f) {
   if (!(f == f)) return 0;
   if (f >= 2147483648.0f) return 2147483647;
   return f <= -2147483648.0f ? -2147483647 - 1 : static_cast<int>(f);
 }
-inline int __float2int_rn(float f) {
-  return __float2int_rz(std::nearbyint(f));
-}
-inline int __float2int_rd(float f) {
-  return __float2int_rz(std::floor(f));
-}
-inline int __float2int_ru(float f) {
-  return __float2int_rz(std::ceil(f));
-}
+inline int __float2int_rn(float f) { return __float2int_rz(std::nearbyint(f)); }
+inline int __float2int_rd(float f) { return __float2int_rz(std::floor(f)); }
+inline int __float2int_ru(float f) { return __float2int_rz(std::ceil(f)); }
 inline unsigned __float2uint_rz(float f) {
   if (!(f > 0.0f)) return 0;
   return f >= 4294967296.0f ? 0xffffffffu : static_cast<unsigned>(f);
 }
-inline unsigned __float2uint_rn(float f) {
-  return __float2uint_rz(std::nearbyint(f));
-}
+inline unsigned __float2uint_rn(float f) { return __float2uint_rz(std::nearbyint(f)); }
 
 // ---- Bits ----
 
-inline int __popc(unsigned x) {
-  return __builtin_popcount(x);
-}
-inline int __popcll(unsigned long long x) {
-  return __builtin_popcountll(x);
-}
-inline int __clz(int x) {
-  return x ? __builtin_clz(static_cast<unsigned>(x)) : 32;
-}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __clzll(long long x) {
   return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64;
 }
-inline int __ffs(int x) {
-  return __builtin_ffs(x);
-}
-inline int __ffsll(long long x) {
-  return __builtin_ffsll(x);
-}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline unsigned __brev(unsigned x) {
   unsigned reversed = 0;
   for (int i = 0; i < 32; i++) reversed |= (x >> i & 1u) << (31 - i);

@@ -22,9 +22,7 @@ void run_copies(Fiber* fiber, uint64_t end) {
   }
 }
 
-static uint64_t issued(const Copies& copies) {
-  return copies.retired + copies.ops.size();
-}
+static uint64_t issued(const Copies& copies) { return copies.retired + copies.ops.size(); }
 
 void cp_async(uint32_t dst, const void* src, uint32_t bytes, uint32_t src_bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(src) % bytes != 0) {
@@ -93,8 +91,6 @@ void cp_async_mbar_arrive(uint32_t bar, Site site) {
   cluster->async.push_back(arrival);
 }
 
-void copies_thread_exiting(Fiber* fiber) {
-  run_copies(fiber, issued(fiber->copies));
-}
+void copies_thread_exiting(Fiber* fiber) { run_copies(fiber, issued(fiber->copies)); }
 
 }  // namespace simt

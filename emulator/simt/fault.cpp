@@ -15,9 +15,7 @@ namespace simt {
 
 #if defined(SIMT_ASAN) || defined(SIMT_TSAN)
 
-void run_guarded(void (*f)()) {
-  f();
-}
+void run_guarded(void (*f)()) { f(); }
 
 #else
 

@@ -13,20 +13,14 @@ namespace simt {
 
 static thread_local std::string t_error;
 
-const char* last_error() {
-  return t_error.c_str();
-}
+const char* last_error() { return t_error.c_str(); }
 
 // ---- The device ----
 
 static DeviceLimits g_limits{9, 0, 227 * 1024, true, true, true};
 
-void set_device_limits(const DeviceLimits& limits) {
-  g_limits = limits;
-}
-const DeviceLimits& device_limits() {
-  return g_limits;
-}
+void set_device_limits(const DeviceLimits& limits) { g_limits = limits; }
+const DeviceLimits& device_limits() { return g_limits; }
 
 void need(Feature feature, const char* what, Site site) {
   bool there = false;
@@ -57,9 +51,7 @@ static std::vector<const Kernel*>& table() {
   return *kernels;
 }
 
-void register_kernel(const Kernel* kernel) {
-  table().push_back(kernel);
-}
+void register_kernel(const Kernel* kernel) { table().push_back(kernel); }
 
 const Kernel* const* all_kernels(size_t* count) {
   *count = table().size();
@@ -75,9 +67,7 @@ const Kernel* find_kernel(const char* symbol) {
 
 // ---- One cluster ----
 
-static uint64_t count(const dim3& d) {
-  return static_cast<uint64_t>(d.x) * d.y * d.z;
-}
+static uint64_t count(const dim3& d) { return static_cast<uint64_t>(d.x) * d.y * d.z; }
 
 static void prepare_warp(Warp* warp, uint32_t index, uint32_t lanes) {
   warp->index = index;

@@ -16,12 +16,8 @@ uint64_t next_random() {
 }
 
 // The high bits are of better quality.
-static bool one_in_power(int bits) {
-  return next_random() >> (64 - bits) == 0;
-}
-static uint32_t random_below(size_t n) {
-  return static_cast<uint32_t>((next_random() >> 32) % n);
-}
+static bool one_in_power(int bits) { return next_random() >> (64 - bits) == 0; }
+static uint32_t random_below(size_t n) { return static_cast<uint32_t>((next_random() >> 32) % n); }
 
 bool act_now(Unit unit) {
   switch (cluster->async_time[static_cast<int>(unit)]) {

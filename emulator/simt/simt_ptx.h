@@ -48,9 +48,7 @@ using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
 
-inline u32 smem_u32(const void* p) {
-  return __cvta_generic_to_shared(p);
-}
+inline u32 smem_u32(const void* p) { return __cvta_generic_to_shared(p); }
 
 // ---- Asynchronous copies, global to shared ----
 
@@ -63,9 +61,7 @@ inline void cp_async8(u32 dst, const void* src, u32 src_bytes = 8, SIMT_SITE) {
 inline void cp_async16(u32 dst, const void* src, u32 src_bytes = 16, SIMT_SITE) {
   simt::cp_async(dst, src, 16, src_bytes, site);
 }
-inline void cp_async_commit() {
-  simt::cp_async_commit();
-}
+inline void cp_async_commit() { simt::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait() {
   simt::cp_async_wait(N);
@@ -73,15 +69,9 @@ inline void cp_async_wait() {
 
 // ---- Warp-wide matrix instructions ----
 
-inline void ldmatrix_x1(u32 (&r)[1], u32 row, SIMT_SITE) {
-  simt::ldmatrix(r, 1, false, row, site);
-}
-inline void ldmatrix_x2(u32 (&r)[2], u32 row, SIMT_SITE) {
-  simt::ldmatrix(r, 2, false, row, site);
-}
-inline void ldmatrix_x4(u32 (&r)[4], u32 row, SIMT_SITE) {
-  simt::ldmatrix(r, 4, false, row, site);
-}
+inline void ldmatrix_x1(u32 (&r)[1], u32 row, SIMT_SITE) { simt::ldmatrix(r, 1, false, row, site); }
+inline void ldmatrix_x2(u32 (&r)[2], u32 row, SIMT_SITE) { simt::ldmatrix(r, 2, false, row, site); }
+inline void ldmatrix_x4(u32 (&r)[4], u32 row, SIMT_SITE) { simt::ldmatrix(r, 4, false, row, site); }
 inline void ldmatrix_x1_trans(u32 (&r)[1], u32 row, SIMT_SITE) {
   simt::ldmatrix(r, 1, true, row, site);
 }
@@ -124,15 +114,9 @@ inline void stmatrix_x4_trans(u32 row, const u32 (&r)[4], SIMT_SITE) {
 
 // ---- mbarriers ----
 
-inline void mbar_init(u32 bar, u32 count, SIMT_SITE) {
-  simt::mbar_init(bar, count, site);
-}
-inline void mbar_inval(u32 bar, SIMT_SITE) {
-  simt::mbar_inval(bar, site);
-}
-inline void mbar_arrive(u32 bar, SIMT_SITE) {
-  simt::mbar_arrive(bar, "mbarrier.arrive", site);
-}
+inline void mbar_init(u32 bar, u32 count, SIMT_SITE) { simt::mbar_init(bar, count, site); }
+inline void mbar_inval(u32 bar, SIMT_SITE) { simt::mbar_inval(bar, site); }
+inline void mbar_arrive(u32 bar, SIMT_SITE) { simt::mbar_arrive(bar, "mbarrier.arrive", site); }
 inline void mbar_arrive_cluster(u32 bar, SIMT_SITE) {
   simt::need(simt::Feature::Clusters, "mbarrier.arrive.shared::cluster", site);
   simt::mbar_arrive(bar, "mbarrier.arrive.shared::cluster", site);
@@ -146,12 +130,8 @@ inline void mbar_arrive_expect_tx(u32 bar, u32 bytes, SIMT_SITE) {
 inline bool mbar_try_wait(u32 bar, u32 parity, SIMT_SITE) {
   return simt::mbar_test(bar, parity, site);
 }
-inline void mbar_wait(u32 bar, u32 parity, SIMT_SITE) {
-  simt::mbar_wait(bar, parity, site);
-}
-inline void cp_async_mbar_arrive(u32 bar, SIMT_SITE) {
-  simt::cp_async_mbar_arrive(bar, site);
-}
+inline void mbar_wait(u32 bar, u32 parity, SIMT_SITE) { simt::mbar_wait(bar, parity, site); }
+inline void cp_async_mbar_arrive(u32 bar, SIMT_SITE) { simt::cp_async_mbar_arrive(bar, site); }
 inline void fence_mbar_init() {}
 inline void fence_async_proxy() {}
 
@@ -185,9 +165,7 @@ inline void tma_store_4d(const CUtensorMap* map, u32 src, int x, int y, int z, i
   const int at[] = {x, y, z, w};
   simt::tma_store(map, src, at, 4, site);
 }
-inline void tma_store_commit() {
-  simt::tma_store_commit();
-}
+inline void tma_store_commit() { simt::tma_store_commit(); }
 template <int N>
 inline void tma_store_wait_read() {
   simt::tma_store_wait(N, true);
@@ -207,22 +185,12 @@ inline u32 cluster_size(SIMT_SITE) {
   simt::need(simt::Feature::Sm90, "%cluster_nctarank", site);
   return simt::block_vars->cluster_size;
 }
-inline u32 mapa(u32 address, u32 rank, SIMT_SITE) {
-  return simt::cluster_map(address, rank, site);
-}
-inline void cluster_arrive(SIMT_SITE) {
-  simt::cluster_arrive(site);
-}
-inline void cluster_wait(SIMT_SITE) {
-  simt::cluster_wait(site);
-}
+inline u32 mapa(u32 address, u32 rank, SIMT_SITE) { return simt::cluster_map(address, rank, site); }
+inline void cluster_arrive(SIMT_SITE) { simt::cluster_arrive(site); }
+inline void cluster_wait(SIMT_SITE) { simt::cluster_wait(site); }
 // Kernels of one stream run one after another here, so these have no effect.
-inline void griddep_wait(SIMT_SITE) {
-  simt::need(simt::Feature::Sm90, "griddepcontrol", site);
-}
-inline void griddep_launch(SIMT_SITE) {
-  simt::need(simt::Feature::Sm90, "griddepcontrol", site);
-}
+inline void griddep_wait(SIMT_SITE) { simt::need(simt::Feature::Sm90, "griddepcontrol", site); }
+inline void griddep_launch(SIMT_SITE) { simt::need(simt::Feature::Sm90, "griddepcontrol", site); }
 
 // ---- Multicast ----
 
@@ -249,12 +217,8 @@ inline void setmaxnreg_dec(SIMT_SITE) {
 
 // ---- wgmma ----
 
-inline void wgmma_fence(SIMT_SITE) {
-  simt::wgmma_fence(site);
-}
-inline void wgmma_commit(SIMT_SITE) {
-  simt::wgmma_commit(site);
-}
+inline void wgmma_fence(SIMT_SITE) { simt::wgmma_fence(site); }
+inline void wgmma_commit(SIMT_SITE) { simt::wgmma_commit(site); }
 template <int N>
 inline void wgmma_wait(SIMT_SITE) {
   simt::wgmma_wait(N, site);

@@ -218,12 +218,8 @@ struct Cluster {
 
 extern __thread Cluster* cluster __attribute__((tls_model("initial-exec")));
 
-inline Fiber* current_fiber() {
-  return static_cast<Fiber*>(thread_vars);
-}
-inline Block* current_block() {
-  return current_fiber()->block;
-}
+inline Fiber* current_fiber() { return static_cast<Fiber*>(thread_vars); }
+inline Block* current_block() { return current_fiber()->block; }
 
 // ---- fiber.cpp ----
 
@@ -236,9 +232,7 @@ void prepare_fiber(Fiber* fiber);
 
 uint64_t next_random();
 bool act_now(Unit unit);  // whether an asynchronous operation happens at its issue
-inline void made_progress() {
-  cluster->polls = 0;
-}
+inline void made_progress() { cluster->polls = 0; }
 void run_one_async();
 Fiber* pick_next();                                        // nullptr if no thread can run
 void wait_here(State state, const char* kind, Site site);  // until the lane becomes runnable

@@ -82,9 +82,7 @@ static constexpr int warpSize = 32;
     return ::simt::static_shared(&key, sizeof(T) * (n), alignof(T) < 16 ? 16 : alignof(T)); \
   }())
 
-inline void __syncthreads(SIMT_SITE) {
-  simt::barrier_sync(0, 0, "__syncthreads", site);
-}
+inline void __syncthreads(SIMT_SITE) { simt::barrier_sync(0, 0, "__syncthreads", site); }
 inline int __syncthreads_count(int predicate, SIMT_SITE) {
   return simt::barrier_vote(simt::Vote::Count, predicate != 0, "__syncthreads_count", site);
 }
@@ -95,24 +93,12 @@ inline int __syncthreads_or(int predicate, SIMT_SITE) {
   return simt::barrier_vote(simt::Vote::Or, predicate != 0, "__syncthreads_or", site);
 }
 
-inline void __threadfence() {
-  simt::memory_fence();
-}
-inline void __threadfence_block() {
-  simt::memory_fence();
-}
-inline void __threadfence_system() {
-  simt::memory_fence();
-}
-inline void __nanosleep(unsigned) {
-  simt::yield_thread();
-}
-inline long long clock64() {
-  return 0;
-}
+inline void __threadfence() { simt::memory_fence(); }
+inline void __threadfence_block() { simt::memory_fence(); }
+inline void __threadfence_system() { simt::memory_fence(); }
+inline void __nanosleep(unsigned) { simt::yield_thread(); }
+inline long long clock64() { return 0; }
 [[noreturn]] inline void __trap(SIMT_SITE) {
   simt::fail("__trap() at %s:%d", site.file, site.line);
 }
-inline uint32_t __cvta_generic_to_shared(const void* p) {
-  return simt::shared_offset(p);
-}
+inline uint32_t __cvta_generic_to_shared(const void* p) { return simt::shared_offset(p); }

@@ -64,8 +64,8 @@ static void count_box(WarpEvent event, const TensorMap& map, const int* at) {
   for (uint32_t row = 0; row < map.rows() && first < last; row++) {
     unsigned char* start;
     if (!row_in_tensor(map, at, row, start)) continue;
-    ranges.push_back({start + first * map.element_bytes,
-                    static_cast<size_t>(last - first) * map.element_bytes});
+    ranges.push_back(
+        {start + first * map.element_bytes, static_cast<size_t>(last - first) * map.element_bytes});
   }
   counter->bulk(event, ranges);
 }

@@ -10,9 +10,7 @@
 struct alignas(2) char2 {
   signed char x, y;
 };
-inline char2 make_char2(signed char x, signed char y) {
-  return {x, y};
-}
+inline char2 make_char2(signed char x, signed char y) { return {x, y}; }
 struct alignas(4) char4 {
   signed char x, y, z, w;
 };
@@ -22,9 +20,7 @@ inline char4 make_char4(signed char x, signed char y, signed char z, signed char
 struct alignas(2) uchar2 {
   unsigned char x, y;
 };
-inline uchar2 make_uchar2(unsigned char x, unsigned char y) {
-  return {x, y};
-}
+inline uchar2 make_uchar2(unsigned char x, unsigned char y) { return {x, y}; }
 struct alignas(4) uchar4 {
   unsigned char x, y, z, w;
 };
@@ -34,21 +30,15 @@ inline uchar4 make_uchar4(unsigned char x, unsigned char y, unsigned char z, uns
 struct alignas(4) short2 {
   short x, y;
 };
-inline short2 make_short2(short x, short y) {
-  return {x, y};
-}
+inline short2 make_short2(short x, short y) { return {x, y}; }
 struct alignas(8) short4 {
   short x, y, z, w;
 };
-inline short4 make_short4(short x, short y, short z, short w) {
-  return {x, y, z, w};
-}
+inline short4 make_short4(short x, short y, short z, short w) { return {x, y, z, w}; }
 struct alignas(4) ushort2 {
   unsigned short x, y;
 };
-inline ushort2 make_ushort2(unsigned short x, unsigned short y) {
-  return {x, y};
-}
+inline ushort2 make_ushort2(unsigned short x, unsigned short y) { return {x, y}; }
 struct alignas(8) ushort4 {
   unsigned short x, y, z, w;
 };
@@ -59,69 +49,47 @@ inline ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z
 struct alignas(8) int2 {
   int x, y;
 };
-inline int2 make_int2(int x, int y) {
-  return {x, y};
-}
+inline int2 make_int2(int x, int y) { return {x, y}; }
 struct int3 {
   int x, y, z;
 };
-inline int3 make_int3(int x, int y, int z) {
-  return {x, y, z};
-}
+inline int3 make_int3(int x, int y, int z) { return {x, y, z}; }
 struct alignas(16) int4 {
   int x, y, z, w;
 };
-inline int4 make_int4(int x, int y, int z, int w) {
-  return {x, y, z, w};
-}
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 struct alignas(8) uint2 {
   unsigned x, y;
 };
-inline uint2 make_uint2(unsigned x, unsigned y) {
-  return {x, y};
-}
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct uint3 {
   unsigned x, y, z;
 };
-inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) {
-  return {x, y, z};
-}
+inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
-  return {x, y, z, w};
-}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct alignas(16) longlong2 {
   long long x, y;
 };
-inline longlong2 make_longlong2(long long x, long long y) {
-  return {x, y};
-}
+inline longlong2 make_longlong2(long long x, long long y) { return {x, y}; }
 struct alignas(8) float2 {
   float x, y;
 };
-inline float2 make_float2(float x, float y) {
-  return {x, y};
-}
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct float3 {
   float x, y, z;
 };
-inline float3 make_float3(float x, float y, float z) {
-  return {x, y, z};
-}
+inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-inline float4 make_float4(float x, float y, float z, float w) {
-  return {x, y, z, w};
-}
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct alignas(16) double2 {
   double x, y;
 };
-inline double2 make_double2(double x, double y) {
-  return {x, y};
-}
+inline double2 make_double2(double x, double y) { return {x, y}; }
 
 struct dim3 {
   unsigned x, y, z;
@@ -140,24 +108,12 @@ inline To bit_cast(const From& from) {
 }
 }  // namespace simt
 
-inline unsigned __float_as_uint(float f) {
-  return simt::bit_cast<unsigned>(f);
-}
-inline int __float_as_int(float f) {
-  return simt::bit_cast<int>(f);
-}
-inline float __uint_as_float(unsigned u) {
-  return simt::bit_cast<float>(u);
-}
-inline float __int_as_float(int i) {
-  return simt::bit_cast<float>(i);
-}
-inline long long __double_as_longlong(double d) {
-  return simt::bit_cast<long long>(d);
-}
-inline double __longlong_as_double(long long l) {
-  return simt::bit_cast<double>(l);
-}
+inline unsigned __float_as_uint(float f) { return simt::bit_cast<unsigned>(f); }
+inline int __float_as_int(float f) { return simt::bit_cast<int>(f); }
+inline float __uint_as_float(unsigned u) { return simt::bit_cast<float>(u); }
+inline float __int_as_float(int i) { return simt::bit_cast<float>(i); }
+inline long long __double_as_longlong(double d) { return simt::bit_cast<long long>(d); }
+inline double __longlong_as_double(long long l) { return simt::bit_cast<double>(l); }
 
 // ---- bf16 ----
 
@@ -172,9 +128,7 @@ struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
 
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) {
-  return b.bits;
-}
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
   return simt::bit_cast<__nv_bfloat16>(bits);
 }
@@ -187,54 +141,30 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return __ushort_as_bfloat16(0x7fff);
   return __ushort_as_bfloat16(static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1)) >> 16));
 }
-inline __nv_bfloat16 __float2bfloat16(float f) {
-  return __float2bfloat16_rn(f);
-}
+inline __nv_bfloat16 __float2bfloat16(float f) { return __float2bfloat16_rn(f); }
 inline __nv_bfloat16 __float2bfloat16_rz(float f) {
   const uint32_t u = __float_as_uint(f);
   if ((u & 0x7fffffffu) > 0x7f800000u) return __ushort_as_bfloat16(0x7fff);
   return __ushort_as_bfloat16(static_cast<uint16_t>(u >> 16));
 }
-inline __nv_bfloat16::__nv_bfloat16(float f) {
-  *this = __float2bfloat16_rn(f);
-}
-inline __nv_bfloat16::operator float() const {
-  return __bfloat162float(*this);
-}
+inline __nv_bfloat16::__nv_bfloat16(float f) { *this = __float2bfloat16_rn(f); }
+inline __nv_bfloat16::operator float() const { return __bfloat162float(*this); }
 
-inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) {
-  return {x, y};
-}
-inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) {
-  return {x, y};
-}
-inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 b) {
-  return {b, b};
-}
+inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
+inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
+inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 b) { return {b, b}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
-inline __nv_bfloat162 __float22bfloat162_rn(float2 f) {
-  return __floats2bfloat162_rn(f.x, f.y);
-}
-inline __nv_bfloat162 __float2bfloat162_rn(float f) {
-  return __floats2bfloat162_rn(f, f);
-}
+inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return __floats2bfloat162_rn(f.x, f.y); }
+inline __nv_bfloat162 __float2bfloat162_rn(float f) { return __floats2bfloat162_rn(f, f); }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) {
   return {__bfloat162float(v.x), __bfloat162float(v.y)};
 }
-inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) {
-  return v.x;
-}
-inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) {
-  return v.y;
-}
-inline float __low2float(__nv_bfloat162 v) {
-  return __bfloat162float(v.x);
-}
-inline float __high2float(__nv_bfloat162 v) {
-  return __bfloat162float(v.y);
-}
+inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
+inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }
+inline float __low2float(__nv_bfloat162 v) { return __bfloat162float(v.x); }
+inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }
 
 // ---- half ----
 
@@ -249,12 +179,8 @@ struct alignas(4) __half2 {
   __half x, y;
 };
 
-inline unsigned short __half_as_ushort(__half h) {
-  return h.bits;
-}
-inline __half __ushort_as_half(unsigned short bits) {
-  return simt::bit_cast<__half>(bits);
-}
+inline unsigned short __half_as_ushort(__half h) { return h.bits; }
+inline __half __ushort_as_half(unsigned short bits) { return simt::bit_cast<__half>(bits); }
 inline float __half2float(__half h) {
   const uint32_t sign = (h.bits & 0x8000u) << 16, magnitude = (h.bits & 0x7fffu) << 13;
   // A multiplication moves the exponent from one bias to the other, which is right for subnormals
@@ -277,49 +203,23 @@ inline __half __float2half_rn(float f) {
   }
   return __ushort_as_half(static_cast<uint16_t>(sign | result));
 }
-inline __half __float2half(float f) {
-  return __float2half_rn(f);
-}
-inline __half::__half(float f) {
-  *this = __float2half_rn(f);
-}
-inline __half::operator float() const {
-  return __half2float(*this);
-}
+inline __half __float2half(float f) { return __float2half_rn(f); }
+inline __half::__half(float f) { *this = __float2half_rn(f); }
+inline __half::operator float() const { return __half2float(*this); }
 
-inline __half2 __halves2half2(__half x, __half y) {
-  return {x, y};
-}
-inline __half2 make_half2(__half x, __half y) {
-  return {x, y};
-}
-inline __half2 __half2half2(__half h) {
-  return {h, h};
-}
+inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
+inline __half2 make_half2(__half x, __half y) { return {x, y}; }
+inline __half2 __half2half2(__half h) { return {h, h}; }
 inline __half2 __floats2half2_rn(float x, float y) {
   return {__float2half_rn(x), __float2half_rn(y)};
 }
-inline __half2 __float22half2_rn(float2 f) {
-  return __floats2half2_rn(f.x, f.y);
-}
-inline __half2 __float2half2_rn(float f) {
-  return __floats2half2_rn(f, f);
-}
-inline float2 __half22float2(__half2 v) {
-  return {__half2float(v.x), __half2float(v.y)};
-}
-inline __half __low2half(__half2 v) {
-  return v.x;
-}
-inline __half __high2half(__half2 v) {
-  return v.y;
-}
-inline float __low2float(__half2 v) {
-  return __half2float(v.x);
-}
-inline float __high2float(__half2 v) {
-  return __half2float(v.y);
-}
+inline __half2 __float22half2_rn(float2 f) { return __floats2half2_rn(f.x, f.y); }
+inline __half2 __float2half2_rn(float f) { return __floats2half2_rn(f, f); }
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
+inline __half __low2half(__half2 v) { return v.x; }
+inline __half __high2half(__half2 v) { return v.y; }
+inline float __low2float(__half2 v) { return __half2float(v.x); }
+inline float __high2float(__half2 v) { return __half2float(v.y); }
 
 // ---- Arithmetic: exact in f32 up to one final rounding ----
 
@@ -335,18 +235,10 @@ inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
 inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return {__hmul(a.x, b.x), __hmul(a.y, b.y)};
 }
-inline __half __hadd(__half a, __half b) {
-  return __half(float(a) + float(b));
-}
-inline __half __hmul(__half a, __half b) {
-  return __half(float(a) * float(b));
-}
-inline __half2 __hadd2(__half2 a, __half2 b) {
-  return {__hadd(a.x, b.x), __hadd(a.y, b.y)};
-}
-inline __half2 __hmul2(__half2 a, __half2 b) {
-  return {__hmul(a.x, b.x), __hmul(a.y, b.y)};
-}
+inline __half __hadd(__half a, __half b) { return __half(float(a) + float(b)); }
+inline __half __hmul(__half a, __half b) { return __half(float(a) * float(b)); }
+inline __half2 __hadd2(__half2 a, __half2 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
+inline __half2 __hmul2(__half2 a, __half2 b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; }
 
 // A TMA descriptor, opaque as the driver's; tma.cpp decodes it.
 struct alignas(64) CUtensorMap {

@@ -111,8 +111,8 @@ inline uint32_t reduce(uint32_t mask, uint32_t in, Reduction reduction, const ch
 template <class T>
 inline T shuffle(uint32_t mask, T in, int source, int width, const char* kind, Site site) {
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-    fail("%s at %s:%d: the width %d is not a power of two up to 32", kind, site.file,
-         site.line, width);
+    fail("%s at %s:%d: the width %d is not a power of two up to 32", kind, site.file, site.line,
+         width);
   }
   const int lane = static_cast<int>(thread_vars->lane), first = lane & ~(width - 1);
   if (source < first || source >= first + width) source = lane;

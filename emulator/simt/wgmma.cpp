@@ -124,9 +124,7 @@ static void run(Block* block, WarpGroup& group, GroupWgmma& op) {
   for_each_accumulator(op, s.c, [](float& d, float& c) { d = c; });
 }
 
-static WarpGroup& group_of(const Warp* warp) {
-  return current_block()->groups[warp->index / 4];
-}
+static WarpGroup& group_of(const Warp* warp) { return current_block()->groups[warp->index / 4]; }
 
 // Returns whether all four warps of the group have issued the wgmmas below `end`.
 static bool issued_by_all(const WarpGroup& group, uint64_t end) {

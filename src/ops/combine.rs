@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 
 use crate::abi::{COMBINE_THREADS, CombineArgs, CombineParams};
 use crate::device::{
@@ -199,7 +199,7 @@ pub fn combine_fwd_into<D: Dtype>(
 ///
 /// # Errors
 /// Those of [`combine_fwd_into`], and [`Error::Driver`] if the allocation fails.
-pub fn combine_fwd<D: Dtype + DeviceRepr>(
+pub fn combine_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,

@@ -1,5 +1,5 @@
-//! Multiplies each row by the weights of its expert: `[R, in]` to `[R, out]`, or, for gate and up with the
-//! activation, `[R, in]` to `[R, I]`.
+//! Multiplies each row by the weights of its expert: `[R, in]` to `[R, out]`, or, for gate and up
+//! with the activation, `[R, in]` to `[R, I]`.
 
 mod gate_up;
 mod weighted;
@@ -14,7 +14,7 @@ pub use weighted::{
     grouped_gemm_weighted_fwd_raw,
 };
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use std::sync::Arc;
 
 use crate::abi::{
@@ -36,7 +36,8 @@ const OP: &str = "grouped_gemm_fwd";
 /// The rows of `x`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
-    /// A row per token, `[T, in]`: row `r` of the output reads the row of its token. No `permute` is needed.
+    /// A row per token, `[T, in]`: row `r` of the output reads the row of its token. No `permute`
+    /// is needed.
     Gathered,
     /// A row per row of the output, `[R, in]`, in expert order.
     Grouped,
@@ -105,17 +106,19 @@ impl GroupedGemmBuffers {
     }
 }
 
-/// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` selects its row of `x`.
+/// `y[r, :] = w[e] * row + bias[e]`, where `e` is the expert of row `r`, and `rows` selects its row
+/// of `x`.
 ///
-/// `y` is `[T * K, out]`; any widths from 1. Sums are f32, in the order of the inputs, for any order
-/// of the weights. Unused rows of `y` (from `expert_offsets[E]` on) are zeroed. Copies are fastest if all rows,
-/// those of `[E, in, out]` too, start at 16-byte boundaries. Asynchronous, ordered on `stream`.
+/// `y` is `[T * K, out]`; any widths from 1. Sums are f32, in the order of the inputs, for any
+/// order of the weights. Unused rows of `y` (from `expert_offsets[E]` on) are zeroed. Copies are
+/// fastest if all rows, those of `[E, in, out]` too, start at 16-byte boundaries. Asynchronous,
+/// ordered on `stream`.
 ///
 /// # Errors
 /// [`Error::Length`](crate::Error::Length) for a buffer that does not fit the plan's shape,
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a width out of range,
-/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another context, and any launch
-/// error.
+/// [`Error::Context`](crate::Error::Context) for a stream, a buffer or a plan of another context,
+/// and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_fwd_into<D: Dtype>(
     device: &Device,
@@ -164,8 +167,9 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
         tiles,
         num_tiles,
     };
-    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a RoutingPlan, whose
-    // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a
+    // RoutingPlan, whose parts have the lengths of its shape. The guards order the launch after
+    // earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_fwd_raw(
             device,
@@ -183,9 +187,10 @@ pub fn grouped_gemm_fwd_into<D: Dtype>(
 /// [`grouped_gemm_fwd_into`] a new buffer.
 ///
 /// # Errors
-/// Those of [`grouped_gemm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation fails.
+/// Those of [`grouped_gemm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the
+/// allocation fails.
 #[allow(clippy::too_many_arguments)]
-pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
+pub fn grouped_gemm_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,
@@ -217,8 +222,8 @@ pub fn grouped_gemm_fwd<D: Dtype + DeviceRepr>(
 /// # Safety
 /// Each buffer has the elements that [`GroupedGemmBuffers`] and `shape` state, of `dtype` or `i32`,
 /// in memory of `device`'s context that stays valid until the kernel has run; `token_of_row`,
-/// `expert_offsets`, `tiles` and `num_tiles` are those of one plan for `shape`; `y` overlaps none of
-/// the others; `stream` is a stream of that context.
+/// `expert_offsets`, `tiles` and `num_tiles` are those of one plan for `shape`; `y` overlaps none
+/// of the others; `stream` is a stream of that context.
 ///
 /// # Errors
 /// [`Error::Unsupported`](crate::Error::Unsupported) for a shape or a width out of range,
@@ -257,7 +262,8 @@ pub unsafe fn grouped_gemm_fwd_raw(
     unsafe { device.launch(stream, kernel, dtype, launch, &params) }
 }
 
-// ---- Common to all products ----------------------------------------------------------------------
+// ---- Common to all products
+// ----------------------------------------------------------------------
 
 /// The layout of an expert's weights in their tensor.
 #[derive(Debug, Clone, Copy)]
@@ -279,7 +285,8 @@ impl Layout {
         [in_features, pitch].iter().all(|width| vector_rows(width * dtype.size(), addresses))
     }
 
-    /// The arguments of a product with `out_features` outputs; `fast` is [`is_fast`](Self::is_fast).
+    /// The arguments of a product with `out_features` outputs; `fast` is
+    /// [`is_fast`](Self::is_fast).
     #[allow(clippy::too_many_arguments, reason = "each is a field")]
     fn args(
         self,
@@ -329,13 +336,15 @@ fn check_rows<D>(
     check_len(op, "x", x.len(), product(op, "rows of x * in_features", x_rows, in_features)?)
 }
 
-/// The bound on tiles for any routing: a tile has at least one row, and an expert at most one short tile.
+/// The bound on tiles for any routing: a tile has at least one row, and an expert at most one short
+/// tile.
 fn max_tiles(shape: RoutingShape) -> usize {
     let slots = shape.slots();
     slots.min(slots.div_ceil(GEMM_BLOCK_M as usize) + shape.num_experts)
 }
 
-/// The launch for at most [`max_tiles`], rounded up to whole groups, with `columns` outputs per block.
+/// The launch for at most [`max_tiles`], rounded up to whole groups, with `columns` outputs per
+/// block.
 fn launch(
     op: &'static str,
     dtype: DType,

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::abi::{JITTER_THREADS, JitterArgs, JitterParams};
 use crate::device::{
@@ -65,7 +65,7 @@ pub fn jitter_fwd_into<D: Dtype>(
 ///
 /// # Errors
 /// Those of [`jitter_fwd_into`], and [`Error::Driver`] if the allocation fails.
-pub fn jitter_fwd<D: Dtype + DeviceRepr>(
+pub fn jitter_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     epsilon: f32,

@@ -1,7 +1,7 @@
 //! Copies each token's row to the rows of its slots, in expert order: `x` `[T, H]` to `xp`
 //! `[R, H]`.
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use std::sync::Arc;
 
 use crate::abi::{PERMUTE_THREADS, PermuteArgs, PermuteParams};
@@ -68,7 +68,7 @@ pub fn permute_fwd_into<D: Dtype>(
 /// # Errors
 /// Those of [`permute_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
 /// fails.
-pub fn permute_fwd<D: Dtype + DeviceRepr>(
+pub fn permute_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,

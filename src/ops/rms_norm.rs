@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::abi::{RMS_NORM_THREADS, RmsNormArgs, RmsNormParams};
 use crate::config::RmsNorm;
@@ -113,7 +113,7 @@ pub fn rms_norm_fwd_in_place<D: Dtype>(
 /// # Errors
 /// Those of [`rms_norm_fwd_into`], and [`Error::Driver`](crate::Error::Driver) if the allocation
 /// fails.
-pub fn rms_norm_fwd<D: Dtype + DeviceRepr>(
+pub fn rms_norm_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     norm: &RmsNorm,

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 
 use crate::abi::{
     ROUTER_GEMM_FEW_EXPERTS, ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_LANES, ROUTER_GEMM_MAX_SEGMENTS,
@@ -171,7 +171,7 @@ pub fn router_gemm_fwd_into<D: Dtype, G: Dtype, L: Dtype>(
 ///
 /// # Errors
 /// Those of [`router_gemm_fwd_into`], and [`Error::Driver`] if the allocation fails.
-pub fn router_gemm_fwd<D: Dtype, G: Dtype, L: Dtype + DeviceRepr>(
+pub fn router_gemm_fwd<D: Dtype, G: Dtype, L: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     num_experts: usize,

@@ -43,7 +43,8 @@ pub(super) fn function<A: Accum>(activation: &Activation, g: A) -> A {
     }
 }
 
-/// Twice the argument of `tanh`: `(1 + tanh(z)) / 2` is the sigmoid of `2 * z`, which does not cancel.
+/// Twice the argument of `tanh`: `(1 + tanh(z)) / 2` is the sigmoid of `2 * z`, which does not
+/// cancel.
 pub(super) fn gelu_tanh_argument<A: Accum>(g: A) -> A {
     A::nearest(1.595_769_121_605_730_8) * (g + A::nearest(0.044715) * (g * g * g))
 }

@@ -125,7 +125,8 @@ impl<'a, D: Dtype> Part<'a, D> {
             check_len(op, "bias", bias.len(), features)?;
         }
 
-        // Features of an expert's tensor, from a feature of gate to the next, and to the same of up.
+        // Features of an expert's tensor, from a feature of gate to the next, and to the same of
+        // up.
         let (features, step, to_up) = match experts.gate_up {
             GateUpLayout::Concatenated => (parts * intermediate, 1, (parts - 1) * intermediate),
             GateUpLayout::Interleaved => (2 * intermediate, 2, 1),
@@ -231,7 +232,8 @@ impl<A: Accum, D: Dtype> Panels<A> for Part<'_, D> {
     }
 }
 
-/// The strides of a tensor with `features` per expert, of which every `step`-th is of the same projection.
+/// The strides of a tensor with `features` per expert, of which every `step`-th is of the same
+/// projection.
 fn strides(order: WeightOrder, features: usize, step: usize, in_features: usize) -> [usize; 3] {
     match order {
         WeightOrder::OutIn => [features * in_features, step * in_features, 1],

@@ -1,11 +1,11 @@
-//! Each row times the weights of its expert: `y[r, :] = x_row * transpose(w[e]) + bias[e]` for the rows
-//! `r` of expert `e`; and gate and up: two such products and the activation.
+//! Each row times the weights of its expert: `y[r, :] = x_row * transpose(w[e]) + bias[e]` for the
+//! rows `r` of expert `e`; and gate and up: two such products and the activation.
 //!
-//! The readable form is the triple loop in this file's tests. This file computes the same in blocks:
-//! some rows of one expert times some columns. The weights of a panel of columns are converted to `A` in
-//! `[columns, in]` order if necessary, so no whole copy is made; the product is a call of the GEMM crate.
-//! Blocks depend on the shape alone and each output element belongs to one of them, so results do not
-//! depend on the number of threads.
+//! The readable form is the triple loop in this file's tests. This file computes the same in
+//! blocks: some rows of one expert times some columns. The weights of a panel of columns are
+//! converted to `A` in `[columns, in]` order if necessary, so no whole copy is made; the product is
+//! a call of the GEMM crate. Blocks depend on the shape alone and each output element belongs to
+//! one of them, so results do not depend on the number of threads.
 
 use super::accum::{Accum, Element};
 use super::activation::activate;
@@ -19,8 +19,9 @@ use crate::config::{ExpertConfig, WeightPosition};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, check_len, product};
 
-/// Rows of `x` times the weights of their expert, plus its bias: `y` `[R, out]`. With `gather`, `x` is
-/// `[T, in]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, in]`. Unused rows are zero.
+/// Rows of `x` times the weights of their expert, plus its bias: `y` `[R, out]`. With `gather`, `x`
+/// is `[T, in]` and row `r` reads `x[token_of_row[r]]`; without, it is `[R, in]`. Unused rows are
+/// zero.
 ///
 /// # Errors
 /// A length that does not fit the shape, a width of 0, or a plan of other tokens.
@@ -38,8 +39,8 @@ pub fn grouped_gemm_fwd<A: Accum, D: Dtype>(
     operands.multiply([part], out_features, |at, [y]| y + part.bias_at(at))
 }
 
-/// [`grouped_gemm_fwd`] with each row multiplied by its routing weight, the element of `routing_weights` `[T, K]` whose
-/// slot has that row.
+/// [`grouped_gemm_fwd`] with each row multiplied by its routing weight, the element of
+/// `routing_weights` `[T, K]` whose slot has that row.
 ///
 /// # Errors
 /// Those of [`grouped_gemm_fwd`].
@@ -59,13 +60,13 @@ pub fn grouped_gemm_weighted_fwd<A: Accum, D: Dtype>(
     operands.multiply([part], out_features, |at, [y]| row_weight[at.row] * (y + part.bias_at(at)))
 }
 
-/// `act` `[R, I]` = `activate(gate, up)`, where both are products as in [`grouped_gemm_fwd`]; without a
-/// gate, `activate(up)`. `routing_weights` `[T, K]` are given if they multiply the input (here: the sums)
-/// or the activation's result.
+/// `act` `[R, I]` = `activate(gate, up)`, where both are products as in [`grouped_gemm_fwd`];
+/// without a gate, `activate(up)`. `routing_weights` `[T, K]` are given if they multiply the input
+/// (here: the sums) or the activation's result.
 ///
 /// # Errors
-/// A configuration out of range, a length that does not fit the shape, a width of 0, a plan of other
-/// tokens, and routing weights, biases or tensors that do not match the configuration.
+/// A configuration out of range, a length that does not fit the shape, a width of 0, a plan of
+/// other tokens, and routing weights, biases or tensors that do not match the configuration.
 #[allow(clippy::too_many_arguments, reason = "those of the operation")]
 pub fn grouped_gemm_gate_up_fwd<A: Accum, D: Dtype>(
     plan: &Plan,
@@ -251,8 +252,8 @@ impl<A: Copy> Sums<'_, A> {
 /// Writes elements of a row, from the one at the place.
 type Epilogue<'a, A> = dyn Fn(Place, Sums<'_, A>, &mut [A]) + Sync + 'a;
 
-/// A product with operands of any element types behind references: its loops are compiled once for each
-/// `A`, not for each combination.
+/// A product with operands of any element types behind references: its loops are compiled once for
+/// each `A`, not for each combination.
 struct Product<'a, A> {
     in_features: usize,
     x: &'a dyn WideRows<A>,

@@ -1,5 +1,5 @@
-//! The dense product of the CPU path, with the `gemm` crates of f32 and f64; the crate that combines all types
-//! compiles complex products too.
+//! The dense product of the CPU path, with the `gemm` crates of f32 and f64; the crate that
+//! combines all types compiles complex products too.
 
 use std::any::TypeId;
 
@@ -9,9 +9,9 @@ use gemm_common::Parallelism;
 use super::accum::Accum;
 use crate::error::{Result, check_len, product};
 
-/// `y` `[rows, out]` = `x` `[rows, in]` times the transpose of `w` `[out, in]`, all in row-major order, on the
-/// calling thread. `y` is not read. The order of summation depends only on the shape and on the processor's vector
-/// instructions.
+/// `y` `[rows, out]` = `x` `[rows, in]` times the transpose of `w` `[out, in]`, all in row-major
+/// order, on the calling thread. `y` is not read. The order of summation depends only on the shape
+/// and on the processor's vector instructions.
 ///
 /// # Errors
 /// A length that is not the shape's.
@@ -42,9 +42,9 @@ pub(crate) fn matmul_transposed<A: Accum>(
     Ok(())
 }
 
-/// The function that `gemm-f32` and `gemm-f64` export. Parameters: the three dimensions; the destination, its column
-/// and row strides, and whether it is read; both operands with their strides; the factors of destination and product;
-/// conjugations; parallelism.
+/// The function that `gemm-f32` and `gemm-f64` export. Parameters: the three dimensions; the
+/// destination, its column and row strides, and whether it is read; both operands with their
+/// strides; the factors of destination and product; conjugations; parallelism.
 type Gemm<A> = unsafe fn(
     usize,
     usize,
@@ -77,8 +77,8 @@ fn multiply<A: Accum>(
 ) {
     // A slice has at most isize::MAX bytes, so these casts are exact.
     let (y_pitch, pitch) = (out_features as isize, in_features as isize);
-    // The crate stores columns. The rows of `y` are the columns of its transpose, which is `w` times
-    // the transpose of `x`.
+    // The crate stores columns. The rows of `y` are the columns of its transpose, which is `w`
+    // times the transpose of `x`.
     let ([y_columns, y_rows], [m, n], a, b) = if out_features > 1 {
         ([y_pitch, 1], [out_features, rows], w, x)
     } else {

@@ -25,8 +25,8 @@ fn numbers(len: usize, limit: usize, rng: &mut Rng) -> Vec<u32> {
         .collect()
 }
 
-/// The result of `capacity_reassign_fwd` for one token: the index of the requested candidate of each
-/// slot.
+/// The result of `capacity_reassign_fwd` for one token: the index of the requested candidate of
+/// each slot.
 fn requested(
     experts: u32,
     chosen: &[u32],

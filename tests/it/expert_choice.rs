@@ -1,6 +1,5 @@
 //! expert_choice: a selection, so device and reference agree bit for bit.
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::ops::combine::{self, CombineInputs};
 use moe_kernels::ops::expert_choice::{self, ExpertChoiceBuffers};
@@ -12,7 +11,7 @@ use proptest::prelude::*;
 use crate::common::{Gpu, Rng, bits, config, gpu, values};
 
 /// Runs the operation on `scores` and checks it against the reference.
-fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, (t, e, c): (usize, usize, usize), scores: &[D]) {
+fn check<D: Dtype>(gpu: &Gpu, (t, e, c): (usize, usize, usize), scores: &[D]) {
     let (want_ids, want_weights) = reference::expert_choice_fwd(t, e, c, scores).unwrap();
     let uploaded = gpu.upload(scores);
     let (mut ids, mut weights) = (gpu.poisoned::<u32>(t * e), gpu.poisoned::<f32>(t * e));
@@ -43,7 +42,7 @@ fn ties<D: Dtype>(len: usize, rng: &mut Rng) -> Vec<D> {
     (0..len).map(|_| D::from_f32(score(rng))).collect()
 }
 
-fn check_all<D: Dtype + DeviceRepr>(gpu: &Gpu, shape: (usize, usize, usize), seed: u64) {
+fn check_all<D: Dtype>(gpu: &Gpu, shape: (usize, usize, usize), seed: u64) {
     let (t, e, _) = shape;
     check(gpu, shape, &values::<D>(t * e, 2.0, seed));
     check(gpu, shape, &ties::<D>(t * e, &mut Rng::new(seed)));

@@ -1,13 +1,14 @@
-//! grouped_gemm: every element is within its own bound of the f64 reference, and its bits depend neither
-//! on the schedule, nor on the order of tiles, the alignment or other rows. This file tests the plain
-//! product and SwiGLU; the modules below test orders of weights, biases and other activations.
+//! grouped_gemm: every element is within its own bound of the f64 reference, and its bits depend
+//! neither on the schedule, nor on the order of tiles, the alignment or other rows. This file tests
+//! the plain product and SwiGLU; the modules below test orders of weights, biases and other
+//! activations.
 
 mod errors;
 mod gate_up;
 mod layouts;
 mod weighted;
 
-use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 use half::{bf16, f16};
 use moe_kernels::ops::grouped_gemm::{
     GateUpBuffers, GateUpWeights, GroupedGemmBuffers, LinearWeights, Rows, grouped_gemm_fwd,
@@ -37,7 +38,7 @@ struct Inputs<D> {
     w: Vec<D>,
 }
 
-impl<D: Dtype + DeviceRepr> Inputs<D> {
+impl<D: Dtype> Inputs<D> {
     fn new(shape: RoutingShape, skew: Skew, product: Product, seed: u64) -> Self {
         let Product { swiglu, n, k, rows } = product;
         let x_rows = if rows == Rows::Gathered { shape.num_tokens } else { shape.slots() };
@@ -97,7 +98,7 @@ impl<D: Dtype + DeviceRepr> Inputs<D> {
 }
 
 /// Checks the device's result against the reference, and returns its bits.
-fn check<D: Dtype + DeviceRepr>(
+fn check<D: Dtype>(
     gpu: &Gpu,
     shape: RoutingShape,
     skew: Skew,
@@ -146,7 +147,8 @@ proptest! {
         whole_chunks: bool, swiglu: bool, rows in rows(), skew in skew(), seed in any::<u64>(),
     ) {
         let shape = RoutingShape::new(tokens, experts, top_k.min(experts)).unwrap();
-        // Widths of whole 16-byte chunks take the asynchronous copies, others go element by element.
+        // Widths of whole 16-byte chunks take the asynchronous copies, others go element by
+        // element.
         let width = |width: usize| if whole_chunks { width.next_multiple_of(8) } else { width };
         let product = Product { swiglu, n: width(n), k: width(k), rows };
         let gpu = gpu();
@@ -292,7 +294,8 @@ fn tile_order_does_not_change_bits() {
                     num_tiles,
                 };
                 let experts = ExpertConfig::default();
-                // SAFETY: the buffers are of one plan and have the lengths of its shape; they outlive the kernel.
+                // SAFETY: the buffers are of one plan and have the lengths of its shape; they
+                // outlive the kernel.
                 unsafe {
                     grouped_gemm_gate_up_fwd_raw(
                         device, cu_stream, dtype, shape, &experts, n, k, rows, buffers,
@@ -342,7 +345,7 @@ fn row_does_not_depend_on_other_rows() {
 
 #[test]
 fn views_start_at_any_element() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn check<D: Dtype>(gpu: &Gpu) {
         let shape = RoutingShape::new(40, 3, 2).unwrap();
         for swiglu in [false, true] {
             let product = Product { swiglu, n: 72, k: 136, rows: Rows::Gathered };
@@ -400,7 +403,7 @@ fn gathering_equals_permuting_first() {
 
 #[test]
 fn swiglu_follows_ieee() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn check<D: Dtype>(gpu: &Gpu) {
         let shape = RoutingShape::new(1, 1, 1).unwrap();
         let (gate, up): (Vec<f32>, Vec<f32>) = [
             (0.0, 3.0),
@@ -449,7 +452,7 @@ fn f32_sums_inputs_in_order() {
 
 #[test]
 fn nan_affects_only_its_row_and_column() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn check<D: Dtype>(gpu: &Gpu) {
         let shape = RoutingShape::new(50, 2, 1).unwrap();
         // Neither rows, nor columns, nor inputs fill their tiles.
         let product = Product { swiglu: false, n: 72, k: 40, rows: Rows::Grouped };

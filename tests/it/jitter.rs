@@ -1,6 +1,5 @@
 //! jitter: one product, so device and reference agree bit for bit.
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::ops::jitter::{self, JitterBuffers};
 use moe_kernels::{DType, Dtype, Error, NoiseDistribution, reference};
@@ -11,7 +10,7 @@ use crate::common::{Gpu, Rng, config, gpu, values};
 /// The number of elements by which each buffer starts past an aligned address.
 type Places = [usize; 3];
 
-fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, x: &[D], epsilon: f32, seed: u64, places: Places) {
+fn check<D: Dtype>(gpu: &Gpu, x: &[D], epsilon: f32, seed: u64, places: Places) {
     let len = x.len();
     let u = reference::noise_fwd(NoiseDistribution::Uniform, seed, 0, len);
     let want = reference::jitter_fwd(epsilon, x, &u).unwrap();
@@ -43,7 +42,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, x: &[D], epsilon: f32, seed: u64, pla
     assert!(outside.into_iter().all(|value| value.to_f32().is_nan()), "{what}: outside");
 }
 
-fn check_all<D: Dtype + DeviceRepr>(gpu: &Gpu, len: usize, epsilon: f32, seed: u64) {
+fn check_all<D: Dtype>(gpu: &Gpu, len: usize, epsilon: f32, seed: u64) {
     let mut x = values::<D>(len, 4.0, seed);
     let mut rng = Rng::new(seed);
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, 6e4] {

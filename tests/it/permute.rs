@@ -7,10 +7,9 @@ use moe_kernels::{DType, Dtype, Error, RoutingShape, reference};
 use proptest::prelude::*;
 
 use crate::common::{Gpu, Skew, bits, config, gpu, routing_ids, skew, values};
-use cudarc::driver::DeviceRepr;
 
 /// Runs the operation on `x` and checks it against the reference; returns the bits of the result.
-fn check<D: Dtype + DeviceRepr>(
+fn check<D: Dtype>(
     gpu: &Gpu,
     shape: RoutingShape,
     skew: Skew,

@@ -92,11 +92,7 @@ impl<T: DeviceRepr + bytemuck::Pod> Uploaded<T> {
 }
 
 /// Routes a case whose views start `offset` elements into their buffers.
-fn run<D: Dtype + DeviceRepr>(
-    gpu: &Gpu,
-    case: &RouterCase<D>,
-    offset: usize,
-) -> (Vec<u32>, Vec<f32>) {
+fn run<D: Dtype>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) -> (Vec<u32>, Vec<f32>) {
     let host = case.inputs();
     let logits = Uploaded::new(gpu, Some(host.logits), offset);
     let selection_bias = Uploaded::new(gpu, host.selection_bias, offset);
@@ -155,7 +151,7 @@ fn has_bounds<D: Dtype>(case: &RouterCase<D>) -> bool {
 }
 
 /// Checks one routing against the reference: in f32 bit for bit, in f64 within the bound.
-fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) {
+fn check<D: Dtype>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) {
     let RouterCase { shape, router, .. } = case;
     let what = format!("{shape} {router:?} {}", D::DTYPE);
     let (ids, weights) = run(gpu, case, offset);
@@ -189,7 +185,7 @@ fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) 
 }
 
 /// A softmax without options or, twice as often, a random router.
-fn check_any<D: Dtype + DeviceRepr>(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
+fn check_any<D: Dtype>(gpu: &Gpu, shape: RoutingShape, kind: Logits, seed: u64) {
     let mut rng = Rng::new(seed);
     let logits = make::<D>(shape.logits(), kind, seed);
     let case = match rng.below(9) {
@@ -309,7 +305,7 @@ fn equal_logits_go_to_the_lowest_experts() {
 /// One unit in the last place decides, in every element type and at every position.
 #[test]
 fn near_ties_are_decided() {
-    fn one<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn one<D: Dtype>(gpu: &Gpu) {
         for (e, k) in [(64, 2), (384, 3), (96, 33), (1030, 2)] {
             let shape = RoutingShape::new(1, e, k).unwrap();
             for winner in [0, 1, 31, 32, e / 2, e - 1] {

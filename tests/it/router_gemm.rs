@@ -1,7 +1,7 @@
 //! router_gemm: all bodies match the stated order bit for bit, and the reference in f64 within its
 //! bound.
 
-use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 use half::{bf16, f16};
 use moe_kernels::ops::router_gemm::{
     self, RouterGemmBody, RouterGemmBuffers, RouterGemmInputs, RouterGemmShape, RouterGemmTypes,
@@ -28,7 +28,7 @@ struct Case<D, G> {
     bias: Option<Vec<G>>,
 }
 
-impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
+impl<D: Dtype, G: Dtype> Case<D, G> {
     fn new(num_tokens: usize, num_experts: usize, hidden: usize, seed: u64) -> Self {
         Self {
             num_experts,
@@ -44,7 +44,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
     }
 
     /// Runs the body that the operation chooses.
-    fn run<L: Dtype + DeviceRepr>(&self, gpu: &Gpu) -> Vec<L> {
+    fn run<L: Dtype>(&self, gpu: &Gpu) -> Vec<L> {
         let (x, gate) = (gpu.upload(&self.x), gpu.upload(&self.gate));
         let bias = gpu.upload(self.bias.as_deref().unwrap_or_default());
         let (x, gate, bias) = (x.view(), gate.view(), bias.view());
@@ -67,12 +67,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
     }
 
     /// Runs the given body; `x` and `gate` start at these offsets in their buffers.
-    fn run_with<L: Dtype + DeviceRepr>(
-        &self,
-        gpu: &Gpu,
-        body: RouterGemmBody,
-        offsets: [usize; 2],
-    ) -> Vec<L> {
+    fn run_with<L: Dtype>(&self, gpu: &Gpu, body: RouterGemmBody, offsets: [usize; 2]) -> Vec<L> {
         let mut x = vec![D::from_f32(f32::NAN); offsets[0]];
         let mut gate = vec![G::from_f32(f32::NAN); offsets[1]];
         x.extend(&self.x);
@@ -133,7 +128,7 @@ impl<D: Dtype + DeviceRepr, G: Dtype + DeviceRepr> Case<D, G> {
         (0..self.num_tokens() * self.num_experts).map(logit).collect()
     }
 
-    fn check<L: Dtype + DeviceRepr>(&self, gpu: &Gpu, offsets: [usize; 2]) {
+    fn check<L: Dtype>(&self, gpu: &Gpu, offsets: [usize; 2]) {
         let what = format!(
             "T{} E{} H{} {} {} -> {} {offsets:?}",
             self.num_tokens(),

@@ -36,8 +36,8 @@ impl Case {
 
     fn router_gemm<D, G>(&self, body: RouterGemmBody, shape: RouterGemmShape) -> Traffic
     where
-        D: Dtype + DeviceRepr + ValidAsZeroBits,
-        G: Dtype + DeviceRepr + ValidAsZeroBits,
+        D: Dtype + ValidAsZeroBits,
+        G: Dtype + ValidAsZeroBits,
     {
         let RouterGemmShape { num_tokens, num_experts, hidden } = shape;
         let x = self.zeros::<D>(num_tokens * hidden);

@@ -67,7 +67,7 @@ impl Case {
         })
     }
 
-    fn route<D: Dtype + DeviceRepr + ValidAsZeroBits>(&self) -> Traffic {
+    fn route<D: Dtype + ValidAsZeroBits>(&self) -> Traffic {
         let logits = self.zeros::<D>(self.shape.logits());
         let router = RouterConfig::softmax_top_k(true);
         self.counting.traffic_of_one(|| {
@@ -78,10 +78,7 @@ impl Case {
         })
     }
 
-    fn route_biased<D: Dtype + DeviceRepr + ValidAsZeroBits>(
-        &self,
-        router: &RouterConfig,
-    ) -> Traffic {
+    fn route_biased<D: Dtype + ValidAsZeroBits>(&self, router: &RouterConfig) -> Traffic {
         let logits = self.zeros::<D>(self.shape.logits());
         let bias = self.zeros::<f32>(self.shape.num_experts);
         self.counting.traffic_of_one(|| {
@@ -93,7 +90,7 @@ impl Case {
         })
     }
 
-    fn expert_choice<D: Dtype + DeviceRepr>(&self, capacity: usize) -> Traffic {
+    fn expert_choice<D: Dtype>(&self, capacity: usize) -> Traffic {
         let RoutingShape { num_tokens, num_experts, .. } = self.shape;
         // Distinct within an expert, in no order: 7 and the number of tokens are coprime.
         let scores: Vec<D> = (0..self.shape.logits())
@@ -153,7 +150,7 @@ impl Case {
         })
     }
 
-    fn gate_up<D: Dtype + DeviceRepr + ValidAsZeroBits>(
+    fn gate_up<D: Dtype + ValidAsZeroBits>(
         &self,
         experts: ExpertConfig,
         n: usize,
@@ -169,12 +166,7 @@ impl Case {
         })
     }
 
-    fn down<D: Dtype + DeviceRepr + ValidAsZeroBits>(
-        &self,
-        order: WeightOrder,
-        n: usize,
-        k: usize,
-    ) -> Traffic {
+    fn down<D: Dtype + ValidAsZeroBits>(&self, order: WeightOrder, n: usize, k: usize) -> Traffic {
         let x = self.zeros::<D>(self.shape.slots() * k);
         let w = self.zeros::<D>(self.shape.num_experts * n * k);
         self.counting.traffic_of_one(|| {

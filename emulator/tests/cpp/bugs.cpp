@@ -41,9 +41,7 @@ Outcome try_seeds(const char* symbol, const Shape& shape, size_t outputs,
   return outcome;
 }
 
-bool anything(const Buffer<int>&) {
-  return true;
-}
+bool anything(const Buffer<int>&) { return true; }
 
 // The kernel must be stopped under every seed, with a report that contains all the words.
 template <class... A>
@@ -189,9 +187,7 @@ TEST(ok_syncthreads) {
 TEST(race_shuffle_for_syncwarp) {
   try_seeds("emu_bug_shuffle_for_syncwarp", with_shared(ONE_WARP, 128), 32, anything);
 }
-TEST(race_global) {
-  try_seeds("emu_bug_global_race", ONE_BLOCK, 1, anything);
-}
+TEST(race_global) { try_seeds("emu_bug_global_race", ONE_BLOCK, 1, anything); }
 
 std::vector<int> bin_numbers() {
   std::vector<int> in(500);
@@ -239,9 +235,7 @@ Outcome try_pipeline(const char* symbol) {
   return try_seeds(symbol, with_shared(ONE_BLOCK, 2 * BLOCK * 16), BLOCK, pipeline_right,
                    static_cast<const int*>(in.get()), TILES);
 }
-TEST(ok_pipeline) {
-  must_pass("pipeline", try_pipeline("emu_ok_pipeline"));
-}
+TEST(ok_pipeline) { must_pass("pipeline", try_pipeline("emu_ok_pipeline")); }
 TEST(bug_missing_copy_wait) {
   must_catch("missing_copy_wait", try_pipeline("emu_bug_missing_copy_wait"), 50);
 }

@@ -52,15 +52,9 @@ static void check_all(const std::vector<Case>& cases) {
   }
 }
 
-TEST(golden_portable) {
-  check_all(portable_cases());
-}
-TEST(golden_tma) {
-  check_all(tma_cases());
-}
-TEST(golden_wgmma) {
-  check_all(wgmma_cases());
-}
+TEST(golden_portable) { check_all(portable_cases()); }
+TEST(golden_tma) { check_all(tma_cases()); }
+TEST(golden_wgmma) { check_all(wgmma_cases()); }
 
 // Every golden entry has a case.
 TEST(golden_has_a_case_for_every_entry) {

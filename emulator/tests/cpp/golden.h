@@ -51,9 +51,7 @@ class Random {
 
 // The 16 bits of a small integer.
 uint16_t half_bits(int value, bool bf16);
-inline uint32_t float_bits(float value) {
-  return __float_as_uint(value);
-}
+inline uint32_t float_bits(float value) { return __float_as_uint(value); }
 
 // Writes the operands of a case, the emulator's outputs and cases.txt to `directory`.
 bool write_all(const char* directory);

@@ -84,15 +84,11 @@ void must_catch_gemm(const char* symbol, uint64_t percent, const char* words) {
 TEST(bug_gemm_no_empty_wait) {
   must_catch_gemm("emu_bug_gemm_no_empty_wait", 90, "more arrivals than the count");
 }
-TEST(race_gemm_early_release) {
-  must_catch_gemm("emu_bug_gemm_early_release", 30, "wrong result");
-}
+TEST(race_gemm_early_release) { must_catch_gemm("emu_bug_gemm_early_release", 30, "wrong result"); }
 TEST(race_gemm_no_multiply_wait) {
   must_catch_gemm("emu_bug_gemm_no_multiply_wait", 30, "wrong result");
 }
-TEST(race_gemm_too_few_bytes) {
-  must_catch_gemm("emu_bug_gemm_too_few_bytes", 30, "mbarrier");
-}
+TEST(race_gemm_too_few_bytes) { must_catch_gemm("emu_bug_gemm_too_few_bytes", 30, "mbarrier"); }
 
 // ---- The tile copy ----
 

@@ -12,15 +12,9 @@ namespace product {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-inline float to_f32(float v) {
-  return v;
-}
-inline float to_f32(bf16 v) {
-  return __bfloat162float(v);
-}
-inline float to_f32(f16 v) {
-  return __half2float(v);
-}
+inline float to_f32(float v) { return v; }
+inline float to_f32(bf16 v) { return __bfloat162float(v); }
+inline float to_f32(f16 v) { return __half2float(v); }
 
 template <class Elem>
 Elem from_f32(float v) {

@@ -7,9 +7,9 @@ namespace {
 using namespace product;
 using testing::Buffer;
 
-// y[t, h] is the sum of weight * row over the token's active slots. `all` adds weight * token for ids
-// from E on, a bias and half a shared row, and halves the sum. In f32, fma after fma, in the order of
-// k, so the bits are the same.
+// y[t, h] is the sum of weight * row over the token's active slots. `all` adds weight * token for
+// ids from E on, a bias and half a shared row, and halves the sum. In f32, fma after fma, in the
+// order of k, so the bits are the same.
 template <class Elem>
 void check(uint64_t seed) {
   Random random(seed);

@@ -74,10 +74,9 @@ void check(uint64_t seed, bool gated, Order order) {
   const testing::Shape grid = {dim3(blocks), dim3(threads), GROUPED_GEMM_SMEM_BYTES, seed};
   const std::string end = std::string(in_out ? "_in_out" : "") + suffix<Elem>();
   if (gated) {
-    const ActivationArgs silu = {ACTIVATION_SILU, 1.0f, INFINITY, INFINITY, INFINITY,
-                                 0.0f,            0,    1.0f,     1.0f};
-    const GateUpArgs gate_up = {args,   silu,     1, gather, top_k, tokens, 0,
-                                features, in_out ? 2 : 1};
+    const ActivationArgs silu = {
+        ACTIVATION_SILU, 1.0f, INFINITY, INFINITY, INFINITY, 0.0f, 0, 1.0f, 1.0f};
+    const GateUpArgs gate_up = {args, silu, 1, gather, top_k, tokens, 0, features, in_out ? 2 : 1};
     const GateUpParams params = {address(y.get()),
                                  address(x_device.get()),
                                  address(w_device.get()),
@@ -133,8 +132,7 @@ void check(uint64_t seed, bool gated, Order order) {
                                (sizeof(Elem) == 2 ? 0x1p-24 : 0.0);
       CHECK(std::fabs(got - want) <= tolerance,
             "R %d out %d in %d E %d gated %d in_out %d [%d, %d]: %g, want %g, seed %llu", r.slots(),
-            out_features,
-            in_features, experts, gated, in_out, row, column, got, want,
+            out_features, in_features, experts, gated, in_out, row, column, got, want,
             static_cast<unsigned long long>(seed));
     }
   }

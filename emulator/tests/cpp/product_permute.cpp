@@ -22,7 +22,10 @@ void check(uint64_t seed) {
   }
   const Buffer<Elem> xp(want.size()), x_device(x);
   const Buffer<int> rows(r.row_of_slot), offsets(r.expert_offsets);
-  const PermuteParams params = {address(xp), address(x_device), address(rows), address(offsets),
+  const PermuteParams params = {address(xp),
+                                address(x_device),
+                                address(rows),
+                                address(offsets),
                                 {experts, hidden, top_k, hidden * sizeof(Elem) % 16 == 0}};
   testing::run_ok(std::string("moe_permute_fwd") + suffix<Elem>(),
                   {dim3(tokens), dim3(PERMUTE_THREADS), 0, seed}, params);

@@ -26,11 +26,14 @@ void run_plan(const Plan& plan, const Buffer<uint32_t>& ids, const PlanArgs& arg
   const int warps = std::min(PLAN_MAX_COUNTERS / args.num_experts, PLAN_THREADS / 32);
   const dim3 grid(args.num_blocks), place_block(32 * warps);
   const size_t count_bytes = 4 * args.num_experts, place_bytes = warps * count_bytes;
-  const PlanParams params = {
-      address_of(plan.expert_offsets), address_of(plan.row_of_slot),
-      address_of(plan.token_of_row),   address_of(plan.tiles),
-      address_of(plan.tile_offsets),   address_of(plan.counts),
-      address_of(ids),                 args};
+  const PlanParams params = {address_of(plan.expert_offsets),
+                             address_of(plan.row_of_slot),
+                             address_of(plan.token_of_row),
+                             address_of(plan.tiles),
+                             address_of(plan.tile_offsets),
+                             address_of(plan.counts),
+                             address_of(ids),
+                             args};
   if (args.num_blocks == 1) {
     testing::run_ok("moe_plan_fwd_single", {grid, place_block, place_bytes, seed}, params);
     return;

@@ -20,7 +20,10 @@ void check(uint64_t seed) {
   const Buffer<Elem> y(x.size()), x_device(x), weight_device(weight);
   const Buffer<int> offsets(std::vector<int>{0, used});
   const RmsNormParams params = {
-      address(y), address(x_device), address(weight_device), seed % 2 ? address(offsets) : 0,
+      address(y),
+      address(x_device),
+      address(weight_device),
+      seed % 2 ? address(offsets) : 0,
       {hidden, 1, 0.25f, 1.0f, scale_first, hidden * sizeof(Elem) % 16 == 0}};
   const int length = 16 / sizeof(Elem);
   const int threads = std::min(((hidden + length - 1) / length + 31) / 32 * 32, RMS_NORM_THREADS);

@@ -37,19 +37,24 @@ void check(uint64_t seed) {
     int blocks, threads;
     unsigned shared_bytes;
   };
-  const unsigned stage =
-      ROUTER_GEMM_STEP * (ROUTER_GEMM_TILE_TOKENS * sizeof(Elem) + ROUTER_GEMM_TILE_EXPERTS * sizeof(Gate));
+  const unsigned stage = ROUTER_GEMM_STEP * (ROUTER_GEMM_TILE_TOKENS * sizeof(Elem) +
+                                             ROUTER_GEMM_TILE_EXPERTS * sizeof(Gate));
   const Body bodies[] = {
       {"one", blocks(1, 1), segments * ROUTER_GEMM_LANES, 0},
-      {"few", blocks(ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS), segments * ROUTER_GEMM_LANES, 0},
+      {"few", blocks(ROUTER_GEMM_FEW_TOKENS, ROUTER_GEMM_FEW_EXPERTS), segments * ROUTER_GEMM_LANES,
+       0},
       {"tile", blocks(ROUTER_GEMM_TILE_TOKENS, ROUTER_GEMM_TILE_EXPERTS), ROUTER_GEMM_TILE_THREADS,
        ROUTER_GEMM_STAGES * stage},
   };
   const char* wide = std::is_same_v<Elem, Gate> ? "" : "_gate32";
   for (const Body& body : bodies) {
     const Buffer<float> logits(static_cast<size_t>(tokens) * experts);
-    const RouterGemmParams params = {address(logits), address(x_device), address(gate_device),
-                                     address(bias_device), {tokens, experts, hidden, 1, vector}, 0};
+    const RouterGemmParams params = {address(logits),
+                                     address(x_device),
+                                     address(gate_device),
+                                     address(bias_device),
+                                     {tokens, experts, hidden, 1, vector},
+                                     0};
     testing::run_ok(std::string("moe_router_gemm_fwd_") + body.name + wide + suffix<Elem>(),
                     {dim3(body.blocks), dim3(body.threads), body.shared_bytes, seed}, params);
     for (int i = 0; i < tokens * experts; i++) {

@@ -1,5 +1,5 @@
-//! The checkpoints of fixtures/: each has the configuration of its line in `lines.rs`, and all of its
-//! tensors are used.
+//! The checkpoints of fixtures/: each has the configuration of its line in `lines.rs`, and all of
+//! its tensors are used.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,6 +1,6 @@
 //! An expert's gate and up projections and the activation, in one kernel.
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use std::sync::Arc;
 
 use crate::abi::{
@@ -57,7 +57,8 @@ pub struct GateUpBuffers {
     pub routing_weights: CUdeviceptr,
     /// `[T * K]` `i32` with `routing_weights`, else 0 (null).
     pub row_of_slot: CUdeviceptr,
-    /// `[R]` `i32`, tokens below `T` for the rows in use; may be 0 (null) without a gather and `routing_weights`.
+    /// `[R]` `i32`, tokens below `T` for the rows in use; may be 0 (null) without a gather and
+    /// `routing_weights`.
     pub token_of_row: CUdeviceptr,
     /// `[E + 1]` `i32`; the last is the number of rows in use.
     pub expert_offsets: CUdeviceptr,
@@ -67,18 +68,21 @@ pub struct GateUpBuffers {
     pub num_tiles: CUdeviceptr,
 }
 
-/// `act[r, i] = activation(gate, up)`, or `activation(up)` without a gate, where gate and up are feature `i` of
-/// the row's expert times the row of `x`, plus their biases. Everything up to `act` is f32.
+/// `act[r, i] = activation(gate, up)`, or `activation(up)` without a gate, where gate and up are
+/// feature `i` of the row's expert times the row of `x`, plus their biases. Everything up to `act`
+/// is f32.
 ///
-/// Of `experts`, only the activation and the options of gate and up are read. `routing_weights` is `[T, K]`, given if
-/// and only if the routing weights multiply the input (the kernel multiplies the sums, which differs only by
-/// rounding) or `act`. `act` is `[T * K, I]`; any widths from 1. Unused rows of `act` are zeroed. Everything else
-/// is as in [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into).
+/// Of `experts`, only the activation and the options of gate and up are read. `routing_weights` is
+/// `[T, K]`, given if and only if the routing weights multiply the input (the kernel multiplies the
+/// sums, which differs only by rounding) or `act`. `act` is `[T * K, I]`; any widths from 1. Unused
+/// rows of `act` are zeroed. Everything else is as in
+/// [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into).
 ///
 /// # Errors
-/// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for a width or an
-/// option out of range, [`Error::Mismatch`] for weights, biases or tensors that are given but not enabled in
-/// `experts`, or the reverse, [`Error::Context`] for an argument of another context, and any launch error.
+/// [`Error::Length`] for a buffer that does not fit the plan's shape, [`Error::Unsupported`] for a
+/// width or an option out of range, [`Error::Mismatch`] for weights, biases or tensors that are
+/// given but not enabled in `experts`, or the reverse, [`Error::Context`] for an argument of
+/// another context, and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
     device: &Device,
@@ -155,8 +159,9 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
         num_tiles,
     };
     let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
-    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a RoutingPlan, whose
-    // parts have the lengths of its shape. The guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a
+    // RoutingPlan, whose parts have the lengths of its shape. The guards order the launch after
+    // earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_gate_up_fwd_raw(
             device,
@@ -177,7 +182,7 @@ pub fn grouped_gemm_gate_up_fwd_into<D: Dtype>(
 /// # Errors
 /// Those of [`grouped_gemm_gate_up_fwd_into`], and [`Error::Driver`] if the allocation fails.
 #[allow(clippy::too_many_arguments)]
-pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
+pub fn grouped_gemm_gate_up_fwd<D: Dtype>(
     device: &Device,
     stream: &Arc<CudaStream>,
     plan: &RoutingPlan<'_>,
@@ -214,12 +219,12 @@ pub fn grouped_gemm_gate_up_fwd<D: Dtype + DeviceRepr>(
 /// # Safety
 /// Each buffer has the elements that [`GateUpBuffers`], `experts` and `shape` state, of `dtype`,
 /// `f32` or `i32`, in memory of `device`'s context that stays valid until the kernel has run;
-/// `row_of_slot`, `token_of_row`, `expert_offsets`, `tiles` and `num_tiles` are those of one plan for
-/// `shape`; `act` overlaps none of the others; `stream` is a stream of that context.
+/// `row_of_slot`, `token_of_row`, `expert_offsets`, `tiles` and `num_tiles` are those of one plan
+/// for `shape`; `act` overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for a shape, a width or an option out of range, [`Error::Mismatch`] for an address that
-/// must not be null, or must be, [`Error::Alignment`], and any launch error.
+/// [`Error::Unsupported`] for a shape, a width or an option out of range, [`Error::Mismatch`] for
+/// an address that must not be null, or must be, [`Error::Alignment`], and any launch error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn grouped_gemm_gate_up_fwd_raw(
     device: &Device,
@@ -310,8 +315,8 @@ pub unsafe fn grouped_gemm_gate_up_fwd_raw(
         _ => Kernel::GroupedGemmFwdGateUp,
     };
     // SAFETY: moe_grouped_gemm_fwd_gate_up and moe_grouped_gemm_fwd_gate_up_in_out in
-    // kernels/grouped_gemm.cu take GateUpParams; the caller guarantees the buffers; shape and widths
-    // were checked.
+    // kernels/grouped_gemm.cu take GateUpParams; the caller guarantees the buffers; shape and
+    // widths were checked.
     unsafe { device.launch(stream, kernel, dtype, launch, &params) }
 }
 

@@ -30,12 +30,13 @@ pub struct WeightedGemmBuffers {
     pub row_of_slot: CUdeviceptr,
 }
 
-/// `y[r, :] = weight * (w[e] * row + bias[e])`, where `e` is the expert of row `r` and `weight` the element of
-/// `routing_weights` `[T, K]` whose slot has that row.
+/// `y[r, :] = weight * (w[e] * row + bias[e])`, where `e` is the expert of row `r` and `weight` the
+/// element of `routing_weights` `[T, K]` whose slot has that row.
 ///
-/// For f16 only: an expert's output may exceed the range of f16 (65504) before its weight is applied. The product
-/// with the weight is f32 and rounded once. [`combine_fwd`](crate::ops::combine) sums such rows without weights; only
-/// identity experts still have [weights](crate::ops::combine::Identity::routing_weights). Everything else is as in
+/// For f16 only: an expert's output may exceed the range of f16 (65504) before its weight is
+/// applied. The product with the weight is f32 and rounded once.
+/// [`combine_fwd`](crate::ops::combine) sums such rows without weights; only identity experts still
+/// have [weights](crate::ops::combine::Identity::routing_weights). Everything else is as in
 /// [`grouped_gemm_fwd_into`](crate::ops::grouped_gemm::grouped_gemm_fwd_into).
 ///
 /// # Errors
@@ -88,8 +89,8 @@ pub fn grouped_gemm_weighted_fwd_into<D: Dtype>(
     let gemm = GroupedGemmBuffers { y, x, w, bias, token_of_row, expert_offsets, tiles, num_tiles };
     let buffers = WeightedGemmBuffers { gemm, routing_weights, row_of_slot };
     let (stream, dtype) = (stream.cu_stream(), D::DTYPE);
-    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a RoutingPlan.
-    // The guards order the launch after earlier uses of the buffers and outlive it.
+    // SAFETY: the lengths were checked above, and kernels check the indices that they read from a
+    // RoutingPlan. The guards order the launch after earlier uses of the buffers and outlive it.
     unsafe {
         grouped_gemm_weighted_fwd_raw(
             device,
@@ -143,14 +144,15 @@ pub fn grouped_gemm_weighted_fwd<D: Dtype>(
 /// [`grouped_gemm_weighted_fwd_into`] on addresses.
 ///
 /// # Safety
-/// Each buffer has the elements that [`WeightedGemmBuffers`] and `shape` state, of `dtype`, `f32` or `i32`, in
-/// memory of `device`'s context that stays valid until the kernel has run; `row_of_slot`, `token_of_row`,
-/// `expert_offsets`, `tiles` and `num_tiles` are those of one plan for `shape`; `y` overlaps none of the others;
-/// `stream` is a stream of that context.
+/// Each buffer has the elements that [`WeightedGemmBuffers`] and `shape` state, of `dtype`, `f32`
+/// or `i32`, in memory of `device`'s context that stays valid until the kernel has run;
+/// `row_of_slot`, `token_of_row`, `expert_offsets`, `tiles` and `num_tiles` are those of one plan
+/// for `shape`; `y` overlaps none of the others; `stream` is a stream of that context.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for another type than f16, and for a shape or a width out of range, [`Error::Mismatch`] for
-/// an address that must not be null, [`Error::Alignment`], and any launch error.
+/// [`Error::Unsupported`] for another type than f16, and for a shape or a width out of range,
+/// [`Error::Mismatch`] for an address that must not be null, [`Error::Alignment`], and any launch
+/// error.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn grouped_gemm_weighted_fwd_raw(
     device: &Device,

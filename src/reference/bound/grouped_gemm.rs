@@ -34,8 +34,8 @@ pub fn grouped_gemm<D: Dtype>(
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }
 
-/// [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd) with its result stored as `out`. The
-/// bounds of `routing_weights` are those of the operation's routing weights.
+/// [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd) with its result
+/// stored as `out`. The bounds of `routing_weights` are those of the operation's routing weights.
 ///
 /// # Errors
 /// Those of [`grouped_gemm_weighted_fwd`](crate::reference::grouped_gemm_weighted_fwd).
@@ -91,8 +91,8 @@ pub(super) fn weighted_of<D: Dtype, X: Element<f64>>(
     Ok(Bounded { bound: stored(&value, errors, out), value })
 }
 
-/// [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd) with its result stored as `out`. The
-/// bounds of `routing_weights` are those of the operation's routing weights.
+/// [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd) with its result stored
+/// as `out`. The bounds of `routing_weights` are those of the operation's routing weights.
 ///
 /// # Errors
 /// Those of [`grouped_gemm_gate_up_fwd`](crate::reference::grouped_gemm_gate_up_fwd).

@@ -1,6 +1,5 @@
 //! Gate and up with any activation and any layout of the weights.
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::ops::grouped_gemm::{
     GateUpTensors, GateUpWeights, Rows, grouped_gemm_gate_up_fwd_into,
@@ -47,7 +46,7 @@ fn interleave<D: Copy>(a: &[D], b: &[D], piece: usize) -> Vec<D> {
     a.chunks(piece).zip(b.chunks(piece)).flat_map(|(a, b)| [a, b].concat()).collect()
 }
 
-impl<D: Dtype + DeviceRepr> Case<D> {
+impl<D: Dtype> Case<D> {
     fn new(
         shape: RoutingShape,
         experts: ExpertConfig,
@@ -98,8 +97,8 @@ impl<D: Dtype + DeviceRepr> Case<D> {
         Stored { first, up: None, bias }
     }
 
-    /// The device's result. The offsets from a 16-byte boundary, in elements, are those of `x`, of the weights, of up
-    /// and biases, and of `act`.
+    /// The device's result. The offsets from a 16-byte boundary, in elements, are those of `x`, of
+    /// the weights, of up and biases, and of `act`.
     fn run(&self, gpu: &Gpu, [x_offset, w_offset, up_offset, act_offset]: [usize; 4]) -> Vec<D> {
         let Self { shape, experts, i, k, rows, .. } = self;
         let (device, stream) = (&gpu.device, &gpu.stream);
@@ -300,7 +299,7 @@ fn without_gate() -> ExpertConfig {
 
 #[test]
 fn layouts_do_not_change_bits() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn check<D: Dtype>(gpu: &Gpu) {
         for experts in [all_options(), without_gate()] {
             for (tokens, widths) in [
                 (20, [24, 40]),
@@ -340,7 +339,7 @@ fn extreme_routings() {
 
 #[test]
 fn views_start_at_any_element() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn check<D: Dtype>(gpu: &Gpu) {
         let shape = RoutingShape::new(40, 3, 2).unwrap();
         for (gate_up, gate_up_order) in layouts(true) {
             let experts = ExpertConfig { gate_up, gate_up_order, ..all_options() };
@@ -409,12 +408,9 @@ fn unused_experts_and_weights_are_not_read() {
     }
 }
 
-/// The outputs for these values of gate and up, which are the weights of one token with one input of 1.
-fn activated<D: Dtype + DeviceRepr>(
-    gpu: &Gpu,
-    activation: Activation,
-    pairs: &[(f32, f32)],
-) -> Vec<f32> {
+/// The outputs for these values of gate and up, which are the weights of one token with one input
+/// of 1.
+fn activated<D: Dtype>(gpu: &Gpu, activation: Activation, pairs: &[(f32, f32)]) -> Vec<f32> {
     let shape = RoutingShape::new(1, 1, 1).unwrap();
     let experts = ExpertConfig { activation, ..ExpertConfig::default() };
     let mut case =

@@ -1,6 +1,5 @@
 //! The plain product with both orders of weights and with biases.
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::ops::grouped_gemm::{LinearWeights, Rows, grouped_gemm_fwd_into};
 use moe_kernels::ops::plan;
@@ -26,7 +25,7 @@ pub fn transposed<D: Copy>(w: &[D], n: usize, k: usize) -> Vec<D> {
     w.chunks(n * k).flat_map(|w| (0..k * n).map(|at| w[at % n * k + at / n])).collect()
 }
 
-impl<D: Dtype + DeviceRepr> Product<D> {
+impl<D: Dtype> Product<D> {
     fn new(shape: RoutingShape, skew: Skew, n: usize, k: usize, biased: bool, seed: u64) -> Self {
         let features = shape.num_experts * n;
         Self {
@@ -137,7 +136,7 @@ fn weights_and_biases_start_at_any_element() {
 
 #[test]
 fn unused_experts_are_not_read() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn check<D: Dtype>(gpu: &Gpu) {
         let shape = RoutingShape::new(30, 4, 2).unwrap();
         let mut product = Product::<D>::new(shape, Skew::Empty, 40, 72, true, 9);
         let want = product.check(gpu);
@@ -159,7 +158,7 @@ fn unused_experts_are_not_read() {
 /// In both orders, NaN and infinity affect only their own row, column and expert.
 #[test]
 fn nan_affects_only_its_expert_and_column() {
-    fn check<D: Dtype + DeviceRepr>(gpu: &Gpu) {
+    fn check<D: Dtype>(gpu: &Gpu) {
         let shape = RoutingShape::new(50, 2, 1).unwrap();
         let mut product = Product::<D>::new(shape, Skew::Uniform, 72, 40, true, 14);
         let clean = product.check(gpu);

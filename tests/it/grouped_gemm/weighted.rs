@@ -44,7 +44,8 @@ impl Product {
         }
     }
 
-    /// The device's result; `x`, `w`, biases and `y` start `offset` elements after a 16-byte boundary.
+    /// The device's result; `x`, `w`, biases and `y` start `offset` elements after a 16-byte
+    /// boundary.
     fn run(&self, gpu: &Gpu, order: WeightOrder, offset: usize) -> Vec<f16> {
         let Self { shape, n, k, rows, .. } = *self;
         let (device, stream) = (&gpu.device, &gpu.stream);

@@ -1,4 +1,5 @@
-//! The grouped products, with and without an activation, with weights, rows and features beyond element 2^31.
+//! The grouped products, with and without an activation, with weights, rows and features beyond
+//! element 2^31.
 
 use cudarc::driver::{CudaSlice, DevicePtr};
 use half::f16;
@@ -95,7 +96,8 @@ impl Call<'_> {
                     tiles,
                     num_tiles,
                 };
-                // SAFETY: the buffers have the lengths of the shape, and live until the kernel has run.
+                // SAFETY: the buffers have the lengths of the shape, and live until the kernel has
+                // run.
                 unsafe { grouped_gemm_fwd_raw(device, on, dtype, shape, n, k, order, buffers) }
             }
             Product::GateUp(gate_up, gate_up_order) => {
@@ -214,7 +216,8 @@ fn rows_of_products_past_2_31_elements() {
             let (x, w) = (values::<f16>(k, 1.0, 4), weights_of(product, product.features(n) * k));
             let end = [&x[..], &vec![f16::NAN; k]].concat();
             let w_device: Vec<_> = w.iter().map(|w| gpu.stream.clone_htod(w).unwrap()).collect();
-            // The most tiles that a list can have: the last one begins a group, whose other blocks zero the last row.
+            // The most tiles that a list can have: the last one begins a group, whose other blocks
+            // zero the last row.
             let before = tokens / TILE;
             let mut tiles: Vec<_> = (0..before).map(|row| [0, row, 1]).collect();
             tiles.push([0, tokens - 2, 1]);

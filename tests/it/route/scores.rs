@@ -1,7 +1,6 @@
 //! route_scores: the values of each step of the router for every expert, bit for bit the
 //! reference's in f32.
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::ops::route::{
     RouteBuffers, RouteInputs, route_scores_fwd, route_scores_fwd_into, route_scores_fwd_raw,
@@ -15,7 +14,7 @@ use super::{LOGITS, Logits, Uploaded, make};
 use crate::common::{Gpu, Rng, RouterCase, config, gpu, router};
 
 /// The scores of a case whose views start `offset` elements into their buffers.
-fn run<D: Dtype + DeviceRepr>(
+fn run<D: Dtype>(
     gpu: &Gpu,
     case: &RouterCase<D>,
     step: RouterStep,
@@ -47,7 +46,7 @@ fn have_scores(router: &RouterConfig) -> bool {
     !matches!(router.scoring, Scoring::SoftmaxSelected | Scoring::Sparsemixer { .. })
 }
 
-fn check<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) {
+fn check<D: Dtype>(gpu: &Gpu, case: &RouterCase<D>, offset: usize) {
     let RouterCase { shape, router, .. } = case;
     for step in RouterStep::ALL {
         let what = format!("{shape} {router:?} {} {step:?}", D::DTYPE);

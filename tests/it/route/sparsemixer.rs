@@ -3,7 +3,6 @@
 
 mod recorded;
 
-use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::{Dtype, NoiseDistribution, RouterConfig, RoutingShape, Scoring, reference};
 use proptest::prelude::*;
@@ -48,7 +47,7 @@ fn model(scores: &[f32], noise: &[f32], draws: &[f32], jitter: f32) -> (Vec<u32>
 }
 
 /// Checks the device against the reference, and against the model of every token.
-fn check_model<D: Dtype + DeviceRepr>(gpu: &Gpu, case: &RouterCase<D>, jitter: f32, offset: usize) {
+fn check_model<D: Dtype>(gpu: &Gpu, case: &RouterCase<D>, jitter: f32, offset: usize) {
     check(gpu, case, offset);
     let RoutingShape { num_experts, top_k, .. } = case.shape;
     let (ids, weights) = run(gpu, case, offset);

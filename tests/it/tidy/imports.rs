@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::files;
 use super::source::{library_code, test_modules};
 
-/// The files that each file names in `use` declarations and paths; re-exports of a module's own parts do not count.
+/// The files that each file names in `use` declarations and paths; re-exports of a module's own
+/// parts do not count.
 type Uses = BTreeMap<String, BTreeSet<String>>;
 
 /// The module path of a file, as in `["ops", "route"]`.

@@ -22,7 +22,8 @@ const BANNED: &[(&str, &str)] = &[
     ("holds against", "checks against"),
 ];
 
-/// Folders and files that the rules do not cover: what is built, recorded or generated, and this list.
+/// Folders and files that the rules do not cover: what is built, recorded or generated, and this
+/// list.
 const NOT_OURS: &[&str] =
     &["target", ".git", ".cuda", "bench-results", "tests/it/tidy/language.rs", "Cargo.lock"];
 

@@ -1,6 +1,8 @@
-//! The code of a source file: its text without comments, without what stands in strings, and without unit tests.
+//! The code of a source file: its text without comments, without what stands in strings, and
+//! without unit tests.
 
-/// The text of a Rust or C++ file with blanks for comments and for what quotes enclose. Lines stay where they are.
+/// The text of a Rust or C++ file with blanks for comments and for what quotes enclose. Lines stay
+/// where they are.
 pub fn code(text: &str) -> String {
     let mut code = String::with_capacity(text.len());
     let mut rest = text;
@@ -57,7 +59,8 @@ fn string(text: &str) -> usize {
     text.len()
 }
 
-/// Bytes of the literal `r"..."`, `r#"..."#` or `br"..."` that `text` begins with; 0 if it begins with none.
+/// Bytes of the literal `r"..."`, `r#"..."#` or `br"..."` that `text` begins with; 0 if it begins
+/// with none.
 fn raw_string(text: &str) -> usize {
     let begin = text.strip_prefix('b').unwrap_or(text);
     let Some(begin) = begin.strip_prefix('r') else { return 0 };

@@ -1,8 +1,8 @@
 //! candle's sparse MoE block.
 //!
-//! The block of Qwen3-MoE in candle-transformers is private. `Block` has the same tensor operations:
-//! softmax, sort, a copy of the ids to the host, and for each expert a selection of rows, three
-//! linears with SiLU, and an addition by index.
+//! The block of Qwen3-MoE in candle-transformers is private. `Block` has the same tensor
+//! operations: softmax, sort, a copy of the ids to the host, and for each expert a selection of
+//! rows, three linears with SiLU, and an addition by index.
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{Linear, ops};

@@ -1,5 +1,6 @@
-//! Numbers of transformers 5.23.0 on torch 2.15.0, in f32 on a CPU: `sparsemixer` of `modeling_phimoe.py` in training.
-//! In the place of what `exponential_().log()` returns stood the negated noise, and in that of `rand_like` the draws.
+//! Numbers of transformers 5.23.0 on torch 2.15.0, in f32 on a CPU: `sparsemixer` of
+//! `modeling_phimoe.py` in training. In the place of what `exponential_().log()` returns stood the
+//! negated noise, and in that of `rand_like` the draws.
 
 /// Its `jitter_eps`.
 pub const JITTER: f32 = 0.25;
