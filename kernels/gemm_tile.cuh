@@ -1,5 +1,6 @@
 // The products' main loop: 128 rows of x by 128 features of weights by 128 bytes of inputs, with
-// f32 sums in registers. grouped_gemm.cu chooses rows and features, gemm_epilogue.cuh stores outputs.
+// f32 sums in registers. grouped_gemm.cu chooses rows and features, gemm_epilogue.cuh stores
+// outputs.
 //
 // Weights are OUT_IN (a feature's inputs are adjacent) or IN_OUT (an input's features are
 // adjacent). Stages keep the order of global memory. A tile's features are two halves of 64 at any
