@@ -169,7 +169,7 @@ impl Dtype for bf16 {
 }
 
 /// Rounds an f64 to odd: if it is not exactly an f32, the result is the neighbour whose last bit is
-/// 1. Rounding the result to a narrower type then gives the same number as rounding the f64
+/// set. Rounding the result to a narrower type then gives the same number as rounding the f64
 /// directly.
 fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;

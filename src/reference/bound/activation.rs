@@ -2,13 +2,13 @@
 //!
 //! With errors `dg` and `du` of gate and up, a function with a slope of at most `L` is off by at
 //! most `L * dg`, plus the error of its evaluation in f32; limits have a slope of at most 1 and are
-//! exact. So `h = f(g) * u'`, with `u' = u + offset`, is off by at most `df * (|u'| + du) + |f(g)|
-//! * du`, and rounding the product to f32 adds one unit.
+//! exact. So `h = f(g) * u'`, with `u' = u + offset`, is off by at most
+//! `df * (|u'| + du) + |f(g)| * du`, and rounding the product to f32 adds one unit.
 //!
 //! Evaluation costs a few units of the result, and more if the argument of an exponential is
 //! rounded: `exp(s)` loses `|s|` units for each unit of error of `s`. If an exponential or `erfc`
-//! leaves the range of f32, the result is 0 or denormal, and the exact one is less than `2^-120 *
-//! |g|`.
+//! leaves the range of f32, the result is 0 or denormal, and the exact one is less than
+//! `2^-120 * |g|`.
 
 use super::super::activation::{function, gelu_tanh_argument};
 use super::U;
