@@ -40,9 +40,9 @@ pub(crate) fn load_error(image: &Image, capability: (u32, u32), error: DriverErr
 /// The specific error for an image that the driver rejected with `code`, or `None` if there is
 /// none.
 ///
-/// A placeholder contains no kernels, whatever the code. A driver loads machine code of toolkits up
-/// to its own major version, and PTX of toolkits up to its own version; it reports a newer one with
-/// any of several codes.
+/// A placeholder contains no kernels, so the code is ignored. A driver loads machine code of
+/// toolkits up to its own major version, and PTX of toolkits up to its own version; it reports a
+/// newer one with any of several codes.
 fn classify(
     image: &Image,
     toolkit: Option<(u32, u32)>,

@@ -134,7 +134,7 @@ impl Entry {
         self.image.starts_with("grouped_gemm")
     }
 
-    /// The element types that there are entries for; the first stands for one that names no type.
+    /// The element types with an entry; f32 for an entry whose symbol names no type.
     pub(crate) fn dtypes(&self) -> &'static [DType] {
         match self.elements {
             One => &DType::ALL[..1],
@@ -146,7 +146,7 @@ impl Entry {
 
     /// Whether [`Device::warm_up`](crate::Device::warm_up) goes on without it, for this reason: a
     /// kernel for one capability may be missing, on other devices and in builds for others. A
-    /// portable one stands beside it.
+    /// portable kernel takes its place.
     pub(crate) fn may_be_missing(&self, error: &Error) -> bool {
         let missing =
             matches!(error, Error::KernelsNotBuilt { .. } | Error::UnsupportedDevice { .. });

@@ -243,7 +243,7 @@ impl<'a> RoutingPlan<'a> {
             PlanMemory::Borrowed(memory) => memory.slice(bytes),
         };
         // SAFETY: every pattern of bytes is an i32; parts start at multiples of 256 in memory whose
-        // address was checked; `len` integers are what the part has.
+        // address was checked; the part has `len` integers.
         unsafe { part.transmute::<i32>(len) }
             .unwrap_or_else(|| unreachable!("a part has its length"))
     }

@@ -181,7 +181,7 @@ def note_cells(run, cells):
     for cell in cells:
         command = " ".join([cell.command, *cell.words])
         known.setdefault(cell.name, {**fresh, "attempts": 0, "command": command})
-    # The order of the list, whatever the order in which they ran.
+    # The order of the list, not of the runs.
     names = [cell.name for cell in cells]
     order = names + [name for name in known if name not in names]
     run.results["cells"] = {name: known[name] for name in order}

@@ -1,8 +1,7 @@
-//! The code of a source file: its text without comments, without what stands in strings, and
-//! without unit tests.
+//! The code of a source file: its text without comments, the contents of strings, and unit tests.
 
-/// The text of a Rust or C++ file with blanks for comments and for what quotes enclose. Lines stay
-/// where they are.
+/// The text of a Rust or C++ file with comments and the contents of literals blanked. Line numbers
+/// do not change.
 pub fn code(text: &str) -> String {
     let mut code = String::with_capacity(text.len());
     let mut rest = text;
@@ -84,7 +83,7 @@ fn character(text: &str) -> usize {
     }
 }
 
-/// [`code`] of a Rust file, with blanks for every item that `#[cfg(test)]` stands before.
+/// [`code`] of a Rust file, with every item under `#[cfg(test)]` blanked.
 pub fn library_code(text: &str) -> String {
     let mut code = code(text);
     while let Some(start) = code.find(TEST) {

@@ -1,4 +1,4 @@
-//! The peers: what each can do, and a call of it.
+//! The peers: the operations of each, and their calls.
 
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
